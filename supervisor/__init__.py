@@ -1,0 +1,1 @@
+"""The supervisor side of lastcall: runs workers and guarantees what happens when they are told to stop."""

@@ -1,0 +1,308 @@
+"""The supervisor: starts everything, decides what each signal means, and ends with a receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.clock import Bell, now
+
+from . import config as configuration
+from . import control_api, health, logs, receipt
+from .budget import Shares
+from .config import Config
+from .errors import Exit
+from .fleet import Fleet
+from .inbox import Inbox, Received
+from .launch import Launcher
+from .reaper import Reaper
+from .receipt import Ledger, StopRecord
+from .shutdown import Countdown, PhaseClock, shut_down
+from .sink import Sink
+from .states import Phase
+from .status import View
+
+# Two Ctrl-C this close together are one: terminals, wrappers and nervous fingers send duplicates.
+AGAIN_AFTER = 0.3
+FLUSH = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What of the outside a supervisor is given, so that tests and the demo can give it something else."""
+
+    environment: Mapping[str, str]
+    has_terminal: bool
+    stdout: Sink
+    stderr: Sink
+    # Demo: more settings for the workers, processes of ours that no sweep may touch, and who watches.
+    worker_settings: Mapping[str, object]
+    spared_pids: frozenset[int] = frozenset()
+    on_view: Callable[[View, Bell], None] | None = None
+    quiet_workers: bool = False
+
+
+def surroundings(**more: Any) -> Surroundings:
+    """Return the real surroundings of this process."""
+    values: dict[str, Any] = {
+        "environment": dict(os.environ),
+        "has_terminal": _has_terminal(),
+        "stdout": Sink(1),
+        "stderr": Sink(2),
+        "worker_settings": {},
+    }
+    return Surroundings(**(values | more))
+
+
+class App:
+    """One supervisor, from start to receipt."""
+
+    def __init__(self, config: Config, inbox: Inbox, around: Surroundings) -> None:
+        self.config = config
+        self.around = around
+        console = logs.is_console(config.log_format, 2)
+        self.log = logs.logger(around.stderr, console=console, colours=console and os.isatty(2))
+        self.record = StopRecord()
+        self.ledger = Ledger()
+        self.clock = PhaseClock(self.record, self.log)
+        self.countdown: Countdown | None = None
+        self._inbox = inbox
+        self._bell = Bell()
+        self._id = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._reaper = Reaper()
+        self._last_interrupt: float | None = None
+        self._interrupts = 0
+        self._kill_asked = False
+        self._stop_reason = ""
+        self._stop_at = 0.0
+        self._held_environment = dict(around.environment)
+        self.fleet = Fleet(
+            config,
+            launcher=self._launcher(console),
+            ledger=self.ledger,
+            record=self.record,
+            log=self.log,
+            rng=random.Random(),
+            # As PID 1 the orphans of a `docker exec` are ours too, and no worker's.
+            sweep_unmarked=os.getpid() != 1,
+        )
+        self.fleet.shared.known_pids.update(around.spared_pids)
+        self.view = View(fleet=self.fleet, clock=self.clock)
+
+    def _launcher(self, console: bool) -> Launcher:
+        shares = self._shares().within(self.config.grace)
+
+        def settings() -> dict[str, object]:
+            reserved = shares.reserved
+            return {
+                "drain": self.config.grace - reserved,
+                "close": shares.close,
+                "beat": self.config.stall.beat,
+                "coloured": console,
+                **self.around.worker_settings,
+            }
+
+        quiet = self.around.quiet_workers
+        return Launcher(
+            target=self.config.target,
+            command=tuple(self.config.command),
+            supervisor_id=self._id,
+            environment=lambda: self._held_environment,
+            settings=settings,
+            reaper=self._reaper,
+            write_output=_discard if quiet else self.around.stdout.write,
+            write_errors=_discard if quiet else self.around.stderr.write,
+        )
+
+    def _shares(self) -> Shares:
+        stop = self.config.stop
+        return Shares(fence=stop.fence, close=stop.close, terminate=stop.terminate, kill=stop.kill)
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def run(self) -> Exit:
+        """Run until a stop is over. Raises ConfigError for what is found wrong before anything has started."""
+        from_file = configuration.environment_of(self.config.env_file)
+        self._held_environment = {**self.around.environment, **from_file}
+        async with AsyncExitStack() as stack:
+            http = await stack.enter_async_context(health.serve(self.config.http, self.view))
+            verbs = {"status": lambda _request: self.view.document()}
+            control = await stack.enter_async_context(control_api.serve(self.config.control, verbs))
+            self._reaper.start()
+            stack.callback(self._reaper.close)
+            what = self.config.target or " ".join(self.config.command)
+            self.log.info(
+                "supervisor started", pid=os.getpid(), target=what, workers=self.config.workers,
+                grace=self.config.grace, http=http, control=str(control), **receipt.versions(),
+            )
+            for line in configuration.warnings(self.around.environment):
+                self.log.warning(line)
+            if self.around.on_view is not None:
+                self.around.on_view(self.view, self.fleet.bell)
+            await self._run_fleet()
+        return self._finish()
+
+    async def _run_fleet(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                listening = group.create_task(self._listen())
+                fleet = group.create_task(self.fleet.run())
+                watching = group.create_task(self._watch_readiness())
+                await self._until_stop()
+                watching.cancel()
+                countdown = Countdown(
+                    self.fleet,
+                    started_at=self._stop_at,
+                    grace=self.config.grace,
+                    shares=self._shares(),
+                    reason=self._stop_reason,
+                )
+                self.countdown = self.view.countdown = countdown
+                self.record.reason = self._stop_reason
+                self._apply_late_signals(countdown)
+                await shut_down(self.fleet, countdown, self.clock, self.log, self._id)
+                due = max(countdown.deadlines.end_at, now() + 0.25)
+                await self.fleet.bell.until(fleet.done, lambda: due)
+                fleet.cancel()
+                listening.cancel()
+        except* Exception as group_error:
+            # A fault of ours. The workers see our end and drain by themselves; say so, do not hang.
+            self.record.fault = "; ".join(repr(error) for error in group_error.exceptions)
+            self.log.error("fault in lastcall", exc_info=group_error)
+        self.record.fault = self.record.fault or self.fleet.fault
+        self.record.seconds = now() - self._stop_at if self._stop_at else 0.0
+        self.clock.advance(Phase.STOPPED)
+
+    async def _until_stop(self) -> None:
+        await self.fleet.bell.until(
+            lambda: (
+                self._stop_reason
+                or self.fleet.is_quarantined
+                or self.fleet.config_error
+                or self.fleet.fault
+            )
+        )
+        if self._stop_reason:
+            return
+        self._stop_at = now()
+        if self.fleet.fault:
+            self._stop_reason = "fault in lastcall"
+        elif self.fleet.config_error:
+            self._stop_reason = "wrong target"
+            self.record.config_error = self.fleet.config_error
+        else:
+            self._stop_reason = "gave up: every slot is quarantined"
+            self.record.gave_up = True
+
+    async def _watch_readiness(self) -> None:
+        while True:
+            await self.fleet.bell.until(lambda: self.fleet.accepts)
+            if self.clock.phase is Phase.STARTING:
+                self.clock.advance(Phase.RUNNING)
+                self.log.info("ready")
+            await self.fleet.bell.until(lambda: not self.fleet.accepts)
+            self.log.warning("not ready", reason=self.view.unready_because())
+
+    def _finish(self) -> Exit:
+        document = receipt.write(self.record, self.ledger, grace=self.config.grace, pid=os.getpid())
+        document["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if self.config.receipt:
+            try:
+                _write_whole(Path(self.config.receipt), json.dumps(document, indent=2) + "\n")
+            except OSError as error:
+                self.log.error("receipt could not be written", path=self.config.receipt, reason=error.strerror)
+        self.log.info("receipt", **{"receipt": document})
+        for sink in (self.around.stdout, self.around.stderr):
+            sink.flush(FLUSH)
+        return Exit(document["exit_code"])
+
+    # -- signals --------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        while True:
+            self._decide(await self._inbox.get())
+
+    def _decide(self, received: Received) -> None:
+        number = received.signal
+        if number is signal.SIGTERM:
+            self._stop(number.name, received.at)
+        elif number is signal.SIGINT:
+            self._interrupt(received.at)
+        elif number is signal.SIGQUIT:
+            self._stop(number.name, received.at)
+            self._kill()
+        elif number is signal.SIGUSR2:
+            for slot in self.fleet.slots:
+                slot.dump()
+        elif number is signal.SIGHUP and self.around.has_terminal:
+            self._stop("SIGHUP: the terminal was closed", received.at)
+        else:
+            self.log.warning("signal has no meaning here and is ignored", signal=number.name)
+
+    def _interrupt(self, at: float) -> None:
+        last, self._last_interrupt = self._last_interrupt, at
+        if not self.around.has_terminal or last is None:
+            self._interrupts = max(self._interrupts, 1)
+            self._stop("SIGINT", at)
+            if self.around.has_terminal:
+                self.log.info("Ctrl-C again ends the drain, a third time kills")
+        elif at - last >= AGAIN_AFTER:
+            self._interrupts += 1
+            if self._interrupts == 2:
+                self.log.warning("second Ctrl-C: jobs are asked to shut down now")
+                self._hurry()
+            else:
+                self.log.warning("third Ctrl-C: killing")
+                self._kill()
+
+    def _stop(self, reason: str, at: float) -> None:
+        if self._stop_reason:
+            return  # repeats change nothing
+        self._stop_reason, self._stop_at = reason, at
+        self.fleet.bell.ring()
+
+    def _hurry(self) -> None:
+        if self.countdown is not None:
+            self.countdown.hurry()
+
+    def _kill(self) -> None:
+        self._kill_asked = True
+        if self.countdown is not None:
+            self.countdown.kill()
+
+    def _apply_late_signals(self, countdown: Countdown) -> None:
+        """A kill may have been asked for in the same turn as the stop, before there was a countdown."""
+        if self._kill_asked:
+            countdown.kill()
+
+
+def _discard(_lines: bytes) -> None:
+    """The demo's table stands where the workers' lines would go."""
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader sees the old receipt or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

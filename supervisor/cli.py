@@ -1,0 +1,184 @@
+"""The command line: what `lastcall --help` says, and nothing that does not work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+
+from . import config as configuration
+from .errors import ConfigError, UsageError
+from .inbox import Inbox
+
+# typer's newer versions carry a click of their own, so the class is taken from what typer exports.
+CommandLineError: Any = typer.BadParameter.__base__
+
+HELP = "Run LiveKit agent workers so that a stop cuts no call."
+
+RUN_HELP = """Run workers under supervision.
+
+TARGET is path.py, path.py:attr or module:attr; attr is an AgentServer, a WorkerOptions, or a function that
+returns one. After -- any command is run as an opaque worker: it gets SIGTERM, the deadline and the sweep.
+
+SIGTERM (or SIGINT, or one Ctrl-C) stops: no new dispatch is accepted, running jobs end by themselves within
+the grace, everything is closed, and a receipt says how it went. Repeats change nothing. Exit codes: 0 clean,
+75 a job was cut or something forced, 69 gave up, 78 wrong configuration or target, 70 a fault of lastcall.
+"""
+
+
+class _Session:
+    """What `__main__` prepared before the imports: the loop whose signal handlers stand already."""
+
+    def __init__(self, runner: asyncio.Runner | None, inbox: Inbox | None, command: list[str]) -> None:
+        self.runner = runner
+        self.inbox = inbox
+        self.command = command
+
+
+app = typer.Typer(
+    help=HELP, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .receipt import versions
+
+        print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print versions and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Have the verbs share one root."""
+
+
+@app.command("run", help=RUN_HELP)
+def _run(
+    context: typer.Context,
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option("--workers", "-w", metavar="N", help="Workers to keep up.  [1]")
+    ] = None,
+    grace: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="What a whole stop may take.  [3600]")
+    ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="For /livez /readyz /status /metrics, or off.  [127.0.0.1:8080]"
+        ),
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Control socket.  [auto: in a directory of the user's own]"),
+    ] = None,
+    receipt: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where to write the receipt, besides the log.")
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="auto, json or console.  [auto]")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Configuration.  [lastcall.toml, or [tool.lastcall] of pyproject.toml]"
+        ),
+    ] = None,
+) -> None:
+    session: _Session = context.obj
+    flags: dict[str, Any] = {
+        "target": target,
+        "workers": workers,
+        "grace": grace,
+        "http": http,
+        "control": control,
+        "receipt": receipt,
+        "log_format": log_format,
+        "command": session.command or None,
+    }
+    if target and session.command:
+        raise UsageError(f"both a target ({target!r}) and a command after --; expected one of them")
+    loaded = configuration.load(flags, os.environ, file=config)
+    if loaded.target and loaded.command:
+        raise ConfigError("both target and command are configured; expected one of them")
+    if not loaded.target and not loaded.command:
+        raise UsageError("nothing to run: expected TARGET (path.py, path.py:attr or module:attr), or -- CMD ARG…")
+    from .app import App, surroundings
+
+    assert session.runner is not None and session.inbox is not None
+    code = session.runner.run(App(loaded, session.inbox, surroundings()).run())
+    raise typer.Exit(code)
+
+
+@app.command("demo")
+def _demo(
+    context: typer.Context,
+    seconds: Annotated[float | None, typer.Option(help="Stop by itself after so many seconds.")] = None,
+    workers: Annotated[int, typer.Option("--workers", "-w", help="Workers to run.")] = 2,
+    rate: Annotated[float, typer.Option(help="Dispatches a second.")] = 1.0,
+) -> None:
+    """Show it: a local dispatch server, a sample agent, jobs flowing. Ctrl-C shows the whole stop."""
+    from .demo import demo
+
+    session: _Session = context.obj
+    assert session.runner is not None and session.inbox is not None
+    if workers < 1 or rate <= 0 or (seconds is not None and seconds <= 0):
+        raise UsageError("--workers, --rate and --seconds: expected more than 0")
+    raise typer.Exit(session.runner.run(demo(session.inbox, workers=workers, rate=rate, seconds=seconds)))
+
+
+@app.command("status")
+def _status(
+    control: Annotated[str, typer.Option(help="Path of the supervisor's control socket.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole document as JSON.")] = False,
+) -> None:
+    """Show what a running supervisor does."""
+    from . import control_api
+
+    path = control_api.find(control if control != "auto" else os.environ.get("LASTCALL_CONTROL", "auto"))
+    document = control_api.ask(path, "status")
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    from .table import status_table
+    from rich.console import Console
+
+    Console().print(status_table(document))
+
+
+def main(arguments: list[str], runner: asyncio.Runner | None, inbox: Inbox | None) -> int:
+    """Run one verb and return the exit code. Raises UsageError, ConfigError and NotRunning."""
+    command: list[str] = []
+    if "--" in arguments:
+        # Taken apart here: click would join both sides, and the command's own flags must stay its own.
+        at = arguments.index("--")
+        arguments, command = arguments[:at], arguments[at + 1 :]
+        if not command:
+            raise UsageError("no command after --; expected -- CMD ARG…")
+    asked_for_nothing = not arguments
+    if asked_for_nothing:
+        arguments = ["--help"]
+    root = typer.main.get_command(app)
+    try:
+        result = root.main(
+            args=arguments,
+            prog_name="lastcall",
+            standalone_mode=False,
+            obj=_Session(runner, inbox, command),
+        )
+    except CommandLineError as error:
+        raise UsageError(f"{error.format_message().rstrip('.')}. See lastcall --help.") from None
+    except typer.Abort:
+        return 130
+    return 2 if asked_for_nothing else int(result or 0)

@@ -1,0 +1,40 @@
+"""Every exception the supervisor raises on purpose; and the exit codes."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Exit(enum.IntEnum):
+    """The exit codes of `lastcall`, all of them."""
+
+    CLEAN = 0
+    USAGE = 2
+    GAVE_UP = 69
+    FAULT = 70
+    FORCED = 75
+    CONFIG = 78
+
+
+class SupervisorError(Exception):
+    """Base of the errors below; the text is one line meant for the operator."""
+
+
+class ConfigError(SupervisorError):
+    """Raised when the configuration or the target is wrong: exit code 78."""
+
+
+class UsageError(SupervisorError):
+    """Raised when the command line is wrong: exit code 2."""
+
+
+class NotRunning(SupervisorError):
+    """Raised by a verb that finds no supervisor to talk to: exit code 69."""
+
+
+class SpawnError(SupervisorError):
+    """Raised when a process can't be started at all: no such program, no permission, no process left."""
+
+
+class TransitionError(SupervisorError):
+    """Raised when code asks for a change of state that the table does not list; always a fault of ours."""

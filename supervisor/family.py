@@ -1,0 +1,124 @@
+"""Descendants: who is left of a worker, and how to end them. The only module that imports psutil.
+
+A descendant is known by parentage while its line is unbroken. What left its group, its session and its
+parent behind becomes a child of the supervisor, its subreaper, and is known by the marker in its
+environment: supervisor, slot and generation. So the crash of one slot never sweeps another's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+MARK = "LASTCALL_MARK"
+
+
+def mark_of(supervisor: str, slot: int, generation: int) -> str:
+    """Return the value of the marker for one generation of one slot."""
+    return f"{supervisor}:{slot}:{generation}"
+
+
+def adopted(known: Iterable[int]) -> set[int]:
+    """Return the pids of children of this process that are not among the known ones.
+
+    One read per thread of this process: the check that is cheap enough for every exit.
+    """
+    found: set[int] = set()
+    tasks = Path("/proc/self/task")
+    for task in tasks.iterdir():
+        with contextlib.suppress(OSError):
+            found.update(int(pid) for pid in (task / "children").read_text().split())
+    return found - set(known)
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """Return every living descendant of a process, itself not included."""
+    try:
+        return [each for each in psutil.Process(pid).children(recursive=True) if _lives(each)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def marked(pids: Iterable[int], mark: str, *, unmarked: bool) -> list[psutil.Process]:
+    """Return those of the pids, with all below them, that carry the mark.
+
+    A process that cleared its environment carries none; `unmarked` says whether such are meant too.
+    """
+    found: dict[int, psutil.Process] = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            own = _mark(process)
+            if own == mark or (own is None and unmarked):
+                found[pid] = process
+                found.update((child.pid, child) for child in process.children(recursive=True))
+    return [process for process in found.values() if _lives(process)]
+
+
+def everywhere(mark_prefix: str) -> list[psutil.Process]:
+    """Return every living process of the machine whose marker starts so; slow, for the end of a stop."""
+    found = []
+    for process in psutil.process_iter():
+        if process.pid != os.getpid():
+            own = _mark(process)
+            if own is not None and own.startswith(mark_prefix) and _lives(process):
+                found.append(process)
+    return found
+
+
+def kill(processes: Iterable[psutil.Process]) -> int:
+    """SIGKILL each; psutil makes sure that a pid is still the process it was. Returns how many it hit."""
+    hit = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.kill()
+            hit += 1
+    return hit
+
+
+def rss_bytes(pid: int | None = None) -> int:
+    """Return the resident size of a process, this one by default; 0 when it is gone."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except (psutil.Error, OSError):
+        return None
+
+
+def is_framework(process: psutil.Process) -> bool:
+    """Tell whether a process is multiprocessing's own: forkserver, resource tracker, or a fork of the former.
+
+    Those are ended with their worker as a matter of course; anything else was a program of a job's.
+    """
+    try:
+        command = process.cmdline()
+        # A process that is just ending has no command line any more.
+        return not command or any("from multiprocessing." in argument for argument in command)
+    except psutil.Error:
+        return True  # gone meanwhile
+
+
+def each(pid: int) -> psutil.Process | None:
+    """Return the process of a pid, or None when it has ended, reaped or not."""
+    try:
+        process = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+    return process if _lives(process) else None

@@ -1,0 +1,52 @@
+"""When a failed program is started again: back-off with jitter, and Erlang's intensity limit.
+
+The first failure after a stable time is retried at once. Each further one waits twice as long as the one
+before, from the first step up to the cap, less up to a fifth at random so that slots which failed together
+do not start together. More than `intensity` failures within `period` seconds: no retry.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+JITTER = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """Failures allowed in `period` seconds; first step and cap of the back-off, in seconds."""
+
+    intensity: int = 5
+    period: float = 60.0
+    first: float = 0.5
+    cap: float = 30.0
+
+
+class Restarts:
+    """The failures of one slot, and the delay before its next start."""
+
+    def __init__(self, policy: RestartPolicy, rng: random.Random) -> None:
+        self._policy = policy
+        self._rng = rng
+        self._failures: deque[float] = deque(maxlen=policy.intensity + 1)
+        self._streak = 0
+
+    def delay(self, now: float, *, uptime: float) -> float | None:
+        """Count a failure of a program that was ready for `uptime` seconds; None means: start it no more.
+
+        Stable is what stayed ready for a whole period.
+        """
+        if uptime >= self._policy.period:
+            self._streak = 0
+            self._failures.clear()
+        self._failures.append(now)
+        recent = sum(1 for at in self._failures if now - at <= self._policy.period)
+        if recent > self._policy.intensity:
+            return None
+        self._streak += 1
+        if self._streak == 1:
+            return 0.0
+        step = min(self._policy.cap, self._policy.first * 2.0 ** min(self._streak - 2, 64))
+        return step * (1 - JITTER * self._rng.random())

@@ -1,0 +1,109 @@
+"""How a worker is started: its command, environment and descriptors.
+
+    child's number   what
+    0                /dev/null
+    1, 2             pipes that the supervisor reads
+    3                its end of the control socketpair
+    4, 5             read ends of its own 1 and 2, for when the supervisor is gone
+
+An opaque worker gets the first two rows only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import SpawnError
+from .family import MARK, mark_of
+from .inbox import STOP_SIGNALS
+from .process import Child, high, pipe, spawn
+from .reaper import ExitStatus, Reaper
+from .relay import Relay
+
+CONTROL_FD = 3
+OUTPUT_FDS = (4, 5)
+# Meant for the supervisor alone: whoever inherits one would answer in its name.
+NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+
+
+@dataclass(slots=True, kw_only=True)
+class Launched:
+    """A started worker and our ends of what connects us. `control` is None for an opaque one."""
+
+    child: Child
+    control: socket.socket | None
+    relays: tuple[Relay, Relay]
+    mark: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """Starts workers that are all alike."""
+
+    target: str
+    command: Sequence[str]
+    supervisor_id: str
+    environment: Callable[[], Mapping[str, str]]
+    settings: Callable[[], Mapping[str, object]]
+    reaper: Reaper
+    write_output: Callable[[bytes], None]
+    write_errors: Callable[[bytes], None]
+
+    @property
+    def is_opaque(self) -> bool:
+        return bool(self.command)
+
+    def start(self, slot: int, generation: int, on_exit: Callable[[ExitStatus], None]) -> Launched:
+        """Start one worker. Raises SpawnError."""
+        mark = mark_of(self.supervisor_id, slot, generation)
+        environment = {k: v for k, v in self.environment().items() if k not in NOT_INHERITED}
+        environment[MARK] = mark
+        ours: list[int] = []
+        theirs: dict[int, int] = {}
+        control = None
+        try:
+            null = high(os.open(os.devnull, os.O_RDONLY))
+            out, out_write = pipe()
+            err, err_write = pipe()
+            ours += [out, err]
+            theirs = {0: null, 1: out_write, 2: err_write}
+            argv = self.command
+            if not self.is_opaque:
+                control, far = socket.socketpair()
+                theirs[CONTROL_FD] = high(far.detach())
+                settings = {
+                    **self.settings(),
+                    "control_fd": CONTROL_FD,
+                    "output_fds": OUTPUT_FDS,
+                    "slot": slot,
+                    "generation": generation,
+                }
+                environment["LASTCALL_WORKER"] = json.dumps(settings)
+                environment.setdefault("PYTHONUNBUFFERED", "1")
+                argv = [sys.executable, "-P", "-m", "worker", self.target]
+            child = spawn(
+                argv,
+                environment=environment,
+                descriptors=theirs if self.is_opaque else theirs | dict(zip(OUTPUT_FDS, ours, strict=True)),
+                blocked=() if self.is_opaque else STOP_SIGNALS,
+                reaper=self.reaper,
+                on_exit=on_exit,
+            )
+        except (OSError, SpawnError) as error:
+            for fd in ours:
+                os.close(fd)
+            if control is not None:
+                control.close()
+            if isinstance(error, SpawnError):
+                raise
+            raise SpawnError(f"no room for another worker: {error.strerror}") from error
+        finally:
+            for fd in theirs.values():
+                os.close(fd)
+        relays = (Relay(out, self.write_output), Relay(err, self.write_errors))
+        return Launched(child=child, control=control, relays=relays, mark=mark)

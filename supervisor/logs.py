@@ -1,0 +1,50 @@
+"""The supervisor's own log: one event a line, JSON off a terminal, coloured on one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import structlog
+
+from .sink import Sink
+
+Format = Literal["auto", "json", "console"]
+
+
+def is_console(format: Format, fd: int) -> bool:
+    """Tell whether lines are for people: asked for, or a terminal and nothing else asked for."""
+    return format == "console" or (format == "auto" and os.isatty(fd))
+
+
+class _Lines:
+    """What structlog writes to: a sink that takes text."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def msg(self, message: str) -> None:
+        self._sink.write(message.encode(errors="backslashreplace") + b"\n")
+
+    debug = info = warning = error = critical = msg
+
+
+def logger(sink: Sink, *, console: bool, colours: bool) -> Any:
+    """Return the logger that the whole supervisor is given; structlog's types it loosely itself."""
+    render: Any
+    if console:
+        render = structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=28)
+        stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
+    else:
+        render = structlog.processors.JSONRenderer(default=str)
+        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    return structlog.wrap_logger(
+        _Lines(sink),
+        processors=[
+            structlog.processors.add_log_level,
+            stamp,
+            structlog.processors.format_exc_info,
+            render,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(20),
+    ).bind(logger="lastcall")

@@ -1,0 +1,139 @@
+"""Every child is reaped: ours when their pidfd says so, adopted orphans when SIGCHLD does.
+
+Problem: as PID 1 and as subreaper the supervisor inherits processes it never started; each becomes a zombie
+when it ends. A pidfd tells of one's own children only, and uvloop refuses a SIGCHLD handler (libuv keeps the
+signal to itself). Options: `waitid(P_ALL)` once a second (a wakeup a second for ever, zombies meanwhile); a
+thread in waitid (would steal the exit status of our own children); a signalfd. SIGCHLD blocked and read from
+a signalfd costs nothing while nothing happens, and arrives at once; the mask is handed to no child, because
+every spawn sets one explicitly. Where signalfd can't be had, the once-a-second look takes its place.
+
+Whoever wakes it, `collect` peeks with WNOWAIT: a child of ours is reaped by pid and its owner told, a
+stranger is reaped and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PR_SET_CHILD_SUBREAPER = 36
+SFD_NONBLOCK = 0o4000
+SFD_CLOEXEC = 0o2000000
+SIGINFO_BYTES = 128
+SIGSET_BYTES = 128
+LOOK = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitStatus:
+    """How a process ended: an exit code, or the signal that killed it."""
+
+    code: int | None
+    signal: signal.Signals | None = None
+    core: bool = False
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"killed by {self.signal.name}"
+        return f"exit code {self.code}"
+
+
+class Reaper:
+    """Reaps for one process. `on_stranger` is called with the pid of each adopted orphan that ended."""
+
+    def __init__(self, on_stranger: Callable[[int], None] | None = None) -> None:
+        self.strangers = 0
+        self.is_subreaper = False
+        self._owners: dict[int, Callable[[ExitStatus], None]] = {}
+        self._on_stranger = on_stranger
+        self._signalfd: int | None = None
+        self._look: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Become the parent of orphaned descendants and begin to reap. Call from the running loop."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.is_subreaper = os.getpid() == 1 or libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+        loop = asyncio.get_running_loop()
+        self._signalfd = _open_signalfd(libc)
+        if self._signalfd is not None:
+            loop.add_reader(self._signalfd, self._on_signal)
+        else:
+            self._look_again()
+
+    def close(self) -> None:
+        """Stop reaping; children that are left are left."""
+        loop = asyncio.get_running_loop()
+        if self._signalfd is not None:
+            loop.remove_reader(self._signalfd)
+            os.close(self._signalfd)
+            self._signalfd = None
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        if self._look is not None:
+            self._look.cancel()
+
+    def own(self, pid: int, on_exit: Callable[[ExitStatus], None]) -> None:
+        """Have `on_exit` called, once, when this child of ours has been reaped."""
+        self._owners[pid] = on_exit
+
+    def collect(self) -> None:
+        """Reap everything that has ended."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            self._reap(ended.si_pid)
+
+    def collect_one(self, pid: int) -> None:
+        """Reap one child of ours, if it has ended; what a pidfd that became readable says."""
+        if pid in self._owners and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self._reap(pid)
+
+    def _reap(self, pid: int) -> None:
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        if info is None:
+            return
+        owner = self._owners.pop(pid, None)
+        if owner is None:
+            self.strangers += 1
+            if self._on_stranger is not None:
+                self._on_stranger(pid)
+            return
+        if info.si_code == os.CLD_EXITED:
+            owner(ExitStatus(code=info.si_status))
+        else:
+            number = signal.Signals(info.si_status)
+            owner(ExitStatus(code=None, signal=number, core=info.si_code == os.CLD_DUMPED))
+
+    def _on_signal(self) -> None:
+        assert self._signalfd is not None
+        try:
+            while os.read(self._signalfd, SIGINFO_BYTES * 16):
+                pass
+        except BlockingIOError:
+            pass
+        self.collect()
+
+    def _look_again(self) -> None:
+        self.collect()
+        self._look = asyncio.get_running_loop().call_later(LOOK, self._look_again)
+
+
+def _open_signalfd(libc: ctypes.CDLL) -> int | None:
+    if not hasattr(libc, "signalfd"):
+        return None
+    mask = ctypes.create_string_buffer(SIGSET_BYTES)
+    libc.sigemptyset(mask)
+    libc.sigaddset(mask, signal.SIGCHLD)
+    fd: int = libc.signalfd(-1, mask, SFD_NONBLOCK | SFD_CLOEXEC)
+    if fd < 0:
+        return None
+    # Only now: blocked without a reader it would be lost. Threads started later inherit the mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    return fd

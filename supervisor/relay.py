@@ -1,0 +1,72 @@
+"""A worker's standard output and error, read for as long as it lives and passed on as whole lines.
+
+The reading never waits for the writing, so a worker never blocks on its own log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable
+
+CHUNK = 1 << 16
+MAX_LINE = 1 << 20
+KEPT = 20
+
+
+class Relay:
+    """Reads one pipe. `write` gets whole lines with their newline; the last few are kept for an exit record."""
+
+    def __init__(self, fd: int, write: Callable[[bytes], None]) -> None:
+        self._fd: int | None = fd
+        self._write = write
+        self._rest = bytearray()
+        self.last: deque[bytes] = deque(maxlen=KEPT)
+        os.set_blocking(fd, False)
+        asyncio.get_running_loop().add_reader(fd, self._read)
+
+    def close(self) -> None:
+        """Take what is there and stop reading. The end of the pipe is not waited for: a grandchild may hold it."""
+        if self._fd is None:
+            return
+        for _ in range(64):
+            if not self._read():
+                break
+        if self._fd is not None:
+            self._end()
+
+    def _read(self) -> bool:
+        if self._fd is None:
+            return False
+        try:
+            chunk = os.read(self._fd, CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk = b""
+        if not chunk:
+            self._end()
+            return False
+        self._rest += chunk
+        end = self._rest.rfind(b"\n") + 1
+        if end == 0 and len(self._rest) > MAX_LINE:
+            self._rest += b"\n"  # a line that long is cut rather than kept
+            end = len(self._rest)
+        if end:
+            self._pass(bytes(self._rest[:end]))
+            del self._rest[:end]
+        return True
+
+    def _pass(self, lines: bytes) -> None:
+        self._write(lines)
+        self.last.extend(lines.splitlines()[-KEPT:])
+
+    def _end(self) -> None:
+        assert self._fd is not None
+        asyncio.get_running_loop().remove_reader(self._fd)
+        os.close(self._fd)
+        self._fd = None
+        if self._rest:
+            self._pass(bytes(self._rest) + b"\n")
+            self._rest.clear()

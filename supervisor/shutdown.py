@@ -1,0 +1,105 @@
+"""One stop, from its reason to the swept end. The deadlines are made here, once; slots only follow them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from worker.clock import now
+
+from .budget import Deadlines, Shares, plan
+from .fleet import Fleet
+from .receipt import StopRecord
+from .states import Phase
+
+REPORT = 10.0
+
+
+class Countdown:
+    """The deadlines of the stop under way. They move only towards now, and whoever waits is woken."""
+
+    def __init__(self, fleet: Fleet, *, started_at: float, grace: float, shares: Shares, reason: str) -> None:
+        self.reason = reason
+        self.started_at = started_at
+        self.deadlines: Deadlines = plan(started_at, grace, shares)
+        self._fleet = fleet
+
+    @property
+    def grace_left(self) -> float:
+        return max(0.0, self.deadlines.end_at - now())
+
+    def hurry(self) -> None:
+        """End the drain now; jobs that still run are asked to shut down."""
+        self.deadlines = self.deadlines.hurried(now())
+        self._wake()
+
+    def kill(self) -> None:
+        """Wait for nothing any more."""
+        self.deadlines = self.deadlines.killed(now())
+        self._wake()
+
+    def _wake(self) -> None:
+        for slot in self._fleet.slots:
+            slot.bell.ring()
+        self._fleet.bell.ring()
+
+
+class PhaseClock:
+    """The current phase, and the seconds that each took."""
+
+    def __init__(self, record: StopRecord, log: Any) -> None:
+        self.phase = Phase.STARTING
+        self._since = now()
+        self._record = record
+        self._log = log
+
+    def advance(self, phase: Phase, **why: Any) -> None:
+        """Enter a phase; an earlier one is not gone back to."""
+        if phase <= self.phase:
+            return
+        at = now()
+        if self.phase >= Phase.FENCING:
+            self._record.phases[self.phase.text] = at - self._since
+        self.phase, self._since = phase, at
+        if phase >= Phase.FENCING:
+            self._log.info("stop " + phase.text, **why)
+
+
+async def shut_down(
+    fleet: Fleet, countdown: Countdown, clock: PhaseClock, log: Any, supervisor_id: str
+) -> None:
+    """Stop every slot and sweep. Returns when nothing is left or the deadline has passed."""
+    fleet.begin_stop()
+    fleet.ledger.begin_stop()
+    jobs = len(fleet.ledger.running)
+    clock.advance(
+        Phase.FENCING, reason=countdown.reason, jobs=jobs, grace_s=round(countdown.grace_left, 1)
+    )
+    async with asyncio.TaskGroup() as group:
+        reporting = group.create_task(_report(fleet, countdown, clock, log))
+        async with asyncio.TaskGroup() as stops:
+            for slot in fleet.slots:
+                stops.create_task(slot.stop(countdown))
+        # A slot's own task cleans up behind its worker; it ends by itself once that is done.
+        await fleet.bell.until(
+            lambda: not any(slot.is_alive for slot in fleet.slots),
+            lambda: countdown.deadlines.end_at,
+        )
+        reporting.cancel()
+    clock.advance(Phase.SWEEPING)
+    await fleet.sweep(supervisor_id, max(countdown.deadlines.end_at, now() + 0.25))
+
+
+async def _report(fleet: Fleet, countdown: Countdown, clock: PhaseClock, log: Any) -> None:
+    """Follow the phase, and say every few seconds how much is left."""
+    said_at = now()
+    while True:
+        seen = fleet.phase
+        if seen < Phase.SWEEPING:
+            clock.advance(seen, jobs=len(fleet.ledger.running))
+        due = said_at + REPORT
+        changed = await fleet.bell.until(lambda seen=seen: fleet.phase is not seen, lambda due=due: due)
+        if not changed:
+            said_at = now()
+            jobs, left = len(fleet.ledger.running), round(countdown.grace_left)
+            log.info("waiting for jobs", phase=clock.phase.text, jobs=jobs, seconds_left=left)

@@ -1,0 +1,62 @@
+"""The status document as a table for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+COLOURS = {
+    "ready": "green",
+    "starting": "cyan",
+    "draining": "yellow",
+    "closing": "yellow",
+    "terminating": "red",
+    "killing": "red",
+    "failed": "red",
+    "backoff": "red",
+    "quarantined": "bold red",
+    "stopped": "dim",
+}
+SHOWN_JOBS = 6
+
+
+def status_table(document: dict[str, Any]) -> Group:
+    """Return what `lastcall status` prints."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name, justify in (
+        ("slot", "right"), ("gen", "right"), ("state", "left"), ("pid", "right"), ("jobs", "right"),
+        ("lag ms", "right"), ("rss MB", "right"), ("restarts", "right"), ("rooms (age s)", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # a literal, read from a tuple
+    for slot in document["slots"]:
+        jobs = slot["jobs"]
+        rooms = ", ".join(f"{job['room']} ({job['age_s']:.0f})" for job in jobs[:SHOWN_JOBS])
+        more = f" +{len(jobs) - SHOWN_JOBS}" if len(jobs) > SHOWN_JOBS else ""
+        rss = slot["rss_bytes"]
+        table.add_row(
+            str(slot["slot"]),
+            str(slot["generation"]),
+            Text(slot["state"], style=COLOURS.get(slot["state"], "")),
+            str(slot["pid"] or "-"),
+            str(len(jobs)),
+            "-" if slot["lag_ms"] is None else f"{slot['lag_ms']:.1f}",
+            "-" if not rss else f"{rss / 1e6:.0f}",
+            str(slot["restarts"]),
+            rooms + more or Text(slot["last_exit"] or "", style="dim"),
+        )
+    return Group(_headline(document), table)
+
+
+def _headline(document: dict[str, Any]) -> Text:
+    totals = document["totals"]
+    line = Text.assemble(
+        ("lastcall ", "bold"), f"pid {document['pid']}  ", (document["phase"], "bold"),
+        f"  jobs: {totals['started']} started, {totals['finished']} finished, {totals['failed']} failed,",
+        f" {totals['cut']} cut, {totals['lost']} lost",
+    )  # fmt: skip
+    if document["reason"]:
+        line.append(f"\nstopping ({document['reason']}), {document['grace_left_s']:.0f} s left", "yellow")
+    return line

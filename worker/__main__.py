@@ -1,0 +1,116 @@
+"""`python -m worker TARGET`: host one agent, with or without a supervisor."""
+
+import signal
+
+if __name__ == "__main__":
+    # First of all: a stop that comes while the imports below run waits until somebody can handle it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+import asyncio
+import faulthandler
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import uvloop
+
+from . import loading
+from .clock import Bell
+from .errors import Incompatible, StartError, TargetError
+from .settings import Settings
+from .stopping import Stopping, stop_on_signals
+
+if TYPE_CHECKING:
+    from .host import Host
+
+EX_FAILED = 1
+EX_USAGE = 2
+EX_CONFIG = 78
+
+
+def main() -> NoReturn:
+    """Run the worker and end the process with its exit code."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: python -m worker TARGET", file=sys.stderr)
+        raise SystemExit(EX_USAGE)
+    settings = Settings.take(os.environ)
+    for fd in (*settings.output_fds, *(() if settings.control_fd is None else (settings.control_fd,))):
+        os.set_inheritable(fd, False)
+    # The one signal without a loop handler: its use is to show where a loop that runs no handler is stuck.
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
+    os.environ["LASTCALL_WORKER_PID"] = str(os.getpid())
+    bell = Bell()
+    stopping = Stopping(bell)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        loop = runner.get_loop()
+        with stop_on_signals(loop, stopping):
+            code = _host(runner, settings, stopping, bell, sys.argv[1])
+            # Nothing is left to do that an interpreter's end would do better: threads that livekit-agents
+            # never ends would be joined, and 10 ms go by. Output is all that has to get out.
+            _leave(code)
+
+
+def _host(
+    runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: Bell, target: str
+) -> int:
+    from .host import Host
+
+    host = Host(settings, stopping, bell)
+    host.control.say("hello", pid=os.getpid())
+    try:
+        _load(host, runner.get_loop(), target)
+    except TargetError as error:
+        return _fault(host, EX_CONFIG, error, error.traceback)
+    except Incompatible as error:
+        return _fault(host, EX_CONFIG, error, "")
+    except StartError as error:
+        return _fault(host, EX_FAILED, error, error.traceback)
+    code = runner.run(host.run())
+    if host.engine is not None and host.engine.error is not None:
+        error = host.engine.error
+        return _fault(host, code, error, loading.users_traceback(error))
+    return code
+
+
+def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
+    target = loading.parse(text)
+    from . import compat
+    from .shield import raise_shield
+
+    raise_shield(loop)
+    compat.lock_process_poll()
+    compat.preload_ours()
+    compat.keep_interrupt_handler()
+    server = loading.load(target, record=compat.record_run_app, classify=compat.as_server)
+    if not compat.has_entrypoint(server):
+        raise TargetError(f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run")
+    compat.set_up_logging(server, coloured=host.settings.coloured)
+    compat.use_private_ports(server)
+    compat.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
+    from .jobside import Setup
+
+    server.setup_fnc = Setup(server.setup_fnc)
+    host.adopt(server)
+    host.control.say("loaded", agent_name=compat.agent_name(server), sdk=compat.SDK_VERSION)
+
+
+def _fault(host: "Host", code: int, error: BaseException, traceback: str) -> int:
+    host.control.say("fault", exit=code, message=str(error), traceback=traceback)
+    if not host.control.is_supervised:
+        if traceback:
+            print(traceback, file=sys.stderr, end="")
+        print(f"lastcall: {error}", file=sys.stderr)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue  # nobody reads any more
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Every private name of livekit-agents that lastcall touches, and of multiprocessing beneath it.
+
+livekit-agents from 1.3.12 on is supported, and its private side differs between versions. Each function
+here does one thing, says which private names it needs, and looks before it uses them: what a stop can't do
+without raises Incompatible at start, everything else is left out and logged. `tests/test_compat.py` runs
+each of them on each supported version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing.context
+import multiprocessing.popen_forkserver
+import multiprocessing.spawn
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from multiprocessing.connection import wait as wait_readable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import livekit.agents
+import livekit.agents.cli
+from livekit.agents import AgentServer, JobRequest, WorkerOptions
+from livekit.agents.utils.aio import ChanClosed
+
+from .errors import Incompatible
+
+log = logging.getLogger("lastcall.worker")
+
+SDK_VERSION: str = livekit.agents.__version__
+
+# What of ours job processes unpickle; imported in the forkserver, before the user's path is set.
+PRELOADED = ("worker.jobside",)
+
+# Loop turns between the user's accept() and the answer. A signal or a control message that arrived while
+# the loop was blocked is read in the first, queued as a callback, run in the second, and may wake a task
+# that runs in the third; one to spare.
+GATE_TURNS = 4
+
+
+def need(owner: object, *names: str) -> None:
+    """Raise Incompatible unless the owner has every one of the names."""
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise Incompatible(
+            f"livekit-agents {SDK_VERSION} has no {type(owner).__name__}.{missing[0]}:"
+            " this version is not supported yet; use an older one, or a newer lastcall"
+        )
+
+
+# -- once per process, before the target is loaded ---------------------------------------------------------
+
+
+def lock_process_poll() -> None:
+    """Read a forkserver child's exit status once.
+
+    Two threads poll one process (the join thread and the loop's `is_alive`); both find the status pipe
+    readable, the second reads end of file and takes it for exit code 255, and a job that ended well is
+    reported failed. The lock lies around the read only: the join thread waits for hours.
+    """
+    popen = multiprocessing.popen_forkserver.Popen
+    original = popen.poll
+    if getattr(original, "is_locked", False):
+        return
+    lock = threading.Lock()
+
+    def poll(self: Any, flag: int = os.WNOHANG) -> int | None:
+        if self.returncode is None:
+            timeout = 0 if flag == os.WNOHANG else None
+            if not wait_readable([self.sentinel], timeout):
+                return None
+            with lock:
+                if self.returncode is None:
+                    original(self, os.WNOHANG)
+        code: int | None = self.returncode
+        return code
+
+    poll.is_locked = True  # type: ignore[attr-defined]  # a mark on our own function
+    popen.poll = poll  # type: ignore[method-assign]  # that is the mend
+
+
+def preload_ours() -> None:
+    """Add our modules to every forkserver preload list; livekit-agents sets the list itself, at its start."""
+    context = multiprocessing.context.ForkServerContext
+    original = context.set_forkserver_preload
+
+    def set_forkserver_preload(self: Any, modules: list[str]) -> None:
+        rest = [name for name in modules if name not in PRELOADED]
+        original(self, [*PRELOADED, *rest])
+
+    context.set_forkserver_preload = set_forkserver_preload  # type: ignore[method-assign]  # no public hook
+
+    # Newer interpreters give the forkserver the parent's whole path, the user's directory first; a worker.py
+    # there would be preloaded in place of our package. "ignore" is the name that the forkserver asks under.
+    prepare = multiprocessing.spawn.get_preparation_data
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        data = prepare(name)
+        if name == "ignore" and "sys_path" in data:
+            data["sys_path"] = [str(Path(__file__).parent.parent), *data["sys_path"]]
+        return data
+
+    multiprocessing.spawn.get_preparation_data = get_preparation_data
+
+
+def keep_interrupt_handler() -> None:
+    """Stop livekit-agents from ignoring SIGINT in the main process while it starts a job process.
+
+    It does so to protect the child; the shield protects it already, and a SIGINT in that window was lost.
+    """
+    from livekit.agents.ipc import supervised_proc
+
+    if hasattr(supervised_proc, "_mask_ctrl_c"):
+        supervised_proc._mask_ctrl_c = contextlib.nullcontext
+
+
+def record_run_app(run_app: Callable[[Any], NoReturn]) -> None:
+    """Put `run_app` in place of livekit's own, wherever user code can import it from."""
+    from livekit.agents.cli import cli as module
+
+    need(livekit.agents.cli, "run_app")
+    livekit.agents.cli.run_app = run_app
+    if hasattr(module, "run_app"):
+        module.run_app = run_app
+
+
+def set_up_logging(server: AgentServer | None, *, coloured: bool) -> None:
+    """Log as `python agent.py start` would: JSON lines on standard output, job processes included."""
+    from livekit.agents.cli import log as cli_log
+
+    level = os.environ.get("LIVEKIT_LOG_LEVEL") or _log_level(server)
+    cli_log.setup_logging(level, devmode=coloured, console=False)
+
+
+def _log_level(server: AgentServer | None) -> str:
+    level = getattr(server, "log_level", "INFO")  # since 1.5
+    return str(getattr(level, "prod_default", level))
+
+
+# -- the server, before it runs ----------------------------------------------------------------------------
+
+
+def as_server(value: object) -> AgentServer | None:
+    """Return the AgentServer that the value is or describes, or None."""
+    if isinstance(value, AgentServer):
+        return value
+    if isinstance(value, WorkerOptions):
+        return AgentServer.from_server_options(value)
+    return None
+
+
+def has_entrypoint(server: AgentServer) -> bool:
+    """Tell whether an rtc_session was registered; without one `run()` raises."""
+    return getattr(server, "_entrypoint_fnc", True) is not None
+
+
+def use_private_ports(server: AgentServer) -> None:
+    """Have health and metrics ports chosen by the kernel, on loopback: N workers share one host."""
+    for name, value in (("_port", 0), ("_host", "127.0.0.1")):
+        if hasattr(server, name):
+            setattr(server, name, value)
+    if getattr(server, "_prometheus_port", None) is not None:
+        server._prometheus_port = 0
+
+
+def use_private_metrics_dir(server: AgentServer, suffix: str) -> None:
+    """Give this worker a Prometheus directory of its own: livekit-agents empties it at start."""
+    base = getattr(server, "_prometheus_multiproc_dir", None) or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if base:
+        path = os.path.join(base, suffix)
+        os.makedirs(path, exist_ok=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = path
+        server._prometheus_multiproc_dir = path
+
+
+Admit = Callable[[Any], bool]
+Settle = Callable[[str, BaseException | None], None]
+
+
+def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
+    """Have every `accept()` pass `admit(job)` at the last moment, and report how it went by `settle(id, error)`.
+
+    Needs `AgentServer._request_fnc` and `JobRequest._on_accept` / `_on_reject`.
+    """
+    need(server, "_request_fnc")
+    user: Callable[[JobRequest], Awaitable[None]] | None = server._request_fnc
+
+    async def request(offer: JobRequest) -> None:
+        need(offer, "_on_accept", "_on_reject")
+        accept, reject = offer._on_accept, offer._on_reject
+
+        async def gated(arguments: Any) -> None:
+            for _ in range(GATE_TURNS):
+                await asyncio.sleep(0)
+            if not admit(offer.job):
+                await reject(False)
+                return
+            # From here to the send inside accept() nothing of ours awaits.
+            error: BaseException | None = None
+            try:
+                await accept(arguments)
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                settle(offer.job.id, error)
+
+        offer._on_accept = gated
+        if user is None:
+            await offer.accept()
+        else:
+            await user(offer)
+
+    server._request_fnc = request
+
+
+def is_unassigned(error: BaseException) -> bool:
+    """Tell whether an accept failed because the server never assigned the job."""
+    return type(error).__name__ == "AssignmentTimeoutError"
+
+
+# -- the server, while it runs -----------------------------------------------------------------------------
+
+
+def watch_jobs(
+    server: AgentServer, *, launched: Callable[[Any], None], closed: Callable[[Any], None]
+) -> None:
+    """Call back with the executor of each launched job and of each closed process."""
+    need(server, "_proc_pool")
+    server._proc_pool.on("process_job_launched", launched)
+    server._proc_pool.on("process_closed", closed)
+
+
+def watch_processes(server: AgentServer, started: Callable[[Any], None]) -> None:
+    """Call back with each executor whose process has initialised."""
+    need(server, "_proc_pool")
+    server._proc_pool.on("process_ready", started)
+
+
+def executors(server: AgentServer) -> list[Any]:
+    """Return the executors of all job processes, idle ones included; none before the pool exists."""
+    pool = getattr(server, "_proc_pool", None)
+    return [] if pool is None else list(pool.processes)
+
+
+def job_of(executor: Any) -> Any | None:
+    """Return the livekit Job that an executor runs or ran, or None."""
+    info = executor.running_job
+    return None if info is None else info.job
+
+
+def mark_as_mock(server: AgentServer) -> None:
+    """Run every job in livekit-agents' mock room: there is no media server to join."""
+    need(server, "_proc_pool")
+    launch = server._proc_pool.launch_job
+
+    async def launch_job(info: Any) -> None:
+        info.fake_job = True
+        await launch(info)
+
+    server._proc_pool.launch_job = launch_job
+
+
+def is_connected(server: AgentServer) -> bool:
+    """Tell whether the worker is registered over a live connection right now."""
+    connection = getattr(server, "_conn_task", None)
+    return connection is not None and not connection.done() and not getattr(server, "_connecting", True)
+
+
+def has_given_up(server: AgentServer) -> bool:
+    """Tell whether the connection was given up for good (older versions only set a flag)."""
+    return bool(getattr(server, "_connection_failed", False))
+
+
+def load_of(server: AgentServer) -> float:
+    """Return the load that the worker last measured, 0 to 1."""
+    return float(getattr(server, "_worker_load", 0.0))
+
+
+async def announce(server: AgentServer, *, full: bool) -> None:
+    """Tell the server at once that this worker takes no jobs, or takes them again.
+
+    `drain()` would do the first, but holds the server's lock until the last job has ended, so that `aclose()`
+    could not be called in time; and it can't be undone. Needs `_draining` and `_update_worker_status`.
+    """
+    need(server, "_draining", "_update_worker_status")
+    server._draining = full
+    if getattr(server, "_msg_chan", None) is not None:
+        with contextlib.suppress(ChanClosed):
+            await server._update_worker_status()
+
+
+async def flush(server: AgentServer) -> None:
+    """Return when every message queued for the server has been handed to the socket."""
+    channel = getattr(server, "_msg_chan", None)
+    while channel is not None and is_connected(server):
+        for _ in range(GATE_TURNS):
+            await asyncio.sleep(0)
+        if channel.empty():
+            return
+        await asyncio.sleep(0.001)
+
+
+async def ask_to_end(executor: Any, seconds: float) -> None:
+    """Ask a job to shut down, as the server's termination does, and wait for its process to end.
+
+    livekit-agents kills a job that has not acknowledged within `close_timeout` (10 s by default), with the
+    job's callbacks unrun; the deadline is ours to keep, so its own is moved out of the way.
+    """
+    options = getattr(executor, "_opts", None)
+    if options is not None and hasattr(options, "close_timeout"):
+        options.close_timeout = seconds + 60.0
+    await executor.aclose()
+
+
+def kill(executor: Any) -> None:
+    """SIGKILL the process of an executor at once. livekit-agents' own kill waits half a second first."""
+    pid = getattr(executor, "pid", None)
+    if pid is None or pid == os.getpid():
+        return  # the thread executor: its job ends with the worker
+    if hasattr(executor, "_kill_sent"):
+        executor._kill_sent = True  # else it logs an error for an exit that was meant
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def forkserver_pids() -> Iterable[int]:
+    """Return the pid of the forkserver, once it runs."""
+    from multiprocessing import forkserver
+
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]  # no public way
+    return () if pid is None else (pid,)
+
+
+def agent_name(server: AgentServer) -> str:
+    """Return the name under which the agent is dispatched explicitly; empty for automatic dispatch."""
+    return str(getattr(server, "_agent_name", ""))

@@ -1,0 +1,195 @@
+"""The life of a worker: run until a reason to stop, then fence, drain, end what is left, close.
+
+    reason to stop                    what follows
+    ------------------------------    ---------------------------------------------------------------
+    SIGTERM, SIGINT, fence message    the stop, within the budget
+    control socket at end of file     the same, with the budget known from the start
+    connection given up for good      the same; the supervisor takes the exit for a failure
+    the server's own run() raised     the same, and the error is reported
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from typing import Any
+
+from . import output
+from .clock import Bell, now
+from .control import Control
+from .livekit_engine import Engine
+from .resources import Resources
+from .settings import Settings
+from .stopping import Stopping
+from .wire import Message
+
+log = logging.getLogger("lastcall.worker")
+
+# Of the close share, what is kept back for reporting the ends of killed jobs and closing resources.
+TAIL = 5.0
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Host:
+    """Owns the engine, the control connection and the stop of one worker process."""
+
+    def __init__(self, settings: Settings, stopping: Stopping, bell: Bell) -> None:
+        self.settings = settings
+        self.stopping = stopping
+        self.bell = bell
+        self.resources = Resources()
+        self._hurried = False
+        self._killed = False
+        self._drain_at: float | None = None
+        self._close_seconds = settings.close
+        self._lag = 0.0
+        self._asked_hold = False
+        fd = settings.control_fd
+        sock = None if fd is None else socket.socket(fileno=fd)
+        self.control = Control(sock, self._on_message, self._on_lost)
+        self.engine: Engine | None = None
+
+    def adopt(self, server: Any) -> None:
+        """Take the loaded AgentServer; nothing of it runs yet."""
+        self.engine = Engine(
+            server,
+            bell=self.bell,
+            must_refuse=lambda: self.stopping.is_set or self._asked_hold,
+            report=self._report,
+            mock_room=self.settings.mock_room,
+        )
+        self.resources.join("livekit", self.engine.close)
+
+    async def run(self) -> int:
+        """Run until the end of the stop and return the exit code."""
+        engine = self.engine
+        assert engine is not None
+        await self.control.connect()
+        for _ in range(4):  # a signal that came while the target was loaded is still on its way
+            await asyncio.sleep(0)
+        async with asyncio.TaskGroup() as group:
+            beating = group.create_task(self._beats())
+            if self.stopping.is_set:
+                engine.ended = True
+            else:
+                group.create_task(engine.run())
+                holding = group.create_task(self._hold_as_told())
+                await self.bell.until(lambda: self.stopping.is_set or engine.is_lost)
+                holding.cancel()
+            code = await self._stop(engine)
+            beating.cancel()
+        return code
+
+    # -- the stop -------------------------------------------------------------------------------------
+
+    async def _stop(self, engine: Engine) -> int:
+        failed = not self.stopping.is_set
+        if failed:
+            reason = "lost" if engine.error is None else f"failed: {engine.error}"
+            self.stopping.begin(reason)
+            log.error("worker is going down", extra={"reason": reason})
+        if self._drain_at is None:
+            self._drain_at = now() + self.settings.drain
+        await self._fence(engine)
+        await self.bell.until(
+            lambda: not len(engine.jobs) or self._hurried,
+            lambda: self._drain_at,
+        )
+        self.control.say("drained", jobs=len(engine.jobs))
+        close_at = now() + self._close_seconds
+        kill_at = close_at - min(TAIL, self._close_seconds / 5)
+        if len(engine.jobs):
+            log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
+            await engine.end_jobs(self._or_now(kill_at), close_at)
+        census = await self.resources.aclose(close_at)
+        for resource in census:
+            self.control.say("resource", name=resource.name, fate=resource.fate, counts=resource.counts)
+        self.control.say("closed", cut=engine.jobs.cut, lost=engine.jobs.lost)
+        await asyncio.sleep(0)
+        if failed:
+            return 1
+        clean = not engine.jobs.cut and not engine.jobs.lost and all(r.fate == "closed" for r in census)
+        return 0 if clean else 75
+
+    async def _fence(self, engine: Engine) -> None:
+        try:
+            async with asyncio.timeout(1.0):
+                await engine.fence()
+        except TimeoutError:
+            log.warning("the server could not be told that the worker takes no more jobs")
+        # Said in any case: since the stop began the gate has refused, whatever the server knows.
+        self.control.say("fenced", reason=self.stopping.reason, jobs=len(engine.jobs))
+
+    def _or_now(self, at: float) -> float:
+        return now() if self._killed else at
+
+    # -- what the supervisor says ---------------------------------------------------------------------
+
+    def _on_message(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "fence":
+            self.stopping.begin(str(message.get("reason", "fence")))
+        elif kind == "drain":
+            self._drain_at = now() + float(message["seconds"])
+            self._close_seconds = float(message["close"])
+        elif kind == "hurry":
+            self._close_seconds = float(message["close"])
+            self._hurried = True
+        elif kind == "close":
+            self._hurried = self._killed = True
+            self._close_seconds = 0.0
+        elif kind == "hold":
+            self._asked_hold = bool(message["on"])
+        elif kind == "ping":
+            self._beat()
+        self.bell.ring()
+
+    def _on_lost(self) -> None:
+        output.drain_forever(self.settings.output_fds)
+        self.stopping.begin("supervisor lost")
+
+    async def _hold_as_told(self) -> None:
+        assert self.engine is not None
+        held = False
+        while True:
+            await self.bell.until(lambda: self._asked_hold is not held)
+            held = self._asked_hold
+            await self.engine.hold(held)
+            self._beat()
+
+    # -- what the supervisor hears --------------------------------------------------------------------
+
+    def _report(self, type: str, fields: dict[str, Any]) -> None:
+        if type == "shield":
+            log.error("shield does not hold", extra=fields)
+        self.control.say(type, **fields)
+
+    async def _beats(self) -> None:
+        beat = self.settings.beat
+        while True:
+            due = now() + beat
+            await asyncio.sleep(beat)
+            self._lag = max(0.0, now() - due)
+            self._beat()
+
+    def _beat(self) -> None:
+        engine = self.engine
+        assert engine is not None
+        self.control.say(
+            "beat",
+            lag_ms=round(self._lag * 1000, 2),
+            load=round(engine.load, 4),
+            jobs=len(engine.jobs),
+            rss_bytes=_rss(),
+            registered=engine.is_registered,
+            accepting=engine.accepts and not self.stopping.is_set,
+        )
+        if engine.is_lost:
+            self.bell.ring()
+
+
+def _rss() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * PAGE

@@ -1,0 +1,156 @@
+"""The jobs of one worker, from the yes to the end of the process.
+
+A job is accepted (the server was told yes), launched (a process runs it) and ended. It has ended when
+livekit-agents says that its process closed *and* the process is gone by its pidfd: when the forkserver is
+killed, livekit-agents takes jobs that live on for ended ones.
+
+    accepted --launched--> running --closed and gone--> finished | failed | cut
+        |--no assignment came--> unassigned          |--its worker died--> lost (the supervisor's word)
+        |--could not be launched--> lost
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .clock import Bell, now
+
+Fate = Literal["finished", "failed", "cut", "lost", "unassigned"]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One accepted dispatch. Times are readings of the monotonic clock."""
+
+    id: str
+    room: str
+    dispatch_id: str
+    accepted_at: float
+    pid: int | None = None
+    executor: Any = None
+    launched: bool = False
+    closed: bool = False
+    gone: bool = False
+    asked_to_end: bool = False
+    exit_code: int | None = None
+    pidfd: int | None = None
+
+    @property
+    def fate(self) -> Fate:
+        if self.asked_to_end:
+            return "cut"
+        return "finished" if self.exit_code == 0 else "failed"
+
+
+class Jobs:
+    """The register of accepted and running jobs; `report` hears of each beginning and end."""
+
+    def __init__(self, bell: Bell, report: Callable[[str, dict[str, Any]], None]) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._bell = bell
+        self._report = report
+        self.cut = 0
+        self.lost = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __iter__(self) -> Any:
+        return iter(list(self._jobs.values()))
+
+    @property
+    def running(self) -> list[Job]:
+        return [job for job in self._jobs.values() if job.launched]
+
+    def accept(self, job: Any) -> None:
+        """Count a job from before the yes is sent."""
+        record = Job(id=job.id, room=job.room.name, dispatch_id=job.dispatch_id, accepted_at=now())
+        self._jobs[job.id] = record
+        self._tell_started(record)
+
+    def launch(self, id: str, executor: Any, job: Any) -> None:
+        """A process has been given the job; also for jobs that no dispatch brought."""
+        if id not in self._jobs:
+            self.accept(job)
+        record = self._jobs[id]
+        record.launched = True
+        record.executor = executor
+        record.pid = getattr(executor, "pid", None) or os.getpid()
+        if record.pid == os.getpid():
+            record.gone = True
+        else:
+            self._watch(record)
+        self._tell_started(record)
+
+    def settle(self, id: str, fate: Fate | None) -> None:
+        """The accept has returned: None when the job runs, else what became of it instead."""
+        record = self._jobs.get(id)
+        if record is not None and fate is not None and not record.launched:
+            self._end(record, fate)
+
+    def close(self, id: str, executor: Any) -> None:
+        """livekit-agents says that the job's process has ended."""
+        record = self._jobs.get(id)
+        if record is None or record.executor is not executor:
+            return
+        record.closed = True
+        record.exit_code = getattr(executor, "exitcode", None)
+        if record.exit_code is None and record.pid == os.getpid():
+            record.exit_code = 0 if str(getattr(executor.status, "value", "")) == "success" else 1
+        self._end_if_over(record)
+
+    def abandon(self) -> None:
+        """Write off what is still accepted or running: this worker is about to end."""
+        for record in list(self._jobs.values()):
+            self._end(record, "cut" if record.launched else "lost")
+
+    def _watch(self, record: Job) -> None:
+        assert record.pid is not None
+        try:
+            record.pidfd = os.pidfd_open(record.pid)
+        except ProcessLookupError:
+            record.gone = True
+            return
+        asyncio.get_running_loop().add_reader(record.pidfd, self._is_gone, record)
+
+    def _is_gone(self, record: Job) -> None:
+        record.gone = True
+        self._unwatch(record)
+        self._end_if_over(record)
+
+    def _unwatch(self, record: Job) -> None:
+        if record.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(record.pidfd)
+            with contextlib.suppress(OSError):
+                os.close(record.pidfd)
+            record.pidfd = None
+
+    def _end_if_over(self, record: Job) -> None:
+        if record.closed and record.gone and record.id in self._jobs:
+            self._end(record, record.fate)
+
+    def _end(self, record: Job, fate: Fate) -> None:
+        del self._jobs[record.id]
+        self._unwatch(record)
+        self.cut += fate == "cut"
+        self.lost += fate == "lost"
+        seconds = round(now() - record.accepted_at, 3)
+        ended = {"id": record.id, "fate": fate, "seconds": seconds, "exit_code": record.exit_code}
+        self._report("job_ended", ended)
+        self._bell.ring()
+
+    def _tell_started(self, record: Job) -> None:
+        job = {
+            "id": record.id,
+            "room": record.room,
+            "dispatch_id": record.dispatch_id,
+            "pid": record.pid,
+            "accepted_at": record.accepted_at,
+        }
+        self._report("job_started", {"job": job})
+        self._bell.ring()

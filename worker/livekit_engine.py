@@ -1,0 +1,205 @@
+"""One AgentServer, run and ended through its public side; what that side lacks comes from `compat`.
+
+The engine decides which offers are answered with yes, and keeps the register of jobs. It does not decide
+when to stop: `host` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any
+
+from . import compat
+from .clock import Bell, now
+from .jobs import Fate, Jobs
+from .resources import Counts
+from .shield import unshielded
+
+Report = Callable[[str, dict[str, Any]], None]
+
+
+class Engine:
+    """Run `server` until it is told to end.
+
+    `must_refuse` is asked at the last moment before an offer is answered with yes. `report` is called with a
+    message type and its fields for whatever the supervisor should know.
+    """
+
+    def __init__(
+        self,
+        server: Any,
+        *,
+        bell: Bell,
+        must_refuse: Callable[[], bool],
+        report: Report,
+        mock_room: bool = False,
+    ) -> None:
+        self.server = server
+        self.jobs = Jobs(bell, report)
+        self.worker_id = ""
+        self.error: BaseException | None = None
+        self.ended = False
+        self.started = False
+        self.shield_holes: dict[int, str] = {}
+        self._mock_room = mock_room
+        self._fenced = False
+        self._held = False
+        self._bell = bell
+        self._report = report
+        self._must_refuse = must_refuse
+        self._run: asyncio.Task[None] | None = None
+        compat.gate_requests(server, admit=self._admit, settle=self._settle)
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run the server to its end; an error is kept in `error`, for whoever decides what it means."""
+        self._run = asyncio.current_task()
+        self.server.on("worker_started", self._on_started)
+        self.server.on("worker_registered", self._on_registered)
+        try:
+            async with asyncio.TaskGroup() as self._announcements:
+                await self._run_server()
+        finally:
+            self.ended = True
+            self._bell.ring()
+
+    async def _run_server(self) -> None:
+        try:
+            await self.server.run(devmode=False)
+        except asyncio.CancelledError:
+            if not self._fenced:
+                raise
+        except Exception as error:  # the user's or livekit's; the host reports it, with its text
+            self.error = error
+
+    @property
+    def is_registered(self) -> bool:
+        return self.worker_id != "" and compat.is_connected(self.server)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether livekit-agents has given the connection up for good."""
+        return self.ended or compat.has_given_up(self.server)
+
+    @property
+    def accepts(self) -> bool:
+        return self.is_registered and not (self._fenced or self._held)
+
+    @property
+    def load(self) -> float:
+        return compat.load_of(self.server)
+
+    # -- the stop -------------------------------------------------------------------------------------
+
+    async def fence(self) -> None:
+        """Answer no offer with yes any more, for good, and tell the server."""
+        self._fenced = True
+        if not self.ended:
+            await compat.announce(self.server, full=True)
+
+    async def hold(self, on: bool) -> None:
+        """Answer no offer with yes for as long as the hold lasts, and tell the server of both."""
+        self._held = on
+        if not self.ended and not self._fenced:
+            await compat.announce(self.server, full=on)
+
+    async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
+        """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported."""
+        async with asyncio.TaskGroup() as group:
+            asking = []
+            for job in self.jobs.running:
+                job.asked_to_end = True
+                asking.append(group.create_task(self._ask(job.executor, kill_at)))
+            await self._bell.until(lambda: not len(self.jobs), lambda: kill_at)
+            for job in self.jobs.running:
+                job.asked_to_end = True
+                compat.kill(job.executor)
+            await self._bell.until(lambda: not self.jobs.running, lambda: give_up_at)
+            for task in asking:
+                task.cancel()
+        self.jobs.abandon()
+
+    async def close(self, deadline: float) -> Counts:
+        """Close the connection, then the processes that run no job; those are killed, nothing is lost.
+
+        What is still queued for the server, above all the ends of jobs, is sent first.
+        """
+        await compat.flush(self.server)
+        killed = 0
+        for executor in compat.executors(self.server):
+            compat.kill(executor)
+            killed += 1
+        if self.started:
+            await self.server.aclose()
+        elif self._run is not None:
+            # The server's lock is held until it has started, so aclose() would wait for the start.
+            self._run.cancel()
+        await self._bell.until(lambda: self.ended, lambda: deadline)
+        return {"idle_processes": {"killed": killed}}
+
+    async def _ask(self, executor: Any, kill_at: float) -> None:
+        try:
+            await compat.ask_to_end(executor, max(0.0, kill_at - now()))
+        except Exception as error:  # the job's pipe may break at any moment; the kill does not depend on it
+            self._report("log", {"event": "job could not be asked to end", "error": repr(error)})
+
+    # -- what livekit-agents tells --------------------------------------------------------------------
+
+    def _admit(self, job: Any) -> bool:
+        if self._fenced or self._held or self._must_refuse():
+            return False
+        self.jobs.accept(job)
+        return True
+
+    def _settle(self, id: str, error: BaseException | None) -> None:
+        fate: Fate | None = None
+        if error is not None:
+            fate = "unassigned" if compat.is_unassigned(error) else "lost"
+        self.jobs.settle(id, fate)
+
+    def _on_started(self) -> None:
+        self.started = True
+        if self._mock_room:
+            compat.mark_as_mock(self.server)
+        compat.watch_jobs(self.server, launched=self._on_launched, closed=self._on_closed)
+        compat.watch_processes(self.server, self._check_shield)
+        for executor in compat.executors(self.server):
+            self._check_shield(executor)
+        self._bell.ring()
+
+    def _on_registered(self, worker_id: str, _info: Any) -> None:
+        self.worker_id = worker_id
+        # The connection counts as up only once this handler has returned, and a new connection is an
+        # available worker to the server: one that is fenced or held has to say so again at once.
+        asyncio.get_running_loop().call_soon(self._after_registered)
+
+    def _after_registered(self) -> None:
+        if self._fenced or self._held:
+            self._announcements.create_task(compat.announce(self.server, full=True))
+        self._report("ready", {"worker_id": self.worker_id})
+        self._bell.ring()
+
+    def _on_launched(self, executor: Any) -> None:
+        self._check_shield(executor)
+        job = compat.job_of(executor)
+        if job is not None:
+            self.jobs.launch(job.id, executor, job)
+
+    def _on_closed(self, executor: Any) -> None:
+        job = compat.job_of(executor)
+        if job is not None:
+            self.jobs.close(job.id, executor)
+
+    def _check_shield(self, executor: Any) -> None:
+        pid = getattr(executor, "pid", None)
+        if pid is None or pid == os.getpid():
+            return
+        for each in (pid, *compat.forkserver_pids()):
+            holes = unshielded(each)
+            if holes and each not in self.shield_holes:
+                names = ", ".join(sorted(number.name for number in holes))
+                self.shield_holes[each] = names
+                self._report("shield", {"pid": each, "open_to": names})

@@ -1,0 +1,56 @@
+"""Keep SIGTERM and SIGINT away from the forkserver and the job processes, and check that it holds.
+
+Problem: a stop that reaches a whole group or cgroup reaches the jobs too. livekit-agents sets the job's
+dispositions when one of its modules is first imported in a process named job_proc; from 1.8 on that module
+is preloaded in the forkserver, so forked jobs never run the line and die of the first SIGTERM.
+
+Options: patch the module (private, differs per version); wrap the user's entrypoint (too late, a process
+that is still starting would die); block the signals in the thread that starts the processes. A signal mask
+survives fork and exec, so the last covers forkserver, jobs and inference process from their first
+instruction, on every version. livekit-agents starts processes with `run_in_executor(None, proc.start)`:
+the loop's default executor is ours to set.
+
+Cost: the mask is inherited by whatever a job starts, too. `worker.jobside` trades it for a handler that
+does nothing, which exec resets, once the job process is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing.resource_tracker
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .stopping import STOP_SIGNALS
+
+
+def raise_shield(loop: asyncio.AbstractEventLoop) -> None:
+    """Have every process that livekit-agents starts from now on be born with the stop signals blocked."""
+    # The tracker unblocks both signals in the thread that starts it, so it has to be up before.
+    multiprocessing.resource_tracker.ensure_running()
+    executor = ThreadPoolExecutor(
+        thread_name_prefix="shielded",
+        initializer=signal.pthread_sigmask,
+        initargs=(signal.SIG_BLOCK, STOP_SIGNALS),
+    )
+    loop.set_default_executor(executor)
+
+
+def unshielded(pid: int) -> frozenset[signal.Signals]:
+    """Return the stop signals that would end the process: neither blocked, ignored nor caught.
+
+    Read from /proc/PID/status; a process that is gone needs no shield and gives an empty set.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return frozenset()
+    safe = 0
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name in ("SigBlk", "SigIgn", "SigCgt"):
+            safe |= int(value, 16)
+        elif name == "State" and value.strip().startswith("Z"):
+            return frozenset()
+    return frozenset(number for number in STOP_SIGNALS if not safe >> (number - 1) & 1)
