@@ -9,13 +9,13 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worker.clock import Bell, now
+from worker.clock import now
 
 from . import config as configuration
 from . import control_api, health, logs, receipt
@@ -45,10 +45,9 @@ class Surroundings:
     has_terminal: bool
     stdout: Sink
     stderr: Sink
-    # Demo: more settings for the workers, processes of ours that no sweep may touch, and who watches.
+    # Demo: more settings for the workers, processes of ours that no sweep may touch, and no workers' lines.
     worker_settings: Mapping[str, object]
     spared_pids: frozenset[int] = frozenset()
-    on_view: Callable[[View, Bell], None] | None = None
     quiet_workers: bool = False
 
 
@@ -76,8 +75,8 @@ class App:
         self.ledger = Ledger()
         self.clock = PhaseClock(self.record, self.log)
         self.countdown: Countdown | None = None
+        self.receipt: dict[str, Any] = {}
         self._inbox = inbox
-        self._bell = Bell()
         self._id = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._reaper = Reaper()
         self._last_interrupt: float | None = None
@@ -147,8 +146,6 @@ class App:
             )
             for line in configuration.warnings(self.around.environment):
                 self.log.warning(line)
-            if self.around.on_view is not None:
-                self.around.on_view(self.view, self.fleet.bell)
             await self._run_fleet()
         return self._finish()
 
@@ -215,6 +212,7 @@ class App:
 
     def _finish(self) -> Exit:
         document = receipt.write(self.record, self.ledger, grace=self.config.grace, pid=os.getpid())
+        self.receipt = document
         document["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self.config.receipt:
             try:
@@ -225,6 +223,10 @@ class App:
         for sink in (self.around.stdout, self.around.stderr):
             sink.flush(FLUSH)
         return Exit(document["exit_code"])
+
+    def stop(self, reason: str) -> None:
+        """Begin the stop, as SIGTERM does, for a reason of one's own."""
+        self._stop(reason, now())
 
     # -- signals --------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ async def serve(address: str, view: View) -> AsyncIterator[str]:
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, host.strip("[]"), int(port), shutdown_timeout=0.2).start()
+            await web.TCPSite(runner, host.strip("[]"), int(port)).start()
         except OSError as error:
             raise ConfigError(
                 f"http: {address} can't be used: {error.strerror or error};"

@@ -60,3 +60,23 @@ def _headline(document: dict[str, Any]) -> Text:
     if document["reason"]:
         line.append(f"\nstopping ({document['reason']}), {document['grace_left_s']:.0f} s left", "yellow")
     return line
+
+
+def receipt_table(receipt: dict[str, Any]) -> Group:
+    """Return a receipt for people: the verdict, the phases, and each job that was running."""
+    good = receipt["outcome"] == "clean"
+    verdict = Text.assemble(
+        ("receipt ", "bold"),
+        (receipt["outcome"], "bold green" if good else "bold red"),
+        f"  exit code {receipt['exit_code']}  {receipt['seconds']:.1f} s  reason: {receipt['reason']}",
+    )
+    phases = "  ".join(f"{name} {seconds:.2f} s" for name, seconds in receipt["phases"].items())
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("job running at the stop", "room", "slot", "seconds", "fate"):
+        table.add_column(name)
+    for job in receipt["jobs"]:
+        fate = Text(job["fate"] or "?", style="green" if job["fate"] == "finished" else "red")
+        table.add_row(job["id"], job["room"], str(job["slot"]), f"{job['seconds']:.1f}", fate)
+    totals = ", ".join(f"{count} {name}" for name, count in receipt["totals"].items() if name != "unassigned")
+    tail = Text(f"all jobs: {totals}; swept {receipt['swept']}, processes left {receipt['left']}", style="dim")
+    return Group(verdict, Text(phases, style="dim"), table, tail)

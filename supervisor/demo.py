@@ -1,0 +1,163 @@
+"""`lastcall demo`: the real supervisor over a local dispatch server and a sample agent.
+
+Nothing to configure and nothing beyond loopback: the dispatch server is a process of its own, which ends
+with its standard input, so that it can't outlive us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+import worker.wire
+from worker.clock import now
+
+from .app import App, surroundings
+from .config import Config
+from .errors import Exit, SupervisorError
+from .inbox import Inbox
+from .sink import Sink
+from .status import View
+from .table import receipt_table, status_table
+
+GRACE = 30.0
+CALL_SECONDS = 4.0
+SERVER_TIMEOUT = 15.0
+REFRESH = 0.25
+LINE_EVERY = 2.0
+SAMPLE = "local/sample.py"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Server:
+    pid: int
+    environment: dict[str, str]
+
+
+async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None) -> Exit:
+    """Run the demo until a signal, or for `seconds`, and return the exit code of its stop."""
+    console = Console(file=sys.stdout)
+    async with _dispatch_server(rate) as server:
+        config = Config(
+            target=os.path.join(os.path.dirname(worker.wire.__file__), SAMPLE),
+            workers=workers,
+            grace=GRACE,
+            http="127.0.0.1:0",
+            log_format="console",
+        )
+        screen = _Screen(console) if console.is_terminal else None
+        around = surroundings(
+            environment={**os.environ, **server.environment},
+            worker_settings={"mock_room": True},
+            spared_pids=frozenset({server.pid}),
+            quiet_workers=True,
+            **({"stderr": screen} if screen is not None else {}),
+        )
+        app = App(config, inbox, around)
+        if screen is None:
+            around.stdout.write(b"lastcall demo: local dispatch server, sample agent; Ctrl-C stops\n")
+        async with asyncio.TaskGroup() as group:
+            shown = screen.follow(app.view) if screen is not None else _lines(app.view, around.stdout.write)
+            showing = group.create_task(shown)
+            timing = group.create_task(_stop_after(app, seconds))
+            code = await app.run()
+            showing.cancel()
+            timing.cancel()
+        if screen is not None:
+            screen.close()
+            console.print(receipt_table(app.receipt))
+        else:
+            around.stdout.write(_plain_receipt(app.receipt))
+            around.stdout.flush(1.0)
+    return code
+
+
+class _Screen(Sink):
+    """A live table at the bottom of a terminal, the supervisor's log lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._live.start()
+
+    def write(self, data: bytes) -> None:
+        for line in data.decode(errors="replace").splitlines():
+            self._console.print(Text.from_ansi(line), soft_wrap=True)
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Take the table away and give the terminal back as it was."""
+        self._live.stop()
+
+    async def follow(self, view: View) -> None:
+        """Redraw the table a few times a second; the terminal is restored however this ends."""
+        try:
+            while True:
+                self._live.update(status_table(view.document()), refresh=True)
+                await asyncio.sleep(REFRESH)
+        finally:
+            self._live.stop()
+
+
+async def _lines(view: View, write: Callable[[bytes], None]) -> None:
+    """Off a terminal: one plain line every few seconds."""
+    began = now()
+    while True:
+        await asyncio.sleep(LINE_EVERY)
+        document = view.document()
+        slots = ", ".join(f"slot {s['slot']} {s['state']} {len(s['jobs'])} jobs" for s in document["slots"])
+        totals = ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")
+        write(f"{now() - began:5.0f} s  {document['phase']}: {slots}; {totals}\n".encode())
+
+
+def _plain_receipt(receipt: dict[str, Any]) -> bytes:
+    totals = ", ".join(f"{n} {name}" for name, n in receipt["totals"].items() if name != "unassigned")
+    at_stop = len(receipt["jobs"])
+    line = (
+        f"receipt: {receipt['outcome']}, exit code {receipt['exit_code']}, {receipt['seconds']:.1f} s;"
+        f" {at_stop} jobs were running when the stop began; all: {totals}; processes left {receipt['left']}\n"
+    )
+    return line.encode()
+
+
+async def _stop_after(app: App, seconds: float | None) -> None:
+    if seconds is not None:
+        await asyncio.sleep(seconds)
+        app.stop(f"the demo's {seconds:g} s are over")
+
+
+@asynccontextmanager
+async def _dispatch_server(rate: float) -> AsyncIterator[_Server]:
+    command = [sys.executable, "-P", "-m", "worker.local"]
+    command += ["--rate", str(rate), "--seconds", str(CALL_SECONDS)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        async with asyncio.timeout(SERVER_TIMEOUT):
+            line = await asyncio.to_thread(process.stdout.readline)
+        if not line:
+            raise SupervisorError("the local dispatch server did not start; its own message is above")
+        yield _Server(pid=process.pid, environment=json.loads(line)["environment"])
+    finally:
+        process.stdin.close()
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5.0)
+        process.kill()
+        process.stdout.close()

@@ -1,0 +1,96 @@
+"""The tests' agent. Each dispatch's metadata says what its job does; every job keeps a log of its own.
+
+metadata: {"sleep": seconds, "mode": "sleep" | "swallow" | "block" | "crash" | "spawn", and for the offer
+"request_sleep", "request_block", "busy"}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+
+from livekit.agents import JobContext, JobRequest, WorkerOptions, cli
+
+# A program that ignores SIGTERM and left its parent's session.
+STUBBORN = "import signal,time,sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+
+
+def note(ctx: JobContext, what: str, **more: object) -> None:
+    line = {"job": ctx.job.id, "room": ctx.room.name, "what": what, "pid": os.getpid(), "at": time.monotonic()}
+    with open(os.environ["JOB_LOG"], "a") as file:
+        file.write(json.dumps({**line, **more}) + "\n")
+
+
+async def entrypoint(ctx: JobContext) -> None:
+    spec = json.loads(ctx.job.metadata or "{}")
+    seconds = float(spec.get("sleep", 1.0))
+    mode = spec.get("mode", "sleep")
+    note(ctx, "started")
+
+    async def callback() -> None:
+        note(ctx, "callback")
+
+    ctx.add_shutdown_callback(callback)
+    if mode == "block":
+        time.sleep(seconds)
+    elif mode == "swallow":
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                await asyncio.sleep(end - time.monotonic())
+            except asyncio.CancelledError:
+                note(ctx, "swallowed")
+    elif mode == "crash":
+        os._exit(3)
+    elif mode == "spawn":
+        child = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        note(ctx, "spawned", child=child.pid)
+        await asyncio.sleep(seconds)
+    elif mode == "program":
+        # What a job starts must be stoppable by SIGTERM, whatever protects the job itself.
+        child = subprocess.Popen(["sleep", "600"])
+        await asyncio.sleep(0.2)
+        child.terminate()
+        code = await asyncio.to_thread(child.wait, 5)
+        note(ctx, "program", code=code)
+        await asyncio.sleep(seconds)
+    else:
+        for _ in range(int(spec.get("prints", 0))):
+            print("x" * 1000)
+        await asyncio.sleep(seconds)
+    note(ctx, "ended")
+    ctx.shutdown(reason="done")
+
+
+def stay_busy(loop: asyncio.AbstractEventLoop) -> None:
+    """Keep the loop half busy with callbacks, for good."""
+    time.sleep(0.005)
+    loop.call_later(0.005, stay_busy, loop)
+
+
+async def request(offer: JobRequest) -> None:
+    spec = json.loads(offer.job.metadata or "{}")
+    if spec.get("busy"):
+        stay_busy(asyncio.get_running_loop())
+    if "request_block" in spec:
+        time.sleep(spec["request_block"])
+    if "request_sleep" in spec:
+        await asyncio.sleep(spec["request_sleep"])
+    await offer.accept()
+
+
+if __name__ == "__main__":
+    cli.run_app(
+        WorkerOptions(
+            entrypoint_fnc=entrypoint,
+            request_fnc=request,
+            load_threshold=float("inf"),
+            num_idle_processes=int(os.environ.get("IDLE", "1")),
+        )
+    )

@@ -1,0 +1,59 @@
+"""Fixtures, and the running of async tests."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import Run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def` tests in a fresh loop each; `run` is theirs to start supervisors with."""
+    function = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(function):
+        return None
+    names = inspect.signature(function).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            for name, value in arguments.items():
+                if isinstance(value, Starter):
+                    arguments[name] = value.bind(stack)
+            await function(**arguments)
+
+    asyncio.run(main())
+    return True
+
+
+class Starter:
+    """Starts runs that end with the test."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._tmp_path = tmp_path
+        self._count = 0
+
+    def bind(self, stack: AsyncExitStack) -> Callable[..., Any]:
+        async def start(*arguments: str, **options: Any) -> Run:
+            self._count += 1
+            directory = self._tmp_path / str(self._count)
+            directory.mkdir()
+            run = Run(directory, *arguments, **options)
+            return await stack.enter_async_context(run)
+
+        return start
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Starter:
+    """Start a supervisor: `await run("run", "agent.py", …)`; everything of it is gone when the test ends."""
+    return Starter(tmp_path)
+

@@ -1,0 +1,336 @@
+"""A stop, however it is sent, cuts no job. Real workers, real signals, a real dispatch protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness import AGENT, Run
+
+pytestmark = pytest.mark.core
+
+
+async def test_sigterm_to_the_supervisor(run: Any) -> None:
+    """Two workers with jobs: both are FULL at once, the jobs end by themselves, the receipt lists them."""
+    r: Run = await run("run", "-w", "2", "--grace", "40", AGENT)
+    await r.ready(2)
+    jobs = [await r.dispatch(f"room-{n}", sleep=2.5) for n in range(4)]
+    for job in jobs:
+        await r.job_says(job.job_id, "started")
+    r.kill()
+    await r.until(lambda: not r.livekit.available())
+    refused = await r.livekit.dispatch("too late")
+    assert refused.outcome == "no_worker"
+    assert await r.exit() == 0
+    await r.clean(*jobs)
+    assert set(r.fates()) == {job.job_id for job in jobs}
+    assert r.receipt()["totals"]["finished"] == 4
+
+
+async def test_sigterm_to_the_process_groups(run: Any) -> None:
+    """What cuts every job of a bare worker: the signal reaches forkserver and jobs as well."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=2.5)
+    await r.job_says(job.job_id, "started")
+    r.kill_group()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_sigterm_to_every_process(run: Any) -> None:
+    """A stop of the whole cgroup, as systemd's default KillMode sends it."""
+    r: Run = await run("run", "-w", "2", "--grace", "40", AGENT)
+    await r.ready(2)
+    jobs = [await r.dispatch(f"room-{n}", sleep=2.5) for n in range(3)]
+    for job in jobs:
+        await r.job_says(job.job_id, "started")
+    r.kill_all()
+    assert await r.exit() == 0
+    await r.clean(*jobs)
+
+
+@pytest.mark.parametrize("pause", [0.01, 0.2, 2.0])
+async def test_sigterm_twice(run: Any, pause: float) -> None:
+    """A second SIGTERM, to everybody, changes nothing."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=pause + 2)
+    await r.job_says(job.job_id, "started")
+    r.kill()
+    await asyncio.sleep(pause)
+    r.kill_all()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_sigint_without_a_terminal(run: Any) -> None:
+    """Nomad and Fly send SIGINT: it drains as SIGTERM does, also when it comes again."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=2.5)
+    await r.job_says(job.job_id, "started")
+    for _ in range(3):
+        r.kill_all(signal.SIGINT)
+        await asyncio.sleep(0.4)
+    assert await r.exit() == 0
+    await r.clean(job)
+    assert r.receipt()["reason"] == "SIGINT"
+
+
+async def test_sigterm_while_the_loop_is_half_busy(run: Any) -> None:
+    """Callbacks that fill half of the worker's loop delay the fence by milliseconds, not for ever."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=2.5, busy=True)
+    await r.job_says(job.job_id, "started")
+    r.kill_all()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_sigterm_while_request_fnc_blocks_the_loop(run: Any) -> None:
+    """A blocked loop has not seen the signal when its accept() comes; the gate makes it look first."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    first = await r.dispatch("first", sleep=3)
+    await r.job_says(first.job_id, "started")
+    r.livekit.answer_timeout = 8
+    late = asyncio.create_task(r.livekit.dispatch("late", metadata='{"request_block": 2.5, "sleep": 1}'))
+    await r.until(lambda: len(r.events("offer")) == 2)
+    await asyncio.sleep(0.3)
+    r.kill()
+    assert (await late).outcome == "no_worker"
+    assert await r.exit() == 0
+    await r.clean(first)
+    receipt = r.receipt()
+    assert receipt["fence_unacknowledged"] in ([], [0])
+    assert [e.job_id for e in r.events("accepted")] == [first.job_id]
+
+
+async def test_offer_unanswered_at_the_fence_is_refused(run: Any) -> None:
+    """The user's request_fnc accepts after the fence: the server hears no, at once."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    r.livekit.answer_timeout = 8
+    pending = asyncio.create_task(r.livekit.dispatch("pending", metadata='{"request_sleep": 1, "sleep": 1}'))
+    await r.until(lambda: r.events("offer"))
+    r.kill()
+    assert (await pending).outcome == "no_worker"
+    assert await r.exit() == 0
+    assert r.events("accepted") == []
+    await r.clean()
+
+
+async def test_job_between_availability_and_assignment(run: Any) -> None:
+    """The yes was sent before the signal, the assignment comes after it: the job runs to its end."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    r.livekit.hold_assignments = 1.5
+    dispatching = asyncio.create_task(r.dispatch(sleep=1.5))
+    await r.until(lambda: r.events("accepted"))
+    r.kill_all()
+    job = await dispatching
+    assert await r.exit() == 0
+    await r.clean(job)
+    assert r.fates() == {job.job_id: "finished"}
+
+
+async def test_assignment_that_never_comes(run: Any) -> None:
+    """An accepted offer that the server gave up is no job: the stop waits for it no longer than livekit does."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    r.livekit.hold_assignments = 60
+    dispatching = asyncio.create_task(r.livekit.dispatch("never", metadata='{"sleep": 1}'))
+    await r.until(lambda: r.events("accepted"))
+    r.kill()
+    assert await r.exit(20) == 0
+    dispatching.cancel()
+    assert r.fates() == {}
+    assert r.receipt()["totals"]["unassigned"] == 1
+    await r.clean()
+
+
+async def test_idle_worker(run: Any) -> None:
+    """Nothing to drain: the fence is told all the same, and the end comes at once."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    r.kill()
+    assert await r.exit(10) == 0
+    assert [e.at for e in r.events("full") if e.at >= r.signalled_at]
+    await r.clean()
+    assert r.receipt()["seconds"] < 5
+
+
+@pytest.mark.parametrize("mode", ["sleep", "swallow", "block"])
+async def test_deadline_shorter_than_the_job(run: Any, mode: str) -> None:
+    """Whatever a job does, the stop ends within its grace, the job's end is reported, and the code is 75."""
+    r: Run = await run("run", "--grace", "8", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=60, mode=mode)
+    await r.job_says(job.job_id, "started")
+    began = time.monotonic()
+    r.kill_all()
+    assert await r.exit() == 75
+    assert time.monotonic() - began < 8 + 2
+    receipt = r.receipt()
+    assert receipt["seconds"] <= 8.5
+    assert (receipt["outcome"], receipt["left"]) == ("cut", 0)
+    assert r.fates() == {job.job_id: "cut"}
+    record = r.livekit.jobs[job.job_id]
+    assert (record.status, record.forgotten) == ("JS_FAILED", False), r.logs()
+    await r.nothing_left()
+
+
+async def test_worker_killed_with_jobs(run: Any) -> None:
+    """SIGKILL of a worker: its jobs are lost and counted, another is started, the stop later is clean."""
+    r: Run = await run("run", "--grace", "20", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=60)
+    note = await r.job_says(job.job_id, "started")
+    (worker,) = r.workers()
+    worker.kill()
+    await r.until(lambda: not r.livekit.available())
+    await r.ready()
+    assert not psutil.pid_exists(note["pid"])
+    r.kill()
+    assert await r.exit() == 0
+    receipt = r.receipt()
+    assert receipt["totals"]["lost"] == 1
+    assert receipt["jobs"] == []
+    await r.nothing_left()
+
+
+async def test_supervisor_killed_with_jobs(run: Any) -> None:
+    """SIGKILL of the supervisor: each worker drains by itself, its jobs' prints included, and ends."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=3, prints=200)
+    await r.job_says(job.job_id, "started")
+    r.kill(signal.SIGKILL)
+    await r.job_says(job.job_id, "ended")
+    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_SUCCESS")
+    await r.nothing_left(10)
+    assert r.accepted_late() == []
+
+
+async def test_supervisor_stopped_and_continued(run: Any) -> None:
+    """SIGSTOP and SIGCONT of the supervisor harm nobody; a SIGTERM in between takes effect afterwards."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=4)
+    await r.job_says(job.job_id, "started")
+    os.kill(r.pid, signal.SIGSTOP)
+    await asyncio.sleep(1.5)
+    r.kill()
+    os.kill(r.pid, signal.SIGCONT)
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_programs_that_jobs_left_behind(run: Any) -> None:
+    """A program in a session of its own that ignores SIGTERM: swept at the stop, counted, no reason for 75."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=1, mode="spawn")
+    child = (await r.job_says(job.job_id, "spawned"))["child"]
+    await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+    assert r.receipt()["swept"] == 1
+    assert not psutil.pid_exists(child)
+
+
+async def test_programs_of_a_crashed_worker(run: Any) -> None:
+    """The same, when the worker is killed: swept at once, while the slot lives on."""
+    r: Run = await run("run", "-w", "2", "--grace", "40", AGENT)
+    await r.ready(2)
+    jobs = [await r.livekit.dispatch(f"r{n}", metadata='{"sleep": 60, "mode": "spawn"}', only=w.id)
+            for n, w in enumerate(r.livekit.available())]  # fmt: skip
+    children = [(await r.job_says(job.job_id, "spawned"))["child"] for job in jobs]
+    victim = next(w for w in r.workers() if children[0] in {c.pid for c in w.children(recursive=True)})
+    victim.kill()
+    await r.until(lambda: not psutil.pid_exists(children[0]))
+    assert psutil.pid_exists(children[1]), "another slot's program was swept"
+    r.kill(signal.SIGQUIT)
+    assert await r.exit() == 75
+    await r.nothing_left()
+
+
+async def test_programs_of_a_job_can_be_stopped(run: Any) -> None:
+    """The shield ends at exec: what a job starts is ended by SIGTERM as ever."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=0.1, mode="program")
+    note = await r.job_says(job.job_id, "program")
+    assert note["code"] == -signal.SIGTERM
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_connection_cut_during_the_drain(run: Any) -> None:
+    """The worker reconnects while its job goes on, and takes nothing new."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=4)
+    await r.job_says(job.job_id, "started")
+    r.kill()
+    await r.until(lambda: not r.livekit.available())
+    await r.livekit.cut_connections()
+    await r.until(lambda: len(r.events("registered")) == 2)
+    while r.process.poll() is None:
+        result = await r.livekit.dispatch("new", metadata='{"sleep": 1}')
+        assert result.outcome == "no_worker"
+        await asyncio.sleep(0.02)
+    assert r.process.returncode == 0
+    await r.job_says(job.job_id, "ended")
+    assert [e.job_id for e in r.events("accepted")] == [job.job_id]
+    assert r.fates() == {job.job_id: "finished"}
+    await r.nothing_left()
+
+
+async def test_sigquit_kills_at_once(run: Any) -> None:
+    """Nothing is waited for; the receipt says what was cut."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=60)
+    await r.job_says(job.job_id, "started")
+    began = time.monotonic()
+    r.kill(signal.SIGQUIT)
+    assert await r.exit(5) == 75
+    assert time.monotonic() - began < 3
+    assert r.fates() == {job.job_id: "cut"}
+    await r.nothing_left()
+
+
+async def test_a_job_that_crashes_is_failed_not_lost(run: Any) -> None:
+    """Its process ends with an error: reported so to the server, counted so, no reason for 75."""
+    r: Run = await run("run", "--grace", "20", AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="crash")
+    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_FAILED")
+    r.kill()
+    assert await r.exit() == 0
+    assert r.receipt()["totals"]["failed"] == 1
+    await r.nothing_left()
+
+
+async def test_good_jobs_are_never_reported_failed(run: Any) -> None:
+    """The forkserver's exit status is read once: without the lock about one good job in forty is FAILED."""
+    r: Run = await run("run", "--grace", "40", AGENT, environment={"IDLE": "2"})
+    await r.ready()
+    jobs = []
+    for n in range(12):
+        jobs.append(await r.dispatch(f"room-{n}", sleep=0.05))
+        await r.until(lambda: r.livekit.jobs[jobs[-1].job_id].status != "JS_RUNNING", 15)
+    statuses = [r.livekit.jobs[job.job_id].status for job in jobs]
+    assert statuses == ["JS_SUCCESS"] * len(jobs)
+    r.kill()
+    assert await r.exit() == 0
