@@ -3,8 +3,9 @@
 import signal
 
 # First of all, and before any import that takes time: a stop that comes now waits until somebody can handle
-# it. The verbs that do not supervise let it in again at once.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+# it. The verbs that do not supervise let it in again at once. SIGCHLD is read from a signalfd later, which
+# only works when every thread has it blocked, and threads inherit the mask of the one that starts them.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
 
 import asyncio
 import os
@@ -23,7 +24,7 @@ SUPERVISING = frozenset({"run", "demo"})
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
     if not SUPERVISING.intersection(sys.argv[1:2]):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
         _leave(_command(None, None))
     inbox = Inbox()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, receive(runner.get_loop(), inbox):

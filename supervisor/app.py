@@ -130,7 +130,7 @@ class App:
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self) -> Exit:
-        """Run until a stop is over. Raises ConfigError for what is found wrong before anything has started."""
+        """Run until a stop is over. Raises ConfigError for what is wrong before anything has started."""
         from_file = configuration.environment_of(self.config.env_file)
         self._held_environment = {**self.around.environment, **from_file}
         async with AsyncExitStack() as stack:
@@ -141,8 +141,14 @@ class App:
             stack.callback(self._reaper.close)
             what = self.config.target or " ".join(self.config.command)
             self.log.info(
-                "supervisor started", pid=os.getpid(), target=what, workers=self.config.workers,
-                grace=self.config.grace, http=http, control=str(control), **receipt.versions(),
+                "supervisor started",
+                pid=os.getpid(),
+                target=what,
+                workers=self.config.workers,
+                grace=self.config.grace,
+                http=http,
+                control=str(control),
+                **receipt.versions(),
             )
             for line in configuration.warnings(self.around.environment):
                 self.log.warning(line)
@@ -183,10 +189,7 @@ class App:
     async def _until_stop(self) -> None:
         await self.fleet.bell.until(
             lambda: (
-                self._stop_reason
-                or self.fleet.is_quarantined
-                or self.fleet.config_error
-                or self.fleet.fault
+                self._stop_reason or self.fleet.is_quarantined or self.fleet.config_error or self.fleet.fault
             )
         )
         if self._stop_reason:
@@ -218,8 +221,10 @@ class App:
             try:
                 _write_whole(Path(self.config.receipt), json.dumps(document, indent=2) + "\n")
             except OSError as error:
-                self.log.error("receipt could not be written", path=self.config.receipt, reason=error.strerror)
-        self.log.info("receipt", **{"receipt": document})
+                self.log.error(
+                    "receipt could not be written", path=self.config.receipt, reason=error.strerror
+                )
+        self.log.info("receipt", receipt=document)
         for sink in (self.around.stdout, self.around.stderr):
             sink.flush(FLUSH)
         return Exit(document["exit_code"])

@@ -39,7 +39,9 @@ class _Session:
 
 
 app = typer.Typer(
-    help=HELP, add_completion=False, rich_markup_mode=None,
+    help=HELP,
+    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -55,7 +57,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print versions and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option("--version", help="Print versions and exit.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Have the verbs share one root."""
@@ -113,7 +116,9 @@ def _run(
     if loaded.target and loaded.command:
         raise ConfigError("both target and command are configured; expected one of them")
     if not loaded.target and not loaded.command:
-        raise UsageError("nothing to run: expected TARGET (path.py, path.py:attr or module:attr), or -- CMD ARG…")
+        raise UsageError(
+            "nothing to run: expected TARGET (path.py, path.py:attr or module:attr), or -- CMD ARG…"
+        )
     from .app import App, surroundings
 
     assert session.runner is not None and session.inbox is not None
@@ -151,8 +156,9 @@ def _status(
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    from .table import status_table
     from rich.console import Console
+
+    from .table import status_table
 
     Console().print(status_table(document))
 

@@ -120,7 +120,7 @@ class _Environment(EnvSettingsSource):
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, file: str | None = None) -> Config:
-    """Return the configuration. Raises UsageError for a bad flag, ConfigError for anything else that is bad."""
+    """Return the configuration. Raises UsageError for a bad flag, ConfigError for whatever else is bad."""
     path, from_file = _read_file(file or environ.get("LASTCALL_CONFIG") or None)
     from_environment = _from_environment(environ)
     given = {name: value for name, value in flags.items() if value is not None}

@@ -117,7 +117,9 @@ def find(path_option: str) -> Path:
     if len(live) == 1:
         return live[0]
     if not live:
-        raise NotRunning(f"no supervisor is running: no live socket in {directory}; start one, or give --control PATH")
+        raise NotRunning(
+            f"no supervisor is running: no live socket in {directory}; start one, or give --control PATH"
+        )
     names = ", ".join(str(path) for path in live)
     raise NotRunning(f"{len(live)} supervisors are running: give one of {names} by --control")
 
@@ -130,10 +132,12 @@ def _path(option: str) -> Path:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = directory.lstat()
     except OSError as error:
-        raise ConfigError(f"control: {directory} can't be made: {error.strerror}; give --control PATH") from error
+        raise ConfigError(
+            f"control: {directory} can't be made: {error.strerror}; give --control PATH"
+        ) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ConfigError(
-            f"control: {directory} is not a directory of your own with mode 0700; mend it, or give --control PATH"
+            f"control: {directory} is no directory of your own with mode 0700; mend it, or give --control PATH"
         )
     for stale in directory.glob("*.sock"):
         if not _is_live(stale):

@@ -144,8 +144,12 @@ async def _stop_after(app: App, seconds: float | None) -> None:
 async def _dispatch_server(rate: float) -> AsyncIterator[_Server]:
     command = [sys.executable, "-P", "-m", "worker.local"]
     command += ["--rate", str(rate), "--seconds", str(CALL_SECONDS)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    process = await asyncio.to_thread(
+        subprocess.Popen,
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdin is not None and process.stdout is not None
     try:

@@ -28,7 +28,14 @@ from .relay import Relay
 CONTROL_FD = 3
 OUTPUT_FDS = (4, 5)
 # Meant for the supervisor alone: whoever inherits one would answer in its name.
-NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+NOT_INHERITED = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -35,7 +35,8 @@ class Collector:
             "lastcall_worker_loop_lag_seconds", "How late the worker's event loop last was.", labels=["slot"]
         )
         rss = GaugeMetricFamily(
-            "lastcall_worker_resident_memory_bytes", "Resident memory of the worker's main process.",
+            "lastcall_worker_resident_memory_bytes",
+            "Resident memory of the worker's main process.",
             labels=["slot"],
         )
         for slot in fleet.slots:
@@ -65,7 +66,7 @@ class Metrics:
 
     def __init__(self, view: View) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(Collector(view))  # type: ignore[arg-type]  # duck-typed by the library
+        self._registry.register(Collector(view))
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

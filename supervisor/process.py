@@ -85,7 +85,9 @@ def spawn(
     """
     path = shutil.which(argv[0], path=environment.get("PATH", os.defpath))
     if path is None:
-        raise SpawnError(f"{argv[0]!r} is no program that can be run: no such file in PATH, or not executable")
+        raise SpawnError(
+            f"{argv[0]!r} is no program that can be run: no such file in PATH, or not executable"
+        )
     actions: list[tuple[int, int, int]] = []
     for number, fd in sorted(descriptors.items()):
         actions.append((os.POSIX_SPAWN_DUP2, fd, number))

@@ -68,7 +68,9 @@ class Ledger:
 
     def lose(self, slot: int, generation: int, now: float, fate: Fate) -> int:
         """Note that a worker is gone, with whatever it still ran; return how many jobs that were."""
-        gone = [entry for entry in self.running.values() if (entry.slot, entry.generation) == (slot, generation)]
+        gone = [
+            entry for entry in self.running.values() if (entry.slot, entry.generation) == (slot, generation)
+        ]
         for entry in gone:
             self.end(slot, generation, entry.id, fate, now - entry.accepted_at)
         return len(gone)
@@ -157,7 +159,12 @@ def write(record: StopRecord, ledger: Ledger, *, grace: float, pid: int) -> dict
             for entry in ledger.at_stop
         ],
         "resources": [
-            {"name": r.name, "fate": r.fate, "counts": r.counts, **({} if r.slot is None else {"slot": r.slot})}
+            {
+                "name": r.name,
+                "fate": r.fate,
+                "counts": r.counts,
+                **({} if r.slot is None else {"slot": r.slot}),
+            }
             for r in record.resources
         ],
         "fence_unacknowledged": record.unacknowledged,

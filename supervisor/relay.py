@@ -16,7 +16,7 @@ KEPT = 20
 
 
 class Relay:
-    """Reads one pipe. `write` gets whole lines with their newline; the last few are kept for an exit record."""
+    """Reads one pipe. `write` gets whole lines; the last few are kept for an exit record."""
 
     def __init__(self, fd: int, write: Callable[[bytes], None]) -> None:
         self._fd: int | None = fd
@@ -27,7 +27,7 @@ class Relay:
         asyncio.get_running_loop().add_reader(fd, self._read)
 
     def close(self) -> None:
-        """Take what is there and stop reading. The end of the pipe is not waited for: a grandchild may hold it."""
+        """Take what is there and stop reading. Its end is not waited for: a grandchild may hold it."""
         if self._fd is None:
             return
         for _ in range(64):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Any
 
 from worker.clock import now
@@ -72,9 +73,7 @@ async def shut_down(
     fleet.begin_stop()
     fleet.ledger.begin_stop()
     jobs = len(fleet.ledger.running)
-    clock.advance(
-        Phase.FENCING, reason=countdown.reason, jobs=jobs, grace_s=round(countdown.grace_left, 1)
-    )
+    clock.advance(Phase.FENCING, reason=countdown.reason, jobs=jobs, grace_s=round(countdown.grace_left, 1))
     async with asyncio.TaskGroup() as group:
         reporting = group.create_task(_report(fleet, countdown, clock, log))
         async with asyncio.TaskGroup() as stops:
@@ -94,11 +93,12 @@ async def _report(fleet: Fleet, countdown: Countdown, clock: PhaseClock, log: An
     """Follow the phase, and say every few seconds how much is left."""
     said_at = now()
     while True:
-        seen = fleet.phase
-        if seen < Phase.SWEEPING:
-            clock.advance(seen, jobs=len(fleet.ledger.running))
+        if fleet.phase < Phase.SWEEPING:
+            clock.advance(fleet.phase, jobs=len(fleet.ledger.running))
         due = said_at + REPORT
-        changed = await fleet.bell.until(lambda seen=seen: fleet.phase is not seen, lambda due=due: due)
+        changed = await fleet.bell.until(
+            lambda: clock.phase < fleet.phase < Phase.SWEEPING, functools.partial(float, due)
+        )
         if not changed:
             said_at = now()
             jobs, left = len(fleet.ledger.running), round(countdown.grace_left)

@@ -250,13 +250,18 @@ class Slot:
         was_killing = self.state is S.KILLING and self._stop_asked
         event = E.EXIT if asked or was_killing else E.FAIL
         last_lines = b"\n".join(launched.relays[1].last).decode(errors="replace")
-        why: dict[str, Any] = {"reason": self.last_exit, "exit": str(status), "jobs_lost": lost, "swept": swept}
+        why: dict[str, Any] = {
+            "reason": self.last_exit,
+            "exit": str(status),
+            "jobs_lost": lost,
+            "swept": swept,
+        }
         if event is E.FAIL and last_lines and not self._fault:
             why["last_lines"] = last_lines
         self.change(event, **{name: value for name, value in why.items() if value})
 
     async def _sweep(self, launched: Launched) -> tuple[int, int]:
-        """Kill what the worker left behind; return how many programs that were and how many are still there."""
+        """Kill what the worker left behind; return how many programs that were and how many are left."""
         programs = 0
         due = now() + SWEEP
         while True:
@@ -446,7 +451,11 @@ class Slot:
         self._fenced_at = now()
         if self.beat is not None:
             self.beat = Beat(at=now(), registered=self.beat.registered)
-        if self.state in (S.STARTING, S.READY, S.STALLED):  # nobody here asked: the worker itself was signalled
+        if self.state in (
+            S.STARTING,
+            S.READY,
+            S.STALLED,
+        ):  # nobody here asked: the worker itself was signalled
             self.change(E.FENCE, reason=str(message.get("reason", "")))
         self.bell.ring()
 

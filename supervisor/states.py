@@ -90,9 +90,7 @@ SLOT_TABLE = MappingProxyType(
     }
 )
 
-ALIVE = frozenset(
-    {S.STARTING, S.READY, S.STALLED, S.DRAINING, S.CLOSING, S.TERMINATING, S.KILLING}
-)
+ALIVE = frozenset({S.STARTING, S.READY, S.STALLED, S.DRAINING, S.CLOSING, S.TERMINATING, S.KILLING})
 
 
 class Phase(enum.IntEnum):

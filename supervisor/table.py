@@ -78,5 +78,7 @@ def receipt_table(receipt: dict[str, Any]) -> Group:
         fate = Text(job["fate"] or "?", style="green" if job["fate"] == "finished" else "red")
         table.add_row(job["id"], job["room"], str(job["slot"]), f"{job['seconds']:.1f}", fate)
     totals = ", ".join(f"{count} {name}" for name, count in receipt["totals"].items() if name != "unassigned")
-    tail = Text(f"all jobs: {totals}; swept {receipt['swept']}, processes left {receipt['left']}", style="dim")
+    tail = Text(
+        f"all jobs: {totals}; swept {receipt['swept']}, processes left {receipt['left']}", style="dim"
+    )
     return Group(verdict, Text(phases, style="dim"), table, tail)

@@ -56,4 +56,3 @@ class Starter:
 def run(tmp_path: Path) -> Starter:
     """Start a supervisor: `await run("run", "agent.py", …)`; everything of it is gone when the test ends."""
     return Starter(tmp_path)
-

@@ -26,7 +26,7 @@ START = 40.0
 
 
 class Run:
-    """One `lastcall` process. Arguments are its command line; `livekit` starts a dispatch server beside it."""
+    """One `lastcall` process. Arguments are its command line; `livekit`: with a dispatch server beside it."""
 
     def __init__(
         self,
@@ -90,7 +90,15 @@ class Run:
     def _options(self) -> list[str]:
         if self._arguments[:1] != ["run"]:
             return self._arguments
-        options = ["run", "--http", "off", "--control", str(self.control), "--receipt", str(self.receipt_file)]
+        options = [
+            "run",
+            "--http",
+            "off",
+            "--control",
+            str(self.control),
+            "--receipt",
+            str(self.receipt_file),
+        ]
         at = self._arguments.index("--") if "--" in self._arguments else len(self._arguments)
         return [*options, *self._arguments[1:at]]
 

@@ -143,7 +143,7 @@ async def test_job_between_availability_and_assignment(run: Any) -> None:
 
 
 async def test_assignment_that_never_comes(run: Any) -> None:
-    """An accepted offer that the server gave up is no job: the stop waits for it no longer than livekit does."""
+    """An accepted offer that the server gave up is no job: the stop waits as long as livekit does."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     r.livekit.hold_assignments = 60
@@ -235,7 +235,7 @@ async def test_supervisor_stopped_and_continued(run: Any) -> None:
 
 
 async def test_programs_that_jobs_left_behind(run: Any) -> None:
-    """A program in a session of its own that ignores SIGTERM: swept at the stop, counted, no reason for 75."""
+    """A program in a session of its own that ignores SIGTERM: swept, counted, no reason for 75."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=1, mode="spawn")

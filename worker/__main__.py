@@ -50,9 +50,7 @@ def main() -> NoReturn:
             _leave(code)
 
 
-def _host(
-    runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: Bell, target: str
-) -> int:
+def _host(runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: Bell, target: str) -> int:
     from .host import Host
 
     host = Host(settings, stopping, bell)
@@ -67,8 +65,8 @@ def _host(
         return _fault(host, EX_FAILED, error, error.traceback)
     code = runner.run(host.run())
     if host.engine is not None and host.engine.error is not None:
-        error = host.engine.error
-        return _fault(host, code, error, loading.users_traceback(error))
+        failure = host.engine.error
+        return _fault(host, code, failure, loading.users_traceback(failure))
     return code
 
 
@@ -83,7 +81,9 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     compat.keep_interrupt_handler()
     server = loading.load(target, record=compat.record_run_app, classify=compat.as_server)
     if not compat.has_entrypoint(server):
-        raise TargetError(f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run")
+        raise TargetError(
+            f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run"
+        )
     compat.set_up_logging(server, coloured=host.settings.coloured)
     compat.use_private_ports(server)
     compat.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")

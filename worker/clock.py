@@ -40,7 +40,7 @@ class Bell:
     async def until(
         self, predicate: Callable[[], object], deadline: Callable[[], float | None] = never
     ) -> bool:
-        """Wait until the predicate holds (True) or the deadline, read afresh at each wake, has passed (False)."""
+        """Wait until the predicate holds (True) or the deadline has passed (False); both are read afresh."""
         while not predicate():
             at = deadline()
             left = None if at is None else at - now()

@@ -92,7 +92,7 @@ def preload_ours() -> None:
         rest = [name for name in modules if name not in PRELOADED]
         original(self, [*PRELOADED, *rest])
 
-    context.set_forkserver_preload = set_forkserver_preload  # type: ignore[method-assign]  # no public hook
+    context.set_forkserver_preload = set_forkserver_preload  # type: ignore[assignment]  # no public hook
 
     # Newer interpreters give the forkserver the parent's whole path, the user's directory first; a worker.py
     # there would be preloaded in place of our package. "ignore" is the name that the forkserver asks under.
@@ -182,8 +182,9 @@ Settle = Callable[[str, BaseException | None], None]
 
 
 def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
-    """Have every `accept()` pass `admit(job)` at the last moment, and report how it went by `settle(id, error)`.
+    """Have every `accept()` pass `admit(job)` at the last moment, and report how it went.
 
+    `settle(id, error)` is called once the accept has returned or raised.
     Needs `AgentServer._request_fnc` and `JobRequest._on_accept` / `_on_reject`.
     """
     need(server, "_request_fnc")
@@ -332,7 +333,7 @@ def forkserver_pids() -> Iterable[int]:
     """Return the pid of the forkserver, once it runs."""
     from multiprocessing import forkserver
 
-    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)  # type: ignore[attr-defined]  # no public way
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return () if pid is None else (pid,)
 
 

@@ -1,11 +1,11 @@
 """The life of a worker: run until a reason to stop, then fence, drain, end what is left, close.
 
-    reason to stop                    what follows
-    ------------------------------    ---------------------------------------------------------------
-    SIGTERM, SIGINT, fence message    the stop, within the budget
-    control socket at end of file     the same, with the budget known from the start
-    connection given up for good      the same; the supervisor takes the exit for a failure
-    the server's own run() raised     the same, and the error is reported
+reason to stop                    what follows
+------------------------------    ---------------------------------------------------------------
+SIGTERM, SIGINT, fence message    the stop, within the budget
+control socket at end of file     the same, with the budget known from the start
+connection given up for good      the same; the supervisor takes the exit for a failure
+the server's own run() raised     the same, and the error is reported
 """
 
 from __future__ import annotations
@@ -152,11 +152,10 @@ class Host:
 
     async def _hold_as_told(self) -> None:
         assert self.engine is not None
-        held = False
+        engine = self.engine
         while True:
-            await self.bell.until(lambda: self._asked_hold is not held)
-            held = self._asked_hold
-            await self.engine.hold(held)
+            await self.bell.until(lambda: self._asked_hold is not engine.is_held)
+            await engine.hold(self._asked_hold)
             self._beat()
 
     # -- what the supervisor hears --------------------------------------------------------------------

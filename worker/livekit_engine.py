@@ -89,6 +89,10 @@ class Engine:
         return self.is_registered and not (self._fenced or self._held)
 
     @property
+    def is_held(self) -> bool:
+        return self._held
+
+    @property
     def load(self) -> float:
         return compat.load_of(self.server)
 

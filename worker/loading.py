@@ -44,7 +44,9 @@ def parse(text: str) -> Target:
     if head.endswith(".py"):
         path = Path(head).absolute()
         if not path.is_file():
-            raise TargetError(f"no file {head!r}: TARGET is path.py, path.py:attr or module:attr{_near(path)}")
+            raise TargetError(
+                f"no file {head!r}: TARGET is path.py, path.py:attr or module:attr{_near(path)}"
+            )
         if colon and not attribute.isidentifier():
             raise TargetError(f"{text!r}: {attribute!r} is no attribute name, expected path.py:attr")
         return Target(text=text, path=path, module="", attribute=attribute)
@@ -217,6 +219,7 @@ def _refuse_hidden_imports(path: Path) -> None:
         return  # compile() is about to say it better
     for node in ast.walk(tree):
         names = []
+        line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -225,7 +228,7 @@ def _refuse_hidden_imports(path: Path) -> None:
             top = name.partition(".")[0]
             if top in hidden:
                 raise TargetError(
-                    f"{path.name} line {node.lineno} imports {top!r}, which is {hidden[top].name!r} beside it,"
+                    f"{path.name} line {line} imports {top!r}, which is {hidden[top].name!r} beside it,"
                     f" but lastcall has a package of that name: rename {hidden[top].name!r}"
                 )
 

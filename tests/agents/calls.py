@@ -16,11 +16,22 @@ import time
 from livekit.agents import JobContext, JobRequest, WorkerOptions, cli
 
 # A program that ignores SIGTERM and left its parent's session.
-STUBBORN = "import signal,time,sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(600)
+"""
 
 
 def note(ctx: JobContext, what: str, **more: object) -> None:
-    line = {"job": ctx.job.id, "room": ctx.room.name, "what": what, "pid": os.getpid(), "at": time.monotonic()}
+    line = {
+        "job": ctx.job.id,
+        "room": ctx.room.name,
+        "what": what,
+        "pid": os.getpid(),
+        "at": time.monotonic(),
+    }
     with open(os.environ["JOB_LOG"], "a") as file:
         file.write(json.dumps({**line, **more}) + "\n")
 
@@ -47,7 +58,9 @@ async def entrypoint(ctx: JobContext) -> None:
     elif mode == "crash":
         os._exit(3)
     elif mode == "spawn":
-        child = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True, stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-c", STUBBORN], start_new_session=True, stdout=subprocess.PIPE
+        )
         assert child.stdout is not None
         child.stdout.readline()
         note(ctx, "spawned", child=child.pid)

@@ -362,9 +362,7 @@ class DispatchServer:
         if which == "register":
             await self._register(peer, message.register)
         elif which == "ping":
-            pong = agent.WorkerPong(
-                last_timestamp=message.ping.timestamp, timestamp=int(time.time() * 1000)
-            )
+            pong = agent.WorkerPong(last_timestamp=message.ping.timestamp, timestamp=int(time.time() * 1000))
             await peer.send(agent.ServerMessage(pong=pong))
         elif which == "update_worker":
             update = message.update_worker

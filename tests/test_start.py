@@ -1,0 +1,252 @@
+"""Signals while things start, and everything that can be wrong with a target or a configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import AGENT, Run
+
+
+def handles_signals(pid: int) -> bool:
+    """Tell whether the process has reached its first line: SIGTERM is blocked or caught."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigBlk", "SigCgt"))]
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "delay", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0]
+)
+async def test_sigterm_while_starting(run: Any, delay: float) -> None:
+    """From the first line of the program on a stop is a clean stop, and quick."""
+    r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
+    await r.until(lambda: handles_signals(r.pid))
+    await asyncio.sleep(delay)
+    r.kill_all()
+    assert await r.exit(20) == 0
+    receipt = r.receipt()
+    assert (receipt["outcome"], receipt["reason"]) == ("clean", "SIGTERM")
+    assert r.events("accepted") == []
+    await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_unreachable_livekit_server(run: Any) -> None:
+    """The worker never registers: not ready, and a stop is clean and quick."""
+    nowhere = {"LIVEKIT_URL": "ws://127.0.0.1:9", "LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s" * 32}
+    r: Run = await run("run", "--grace", "30", AGENT, livekit=False, environment=nowhere)
+    await r.until(lambda: "failed to connect" in r.out.read_text(), 30)
+    r.kill()
+    assert await r.exit(15) == 0
+    assert r.receipt()["outcome"] == "clean"
+    await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_no_livekit_url(run: Any) -> None:
+    """livekit-agents' own error is reported in one line, and the slot backs off; a stop then is clean."""
+    empty = {"LIVEKIT_URL": "", "LIVEKIT_API_KEY": "", "LIVEKIT_API_SECRET": ""}
+    r: Run = await run("run", "--grace", "30", AGENT, livekit=False, environment=empty)
+    await r.until(lambda: r.log("slot backoff"), 30)
+    assert "ws_url is required" in r.log("slot failed")[0]["reason"]
+    r.kill()
+    assert await r.exit(15) == 0
+    await r.nothing_left()
+
+
+def write(directory: Path, name: str, text: str) -> str:
+    path = directory / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(text)
+    return str(path)
+
+
+AGENT_TEXT = Path(AGENT).read_text()
+SERVER_TEXT = """
+from livekit.agents import AgentServer, JobContext
+server = AgentServer(num_idle_processes=0)
+
+@server.rtc_session()
+async def entrypoint(ctx: JobContext) -> None:
+    import helper
+    ctx.shutdown(reason=helper.WHY)
+
+def factory():
+    return server
+
+if __name__ == "__main__":
+    raise SystemExit("the guard should have been shut")
+"""
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "target", ["app.py:server", "app.py:factory", "app:server", "app:factory", "main.py", "worker.py"]
+)
+async def test_forms_of_target(run: Any, tmp_path: Path, target: str) -> None:
+    """A job runs and ends with each form; the file may be called worker.py and have modules beside it."""
+    write(tmp_path, "app.py", SERVER_TEXT)
+    write(tmp_path, "helper.py", "WHY = 'helped'\n")
+    text = "import helper\n" + AGENT_TEXT
+    write(tmp_path, "main.py", text)
+    write(tmp_path, "worker.py", text)
+    r: Run = await run("run", "--grace", "30", target, cwd=tmp_path)
+    await r.ready()
+    job = await r.dispatch(sleep=0.1)
+    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_SUCCESS", 15)
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_package_beside_the_target(run: Any, tmp_path: Path) -> None:
+    """A target in one folder imports a package that stands beside it, whatever the working directory."""
+    write(tmp_path, "src/calls/__init__.py", "LENGTH = 0.1\n")
+    target = write(tmp_path, "src/agent.py", "from calls import LENGTH\n" + AGENT_TEXT)
+    r: Run = await run("run", "--grace", "30", target, cwd=Path("/"))
+    await r.ready()
+    job = await r.dispatch(sleep=0.1)
+    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_SUCCESS", 15)
+    r.kill()
+    assert await r.exit() == 0
+
+
+WRONG = {
+    "no_file": ("missing.py", "", "no file 'missing.py'"),
+    "no_attribute": ("app.py:servr", SERVER_TEXT, "did you mean 'server'?"),
+    "wrong_type": ("app.py:AgentServerName", SERVER_TEXT + "\nAgentServerName = 3\n", "is a int, expected"),
+    "syntax": ("app.py", "def broken(:\n", "SyntaxError"),
+    "module": ("app.py", "import no_such_module_here\n", "No module named 'no_such_module_here'"),
+    "form": ("app", "", "expected path.py, path.py:attr or module:attr"),
+    "no_agent": ("app.py", "x = 1\n", "never called cli.run_app"),
+    "no_session": (
+        "app.py:server",
+        "from livekit.agents import AgentServer\nserver = AgentServer()\n",
+        "rtc_session",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+async def test_wrong_target(run: Any, tmp_path: Path, case: str) -> None:
+    """Exit 78 within the import time of livekit-agents, one line that says what to do, no traceback."""
+    target, text, expected = WRONG[case]
+    if text:
+        write(tmp_path, "app.py", text)
+    r: Run = await run("run", "-w", "3", target, cwd=tmp_path, livekit=False)
+    assert await r.exit(20) == 78
+    said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
+    assert len(said) == 1, r.logs()
+    assert expected in said[0]
+    assert "Traceback" not in r.logs()
+    await r.nothing_left()
+
+
+async def test_hidden_import_is_refused(run: Any, tmp_path: Path) -> None:
+    """A target that imports its own worker.py would be given ours: exit 78, and what to rename."""
+    write(tmp_path, "worker.py", "x = 1\n")
+    write(tmp_path, "app.py", "import worker\n" + AGENT_TEXT)
+    r: Run = await run("run", "app.py", cwd=tmp_path, livekit=False)
+    assert await r.exit(20) == 78
+    assert "rename 'worker.py'" in r.err.read_text()
+
+
+async def test_target_that_raises(run: Any, tmp_path: Path) -> None:
+    """Any other exception is a failed start: their traceback once, back-off, and in the end exit 69."""
+    write(tmp_path, "app.py", "def fail():\n    raise ValueError('no key')\n\nfail()\n")
+    config = write(tmp_path, "lastcall.toml", "[restart]\nintensity = 2\nbackoff = [0.05, 0.1]\n")
+    r: Run = await run("run", "-w", "2", "--config", config, "app.py", cwd=tmp_path, livekit=False)
+    assert await r.exit(60) == 69
+    failures = [entry for entry in r.log("target failed") if entry["slot"] == 0]
+    assert len(failures) == 1
+    traceback = failures[0]["traceback"]
+    assert traceback.count("Traceback") == 1
+    assert "ValueError: no key" in traceback and "loading.py" not in traceback
+    assert r.receipt()["outcome"] == "gave_up"
+    await r.nothing_left()
+
+
+CONFIGURATION = {
+    "unknown_key": ("grcae = 3\n", "unknown key 'grcae'; did you mean 'grace'?"),
+    "nested_key": ("[stop]\nclse = 3\n", "unknown key 'stop.clse'; did you mean 'close'?"),
+    "bad_value": ('grace = "soon"\n', "grace: got 'soon', expected a valid number"),
+    "not_toml": ("grace: 3\n", "not TOML"),
+    "bad_http": ('http = "8080"\n', "expected HOST:PORT or off"),
+    "bad_workers": ("workers = 0\n", "workers: got 0, expected greater than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURATION)
+async def test_wrong_configuration(run: Any, tmp_path: Path, case: str) -> None:
+    """Exit 78 within two seconds and one line: the value, what was expected, the nearest right name."""
+    text, expected = CONFIGURATION[case]
+    config = write(tmp_path, "lastcall.toml", text)
+    began = time.monotonic()
+    r: Run = await run("run", "--config", config, "app.py", livekit=False)
+    assert await r.exit(10) == 78
+    assert time.monotonic() - began < 2 + 2
+    assert expected in r.err.read_text()
+    assert len(r.err.read_text().splitlines()) == 1
+
+
+COMMAND_LINES = {
+    "option": (["run", "--grase", "3", "app.py"], "No such option: --grase"),
+    "verb": (["frob"], "No such command 'frob'"),
+    "value": (["run", "--grace", "soon", "app.py"], "--grace: got 'soon', expected a valid number"),
+    "negative": (["run", "--grace", "-3", "app.py"], "--grace: got '-3', expected greater than 0"),
+    "nothing": (["run"], "nothing to run"),
+    "no_command": (["run", "--"], "no command after --"),
+    "both": (["run", "app.py", "--", "sleep", "1"], "expected one of them"),
+}
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+async def test_wrong_command_line(run: Any, case: str) -> None:
+    """Exit 2 and one line."""
+    arguments, expected = COMMAND_LINES[case]
+    r: Run = await run(*arguments, command=[*_python(), *arguments], livekit=False)
+    assert await r.exit(10) == 2
+    assert expected in r.err.read_text()
+    assert len(r.err.read_text().splitlines()) == 1
+
+
+async def test_busy_http_port(run: Any) -> None:
+    """Exit 78 and one line; nothing was started."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = ["run", "--http", address, "--", "sleep", "100"]
+        r: Run = await run(*arguments, command=[*_python(), *arguments], livekit=False)
+        assert await r.exit(10) == 78
+    assert f"http: {address} can't be used: " in r.err.read_text()
+    await r.nothing_left()
+
+
+async def test_unknown_variable_is_a_warning(run: Any) -> None:
+    """A misspelt LASTCALL_ variable is named with the nearest right one; what Kubernetes injects is not."""
+    environment = {"LASTCALL_GRASE": "3", "LASTCALL_SERVICE_HOST": "10.0.0.1", "LASTCALL_PORT": "tcp://x"}
+    r: Run = await run("run", "--", "sleep", "100", livekit=False, environment=environment)
+    await r.until(lambda: r.log("slot ready"))
+    warnings = [line for line in r.err.read_text().splitlines() if "unknown environment variable" in line]
+    assert len(warnings) == 1 and "did you mean LASTCALL_GRACE?" in warnings[0]
+    r.kill()
+    assert await r.exit() == 0
+
+
+def _python() -> list[str]:
+    from tests.harness import LASTCALL
+
+    assert os.path.exists(LASTCALL[0])
+    return LASTCALL
