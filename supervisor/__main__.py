@@ -7,15 +7,20 @@ import signal
 # only works when every thread has it blocked, and threads inherit the mask of the one that starts them.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
 
-import asyncio
 import os
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `python -m` puts the working directory first, where a worker.py of the user's would hide ours.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
 import traceback
 from typing import NoReturn
 
 import uvloop
 
-from .errors import ConfigError, NotRunning, UsageError
+from .errors import ConfigError, NotRunning, SupervisorError, UsageError
 from .inbox import STOP_SIGNALS, Inbox, receive
 
 SUPERVISING = frozenset({"run", "demo"})
@@ -23,25 +28,36 @@ SUPERVISING = frozenset({"run", "demo"})
 
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    if not SUPERVISING.intersection(sys.argv[1:2]):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
-        _leave(_command(None, None))
+    if SUPERVISING.intersection(sys.argv[1:2]):
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            _leave(runner.run(_supervise()))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
+    _leave(asyncio.run(_command(None)))
+
+
+async def _supervise() -> int:
+    """Let the signals in once their handlers stand, then import the rest.
+
+    In the running loop, because uvloop forgets what its handlers received before it ran.
+    """
     inbox = Inbox()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, receive(runner.get_loop(), inbox):
-        _leave(_command(runner, inbox))
+    with receive(asyncio.get_running_loop(), inbox):
+        return await _command(inbox)
 
 
-def _command(runner: asyncio.Runner | None, inbox: Inbox | None) -> int:
+async def _command(inbox: Inbox | None) -> int:
     from . import cli
 
     try:
-        return cli.main(sys.argv[1:], runner, inbox)
+        return await cli.main(sys.argv[1:], inbox)
     except UsageError as error:
         return _complain(error, 2)
     except ConfigError as error:
         return _complain(error, 78)
     except NotRunning as error:
         return _complain(error, 69)
+    except SupervisorError as error:
+        return _complain(error, 70)
     except Exception:
         traceback.print_exc()  # a fault of ours; the workers, if any, drain by themselves
         return 70

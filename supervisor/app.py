@@ -21,7 +21,7 @@ from . import config as configuration
 from . import control_api, health, logs, receipt
 from .budget import Shares
 from .config import Config
-from .errors import Exit
+from .errors import ConfigError, Exit
 from .fleet import Fleet
 from .inbox import Inbox, Received
 from .launch import Launcher
@@ -130,7 +130,7 @@ class App:
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self) -> Exit:
-        """Run until a stop is over. Raises ConfigError for what is wrong before anything has started."""
+        """Run until a stop is over. Raises ConfigError for a wrong configuration or target."""
         from_file = configuration.environment_of(self.config.env_file)
         self._held_environment = {**self.around.environment, **from_file}
         async with AsyncExitStack() as stack:
@@ -153,7 +153,10 @@ class App:
             for line in configuration.warnings(self.around.environment):
                 self.log.warning(line)
             await self._run_fleet()
-        return self._finish()
+        code = self._finish()
+        if self.record.config_error:
+            raise ConfigError(self.record.config_error)
+        return code
 
     async def _run_fleet(self) -> None:
         try:

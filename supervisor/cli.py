@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+from collections.abc import Coroutine
 from typing import Annotated, Any
 
 import typer
@@ -30,12 +30,12 @@ the grace, everything is closed, and a receipt says how it went. Repeats change 
 
 
 class _Session:
-    """What `__main__` prepared before the imports: the loop whose signal handlers stand already."""
+    """What a verb is given beside its options, and what it wants to have run in the loop afterwards."""
 
-    def __init__(self, runner: asyncio.Runner | None, inbox: Inbox | None, command: list[str]) -> None:
-        self.runner = runner
+    def __init__(self, inbox: Inbox | None, command: list[str]) -> None:
         self.inbox = inbox
         self.command = command
+        self.work: Coroutine[Any, Any, int] | None = None
 
 
 app = typer.Typer(
@@ -121,9 +121,8 @@ def _run(
         )
     from .app import App, surroundings
 
-    assert session.runner is not None and session.inbox is not None
-    code = session.runner.run(App(loaded, session.inbox, surroundings()).run())
-    raise typer.Exit(code)
+    assert session.inbox is not None
+    session.work = App(loaded, session.inbox, surroundings()).run()
 
 
 @app.command("demo")
@@ -137,10 +136,10 @@ def _demo(
     from .demo import demo
 
     session: _Session = context.obj
-    assert session.runner is not None and session.inbox is not None
+    assert session.inbox is not None
     if workers < 1 or rate <= 0 or (seconds is not None and seconds <= 0):
         raise UsageError("--workers, --rate and --seconds: expected more than 0")
-    raise typer.Exit(session.runner.run(demo(session.inbox, workers=workers, rate=rate, seconds=seconds)))
+    session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
 @app.command("status")
@@ -163,7 +162,7 @@ def _status(
     Console().print(status_table(document))
 
 
-def main(arguments: list[str], runner: asyncio.Runner | None, inbox: Inbox | None) -> int:
+async def main(arguments: list[str], inbox: Inbox | None) -> int:
     """Run one verb and return the exit code. Raises UsageError, ConfigError and NotRunning."""
     command: list[str] = []
     if "--" in arguments:
@@ -176,15 +175,18 @@ def main(arguments: list[str], runner: asyncio.Runner | None, inbox: Inbox | Non
     if asked_for_nothing:
         arguments = ["--help"]
     root = typer.main.get_command(app)
+    session = _Session(inbox, command)
     try:
         result = root.main(
             args=arguments,
             prog_name="lastcall",
             standalone_mode=False,
-            obj=_Session(runner, inbox, command),
+            obj=session,
         )
     except CommandLineError as error:
         raise UsageError(f"{error.format_message().rstrip('.')}. See lastcall --help.") from None
     except typer.Abort:
         return 130
+    if session.work is not None:
+        return int(await session.work)
     return 2 if asked_for_nothing else int(result or 0)

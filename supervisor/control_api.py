@@ -137,7 +137,7 @@ def _path(option: str) -> Path:
         ) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ConfigError(
-            f"control: {directory} is no directory of your own with mode 0700; mend it, or give --control PATH"
+            f"control: {directory} is no directory of your own with mode 0700; mend it or give --control PATH"
         )
     for stale in directory.glob("*.sock"):
         if not _is_live(stale):

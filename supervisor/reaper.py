@@ -134,7 +134,7 @@ def _open_signalfd(libc: ctypes.CDLL) -> int | None:
     fd: int = libc.signalfd(-1, mask, SFD_NONBLOCK | SFD_CLOEXEC)
     if fd < 0:
         return None
-    # Already so in `lastcall` itself, since its first statement: a thread that does not block the signal would
-    # be given it, and drop it.
+    # Already so in `lastcall` itself, since its first statement: a thread that does not block the signal
+    # would be given it, and drop it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     return fd

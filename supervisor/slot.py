@@ -152,6 +152,8 @@ class Slot:
         while not self._stop_asked:
             await self._live()
             self.first_load_over = True
+            if self.config_error:  # no later start would find a better target
+                await self.bell.until(lambda: self._stop_asked)
             if self._stop_asked:
                 break
             uptime = 0.0 if self._ready_at is None else now() - self._ready_at

@@ -168,6 +168,9 @@ class Run:
         except TimeoutError:
             raise AssertionError(f"still running after {timeout} s\n{self.logs()}") from None
         assert self.process.returncode is not None
+        if self.receipt_file.exists():
+            print(self.receipt_file.read_text())  # shown when the test fails
+        print(self.logs())
         return self.process.returncode
 
     async def until(self, condition: Callable[[], object], timeout: float = 10.0) -> None:
@@ -267,3 +270,11 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def lives(pid: int) -> bool:
+    """Tell whether a process runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

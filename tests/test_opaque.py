@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.harness import LASTCALL, Run
+from tests.harness import LASTCALL, Run, lives
 
 PY = sys.executable
 # Prints a line when it handles SIGTERM, works for a while after it, and says how often it came.
@@ -31,7 +31,12 @@ while not seen:
 time.sleep({after})
 print("terms", len(seen), flush=True)
 """
-DEAF = "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('up', flush=True)
+time.sleep(600)
+"""
 ORPHANS = """
 import os, time, sys
 for _ in range(100):
@@ -149,7 +154,7 @@ async def test_a_stubborn_grandchild(run: Any) -> None:
     (worker,) = psutil.Process(r.pid).children()
     worker.kill()
     await r.until(lambda: r.out.read_text().count("child") == 2)
-    assert not _lives(first)
+    assert not lives(first)
     r.kill()
     assert await r.exit() == 0
     assert r.receipt()["swept"] == 2
@@ -220,7 +225,10 @@ async def test_http(run: Any, tmp_path: Path) -> None:
     code, text = await _get(address, "/metrics")
     assert code == 200 and 'lastcall_slots{state="ready"} 1.0' in text
     shown = subprocess.run(
-        [*LASTCALL, "status", "--json", "--control", str(r.control)], capture_output=True, timeout=10
+        [*LASTCALL, "status", "--json", "--control", str(r.control)],
+        capture_output=True,
+        timeout=10,
+        check=True,
     )
     assert json.loads(shown.stdout)["slots"][0]["pid"] == document["slots"][0]["pid"]
     await r.until(lambda: "up" in r.out.read_text())
@@ -253,7 +261,9 @@ async def test_control_socket_is_private(run: Any) -> None:
     with socket.socket(socket.AF_UNIX) as noisy:
         noisy.connect(str(r.control))
         noisy.sendall(b"\x00garbage" * 10_000 + b"\n")
-    shown = subprocess.run([*LASTCALL, "status", "--control", str(r.control)], capture_output=True, timeout=10)
+    shown = subprocess.run(
+        [*LASTCALL, "status", "--control", str(r.control)], capture_output=True, timeout=10, check=True
+    )
     assert shown.returncode == 0 and b"ready" in shown.stdout
     silent.close()
     await r.until(lambda: "up" in r.out.read_text())
@@ -283,13 +293,6 @@ async def _get(address: str, path: str) -> tuple[int, str]:
                 return error.code, error.read().decode()
 
     return await asyncio.to_thread(get)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _can_unshare() -> bool:

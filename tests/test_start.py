@@ -20,14 +20,14 @@ def handles_signals(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigBlk", "SigCgt"))]
+    masks = [
+        int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigBlk", "SigCgt"))
+    ]
     return any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(
-    "delay", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0]
-)
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0])
 async def test_sigterm_while_starting(run: Any, delay: float) -> None:
     """From the first line of the program on a stop is a clean stop, and quick."""
     r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
@@ -98,7 +98,7 @@ async def test_forms_of_target(run: Any, tmp_path: Path, target: str) -> None:
     """A job runs and ends with each form; the file may be called worker.py and have modules beside it."""
     write(tmp_path, "app.py", SERVER_TEXT)
     write(tmp_path, "helper.py", "WHY = 'helped'\n")
-    text = "import helper\n" + AGENT_TEXT
+    text = AGENT_TEXT.replace("import asyncio\n", "import asyncio\nimport helper\n", 1)
     write(tmp_path, "main.py", text)
     write(tmp_path, "worker.py", text)
     r: Run = await run("run", "--grace", "30", target, cwd=tmp_path)
@@ -113,7 +113,11 @@ async def test_forms_of_target(run: Any, tmp_path: Path, target: str) -> None:
 async def test_package_beside_the_target(run: Any, tmp_path: Path) -> None:
     """A target in one folder imports a package that stands beside it, whatever the working directory."""
     write(tmp_path, "src/calls/__init__.py", "LENGTH = 0.1\n")
-    target = write(tmp_path, "src/agent.py", "from calls import LENGTH\n" + AGENT_TEXT)
+    target = write(
+        tmp_path,
+        "src/agent.py",
+        AGENT_TEXT.replace("import asyncio\n", "import asyncio\nfrom calls import LENGTH\n", 1),
+    )
     r: Run = await run("run", "--grace", "30", target, cwd=Path("/"))
     await r.ready()
     job = await r.dispatch(sleep=0.1)
@@ -156,7 +160,7 @@ async def test_wrong_target(run: Any, tmp_path: Path, case: str) -> None:
 async def test_hidden_import_is_refused(run: Any, tmp_path: Path) -> None:
     """A target that imports its own worker.py would be given ours: exit 78, and what to rename."""
     write(tmp_path, "worker.py", "x = 1\n")
-    write(tmp_path, "app.py", "import worker\n" + AGENT_TEXT)
+    write(tmp_path, "app.py", AGENT_TEXT.replace("import asyncio\n", "import asyncio\nimport worker\n", 1))
     r: Run = await run("run", "app.py", cwd=tmp_path, livekit=False)
     assert await r.exit(20) == 78
     assert "rename 'worker.py'" in r.err.read_text()

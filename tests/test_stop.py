@@ -8,10 +8,9 @@ import signal
 import time
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.harness import AGENT, Run
+from tests.harness import AGENT, Run, lives
 
 pytestmark = pytest.mark.core
 
@@ -198,7 +197,7 @@ async def test_worker_killed_with_jobs(run: Any) -> None:
     worker.kill()
     await r.until(lambda: not r.livekit.available())
     await r.ready()
-    assert not psutil.pid_exists(note["pid"])
+    await r.until(lambda: not lives(note["pid"]))
     r.kill()
     assert await r.exit() == 0
     receipt = r.receipt()
@@ -245,7 +244,7 @@ async def test_programs_that_jobs_left_behind(run: Any) -> None:
     assert await r.exit() == 0
     await r.clean(job)
     assert r.receipt()["swept"] == 1
-    assert not psutil.pid_exists(child)
+    assert not lives(child)
 
 
 async def test_programs_of_a_crashed_worker(run: Any) -> None:
@@ -257,8 +256,8 @@ async def test_programs_of_a_crashed_worker(run: Any) -> None:
     children = [(await r.job_says(job.job_id, "spawned"))["child"] for job in jobs]
     victim = next(w for w in r.workers() if children[0] in {c.pid for c in w.children(recursive=True)})
     victim.kill()
-    await r.until(lambda: not psutil.pid_exists(children[0]))
-    assert psutil.pid_exists(children[1]), "another slot's program was swept"
+    await r.until(lambda: not lives(children[0]))
+    assert lives(children[1]), "another slot's program was swept"
     r.kill(signal.SIGQUIT)
     assert await r.exit() == 75
     await r.nothing_left()

@@ -17,7 +17,9 @@ import pytest
 from tests.harness import AGENT, LASTCALL, Run
 
 # Gives a command the pty on its standard input as controlling terminal, as a shell would.
-LEASH = "import fcntl,os,sys,termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+LEASH = (
+    "import fcntl,os,sys,termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 class Terminal:

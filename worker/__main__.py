@@ -6,10 +6,15 @@ if __name__ == "__main__":
     # First of all: a stop that comes while the imports below run waits until somebody can handle it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
-import asyncio
-import faulthandler
 import os
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `python -m` puts the working directory first, where a worker.py of the user's would hide ours.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+import faulthandler
 from typing import TYPE_CHECKING, NoReturn
 
 import uvloop
@@ -18,7 +23,7 @@ from . import loading
 from .clock import Bell
 from .errors import Incompatible, StartError, TargetError
 from .settings import Settings
-from .stopping import Stopping, stop_on_signals
+from .stopping import Stopping
 
 if TYPE_CHECKING:
     from .host import Host
@@ -42,12 +47,12 @@ def main() -> NoReturn:
     bell = Bell()
     stopping = Stopping(bell)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        loop = runner.get_loop()
-        with stop_on_signals(loop, stopping):
-            code = _host(runner, settings, stopping, bell, sys.argv[1])
-            # Nothing is left to do that an interpreter's end would do better: threads that livekit-agents
-            # never ends would be joined, and 10 ms go by. Output is all that has to get out.
-            _leave(code)
+        # The target is loaded before the loop runs, as it would be in a program of its own. The signals stay
+        # blocked until then: uvloop forgets what its handlers received before it ran, the kernel does not.
+        code = _host(runner, settings, stopping, bell, sys.argv[1])
+        # Nothing is left to do that an interpreter's end would do better: threads that livekit-agents never
+        # ends would be joined, and 10 ms go by. Output is all that has to get out.
+        _leave(code)
 
 
 def _host(runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: Bell, target: str) -> int:

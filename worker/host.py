@@ -22,7 +22,7 @@ from .control import Control
 from .livekit_engine import Engine
 from .resources import Resources
 from .settings import Settings
-from .stopping import Stopping
+from .stopping import Stopping, stop_on_signals
 from .wire import Message
 
 log = logging.getLogger("lastcall.worker")
@@ -64,6 +64,10 @@ class Host:
 
     async def run(self) -> int:
         """Run until the end of the stop and return the exit code."""
+        with stop_on_signals(asyncio.get_running_loop(), self.stopping):
+            return await self._run()
+
+    async def _run(self) -> int:
         engine = self.engine
         assert engine is not None
         await self.control.connect()
