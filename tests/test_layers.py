@@ -1,0 +1,106 @@
+"""Who may import whom, and where foreign names may stand. Read from the imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+FLOORS = {
+    "worker": [
+        {"errors", "clock", "wire", "settings"},
+        {"stopping", "shield", "loading", "resources", "output", "jobs", "jobside"},
+        {"control", "compat", "livekit_engine"},
+        {"host"},
+        {"__main__"},
+    ],
+    "supervisor": [
+        {"errors", "states"},
+        {"config", "budget", "intensity", "receipt"},
+        {"inbox", "process", "reaper", "channel", "sink", "relay", "family", "logs", "launch"},
+        {"slot"},
+        {"fleet", "status", "metrics", "health", "control_api", "table"},
+        {"shutdown"},
+        {"app"},
+        {"demo"},
+        {"cli"},
+        {"__main__"},
+    ],
+}
+# The status document is made from the countdown, which is a plain value of the floor above.
+EXCEPTIONS = {("supervisor", "status", "shutdown")}
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each imported module's full name; relative ones are resolved."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            if node.module is None or name in ("worker", "supervisor"):
+                yield from ((f"{name}.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield name, node.lineno
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("*.py"))
+
+
+def test_floors() -> None:
+    """A module imports only from its own floor and those below; every module has a floor."""
+    for package, floors in FLOORS.items():
+        floor = {name: n for n, names in enumerate(floors) for name in names}
+        found = {path.stem for path in modules(package)} - {"__init__"}
+        assert found == set(floor), found ^ set(floor)
+        for path in modules(package):
+            for name, line in imports(path):
+                parts = name.split(".")
+                if parts[0] != package or len(parts) < 2 or path.stem == "__init__":
+                    continue
+                if (package, path.stem, parts[1]) in EXCEPTIONS:
+                    continue
+                assert floor[parts[1]] <= floor[path.stem], f"{path.name}:{line} imports {name}"
+
+
+def test_no_cycles() -> None:
+    """Within each package the imports form no circle."""
+    for package in FLOORS:
+        graph = {
+            path.stem: {name.split(".")[1] for name, _ in imports(path) if name.startswith(package + ".")}
+            for path in modules(package)
+        }
+        order: list[str] = []
+        while graph:
+            free = [module for module, below in graph.items() if not below & graph.keys()]
+            assert free, f"a circle among {sorted(graph)}"
+            order += free
+            for module in free:
+                del graph[module]
+        assert len(order) == len(modules(package))
+
+
+def test_worker_never_imports_supervisor() -> None:
+    """Nor does the supervisor import livekit, or more of the worker than the wire, the clock and errors."""
+    for path in (ROOT / "worker").rglob("*.py"):
+        assert not any(name.split(".")[0] == "supervisor" for name, _ in imports(path)), path
+    for path in (ROOT / "supervisor").rglob("*.py"):
+        for name, line in imports(path):
+            assert name.split(".")[0] != "livekit", f"{path}:{line}"
+            if name.startswith("worker"):
+                assert name in ("worker.wire", "worker.clock", "worker.errors"), f"{path}:{line} {name}"
+
+
+def test_one_edge_each() -> None:
+    """psutil, private livekit names and multiprocessing's private names stand in one module each."""
+    for path in [*(ROOT / "worker").rglob("*.py"), *(ROOT / "supervisor").rglob("*.py")]:
+        names = {name.split(".")[0] for name, _ in imports(path)}
+        if path.name != "family.py":
+            assert "psutil" not in names, path
+        if path.parent.name != "local" and path.name != "compat.py":
+            assert "livekit" not in names, path

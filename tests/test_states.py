@@ -1,0 +1,98 @@
+"""The state table: every state with every event, and a random walk."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.errors import TransitionError
+from supervisor.intensity import RestartPolicy, Restarts
+from supervisor.receipt import Ledger, StopRecord
+from supervisor.slot import Shared, Slot
+from supervisor.states import ALIVE, PHASE_OF, SLOT_TABLE, Phase, SlotEvent, SlotState
+
+
+class Silent:
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+
+    def bind(self, **_: Any) -> Silent:
+        return self
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.lines.append((event, fields))
+
+    warning = info
+
+
+def slot_in(state: SlotState) -> tuple[Slot, Silent]:
+    log = Silent()
+    shared = Shared(
+        ledger=Ledger(),
+        record=StopRecord(),
+        log=log,
+        known_pids=set(),
+        on_change=lambda: None,
+        sweep_unmarked=False,
+        fence_seconds=[],
+    )
+    restarts = Restarts(RestartPolicy(), random.Random(0))
+    launcher: Any = None  # no process is started here
+    slot = Slot(0, launcher=launcher, restarts=restarts, shared=shared, start_timeout=1.0)
+    slot.state = state
+    return slot, log
+
+
+@pytest.mark.parametrize("state", SlotState)
+@pytest.mark.parametrize("event", SlotEvent)
+def test_every_state_with_every_event(state: SlotState, event: SlotEvent) -> None:
+    """What the table lists is done and logged once; everything else raises and changes nothing."""
+    slot, log = slot_in(state)
+    after = SLOT_TABLE.get((state, event))
+    if after is None:
+        with pytest.raises(TransitionError, match=rf"{event.name} in state {state.name}"):
+            slot.change(event)
+        assert slot.state is state and log.lines == []
+    else:
+        slot.change(event)
+        assert slot.state is after
+        assert len(log.lines) == 1 and log.lines[0][0] == f"slot {after.value}"
+
+
+def test_random_walk() -> None:
+    """From any state the slot can still be brought to STOPPED, and every state can be reached."""
+    rng = random.Random(1)
+    seen = {SlotState.STOPPED}
+    for _ in range(200):
+        slot, _log = slot_in(SlotState.STOPPED)
+        for _step in range(60):
+            events = [event for (state, event) in SLOT_TABLE if state is slot.state]
+            assert events, f"{slot.state} is a dead end"
+            slot.change(rng.choice(events))
+            seen.add(slot.state)
+    assert seen == set(SlotState)
+
+
+def test_every_living_state_can_end() -> None:
+    """A process may die in any state that has one, and may be killed in any but KILLING itself."""
+    for state in ALIVE:
+        assert (state, SlotEvent.FAIL) in SLOT_TABLE
+        assert state is SlotState.KILLING or (
+            (state, SlotEvent.KILL) in SLOT_TABLE or (state, SlotEvent.TERMINATE) in SLOT_TABLE
+        )
+    assert set(PHASE_OF) == set(ALIVE)
+    assert list(Phase) == sorted(Phase)
+
+
+def test_the_page_shows_the_table() -> None:
+    """The architecture page is rendered from the code."""
+    script = Path(__file__).parent.parent / "scripts" / "states"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()

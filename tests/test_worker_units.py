@@ -1,0 +1,154 @@
+"""The small parts of the worker, each by its own promise."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.clock import Bell, now
+from worker.errors import WireError
+from worker.resources import Counts, Resources
+from worker.settings import Settings
+from worker.shield import unshielded
+from worker.wire import MAX_LINE, Decoder, decode, encode
+
+values = st.dictionaries(st.text(max_size=5).filter(lambda k: k not in ("type", "v")), st.text(max_size=20))
+
+
+@given(st.lists(values, max_size=5), st.integers(1, 7))
+def test_wire_survives_any_cut(messages: list[dict[str, str]], size: int) -> None:
+    """However the stream is cut into chunks, the same messages come out."""
+    stream = b"".join(encode("beat", fields=each) for each in messages)
+    decoder = Decoder()
+    out = [m for i in range(0, len(stream), size) for m in decoder.feed(stream[i : i + size])]
+    assert [m["fields"] for m in out] == messages
+
+
+@pytest.mark.parametrize("line", [b"x", b"[]", b"{}", b'{"type":1,"v":1}', b'{"type":"a","v":2}'])
+def test_wire_refuses_what_is_no_message(line: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(line)
+
+
+def test_wire_is_bounded() -> None:
+    """Neither side makes nor keeps a line without end."""
+    with pytest.raises(WireError):
+        encode("log", text="x" * MAX_LINE)
+    with pytest.raises(WireError):
+        Decoder().feed(b"x" * (MAX_LINE + 1))
+
+
+async def test_bell_follows_a_deadline_that_moves() -> None:
+    """Whoever waits sees the new deadline at the next ring, and the predicate at each."""
+    bell = Bell()
+    deadline = [now() + 60.0]
+    waiting = asyncio.create_task(bell.until(lambda: False, lambda: deadline[0]))
+    await asyncio.sleep(0)
+    deadline[0] = now()
+    bell.ring()
+    async with asyncio.timeout(5):
+        assert await waiting is False
+
+
+async def test_bell_loses_no_wakeup() -> None:
+    """A ring between the check and the wait can't happen; many waiters are all woken, cancelled ones leave."""
+    bell = Bell()
+    state: list[int] = []
+
+    async def reaches(n: int) -> bool:
+        return await bell.until(lambda: len(state) > n)
+
+    waiters = [asyncio.create_task(reaches(n)) for n in range(50)]
+    await asyncio.sleep(0)
+    waiters[10].cancel()
+    for n in range(50):
+        state.append(n)
+        bell.ring()
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*waiters, return_exceptions=True)
+    assert [r for r in results if r is not True] == [results[10]]
+    assert not bell._waiters
+
+
+async def test_resources_close_in_reverse_once_and_bounded() -> None:
+    """One that hangs or fails is forced and does not keep the others from their turn."""
+    order: list[str] = []
+    resources = Resources()
+
+    async def good(_deadline: float) -> Counts:
+        order.append("good")
+        return {"sockets": {"closed": 2}}
+
+    async def hangs(_deadline: float) -> Counts:
+        order.append("hangs")
+        await asyncio.sleep(60)
+        return {}
+
+    async def fails(_deadline: float) -> Counts:
+        order.append("fails")
+        raise OSError("no")
+
+    resources.join("good", good)
+    resources.join("fails", fails)
+    resources.join("hangs", hangs)
+    census, again = await asyncio.gather(resources.aclose(now() + 0.2), resources.aclose(now() + 0.2))
+    assert census == again == await resources.aclose(now())
+    assert order[:2] == ["hangs", "fails"]
+    assert {r.name: r.fate for r in census} == {"good": "forced", "fails": "forced", "hangs": "forced"} or {
+        r.name: r.fate for r in census
+    } == {"good": "closed", "fails": "forced", "hangs": "forced"}
+    with pytest.raises(RuntimeError):
+        resources.join("late", good)
+
+
+def test_settings_leave_the_environment() -> None:
+    """What the supervisor hands over is for the worker, not for its children."""
+    environment = {"LASTCALL_WORKER": '{"control_fd": 3, "drain": 5, "output_fds": [4, 5]}'}
+    settings = Settings.take(environment)
+    assert (settings.control_fd, settings.drain, settings.output_fds) == (3, 5, (4, 5))
+    assert environment == {}
+
+
+def test_settings_of_a_worker_alone() -> None:
+    """LASTCALL_GRACE is its whole budget: what is kept back for the close never takes more than half."""
+    settings = Settings.take({"LASTCALL_GRACE": "20"})
+    assert settings.drain == 10 and settings.close < 10
+    assert Settings.take({}).drain == 3565
+
+
+@pytest.mark.parametrize("how", ["blocked", "ignored", "open"])
+def test_unshielded_reads_proc(how: str) -> None:
+    """Blocked, ignored and caught signals are no danger; an open one is named."""
+    line = {
+        "blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, {15, 2})",
+        "ignored": "signal.signal(15, signal.SIG_IGN); signal.signal(2, signal.SIG_IGN)",
+        "open": "signal.signal(15, signal.SIG_DFL); signal.signal(2, signal.SIG_DFL)",
+    }[how]
+    code = f"import signal,sys; {line}; print('up', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        expected = {signal.SIGTERM, signal.SIGINT} if how == "open" else set()
+        assert set(unshielded(child.pid)) == expected
+        child.stdin.close()
+        child.wait(10)
+        assert unshielded(child.pid) == frozenset()
+
+
+def test_worker_alone_says_its_usage() -> None:
+    """`python -m worker` without a target: exit 2 and one line; a wrong one: exit 78."""
+    command = [sys.executable, "-m", "worker"]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=20)
+    assert done.returncode == 2 and b"usage: python -m worker TARGET" in done.stderr
+    done = subprocess.run([*command, "none.py"], capture_output=True, check=False, timeout=20, cwd="/")
+    assert done.returncode == 78 and done.stderr.startswith(b"lastcall: no file 'none.py'")
+    assert os.getcwd()
