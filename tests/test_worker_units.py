@@ -58,7 +58,7 @@ async def test_bell_follows_a_deadline_that_moves() -> None:
 
 
 async def test_bell_loses_no_wakeup() -> None:
-    """A ring between the check and the wait can't happen; many waiters are all woken, cancelled ones leave."""
+    """Many waiters are all woken, each by the ring that made its predicate hold; cancelled ones leave."""
     bell = Bell()
     state: list[int] = []
 

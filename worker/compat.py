@@ -329,6 +329,26 @@ def kill(executor: Any) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def let_go_of_processes(server: AgentServer) -> int:
+    """Kill every process that runs no job, and keep `aclose()` from waiting for them; return how many.
+
+    On 1.5 the pool's own close never returns when it finds a process that is still starting. Nothing is lost
+    with processes that run no job, so the pool starts no more and is not closed: the worker is about to end.
+    """
+    pool = getattr(server, "_proc_pool", None)
+    idle = executors(server)
+    inference = getattr(server, "_inference_executor", None)
+    for executor in (*idle, *(() if inference is None else (inference,))):
+        kill(executor)
+    if pool is not None and hasattr(pool, "_closed"):
+
+        async def aclose() -> None:
+            pool._closed = True
+
+        pool.aclose = aclose
+    return len(idle)
+
+
 def forkserver_pids() -> Iterable[int]:
     """Return the pid of the forkserver, once it runs."""
     from multiprocessing import forkserver

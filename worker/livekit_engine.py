@@ -132,10 +132,7 @@ class Engine:
         What is still queued for the server, above all the ends of jobs, is sent first.
         """
         await compat.flush(self.server)
-        killed = 0
-        for executor in compat.executors(self.server):
-            compat.kill(executor)
-            killed += 1
+        killed = compat.let_go_of_processes(self.server)
         if self.started:
             await self.server.aclose()
         elif self._run is not None:
