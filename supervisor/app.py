@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import random
@@ -150,6 +153,7 @@ class App:
                 control=str(control),
                 **receipt.versions(),
             )
+            _trim()
             for line in configuration.warnings(self.around.environment):
                 self.log.warning(line)
             await self._run_fleet()
@@ -176,7 +180,14 @@ class App:
                 self.countdown = self.view.countdown = countdown
                 self.record.reason = self._stop_reason
                 self._apply_late_signals(countdown)
-                await shut_down(self.fleet, countdown, self.clock, self.log, self._id)
+                await shut_down(
+                    self.fleet,
+                    countdown,
+                    self.clock,
+                    self.log,
+                    self._id,
+                    inherits_orphans=self._reaper.is_subreaper,
+                )
                 due = max(countdown.deadlines.end_at, now() + 0.25)
                 await self.fleet.bell.until(fleet.done, lambda: due)
                 fleet.cancel()
@@ -279,6 +290,7 @@ class App:
         if self._stop_reason:
             return  # repeats change nothing
         self._stop_reason, self._stop_at = reason, at
+        self.fleet.fence(reason)
         self.fleet.bell.ring()
 
     def _hurry(self) -> None:
@@ -294,6 +306,14 @@ class App:
         """A kill may have been asked for in the same turn as the stop, before there was a countdown."""
         if self._kill_asked:
             countdown.kill()
+
+
+def _trim() -> None:
+    """Give back what imports and the parsing of the configuration needed only once."""
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(OSError, AttributeError):  # not every libc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _discard(_lines: bytes) -> None:

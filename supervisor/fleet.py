@@ -102,6 +102,12 @@ class Fleet:
             self.bell.ring()
             await slot.see_out()
 
+    def fence(self, reason: str) -> None:
+        """Begin the stop where it is urgent: every worker is told to accept nothing more, at once."""
+        self._stopping = True
+        for slot in self.slots:
+            slot.fence(reason)
+
     def begin_stop(self) -> None:
         """Start no slot that has not been started yet."""
         self._stopping = True
@@ -115,15 +121,19 @@ class Fleet:
             await self.bell.until(lambda: self._stopping, lambda: due)
         return not self._stopping
 
-    async def sweep(self, supervisor_id: str, deadline: float) -> None:
-        """At the end of a stop: no descendant is left, whoever it belonged to."""
+    async def sweep(self, supervisor_id: str, deadline: float, *, inherits_orphans: bool) -> None:
+        """At the end of a stop: no descendant is left, whoever it belonged to.
+
+        A subreaper finds every descendant below itself; otherwise the whole machine has to be looked at.
+        """
         record = self.shared.record
         counted: set[int] = set()
         while True:
             left = [family.each(pid) for pid in family.adopted(self.shared.known_pids)]
             below = [process for process in left if process is not None]
             below += [child for process in list(below) for child in family.tree(process.pid)]
-            below += family.everywhere(supervisor_id + ":")
+            if not inherits_orphans:
+                below += family.everywhere(supervisor_id + ":")
             found = {process.pid: process for process in below}
             if not found:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -176,6 +177,7 @@ def write(record: StopRecord, ledger: Ledger, *, grace: float, pid: int) -> dict
     }
 
 
+@functools.cache  # reads files, some milliseconds that the end of a stop has better use for
 def versions() -> dict[str, str]:
     """Return the versions that matter when a receipt is read later."""
     return {

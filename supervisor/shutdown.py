@@ -67,7 +67,13 @@ class PhaseClock:
 
 
 async def shut_down(
-    fleet: Fleet, countdown: Countdown, clock: PhaseClock, log: Any, supervisor_id: str
+    fleet: Fleet,
+    countdown: Countdown,
+    clock: PhaseClock,
+    log: Any,
+    supervisor_id: str,
+    *,
+    inherits_orphans: bool,
 ) -> None:
     """Stop every slot and sweep. Returns when nothing is left or the deadline has passed."""
     fleet.begin_stop()
@@ -86,7 +92,8 @@ async def shut_down(
         )
         reporting.cancel()
     clock.advance(Phase.SWEEPING)
-    await fleet.sweep(supervisor_id, max(countdown.deadlines.end_at, now() + 0.25))
+    due = max(countdown.deadlines.end_at, now() + 0.25)
+    await fleet.sweep(supervisor_id, due, inherits_orphans=inherits_orphans)
 
 
 async def _report(fleet: Fleet, countdown: Countdown, clock: PhaseClock, log: Any) -> None:

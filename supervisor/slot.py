@@ -90,6 +90,7 @@ class Slot:
         self._channel: Channel | None = None
         self._ready_at: float | None = None
         self._fenced_at: float | None = None
+        self._fence_sent_at: float | None = None
         self._drained = False
         self._channel_lost = False
         self._killed_by_us = False
@@ -207,7 +208,7 @@ class Slot:
         self.generation += 1
         self.beat = None
         self.worker_id = ""
-        self._ready_at = self._fenced_at = None
+        self._ready_at = self._fenced_at = self._fence_sent_at = None
         self._drained = self._killed_by_us = self._channel_lost = False
         self._fault = ""
 
@@ -281,6 +282,12 @@ class Slot:
 
     # -- the stop -------------------------------------------------------------------------------------
 
+    def fence(self, reason: str) -> None:
+        """Tell the worker to accept nothing more; `stop` does the rest."""
+        self._stop_asked = True
+        self._fence_sent_at = now()
+        self._say("fence", reason=reason)
+
     async def stop(self, countdown: Countdown) -> None:
         """Fence, drain, close, terminate, kill: each until its deadline, and only as far as is needed."""
         self._stop_asked = True
@@ -316,7 +323,8 @@ class Slot:
             return
         began = now()
         shares = countdown.deadlines.shares
-        self._say("fence", reason=countdown.reason)
+        if self._fence_sent_at is None:
+            self.fence(countdown.reason)
         self._say("drain", seconds=max(0.0, countdown.deadlines.drain_at - began), close=shares.close)
         if self._was_ready:
             await self._await_fence(launched, countdown, began)
@@ -354,7 +362,7 @@ class Slot:
             self._fencing = False
             self._shared.on_change()
         if self._fenced_at is not None:
-            self._shared.fence_seconds.append(max(0.0, self._fenced_at - began))
+            self._shared.fence_seconds.append(max(0.0, self._fenced_at - (self._fence_sent_at or began)))
         elif not fenced:
             self._shared.record.unacknowledged.append(self.number)
             self._log.warning("fence not acknowledged", after=round(now() - began, 3))
