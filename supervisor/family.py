@@ -25,14 +25,15 @@ def mark_of(supervisor: str, slot: int, generation: int) -> str:
 def adopted(known: Iterable[int]) -> set[int]:
     """Return the pids of children of this process that are not among the known ones.
 
-    One read per thread of this process: the check that is cheap enough for every exit.
+    One read: the check that is cheap enough for every exit. The kernel lists children by thread; ours are all
+    started by the main thread, and what is adopted goes to the first living one, which is the same.
     """
-    found: set[int] = set()
-    tasks = Path("/proc/self/task")
-    for task in tasks.iterdir():
-        with contextlib.suppress(OSError):
-            found.update(int(pid) for pid in (task / "children").read_text().split())
-    return found - set(known)
+    pid = os.getpid()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: every process of the machine is looked at
+        return {child.pid for child in psutil.Process().children()}.difference(known)
+    return {int(child) for child in children}.difference(known)
 
 
 def tree(pid: int) -> list[psutil.Process]:

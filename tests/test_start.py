@@ -65,6 +65,53 @@ async def test_no_livekit_url(run: Any) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.core
+async def test_logs_are_livekits_own(run: Any) -> None:
+    """JSON lines with the extra fields, from the worker and from its job processes."""
+    import json
+
+    r: Run = await run("run", "--grace", "30", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=0.1)
+    await r.until(lambda: "job began" in r.out.read_text(), 15)
+    lines = [json.loads(line) for line in r.out.read_text().splitlines() if line.startswith("{")]
+    (began,) = [line for line in lines if line["message"] == "job began"]
+    assert (began["name"], began["level"], began["mode"]) == ("calls", "INFO", "sleep")
+    assert began["job_id"] == job.job_id
+    assert any(line["message"] == "registered worker" for line in lines)
+    r.kill()
+    assert await r.exit() == 0
+
+
+@pytest.mark.core
+async def test_stack_dump(run: Any) -> None:
+    """SIGUSR2: the worker writes where its main thread is, and lives on."""
+    r: Run = await run("run", "--grace", "30", AGENT)
+    await r.ready()
+    os.kill(r.pid, signal.SIGUSR2)
+    await r.until(lambda: "most recent call first" in r.err.read_text())
+    job = await r.dispatch(sleep=0.5)
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+@pytest.mark.core
+async def test_worker_alone(run: Any) -> None:
+    """`python -m worker` without a supervisor: a group SIGTERM drains, the job ends, exit 0."""
+    import sys
+
+    command = [sys.executable, "-m", "worker", AGENT]
+    r: Run = await run(command=command, environment={"LASTCALL_GRACE": "30"})
+    await r.ready()
+    job = await r.dispatch(sleep=2)
+    await r.job_says(job.job_id, "started")
+    os.killpg(r.pid, signal.SIGTERM)
+    assert await r.exit() == 0
+    assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
+    await r.nothing_left(5)
+
+
 def write(directory: Path, name: str, text: str) -> str:
     path = directory / name
     path.parent.mkdir(exist_ok=True, parents=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ async def entrypoint(ctx: JobContext) -> None:
     seconds = float(spec.get("sleep", 1.0))
     mode = spec.get("mode", "sleep")
     note(ctx, "started")
+    logging.getLogger("calls").info("job began", extra={"mode": mode})
 
     async def callback() -> None:
         note(ctx, "callback")

@@ -1,0 +1,121 @@
+"""Every private name that lastcall touches, on the installed livekit-agents."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing.popen_forkserver
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from livekit.agents import AgentServer, JobRequest, WorkerOptions, cli
+from livekit.protocol import agent
+
+from tests.agents.calls import entrypoint
+from worker import compat
+from worker.errors import Incompatible
+
+pytestmark = pytest.mark.core
+
+
+def server() -> AgentServer:
+    made = AgentServer()
+    made.rtc_session(entrypoint)
+    return made
+
+
+def test_names_are_there() -> None:
+    """What a stop can't do without exists before the server runs; a missing one is named."""
+    compat.need(server(), "_request_fnc", "_draining", "_update_worker_status", "_port", "_host")
+    with pytest.raises(Incompatible, match=rf"livekit-agents {compat.SDK_VERSION} has no AgentServer._nope"):
+        compat.need(server(), "_draining", "_nope")
+
+
+def test_what_is_a_server() -> None:
+    options = WorkerOptions(entrypoint_fnc=entrypoint)
+    made = compat.as_server(options)
+    assert isinstance(made, AgentServer) and compat.has_entrypoint(made)
+    assert not compat.has_entrypoint(AgentServer())
+    assert compat.as_server(entrypoint) is None
+    assert compat.agent_name(server()) == ""
+
+
+def test_ports_are_private() -> None:
+    made = server()
+    compat.use_private_ports(made)
+    assert (made._port, made._host) == (0, "127.0.0.1")
+
+
+def test_run_app_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both places from which user code can import it."""
+    from livekit.agents.cli import cli as module
+
+    monkeypatch.setattr(cli, "run_app", cli.run_app)
+    monkeypatch.setattr(module, "run_app", getattr(module, "run_app", None), raising=False)
+    seen: list[Any] = []
+
+    def record(value: Any) -> Any:
+        seen.append(value)
+
+    compat.record_run_app(record)
+    cli.run_app(server())
+    assert len(seen) == 1
+
+
+def test_poll_is_locked_once() -> None:
+    """Patching twice leaves one lock; before its process ends a poll says None."""
+    compat.lock_process_poll()
+    first = multiprocessing.popen_forkserver.Popen.poll
+    compat.lock_process_poll()
+    assert multiprocessing.popen_forkserver.Popen.poll is first
+    import os
+
+    read, write = os.pipe()
+    popen: Any = SimpleNamespace(returncode=None, sentinel=read)
+    assert first(popen) is None
+    popen.returncode = 7
+    assert first(popen) == 7
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+async def test_the_gate(admitted: bool) -> None:
+    """It lets the loop turn before it decides; a refusal is a plain no, an accept is settled."""
+    made = server()
+    turns: list[int] = []
+    seen: list[Any] = []
+
+    def admit(job: Any) -> bool:
+        seen.append(("admit", job.id, len(turns)))
+        return admitted
+
+    compat.gate_requests(made, admit=admit, settle=lambda id, error: seen.append(("settle", id, error)))
+
+    async def accept(_arguments: Any) -> None:
+        seen.append("accept")
+
+    async def reject(terminate: bool) -> None:
+        seen.append(("reject", terminate))
+
+    offer = JobRequest(job=agent.Job(id="AJ_1"), on_accept=accept, on_reject=reject)
+
+    async def count() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    request: Any = made._request_fnc
+    await request(offer)
+    counting.cancel()
+    assert seen[0][:2] == ("admit", "AJ_1") and seen[0][2] >= 4
+    assert seen[1:] == (["accept", ("settle", "AJ_1", None)] if admitted else [("reject", False)])
+
+
+def test_announce_before_the_start_is_harmless() -> None:
+    """A fence that comes before the server runs only sets the flag."""
+    made = server()
+    asyncio.run(compat.announce(made, full=True))
+    assert made._draining is True
+    assert compat.executors(made) == [] and not compat.is_connected(made)
