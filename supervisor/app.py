@@ -52,6 +52,7 @@ class Surroundings:
     worker_settings: Mapping[str, object]
     spared_pids: frozenset[int] = frozenset()
     quiet_workers: bool = False
+    quiet_receipt: bool = False
 
 
 def surroundings(**more: Any) -> Surroundings:
@@ -238,7 +239,8 @@ class App:
                 self.log.error(
                     "receipt could not be written", path=self.config.receipt, reason=error.strerror
                 )
-        self.log.info("receipt", receipt=document)
+        if not self.around.quiet_receipt:
+            self.log.info("receipt", receipt=document)
         for sink in (self.around.stdout, self.around.stderr):
             sink.flush(FLUSH)
         return Exit(document["exit_code"])
@@ -322,6 +324,9 @@ def _discard(_lines: bytes) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old receipt or the new one, never half of one."""
+    if path.exists() and not path.is_file():
+        path.write_text(text)  # a device or a pipe is written to; replacing it would take it away
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text)

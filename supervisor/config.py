@@ -59,12 +59,35 @@ class Start(_Section):
     stagger: SecondsOrZero = 0.5
 
 
+def _backoff(value: tuple[float, float]) -> tuple[float, float]:
+    first, cap = value
+    if first > cap:
+        raise ValueError("expected [first, cap] with first not above cap")
+    return value
+
+
+def _receipt(value: str) -> str:
+    """Find out at the start, not at the end of a stop, that a receipt can't be written."""
+    if not value:
+        return value
+    path = Path(value)
+    if path.is_dir():
+        raise ValueError("expected a file, this is a directory")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a file in a directory that exists; there is no {str(path.parent)!r}")
+    # A regular file is replaced, which its directory has to allow; anything else is written to.
+    in_the_way = path if path.exists() and not path.is_file() else path.parent
+    if not os.access(in_the_way, os.W_OK):
+        raise ValueError(f"expected a file that can be written; {str(in_the_way)!r} can't be")
+    return value
+
+
 class Restart(_Section):
     """`intensity` failures in `period` seconds are borne; `backoff` is the first step and the cap."""
 
     intensity: Annotated[int, Field(ge=0, le=1000)] = 5
     period: Seconds = 60
-    backoff: tuple[SecondsOrZero, SecondsOrZero] = (0.5, 30)
+    backoff: Annotated[tuple[SecondsOrZero, SecondsOrZero], AfterValidator(_backoff)] = (0.5, 30)
 
 
 class Stall(_Section):
@@ -86,7 +109,7 @@ class Config(BaseSettings):
     grace: Seconds = 3600
     http: Annotated[str, AfterValidator(_http)] = "127.0.0.1:8080"
     control: str = "auto"
-    receipt: str = ""
+    receipt: Annotated[str, AfterValidator(_receipt)] = ""
     log_format: Literal["auto", "json", "console"] = "auto"
     env_file: str = ""
     stop: Stop = Stop()

@@ -63,6 +63,7 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
             worker_settings={"mock_room": True},
             spared_pids=frozenset({server.pid}),
             quiet_workers=True,
+            quiet_receipt=True,  # it is shown below, for people
             **({"stderr": screen} if screen is not None else {}),
         )
         app = App(config, inbox, around)

@@ -7,17 +7,20 @@ when to stop: `host` does.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from . import compat
 from .clock import Bell, now
-from .jobs import Fate, Jobs
+from .jobs import Fate, Job, Jobs
 from .resources import Counts
 from .shield import unshielded
 
 Report = Callable[[str, dict[str, Any]], None]
+
+log = logging.getLogger("lastcall.worker")
 
 
 class Engine:
@@ -112,18 +115,30 @@ class Engine:
 
     async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
         """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported."""
+        asked: set[str] = set()
+
+        def unasked() -> list[Job]:
+            return [job for job in self.jobs.running if job.id not in asked]
+
         async with asyncio.TaskGroup() as group:
             asking = []
+            while len(self.jobs):
+                for job in unasked():
+                    asked.add(job.id)
+                    if not compat.is_ending(job.executor):
+                        job.cut_short = True
+                        asking.append(group.create_task(self._ask(job.executor, kill_at)))
+                # A job whose process was still starting is asked as soon as it runs.
+                if not await self._bell.until(lambda: not len(self.jobs) or unasked(), lambda: kill_at):
+                    break
             for job in self.jobs.running:
-                job.asked_to_end = True
-                asking.append(group.create_task(self._ask(job.executor, kill_at)))
-            await self._bell.until(lambda: not len(self.jobs), lambda: kill_at)
-            for job in self.jobs.running:
-                job.asked_to_end = True
+                job.cut_short = True
                 compat.kill(job.executor)
             await self._bell.until(lambda: not self.jobs.running, lambda: give_up_at)
             for task in asking:
                 task.cancel()
+        for job in self.jobs:
+            await compat.report_failed(self.server, job.id)
         self.jobs.abandon()
 
     async def close(self, deadline: float) -> Counts:
@@ -132,6 +147,9 @@ class Engine:
         What is still queued for the server, above all the ends of jobs, is sent first.
         """
         await compat.flush(self.server)
+        dropped = compat.drop_requests(self.server)
+        if dropped:
+            log.warning("request_fnc was still running and is cancelled", extra={"calls": dropped})
         killed = compat.let_go_of_processes(self.server)
         if self.started:
             await self.server.aclose()
