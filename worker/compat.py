@@ -296,6 +296,18 @@ def job_of(executor: Any) -> Any | None:
     return None if info is None else info.job
 
 
+def has_warm_process(server: AgentServer) -> bool:
+    """Tell whether a process waits for the next job; true as well when none is meant to.
+
+    Needs `_proc_pool._warmed_proc_queue`; without it a registered worker counts as warm.
+    """
+    pool = getattr(server, "_proc_pool", None)
+    queue = getattr(pool, "_warmed_proc_queue", None)
+    if queue is None or getattr(pool, "_default_num_idle_processes", 1) == 0:
+        return True
+    return not queue.empty()
+
+
 def mark_as_mock(server: AgentServer) -> None:
     """Run every job in livekit-agents' mock room: there is no media server to join."""
     need(server, "_proc_pool")

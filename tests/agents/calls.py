@@ -126,6 +126,7 @@ if __name__ == "__main__":
             request_fnc=request,
             prewarm_fnc=prewarm,
             load_threshold=float("inf"),
+            max_retry=int(os.environ.get("MAX_RETRY", "16")),
             num_idle_processes=int(os.environ.get("IDLE", "1")),
         )
     )
