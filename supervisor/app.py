@@ -22,12 +22,14 @@ from worker.clock import now
 
 from . import config as configuration
 from . import control_api, health, logs, receipt
+from .announcer import Announcer
 from .budget import Shares
 from .config import Config
 from .errors import ConfigError, Exit
 from .fleet import Fleet
 from .inbox import Inbox, Received
 from .launch import Launcher
+from .notify import Manager
 from .reaper import Reaper
 from .receipt import Ledger, StopRecord
 from .shutdown import Countdown, PhaseClock, shut_down
@@ -100,6 +102,8 @@ class App:
         )
         self.fleet.shared.known_pids.update(around.spared_pids)
         self.view = View(fleet=self.fleet, clock=self.clock)
+        manager = Manager(around.environment, os.getpid())
+        self.announcer = Announcer(self.view, manager, is_opaque=config.is_opaque)
 
     def _launcher(self, console: bool) -> Launcher:
         shares = self._shares().within(self.config.grace)
@@ -168,6 +172,7 @@ class App:
                 listening = group.create_task(self._listen())
                 fleet = group.create_task(self.fleet.run())
                 watching = group.create_task(self._watch_readiness())
+                announcing = group.create_task(self.announcer.run())
                 await self._until_stop()
                 watching.cancel()
                 countdown = Countdown(
@@ -192,6 +197,7 @@ class App:
                 await self.fleet.bell.until(fleet.done, lambda: due)
                 fleet.cancel()
                 listening.cancel()
+                announcing.cancel()
         except* Exception as group_error:
             # A fault of ours. The workers see our end and drain by themselves; say so, do not hang.
             self.record.fault = "; ".join(repr(error) for error in group_error.exceptions)

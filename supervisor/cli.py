@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from . import config as configuration
+from . import deployment
 from .errors import ConfigError, UsageError
 from .inbox import Inbox
 
@@ -160,6 +161,9 @@ def _status(
     from .table import status_table
 
     Console().print(status_table(document))
+
+
+deployment.register(app)
 
 
 async def main(arguments: list[str], inbox: Inbox | None) -> int:
