@@ -22,10 +22,12 @@ from worker.clock import now
 
 from . import config as configuration
 from . import control_api, health, logs, receipt
+from .announcer import Announcer
 from .config import Config
 from .errors import ConfigError, Exit, Refused
 from .fleet import Fleet
 from .inbox import Inbox, Received
+from .notify import Manager
 from .operations import Operations
 from .program import Program
 from .reaper import Reaper
@@ -130,6 +132,9 @@ class App:
         )
         self.watch = Watch(self.fleet, self.operations, log=self.log)
         self.view = View(fleet=self.fleet, clock=self.clock, operations=self.operations, watch=self.watch)
+        manager = Manager(around.environment, os.getpid())
+        self.announcer = Announcer(self.view, manager, is_opaque=config.is_opaque)
+        self.operations.on_reload = self.announcer.reloading
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -169,6 +174,7 @@ class App:
                 watching = group.create_task(self._watch_readiness())
                 beats = group.create_task(self.watch.run())
                 group.create_task(self.operations.run())
+                announcing = group.create_task(self.announcer.run())
                 await self._until_stop()
                 watching.cancel()
                 countdown = Countdown(
@@ -194,6 +200,7 @@ class App:
                 fleet.cancel()
                 beats.cancel()
                 listening.cancel()
+                announcing.cancel()
         except* Exception as group_error:
             # A fault of ours. The workers see our end and drain by themselves; say so, do not hang.
             self.record.fault = "; ".join(repr(error) for error in group_error.exceptions)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from . import config as configuration
+from . import deployment
 from .errors import ConfigError, UsageError
 from .inbox import Inbox
 
@@ -176,6 +177,9 @@ def _demo(
     if workers < 1 or rate <= 0 or (seconds is not None and seconds <= 0):
         raise UsageError("--workers, --rate and --seconds: expected more than 0")
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
+
+
+deployment.register(app)
 
 
 async def main(arguments: list[str], inbox: Inbox | None) -> int:

@@ -52,6 +52,7 @@ class Operations:
     def __init__(self, fleet: Fleet, *, program: Callable[[], Program], log: Any) -> None:
         self.recent: deque[Operation] = deque(maxlen=KEPT)
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.on_reload: Callable[[int], None] = lambda _by: None
         self._fleet = fleet
         self._program = program
         self._log = log
@@ -143,27 +144,33 @@ class Operations:
     async def _reload(self, operation: Operation) -> str:
         async with self._reloading:
             self._queued_reload = None
+            self.on_reload(1)
             try:
-                config, launcher = self._program()
-            except ConfigError as error:
-                return str(error)
-            slots = [slot for slot in self._fleet.slots if not slot.is_stopping]
-            operation.of = len(slots)
-            wanted, before = self.wanted, self._fleet.config.workers
-            # One slot goes first: if the new program is no good, it is the only one that has tried it.
-            why = await self._replace(operation, slots[0], launcher, "reload")
-            if why:
-                return f"the old program keeps serving: {why}"
-            self._fleet.commit(config, launcher)
-            async with asyncio.TaskGroup() as group:
-                rest = [
-                    group.create_task(self._replace(operation, slot, launcher, "reload"))
-                    for slot in slots[1:]
-                ]
-            reasons = [task.result() for task in rest if task.result()]
-            if config.workers != before and wanted == before:
-                await self._resize(operation, config.workers)
-            return "; ".join(reasons)
+                return await self._roll(operation)
+            finally:
+                self.on_reload(-1)
+
+    async def _roll(self, operation: Operation) -> str:
+        try:
+            config, launcher = self._program()
+        except ConfigError as error:
+            return str(error)
+        slots = [slot for slot in self._fleet.slots if not slot.is_stopping]
+        operation.of = len(slots)
+        wanted, before = self.wanted, self._fleet.config.workers
+        # One slot goes first: if the new program is no good, it is the only one that has tried it.
+        why = await self._replace(operation, slots[0], launcher, "reload")
+        if why:
+            return f"the old program keeps serving: {why}"
+        self._fleet.commit(config, launcher)
+        async with asyncio.TaskGroup() as group:
+            rest = [
+                group.create_task(self._replace(operation, slot, launcher, "reload")) for slot in slots[1:]
+            ]
+        reasons = [task.result() for task in rest if task.result()]
+        if config.workers != before and wanted == before:
+            await self._resize(operation, config.workers)
+        return "; ".join(reasons)
 
     async def _recycle(self, operation: Operation, slot: Slot, reason: str) -> str:
         return await self._replace(operation, slot, self._fleet.launcher, reason)

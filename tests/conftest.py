@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from tests.harness import Run
+from tests.left_out import pytest_collection_modifyitems, pytest_terminal_summary
+
+__all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
 
 
 @pytest.hookimpl(tryfirst=True)

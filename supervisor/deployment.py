@@ -1,0 +1,84 @@
+"""The verbs about where lastcall runs: `unit`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError
+
+KINDS = ("systemd", "docker", "compose", "k8s")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("unit")(_unit)
+
+
+def _unit(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="systemd, docker, compose or k8s.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
+    grace: Annotated[
+        float | None, typer.Option(metavar="S", help="What a whole stop may take.  [3600]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", metavar="N", help="Workers to keep up.  [1]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the service.  [lastcall]")] = None,
+    image: Annotated[str | None, typer.Option(help="For compose and k8s.  [NAME:latest]")] = None,
+    program: Annotated[
+        str | None,
+        typer.Option("--exec", metavar="PATH", help="For systemd: the lastcall to start.  [this one]"),
+    ] = None,
+) -> None:
+    """Print a unit, Dockerfile, compose file or manifests whose kill timers fit the grace."""
+    from .platforms import docker, k8s, systemd
+    from .platforms.service import GRACE, Service, Timers, seconds
+
+    if kind not in KINDS:
+        raise UsageError(f"{kind!r} is no kind of unit: expected {', '.join(KINDS)}")
+    if image is not None and kind not in ("compose", "k8s"):
+        raise UsageError(f"--image: {kind} names no image; leave it out")
+    if program is not None and kind != "systemd":
+        raise UsageError(f"--exec: {kind} starts what is in the image; leave it out")
+    options = {"--grace": None if grace is None else seconds(grace) if grace < float("inf") else "inf"}
+    options |= {"--workers": workers, "--name": name, "--image": image, "--exec": program}  # type: ignore[dict-item]
+    given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    service = Service(
+        target=target,
+        name=name or "lastcall",
+        image=image or "",
+        program=_program(program) if kind == "systemd" else "lastcall",
+        directory=os.getcwd(),
+        workers=1 if workers is None else workers,
+        timers=Timers(grace=GRACE if grace is None else grace),
+        printed_by=shlex.join(["lastcall", "unit", kind, target, *given]),
+    )
+    render = {
+        "systemd": systemd.unit,
+        "docker": docker.dockerfile,
+        "compose": docker.compose,
+        "k8s": k8s.stream,
+    }
+    print(render[kind](service), end="")
+    if service.timers.warning:
+        print(f"lastcall: {service.timers.warning}", file=sys.stderr)
+
+
+def _program(given: str | None) -> str:
+    """Return the absolute path of the lastcall that the unit starts."""
+    if given is not None:
+        if not os.path.isabs(given) or "\n" in given:
+            raise UsageError(f"--exec: got {given!r}, expected the absolute path of a lastcall")
+        return given
+    beside = Path(sys.executable).parent / "lastcall"
+    found = str(beside) if beside.is_file() else shutil.which("lastcall")
+    if found is None:
+        raise UsageError("--exec: no lastcall beside this Python or in PATH; give its absolute path")
+    return os.path.abspath(found)

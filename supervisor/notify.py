@@ -1,0 +1,123 @@
+"""sd_notify: what the service manager is told, and the socket that it goes to.
+
+One datagram of KEY=value lines at a time, to the address in NOTIFY_SOCKET; a leading @ is an abstract socket:
+
+    READY=1                                  the workers have registered; or a reload is done
+    RELOADING=1, MONOTONIC_USEC=…            a reload begins; in one datagram, or 253 and newer drop it
+    STOPPING=1                               the stop has begun
+    EXTEND_TIMEOUT_USEC=…                    kill no earlier than so long from now
+    STATUS=draining: 3 jobs, 3541 s left     for `systemctl status`
+    WATCHDOG=1                               the supervision loop turns
+
+`Herald` decides what is due and knows neither clock nor socket. That nobody listens is no error, and neither
+is a datagram that could not be sent: what matters is said again.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+USEC = 1_000_000
+# How far each extension of the stop timer reaches, and how soon it is said again. What is left of the last
+# one when no job is left has to cover the reserved shares that follow.
+EXTENSION = 60.0
+EXTEND_EVERY = 10.0
+STATUS_EVERY = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What of the supervisor the service manager is told. `end_at`: when grace is over, in a stop."""
+
+    is_ready: bool = False
+    is_reloading: bool = False
+    is_busy: bool = False
+    end_at: float | None = None
+    text: str = ""
+
+
+class Herald:
+    """What is due to be said, given what is the case and what has been said."""
+
+    def __init__(self, *, watchdog: float | None = None) -> None:
+        self._watchdog_every = None if watchdog is None else watchdog / 2
+        self._feed_at = self._extend_at = self._status_at = 0.0
+        self._was = Snapshot()
+
+    def speak(self, snapshot: Snapshot, now: float) -> list[str]:
+        """Return the lines of the datagram that is due, none when none is."""
+        was, self._was = self._was, snapshot
+        lines = []
+        if snapshot.end_at is not None:
+            if was.end_at is None:
+                lines.append("STOPPING=1")
+            if snapshot.is_busy and now >= self._extend_at:
+                self._extend_at = now + EXTEND_EVERY
+                usec = int(min(EXTENSION, snapshot.end_at - now) * USEC)
+                lines += [f"EXTEND_TIMEOUT_USEC={usec}"] if usec > 0 else []
+        elif snapshot.is_reloading and not was.is_reloading:
+            lines += ["RELOADING=1", f"MONOTONIC_USEC={int(now * USEC)}"]
+        elif snapshot.is_ready and not snapshot.is_reloading and (was.is_reloading or not was.is_ready):
+            lines.append("READY=1")
+        is_news = (snapshot.text, snapshot.end_at) != (was.text, was.end_at)
+        if is_news or (snapshot.end_at is not None and now >= self._status_at):
+            self._status_at = now + STATUS_EVERY
+            left = "" if snapshot.end_at is None else f", {max(0.0, snapshot.end_at - now):.0f} s left"
+            lines.append(f"STATUS={snapshot.text}{left}")
+        if self._watchdog_every is not None and now >= self._feed_at:
+            self._feed_at = now + self._watchdog_every
+            lines.append("WATCHDOG=1")
+        return lines
+
+    def due_at(self) -> float | None:
+        """Return when there is something to say although nothing changes; None: never."""
+        dues = [] if self._watchdog_every is None else [self._feed_at]
+        if self._was.end_at is not None:
+            dues += [self._status_at, *([self._extend_at] if self._was.is_busy else [])]
+        return min(dues, default=None)
+
+
+class Manager:
+    """The service manager's end of the protocol, as found in the environment; it may not be there."""
+
+    def __init__(self, environment: Mapping[str, str], pid: int) -> None:
+        self.address = _address(environment.get("NOTIFY_SOCKET", ""))
+        self.watchdog = _watchdog(environment, pid) if self.address else None
+        self._socket: socket.socket | None = None
+
+    @property
+    def is_there(self) -> bool:
+        return bool(self.address)
+
+    def tell(self, lines: list[str]) -> None:
+        """Send one datagram; never waits, and never fails."""
+        if not self.address or not lines:
+            return
+        try:
+            if self._socket is None:
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._socket.sendto("\n".join(lines).encode(errors="replace"), self.address)
+        except OSError:
+            return  # it restarts, or its queue is full; a watchdog that starves of it is its own remedy
+
+    def close(self) -> None:
+        """Close the socket; what was sent is not lost."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+def _address(name: str) -> str:
+    """Return the socket's address; one that is no unix socket (vsock, of a virtual machine) is not ours."""
+    if name.startswith("@") and len(name) > 1:
+        return "\0" + name[1:]
+    return name if name.startswith("/") else ""
+
+
+def _watchdog(environment: Mapping[str, str], pid: int) -> float | None:
+    usec = environment.get("WATCHDOG_USEC", "")
+    if environment.get("WATCHDOG_PID", str(pid)) != str(pid) or not usec.isdecimal() or int(usec) == 0:
+        return None
+    return int(usec) / USEC

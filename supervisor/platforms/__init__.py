@@ -1,0 +1,1 @@
+"""What each platform is told so that its kill timer never comes before the end of grace."""

@@ -1,0 +1,124 @@
+"""Every shipped artefact under the linter of its kind, offline."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.left_out import BIN
+
+pytestmark = pytest.mark.lint
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "scripts" / "deploy"
+K8S = DEPLOY / "k8s"
+KEDA = ROOT.parent / "shared" / "keda.sh_scaledobjects.yaml"
+
+
+def lint(*command: str | Path) -> str:
+    """Run a linter and return what it printed; it has to be content."""
+    done = subprocess.run(
+        [str(BIN / command[0]), *map(str, command[1:])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def shell_scripts() -> list[Path]:
+    candidates = [path for path in (*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run") if path.is_file()]
+    return [path for path in candidates if path.read_text(errors="replace").startswith("#!/bin/sh")]
+
+
+def test_shell_scripts() -> None:
+    """shellcheck has nothing to say, about the container's entry point above all."""
+    scripts = shell_scripts()
+    assert ROOT / "scripts" / "entrypoint" in scripts and len(scripts) > 5
+    lint("shellcheck", "--external-sources", "--source-path", ROOT / "scripts", *scripts)
+
+
+def test_dockerfile() -> None:
+    """hadolint has nothing to say."""
+    assert lint("hadolint", "--no-color", DEPLOY / "Dockerfile") == ""
+
+
+def test_compose_file() -> None:
+    """The compose specification knows every key."""
+    lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
+
+
+def built(name: str) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(lint("kubectl", "kustomize", K8S / name)) if document]
+
+
+def resources() -> Iterator[dict[str, Any]]:
+    for path in sorted((K8S / "base").glob("*.yaml")):
+        if path.name != "kustomization.yaml":
+            yield yaml.safe_load(path.read_text())
+    yield from built("base")
+    yield from built("long-calls")
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.32", "1.34"])
+def test_manifests(version: str) -> None:
+    """Kubernetes' own schema, strictly: no unknown key, no wrong type; the overlay's result too."""
+    import kubernetes_validate
+
+    seen = set()
+    for resource in resources():
+        if resource["apiVersion"].startswith("keda.sh"):
+            continue
+        kubernetes_validate.validate(resource, version, strict=True)
+        seen.add(resource["kind"])
+    assert seen == {"Deployment", "PodDisruptionBudget", "HorizontalPodAutoscaler", "NetworkPolicy"}
+
+
+def test_overlay_for_long_calls() -> None:
+    """It changes grace and the kill timer together, and has KEDA in the HPA's place."""
+    documents = {document["kind"]: document for document in built("long-calls")}
+    assert set(documents) == {"Deployment", "PodDisruptionBudget", "ScaledObject", "NetworkPolicy"}
+    pod = documents["Deployment"]["spec"]["template"]["spec"]
+    environment = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    assert environment["LASTCALL_GRACE"] == "14400"
+    assert pod["terminationGracePeriodSeconds"] == 14430 == int(environment["LASTCALL_PLATFORM_GRACE"])
+    assert environment["LASTCALL_HTTP"] == "0.0.0.0:8080", "the patch replaced the list"
+
+
+@pytest.mark.skipif(not KEDA.is_file(), reason="KEDA's schema is not beside the checkout")
+def test_scaled_object(tmp_path: Path) -> None:
+    """KEDA's own schema, with unknown keys refused; the base's and the overlay's."""
+    (version,) = [v for v in yaml.safe_load(KEDA.read_text())["spec"]["versions"] if v["name"] == "v1alpha1"]
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(closed(version["schema"]["openAPIV3Schema"])))
+    overlaid = [document for document in built("long-calls") if document["kind"] == "ScaledObject"]
+    for number, document in enumerate(
+        [yaml.safe_load((K8S / "keda/scaledobject.yaml").read_text()), *overlaid]
+    ):
+        instance = tmp_path / f"{number}.json"
+        instance.write_text(json.dumps(document))
+        lint("check-jsonschema", "--schemafile", schema, instance)
+    assert len(overlaid) == 1
+
+
+def closed(schema: Any) -> Any:
+    """Refuse unknown keys wherever the schema lists the known ones and does not allow others.
+
+    Metadata is Kubernetes' own, and the schema of a resource leaves it open.
+    """
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: closed(value) for key, value in schema.items()}
+    if isinstance(result.get("properties"), dict) and result.get("type") == "object":
+        result.setdefault("additionalProperties", False)
+    return result

@@ -1,0 +1,237 @@
+"""sd_notify: what is said when, and to a plain datagram socket that stands for the service manager."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.notify import EXTEND_EVERY, EXTENSION, STATUS_EVERY, Herald, Manager, Snapshot
+from tests.harness import AGENT, Run
+from tests.test_opaque import DEAF, polite
+
+UP = Snapshot(is_ready=True, text="running")
+
+
+def test_ready_is_said_once() -> None:
+    """Not before the workers have registered, and not again when a snapshot changes otherwise."""
+    herald = Herald()
+    assert herald.speak(Snapshot(text="starting"), 1.0) == ["STATUS=starting"]
+    assert herald.speak(UP, 2.0) == ["READY=1", "STATUS=running"]
+    assert herald.speak(UP, 3.0) == []
+    assert herald.due_at() is None
+
+
+def test_reload_is_one_datagram_with_its_time() -> None:
+    """RELOADING=1 and MONOTONIC_USEC together, READY=1 when it is over."""
+    herald = Herald()
+    herald.speak(UP, 1.0)
+    assert herald.speak(Snapshot(is_ready=True, is_reloading=True, text="running"), 2.5) == [
+        "RELOADING=1",
+        "MONOTONIC_USEC=2500000",
+    ]
+    assert herald.speak(UP, 4.0) == ["READY=1"]
+
+
+def test_a_stop_ends_a_reload() -> None:
+    """STOPPING=1 once, and no READY=1 after it."""
+    herald = Herald()
+    herald.speak(Snapshot(is_ready=True, is_reloading=True, text="t"), 1.0)
+    stopping = Snapshot(is_ready=True, text="t", end_at=100.0)
+    assert herald.speak(stopping, 2.0) == ["STOPPING=1", "STATUS=t, 98 s left"]
+    assert herald.speak(stopping, 2.1) == []
+
+
+def test_extensions_reach_no_further_than_grace() -> None:
+    """Said again in time while jobs live, each ending before grace does; none when no job is left."""
+    herald = Herald()
+    at, said = 10.0, []
+    busy = Snapshot(is_busy=True, text="draining", end_at=10.0 + 2.5 * EXTENSION)
+    while at < 10.0 + 3 * EXTENSION:
+        for line in herald.speak(busy, at):
+            if line.startswith("EXTEND"):
+                said.append((at, int(line.partition("=")[2]) / 1e6))
+        due = herald.due_at()
+        assert due is not None and due > at
+        at = due
+    assert busy.end_at is not None
+    covered = said[0][0]
+    for when, length in said:
+        assert when <= covered and when + length <= busy.end_at + 1e-6
+        covered = max(covered, when + length)
+    assert covered == pytest.approx(busy.end_at)
+    idle = Snapshot(text="closing", end_at=busy.end_at)
+    assert not any("EXTEND" in line for line in herald.speak(idle, 10.0 + EXTEND_EVERY))
+
+
+def test_seconds_left_are_said_now_and_then() -> None:
+    """In a stop the status is renewed although nothing else has changed."""
+    herald = Herald()
+    snapshot = Snapshot(text="draining: 1 job", end_at=100.0)
+    assert herald.speak(snapshot, 10.0)[-1] == "STATUS=draining: 1 job, 90 s left"
+    assert herald.speak(snapshot, 10.0 + STATUS_EVERY) == ["STATUS=draining: 1 job, 85 s left"]
+
+
+def test_watchdog_is_fed_twice_in_its_time() -> None:
+    """At once, then at half of what the service manager allows."""
+    herald = Herald(watchdog=3.0)
+    assert "WATCHDOG=1" in herald.speak(UP, 10.0)
+    assert herald.due_at() == 11.5
+    assert herald.speak(UP, 11.0) == []
+    assert herald.speak(UP, 11.5) == ["WATCHDOG=1"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"WATCHDOG_USEC": "30000000"}, 30.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "7"}, 30.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_watchdog_is_ours_or_nobodys(environment: dict[str, str], expected: float | None) -> None:
+    """Only a watchdog meant for this process is fed; nonsense is none."""
+    assert Manager({"NOTIFY_SOCKET": "/run/x", **environment}, 7).watchdog == expected
+
+
+@pytest.mark.parametrize("name", ["", "@", "vsock:2:1234", "relative"])
+def test_no_service_manager(name: str) -> None:
+    """No address, or one that is no unix socket: nothing is sent and nothing fails."""
+    manager = Manager({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "1000000"}, 7)
+    assert not manager.is_there and manager.watchdog is None
+    manager.tell(["READY=1"])
+    manager.close()
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_addresses(tmp_path: Path, is_abstract: bool) -> None:
+    """A path or an abstract name; a listener that went away is no error, one that is full neither."""
+    name = f"@lastcall-{os.getpid()}" if is_abstract else str(tmp_path / "n")
+    manager = Manager({"NOTIFY_SOCKET": name}, 1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name[1:] if is_abstract else name)
+        listener.settimeout(5)
+        manager.tell(["READY=1", "STATUS=up"])
+        assert listener.recv(100) == b"READY=1\nSTATUS=up"
+        for _ in range(2000):
+            manager.tell(["STATUS=" + "x" * 1000])
+    manager.tell(["STATUS=nobody hears"])
+    manager.close()
+
+
+class Listener:
+    """The service manager's socket, and all that was said to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.socket.bind(str(path))
+        self.environment = {"NOTIFY_SOCKET": str(path)}
+        self._datagrams: list[list[str]] = []
+
+    def datagrams(self) -> list[list[str]]:
+        while True:
+            try:
+                self._datagrams.append(self.socket.recv(1 << 16).decode().split("\n"))
+            except BlockingIOError:
+                return self._datagrams
+
+    def lines(self) -> list[str]:
+        return [line for datagram in self.datagrams() for line in datagram]
+
+    def said(self, start: str) -> list[str]:
+        return [line for line in self.lines() if line.startswith(start)]
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Any:
+    listener = Listener(tmp_path / "notify")
+    yield listener
+    listener.socket.close()
+
+
+SHOW = """
+import json, os, sys, time
+print(json.dumps(sorted(os.environ)), flush=True)
+time.sleep(600)
+"""
+
+
+async def test_life_of_a_service(run: Any, listener: Listener) -> None:
+    """READY, then STOPPING with its extension within grace, statuses with the seconds left; in that order."""
+    r: Run = await run("run", "--grace", "20", *polite(1.0), livekit=False, environment=listener.environment)
+    await r.until(lambda: "up" in r.out.read_text())
+    await r.until(lambda: listener.said("READY=1"))
+    r.kill()
+    assert await r.exit() == 0
+    lines = listener.lines()
+    assert lines.count("READY=1") == lines.count("STOPPING=1") == 1
+    assert lines.index("READY=1") < lines.index("STOPPING=1")
+    (extension, *_) = listener.said("EXTEND_TIMEOUT_USEC=")
+    assert 15 < int(extension.partition("=")[2]) / 1e6 <= 20
+    assert "STATUS=running: 1 of 1 workers accept, 0 jobs" in lines
+    assert any(line.startswith("STATUS=draining: 0 jobs, ") for line in lines)
+    assert not listener.said("WATCHDOG")
+
+
+async def test_the_watchdog_starves_with_the_loop(run: Any, listener: Listener) -> None:
+    """Fed while the supervisor supervises, and still fed while it drains; a stopped process feeds nobody."""
+    r: Run = await run(
+        *("run", "--grace", "6", "--", sys.executable, "-c", DEAF),
+        livekit=False,
+        environment={**listener.environment, "WATCHDOG_USEC": "400000"},
+    )
+    await r.until(lambda: len(listener.said("WATCHDOG=1")) >= 5)
+    r.kill()
+    await r.until(lambda: listener.said("STOPPING=1"))
+    fed = len(listener.said("WATCHDOG=1"))
+    await r.until(lambda: len(listener.said("WATCHDOG=1")) >= fed + 3)
+    assert await r.exit() == 75
+
+
+async def test_children_are_not_told_the_address(run: Any, listener: Listener) -> None:
+    """No variable of the protocol reaches a worker, which would answer in the supervisor's name."""
+    r: Run = await run(
+        *("run", "--", sys.executable, "-c", SHOW),
+        livekit=False,
+        environment={
+            **listener.environment,
+            **dict.fromkeys(("WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"), "1"),
+            "WATCHDOG_USEC": "1000000",
+        },
+    )
+    await r.until(lambda: r.out.read_text().endswith("]\n"))
+    assert not [name for name in ("NOTIFY_SOCKET", "WATCHDOG", "LISTEN_") if f'"{name}' in r.out.read_text()]
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_ready_waits_for_every_worker(run: Any, listener: Listener) -> None:
+    """READY=1 comes when both workers have registered; the drain's status counts the jobs."""
+    r: Run = await run("run", "-w", "2", "--grace", "40", AGENT, environment=listener.environment)
+    await r.ready(1)
+    await r.until(lambda: listener.said("READY=1"), 40)
+    assert len(r.events("registered")) == 2
+    job = await r.dispatch(sleep=2)
+    await r.job_says(job.job_id, "started")
+    await r.until(lambda: "STATUS=running: 2 of 2 workers accept, 1 job" in listener.lines())
+    r.kill()
+    assert await r.exit() == 0
+    assert listener.said("STATUS=draining: 1 job, ")
+    assert 30 < int(listener.said("EXTEND_TIMEOUT_USEC=")[0].partition("=")[2]) / 1e6 <= 40
+    await r.clean(job)
+
+
+async def test_stop_before_ready(run: Any, listener: Listener) -> None:
+    """A service that is stopped while it starts says STOPPING and never READY."""
+    r: Run = await run("run", AGENT, environment={**listener.environment, "LIVEKIT_URL": "ws://127.0.0.1:9"})
+    await r.until(lambda: r.log("slot starting"))
+    r.kill()
+    assert await r.exit() == 0
+    assert "STOPPING=1" in listener.lines() and "READY=1" not in listener.lines()

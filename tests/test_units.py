@@ -1,0 +1,206 @@
+"""What `lastcall unit` prints, and that the files which the project ships are that."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from supervisor.errors import UsageError
+from supervisor.platforms import docker, k8s, systemd
+from supervisor.platforms.service import Service, Timers, is_target
+from supervisor.platforms.tree import shipped
+from tests.harness import LASTCALL
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "scripts" / "deploy"
+
+
+def unit(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LASTCALL, "unit", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd, check=False
+    )
+
+
+def test_shipped_files_are_what_the_source_of_truth_says() -> None:
+    """Every file under scripts/deploy, and no other; scripts/units writes them."""
+    found = {str(path.relative_to(DEPLOY)): path.read_text() for path in DEPLOY.rglob("*") if path.is_file()}
+    assert found == dict(shipped())
+
+
+@pytest.mark.parametrize("name", ["lastcall.service", "Dockerfile", "compose.yaml"])
+def test_shipped_file_is_printed_by_the_command_in_its_first_line(name: str) -> None:
+    """The command that a file names, run as it stands, prints the file."""
+    text = (DEPLOY / name).read_text()
+    words = shlex.split(text.splitlines()[0].removeprefix("# "))
+    assert words[:2] == ["lastcall", "unit"]
+    done = unit(*words[2:])
+    assert (done.stdout, done.stderr, done.returncode) == (text, "", 0)
+
+
+def test_shipped_base_is_printed_by_the_command_in_its_kustomization() -> None:
+    """The same for Kubernetes, whose resources are printed as one stream."""
+    text = (DEPLOY / "k8s/base/kustomization.yaml").read_text()
+    done = unit(*shlex.split(text.splitlines()[0].removeprefix("# "))[2:])
+    files = [DEPLOY / "k8s/base" / name for name in yaml.safe_load(text)["resources"]]
+    assert list(yaml.safe_load_all(done.stdout)) == [yaml.safe_load(file.read_text()) for file in files]
+    for file in files:
+        assert file.read_text() in done.stdout
+
+
+@pytest.mark.parametrize("grace", [45.5, 540.0, 3600.0, 86400.0])
+def test_every_kill_timer_is_grace_and_a_margin(grace: float) -> None:
+    """30 s after the end of grace, on each platform; on Kubernetes after preStop and grace."""
+    service = Service(target="a.py", directory="/srv", program="/srv/lastcall", timers=Timers(grace=grace))
+    after = Timers(grace=grace).kill_after
+    assert grace + 30 <= after < grace + 31
+    assert f"TimeoutStopSec={after}\n" in systemd.unit(service)
+    assert f"-t {after}:" in docker.dockerfile(service)
+    assert yaml.safe_load(docker.compose(service))["services"]["agent"]["stop_grace_period"] == f"{after}s"
+    paused = Service(target="a.py", timers=Timers(grace=grace, pre_stop=5))
+    pod = yaml.safe_load(k8s.base(paused)["deployment.yaml"])["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == after + 5
+    (container,) = pod["containers"]
+    assert container["lifecycle"]["preStop"]["sleep"]["seconds"] == 5
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert environment["LASTCALL_PLATFORM_GRACE"] == str(after)
+    assert float(str(environment["LASTCALL_GRACE"])) == grace
+
+
+def test_values_of_the_command_line_arrive() -> None:
+    """Name, image, workers and grace are where each platform looks for them."""
+    done = unit(
+        "k8s", "pkg.agent:server", "--name", "bot", "--image", "r.example/bot:7", "-w", "3", "--grace", "60"
+    )
+    deployment, pdb, hpa, policy = yaml.safe_load_all(done.stdout)
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert (container["image"], container["args"]) == ("r.example/bot:7", ["pkg.agent:server"])
+    assert {"name": "LASTCALL_WORKERS", "value": "3"} in container["env"]
+    assert {document["metadata"]["name"] for document in (deployment, pdb, hpa, policy)} == {"bot"}
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert pdb["spec"]["selector"]["matchLabels"] == labels == policy["spec"]["podSelector"]["matchLabels"]
+    assert "--grace 60" in done.stdout.splitlines()[0]
+
+
+def test_systemd_unit_takes_paths_as_they_are(tmp_path: Path) -> None:
+    """Spaces, percent and dollar signs in a path reach the program; the target is made absolute."""
+    service = Service(
+        target="a b%/$x.py:make", directory="/srv/it's", program="/opt/l c/lastcall", name="bot", workers=2
+    )
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # the documented way to keep capitals
+    parser.read_string(systemd.unit(service))
+    section = parser["Service"]
+    assert section["ExecStart"].startswith(
+        '"/opt/l c/lastcall" run "/srv/it\'s/a b%%/$$x.py:make" --workers 2'
+    )
+    assert "--control /run/bot/control.sock" in section["ExecStart"]
+    assert section["WorkingDirectory"] == "/srv/it's/a b%%"
+    assert section["RuntimeDirectory"] == "bot"
+
+
+def test_home_directories_stay_visible_when_the_program_is_there() -> None:
+    """ProtectHome would hide it; a directory for temporary files can't be shown, which is an error."""
+    there = Service(target="agent.py", directory="/home/ann/agent", program="/opt/lastcall")
+    assert "ProtectHome=read-only" in systemd.unit(there)
+    assert "ProtectHome=yes" in systemd.unit(Service(target="agent.py", directory="/srv"))
+    with pytest.raises(UsageError, match="PrivateTmp"):
+        systemd.unit(Service(target="m:attr", directory="/tmp/x"))
+
+
+def test_short_grace_is_said() -> None:
+    """When a cut job's callbacks would not run, the artefact and standard error say so."""
+    done = unit("docker", "agent.py", "--grace", "20")
+    assert done.returncode == 0
+    assert "callbacks may not run" in done.stdout.splitlines()[1] and "callbacks may not run" in done.stderr
+    assert not Timers(grace=51).warning and Timers(grace=50).warning
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["vms", "a.py"], "'vms' is no kind of unit: expected systemd"),
+        (["docker", "agent"], "'agent' is no target"),
+        (["docker", "a.py", "--grace", "0"], "--grace: got 0"),
+        (["docker", "a.py", "--grace", "nan"], "--grace: got nan"),
+        (["docker", "a.py", "--grace", "inf"], "--grace: got inf"),
+        (["docker", "a.py", "--workers", "0"], "--workers: got 0"),
+        (["docker", "a.py", "--name", "No Good"], "--name: got 'No Good'"),
+        (["docker", "a.py", "--image", "x"], "--image: docker names no image"),
+        (["compose", "a.py", "--image", "x y"], "--image: got 'x y'"),
+        (["k8s", "a.py", "--exec", "/x"], "--exec: k8s starts what is in the image"),
+        (["systemd", "a.py", "--exec", "lastcall"], "--exec: got 'lastcall', expected the absolute path"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], says: str) -> None:
+    """The value, what was expected, exit code 2, and nothing printed that could be taken for a unit."""
+    done = unit(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        *((good, True) for good in ("a.py", "/x/a.py", "a.py:b", "m:a", "p.m:a")),
+        *((bad, False) for bad in ("a", ".py", "a.py:", "a.py:1", "m:", ":a", "p..m:a", "a\nb.py", "")),
+    ],
+)
+def test_targets(text: str, is_one: bool) -> None:
+    """TARGET has three forms."""
+    assert is_target(text) is is_one
+
+
+def test_entrypoint_turns_the_environment_into_a_command(tmp_path: Path) -> None:
+    """Target, options or verb; PORT; secrets from files, where a variable that is set wins."""
+    fake = tmp_path / "lastcall"
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    )
+    fake.chmod(0o755)
+    secret = tmp_path / "secret"
+    secret.write_text("s3cret\n")
+
+    def enter(*arguments: str, **environment: str) -> tuple[list[str], dict[str, str]]:
+        done = subprocess.run(
+            [str(ROOT / "scripts/entrypoint"), *arguments],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", **environment},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        words, seen = json.loads(done.stdout)
+        return words, seen
+
+    assert enter("agent.py", "-w", "2")[0] == ["run", "agent.py", "-w", "2"]
+    assert enter("m:server")[0] == ["run", "m:server"]
+    assert enter("--", "node", "x")[0] == ["run", "--", "node", "x"]
+    assert enter()[0] == ["run"]
+    assert enter("doctor")[0] == ["doctor"]
+    assert enter()[1]["LASTCALL_HTTP"] == "0.0.0.0:8080"
+    assert enter(PORT="10000")[1]["LASTCALL_HTTP"] == "0.0.0.0:10000"
+    assert enter(PORT="10000", LASTCALL_HTTP="off")[1]["LASTCALL_HTTP"] == "off"
+    assert enter(LIVEKIT_API_SECRET_FILE=str(secret))[1]["LIVEKIT_API_SECRET"] == "s3cret"
+    both = {"LIVEKIT_API_SECRET_FILE": str(secret), "LIVEKIT_API_SECRET": "a $(b) 'c'"}
+    assert enter(**both)[1]["LIVEKIT_API_SECRET"] == "a $(b) 'c'"
+
+
+def test_entrypoint_without_its_secret(tmp_path: Path) -> None:
+    """A secret's file that can't be read is a wrong configuration, by its name."""
+    done = subprocess.run(
+        [str(ROOT / "scripts/entrypoint"), "agent.py"],
+        env={"PATH": "/usr/bin:/bin", "LIVEKIT_API_KEY_FILE": str(tmp_path / "none")},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert "LIVEKIT_API_KEY_FILE" in done.stderr
