@@ -49,4 +49,9 @@ class Setup:
 
     def __call__(self, process: Any) -> Any:
         unmask()
+        from . import compat_jobs, jobend
+        from .inworld.attached import closer
+
+        jobend.begin(process, {"inworld": closer.aclose})
+        compat_jobs.at_job_end(jobend.end)
         return None if self.user is None else self.user(process)
