@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from worker.clock import now
@@ -115,7 +115,7 @@ def _is_done(connection: Any) -> bool:
     return bool(getattr(connection, "_closed", False)) and not plugin_compat.is_open(connection)
 
 
-async def _all(waits: list[Awaitable[Any]], deadline: float) -> int:
+async def _all(waits: Sequence[Awaitable[Any]], deadline: float) -> int:
     """Run all of them at once until the deadline, and return how many overran or failed."""
     if not waits:
         return 0

@@ -104,7 +104,7 @@ def _error(text: str) -> Exception:
 def shut(tts: Any) -> None:
     """Have the pool take nobody in any more, and stop a prewarm that is under way."""
     pool = getattr(tts, "_pool", None)
-    if hasattr(pool, "_closed"):
+    if pool is not None and hasattr(pool, "_closed"):
         pool._closed = True
     prewarm = getattr(tts, "_prewarm_task", None)
     if prewarm is not None:
