@@ -21,12 +21,15 @@ from livekit.plugins import inworld
 import worker
 from tests.agents.calls import note
 
+# What every version can decode, of what the local server speaks: older plugins know no PCM.
+ENCODING = "LINEAR16" if inworld.__version__.startswith(("1.3.", "1.4.")) else "PCM"
+
 
 def make() -> Any:
     """Make a TTS with nothing but what an agent passes; SPEAKER_WS is for where there is no broker."""
     url = os.environ.get("SPEAKER_WS")
     arguments: dict[str, Any] = {"ws_url": url} if url else {}
-    return inworld.TTS(encoding="PCM", sample_rate=24000, **arguments)
+    return inworld.TTS(encoding=ENCODING, sample_rate=24000, **arguments)
 
 
 tts = make()

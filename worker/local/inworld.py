@@ -218,14 +218,16 @@ class InworldServer:
             return refused
         body = await request.json()
         text = str(body.get("text", ""))
-        rate = int(body.get("audioConfig", {}).get("sampleRateHertz", 24000))
+        audio = body.get("audioConfig", {})
+        rate = int(audio.get("sampleRateHertz", 24000))
+        header = audio.get("audioEncoding") == "LINEAR16"
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         kind = str(body.get("timestampType", ""))
         result: dict[str, Any] = {}
         if kind in ("WORD", "CHARACTER"):
             result["timestampInfo"] = self.speech.alignment(text, kind)
-        for chunk in self.speech.chunks(text, rate):
+        for chunk in self.speech.chunks(text, rate, header=header):
             line = json.dumps({"result": {**result, "audioContent": chunk}})
             await response.write(line.encode() + b"\n")
             result = {}
