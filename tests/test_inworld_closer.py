@@ -89,6 +89,19 @@ async def test_a_stop_in_mid_speech(run: Any, tts: str) -> None:
         assert server.counts["cancel_requested"] == 4
 
 
+async def test_a_shutdown_callback_that_raises(run: Any) -> None:
+    """livekit-agents then goes on with the end of the job; it is closed in order all the same."""
+    async with inworld() as server:
+        r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
+        await r.ready()
+        job = await r.dispatch(mode="leave", sleep=0.5, text=LONG, raises=True)
+        await r.job_says(job.job_id, "extra closed")
+        await closed_in_order(server, r, connections=1, contexts=1)
+        r.kill()
+        assert await r.exit() == 0
+        await r.clean(job)
+
+
 async def test_a_job_that_is_told_to_end(run: Any) -> None:
     """Cut at the deadline, but it cooperates: closed in order all the same."""
     async with inworld() as server:

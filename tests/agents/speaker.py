@@ -1,7 +1,7 @@
 """An agent that speaks with the unmodified Inworld plugin. Each dispatch's metadata says how its job goes.
 
 metadata: {"mode": "say" | "leave" | "stay", "streams": how many at once, "text": what each says,
-"sleep": seconds of the job, "tts": "module" | "setup" | "job"}
+"sleep": seconds of the job, "tts": "module" | "setup" | "job", "raises": whether its callback does}
 
 say     speak to the end, then end the job
 leave   speak, and end the job in mid-speech, nothing closed
@@ -68,6 +68,8 @@ async def entrypoint(ctx: JobContext) -> None:
 
     async def callback() -> None:
         note(ctx, "callback")
+        if spec.get("raises"):
+            raise RuntimeError("as asked")
 
     ctx.add_shutdown_callback(callback)
     streams = [speaker.stream() for _ in range(spec.get("streams", 1))]

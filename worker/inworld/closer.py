@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from worker.clock import now
@@ -27,6 +27,8 @@ log = logging.getLogger("lastcall.inworld")
 # Of the time to close: by when contexts have ended, close frames are answered, and the plugin's own close is
 # through. The rest is for saying how it went.
 CONTEXTS_SHARE, CONNECTIONS_SHARE, PLUGIN_SHARE = 0.5, 0.8, 0.9
+# Seconds that something cancelled has to end.
+STUBBORN = 0.1
 
 
 class Held:
@@ -115,20 +117,30 @@ def _is_done(connection: Any) -> bool:
     return bool(getattr(connection, "_closed", False)) and not plugin_compat.is_open(connection)
 
 
-async def _all(waits: Sequence[Awaitable[Any]], deadline: float) -> int:
-    """Run all of them at once until the deadline, and return how many overran or failed."""
+async def _all(waits: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> int:
+    """Run all of them at once until the deadline, and return how many overran or failed.
+
+    Not `asyncio.timeout`: the plugin's aclose() swallows a cancellation (≤ 1.8.8), and would go on for as
+    long as it likes. What does so is left to the end of its loop.
+    """
     if not waits:
         return 0
-    return sum(await asyncio.gather(*(_one(wait, deadline) for wait in waits)))
-
-
-async def _one(wait: Awaitable[Any], deadline: float) -> bool:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
-        async with asyncio.timeout(max(0.0, deadline - now())):
-            await wait
-    except TimeoutError:
-        return True
-    except Exception as error:  # the plugin's or a subclass's own; the others are closed all the same
+        _, late = await asyncio.wait(tasks, timeout=max(0.0, deadline - now()))
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=STUBBORN)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
+    return len(late) + sum(_has_failed(task) for task in tasks if task not in late)
+
+
+def _has_failed(task: asyncio.Task[Any]) -> bool:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:  # the plugin's or a subclass's own; the others are closed all the same
         log.warning("an inworld resource failed to close", extra={"error": repr(error)})
-        return True
-    return False
+    return error is not None

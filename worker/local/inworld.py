@@ -96,6 +96,10 @@ class InworldServer:
         return len(self.connections)
 
     @property
+    def open_handshakes(self) -> int:
+        return len(self._transports) - len(self.connections)
+
+    @property
     def open_contexts(self) -> int:
         return sum(len(connection.contexts) for connection in self.connections.values())
 
