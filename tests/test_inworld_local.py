@@ -253,7 +253,12 @@ async def test_handshakes_that_fail_hang_or_take_long() -> None:
             async with asyncio.timeout(0.1), clients(server):
                 pass
         assert server.peak_connections == 0
-        faults.handshake_hang, faults.handshake_delay = False, 0.05
+        faults.handshake_hang, faults.handshake_cut = False, True
+        with pytest.raises(aiohttp.ClientError):
+            async with clients(server):
+                pass
+        assert server.peak_connections == 0
+        faults.handshake_cut, faults.handshake_delay = False, 0.05
         async with clients(server) as (client,):
             await client.create("a")
 

@@ -51,7 +51,10 @@ class Closer:
         cls = plugin_compat.tts_class()
         if cls is None:
             return
-        plugin_compat.prefill(cls, broker_arguments(environ))
+        unknown = plugin_compat.prefill(cls, broker_arguments(environ))
+        if unknown:
+            text = "the inworld plugin can't be pointed at the pool; use worker.inworld.TTS"
+            log.warning(text, extra={"no_keywords": unknown})
         plugin_compat.watch(cls, used=self._used, opened=self._opened, is_over=self._is_over)
 
     @property

@@ -47,11 +47,14 @@ def tts_class() -> Any | None:
 # -- before it is used -------------------------------------------------------------------------------------
 
 
-def prefill(cls: Any, arguments: Mapping[str, str]) -> None:
-    """Make the arguments the defaults of the constructor's keywords of these names."""
+def prefill(cls: Any, arguments: Mapping[str, str]) -> list[str]:
+    """Make the arguments the defaults of the constructor; return the names that are no keywords of it."""
     init = inspect.unwrap(cls.__init__)
-    defaults = init.__kwdefaults__ or {}
-    init.__kwdefaults__ = {**defaults, **{k: v for k, v in arguments.items() if k in defaults}}
+    defaults = getattr(init, "__kwdefaults__", None) or {}
+    known = {name: value for name, value in arguments.items() if name in defaults}
+    if known:
+        init.__kwdefaults__ = {**defaults, **known}
+    return sorted(arguments.keys() - known.keys())
 
 
 def watch(
@@ -62,10 +65,11 @@ def watch(
     Called on each use, not when a TTS is made: one made by the user's module at its import was made before
     this code ran. What counts is the loop that is running then, which is the one its connections live on.
     """
-    if getattr(cls.stream, "is_watched", False):
+    if getattr(getattr(cls, "stream", None), "is_watched", False):
         return
     for name in ("stream", "synthesize", "prewarm"):  # public
-        setattr(cls, name, _before(getattr(cls, name), used))
+        if hasattr(cls, name):
+            setattr(cls, name, _before(getattr(cls, name), used))
 
     def refuse(_tts: Any) -> None:
         if is_over():

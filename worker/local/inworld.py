@@ -169,6 +169,9 @@ class InworldServer:
         if self.faults.handshake_hang:
             # The client's end of the connection cancels the handler.
             await asyncio.get_running_loop().create_future()
+        if self.faults.handshake_cut:
+            transport.abort()
+            return web.Response()  # which nobody gets
         status = self._refusal(request)
         if status:
             self._emit("refused", status=status)
