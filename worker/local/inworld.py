@@ -18,6 +18,7 @@ import os
 import random
 import secrets
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -301,7 +302,11 @@ def main() -> None:
     given = parser.parse_args()
     limits = Limits(connections=given.connections, contexts=given.contexts, text=given.text, idle=given.idle)
     speech = Speech(pace=given.pace, sound=given.sound, chunk_ms=given.chunk_ms)
-    asyncio.run(serve(InworldServer(limits=limits, speech=speech, port=given.port, api_key=given.key)))
+    server = InworldServer(limits=limits, speech=speech, port=given.port, api_key=given.key)
+    try:
+        asyncio.run(serve(server))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
