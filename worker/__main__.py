@@ -85,6 +85,8 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     compat.preload_ours()
     compat.keep_interrupt_handler()
     compat.end_log_pipes()
+    from .inworld import attached  # noqa: F401  # in place before the target imports the plugin
+
     server = loading.load(target, record=compat.record_run_app, classify=compat.as_server)
     if not compat.has_entrypoint(server):
         raise TargetError(

@@ -37,6 +37,8 @@ SDK_VERSION: str = livekit.agents.__version__
 
 # What of ours job processes unpickle; imported in the forkserver, before the user's path is set.
 PRELOADED = ("worker.jobside",)
+# Joins them, in front of the plugin, where the user's module has imported the plugin.
+PRELOADED_FOR = {"livekit.plugins.inworld": "worker.inworld.attached"}
 
 # Loop turns between the user's accept() and the answer. A signal or a control message that arrived while
 # the loop was blocked is read in the first, queued as a callback, run in the second, and may wake a task
@@ -91,8 +93,8 @@ def preload_ours() -> None:
     original = context.set_forkserver_preload
 
     def set_forkserver_preload(self: Any, modules: list[str]) -> None:
-        rest = [name for name in modules if name not in PRELOADED]
-        original(self, [*PRELOADED, *rest])
+        ours = [*PRELOADED, *(ours for theirs, ours in PRELOADED_FOR.items() if theirs in modules)]
+        original(self, [*ours, *(name for name in modules if name not in ours)])
 
     context.set_forkserver_preload = set_forkserver_preload  # type: ignore[assignment]  # no public hook
 

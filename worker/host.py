@@ -19,6 +19,7 @@ from typing import Any
 from . import output
 from .clock import Bell, now
 from .control import Control
+from .inworld.attached import closer
 from .livekit_engine import Engine
 from .resources import Resources
 from .settings import Settings
@@ -112,6 +113,8 @@ class Host:
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
             await engine.end_jobs(self._or_now(kill_at), close_at)
+        if closer.is_needed:
+            self.resources.join("inworld", closer.aclose)
         census = await self.resources.aclose(close_at)
         for resource in census:
             self.control.say("resource", name=resource.name, fate=resource.fate, counts=resource.counts)
