@@ -12,10 +12,13 @@ from prometheus_client.exposition import generate_latest
 from worker.clock import now
 
 from . import family
+from .joined import Joined
 from .states import SlotState
 from .status import View
 
 LABELS = ["slot", "generation"]
+# How long a scrape waits for the workers, seconds.
+WORKERS = 0.3
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -115,11 +118,24 @@ class Collector:
 
 
 class Metrics:
-    """The exposition of one supervisor, in a registry of its own."""
+    """The exposition of one supervisor and its workers."""
 
     def __init__(self, view: View) -> None:
+        self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(Collector(view))
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    async def text(self) -> bytes:
+        """Return the exposition. A worker that does not answer in time shows its last figures."""
+        asked = [g for g in self._view.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
+        for generation in asked:
+            generation.reports.metrics_asked += 1
+            generation.say("metrics", id=generation.reports.metrics_asked)
+        due = now() + WORKERS
+        await self._view.fleet.bell.until(
+            lambda: all(g.reports.metrics_told >= g.reports.metrics_asked or not g.is_alive for g in asked),
+            lambda: due,
+        )
+        joined = CollectorRegistry()
+        joined.register(Joined(asked))
+        return generate_latest(self._registry) + generate_latest(joined)

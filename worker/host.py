@@ -16,7 +16,7 @@ import os
 import socket
 from typing import Any
 
-from . import output
+from . import exposition, output
 from .clock import Bell, now
 from .control import Control
 from .inworld.attached import closer
@@ -158,6 +158,8 @@ class Host:
                 self.engine.hold(self._asked_hold)
         elif kind == "ping":
             self._beat()
+        elif kind == "metrics":
+            self.control.say("metrics", id=message["id"], text=exposition.text())
         self.bell.ring()
 
     def _on_lost(self) -> None:
