@@ -18,7 +18,11 @@ SUITES = ("trixie", "bookworm")
 def missing(marker: str) -> str:
     """Return why tests of a marker can't run here; empty when they can."""
     if marker == "lint":
-        tools = [name for name in ("shellcheck", "hadolint", "check-jsonschema", "kubectl") if not (BIN / name).exists()]
+        tools = [
+            name
+            for name in ("shellcheck", "hadolint", "check-jsonschema", "kubectl")
+            if not (BIN / name).exists()
+        ]
         tools += [] if importlib.util.find_spec("kubernetes_validate") else ["kubernetes-validate"]
         return f"no {', '.join(tools)} in the virtual environment" if tools else ""
     if os.getuid() != 0:

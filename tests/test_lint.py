@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -24,7 +25,11 @@ KEDA = ROOT.parent / "shared" / "keda.sh_scaledobjects.yaml"
 def lint(*command: str | Path) -> str:
     """Run a linter and return what it printed; it has to be content."""
     done = subprocess.run(
-        [str(BIN / command[0]), *map(str, command[1:])], capture_output=True, text=True, timeout=60, check=False
+        [str(BIN / command[0]), *map(str, command[1:])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -67,13 +72,12 @@ def resources() -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("version", ["1.30", "1.32", "1.34"])
 def test_manifests(version: str) -> None:
     """Kubernetes' own schema, strictly: no unknown key, no wrong type; the overlay's result too."""
-    import kubernetes_validate
-
+    validate = importlib.import_module("kubernetes_validate").validate
     seen = set()
     for resource in resources():
         if resource["apiVersion"].startswith("keda.sh"):
             continue
-        kubernetes_validate.validate(resource, version, strict=True)
+        validate(resource, version, strict=True)
         seen.add(resource["kind"])
     assert seen == {"Deployment", "PodDisruptionBudget", "HorizontalPodAutoscaler", "NetworkPolicy"}
 
@@ -96,7 +100,9 @@ def test_scaled_object(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(closed(version["schema"]["openAPIV3Schema"])))
     overlaid = [document for document in built("long-calls") if document["kind"] == "ScaledObject"]
-    for number, document in enumerate([yaml.safe_load((K8S / "keda/scaledobject.yaml").read_text()), *overlaid]):
+    for number, document in enumerate(
+        [yaml.safe_load((K8S / "keda/scaledobject.yaml").read_text()), *overlaid]
+    ):
         instance = tmp_path / f"{number}.json"
         instance.write_text(json.dumps(document))
         lint("check-jsonschema", "--schemafile", schema, instance)

@@ -1,7 +1,7 @@
 """The tests' agent. Each dispatch's metadata says what its job does; every job keeps a log of its own.
 
-metadata: {"sleep": seconds, "mode": "sleep" | "swallow" | "block" | "crash" | "spawn", and for the offer
-"request_sleep", "request_block", "busy"}
+metadata: {"sleep": seconds, "mode": "sleep" | "swallow" | "block" | "hungry" | "crash" | "spawn",
+and for the offer "request_sleep", "request_block", "busy"}
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ async def entrypoint(ctx: JobContext) -> None:
                 await asyncio.sleep(end - time.monotonic())
             except asyncio.CancelledError:
                 note(ctx, "swallowed")
+    elif mode == "hungry":
+        hoard = []
+        while True:
+            hoard.append(b"x" * (16 << 20))
     elif mode == "crash":
         os._exit(3)
     elif mode == "spawn":
