@@ -20,10 +20,10 @@ from typing import NoReturn
 
 import uvloop
 
-from .errors import ConfigError, NotRunning, SupervisorError, UsageError
+from .errors import ConfigError, NotRunning, Refused, SupervisorError, UsageError
 from .inbox import STOP_SIGNALS, Inbox, receive
 
-SUPERVISING = frozenset({"run", "demo"})
+SUPERVISING = frozenset({"run", "demo", "dev"})
 
 
 def main() -> NoReturn:
@@ -56,6 +56,8 @@ async def _command(inbox: Inbox | None) -> int:
         return _complain(error, 78)
     except NotRunning as error:
         return _complain(error, 69)
+    except Refused as error:
+        return _complain(error, 1)
     except SupervisorError as error:
         return _complain(error, 70)
     except Exception:

@@ -6,9 +6,6 @@ turns feeds nobody. Without a service manager nothing runs here at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from worker.clock import now
 
 from .notify import Herald, Manager, Snapshot
@@ -26,7 +23,7 @@ class Announcer:
         self._view = view
         self._manager = manager
         self._is_opaque = is_opaque
-        self._is_reloading = False
+        self._reloads = 0
         self._herald = Herald(watchdog=manager.watchdog)
         self._told = Snapshot()
 
@@ -41,15 +38,10 @@ class Announcer:
         finally:
             self._manager.close()
 
-    @contextmanager
-    def reload(self) -> Iterator[None]:
-        """Announce a reload that lasts as long as the block runs."""
-        self._is_reloading = True
-        self._announce()
-        try:
-            yield
-        finally:
-            self._is_reloading = False
+    def reloading(self, by: int) -> None:
+        """Hear that a reload has begun (1) or is over (-1); said at once, for it may be over in a moment."""
+        self._reloads += by
+        if self._manager.is_there:
             self._announce()
 
     def _announce(self) -> None:
@@ -69,7 +61,7 @@ class Announcer:
         return Snapshot(
             # Once said it stays said: a worker that reconnects later is no second start.
             is_ready=self._told.is_ready or (fleet.accepts and settled),
-            is_reloading=self._is_reloading,
+            is_reloading=self._reloads > 0,
             # What an opaque worker still does can't be counted, so its being there has to do.
             is_busy=jobs > 0 or (self._is_opaque and any(slot.is_alive for slot in fleet.slots)),
             end_at=None if countdown is None else countdown.deadlines.end_at,

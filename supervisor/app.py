@@ -12,7 +12,7 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +23,25 @@ from worker.clock import now
 from . import config as configuration
 from . import control_api, health, logs, receipt
 from .announcer import Announcer
-from .budget import Shares
 from .config import Config
-from .errors import ConfigError, Exit
+from .errors import ConfigError, Exit, Refused
 from .fleet import Fleet
 from .inbox import Inbox, Received
-from .launch import Launcher
 from .notify import Manager
+from .operations import Operations
+from .program import Program
 from .reaper import Reaper
 from .receipt import Ledger, StopRecord
 from .shutdown import Countdown, PhaseClock, shut_down
 from .sink import Sink
 from .states import Phase
 from .status import View
+from .verbs import verbs
+from .watch import Watch
 
 # Two Ctrl-C this close together are one: terminals, wrappers and nervous fingers send duplicates.
 AGAIN_AFTER = 0.3
+AGAIN = "Ctrl-C again ends the drain, a third time kills"
 FLUSH = 0.5
 
 
@@ -54,6 +57,10 @@ class Surroundings:
     worker_settings: Mapping[str, object]
     spared_pids: frozenset[int] = frozenset()
     quiet_workers: bool = False
+    quiet_receipt: bool = False
+    # Lines of each worker begin with its slot. Without patience a second Ctrl-C kills.
+    prefixes_lines: bool = False
+    has_patience: bool = True
 
 
 def surroundings(**more: Any) -> Surroundings:
@@ -71,8 +78,15 @@ def surroundings(**more: Any) -> Surroundings:
 class App:
     """One supervisor, from start to receipt."""
 
-    def __init__(self, config: Config, inbox: Inbox, around: Surroundings) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        inbox: Inbox,
+        around: Surroundings,
+        *,
+        reread: Callable[[], Config] | None = None,
+    ) -> None:
+        reread = reread or (lambda: config)
         self.around = around
         console = logs.is_console(config.log_format, 2)
         self.log = logs.logger(around.stderr, console=console, colours=console and os.isatty(2))
@@ -89,10 +103,22 @@ class App:
         self._kill_asked = False
         self._stop_reason = ""
         self._stop_at = 0.0
-        self._held_environment = dict(around.environment)
+        quiet = around.quiet_workers
+        self.program = Program(
+            supervisor_id=self._id,
+            environment=around.environment,
+            reread=reread,
+            reaper=self._reaper,
+            coloured=console,
+            settings=around.worker_settings,
+            prefixes=around.prefixes_lines or (console and os.isatty(1)),
+            write_output=_discard if quiet else around.stdout.write,
+            write_errors=_discard if quiet else around.stderr.write,
+            log=self.log,
+        )
         self.fleet = Fleet(
             config,
-            launcher=self._launcher(console),
+            launcher=self.program.launcher(config),
             ledger=self.ledger,
             record=self.record,
             log=self.log,
@@ -101,49 +127,23 @@ class App:
             sweep_unmarked=os.getpid() != 1,
         )
         self.fleet.shared.known_pids.update(around.spared_pids)
-        self.view = View(fleet=self.fleet, clock=self.clock)
+        self.operations = Operations(
+            self.fleet, program=lambda: self.program.read(self.fleet.config), log=self.log
+        )
+        self.watch = Watch(self.fleet, self.operations, log=self.log)
+        self.view = View(fleet=self.fleet, clock=self.clock, operations=self.operations, watch=self.watch)
         manager = Manager(around.environment, os.getpid())
         self.announcer = Announcer(self.view, manager, is_opaque=config.is_opaque)
-
-    def _launcher(self, console: bool) -> Launcher:
-        shares = self._shares().within(self.config.grace)
-
-        def settings() -> dict[str, object]:
-            reserved = shares.reserved
-            return {
-                "drain": self.config.grace - reserved,
-                "close": shares.close,
-                "beat": self.config.stall.beat,
-                "coloured": console,
-                **self.around.worker_settings,
-            }
-
-        quiet = self.around.quiet_workers
-        return Launcher(
-            target=self.config.target,
-            command=tuple(self.config.command),
-            supervisor_id=self._id,
-            environment=lambda: self._held_environment,
-            settings=settings,
-            reaper=self._reaper,
-            write_output=_discard if quiet else self.around.stdout.write,
-            write_errors=_discard if quiet else self.around.stderr.write,
-        )
-
-    def _shares(self) -> Shares:
-        stop = self.config.stop
-        return Shares(fence=stop.fence, close=stop.close, terminate=stop.terminate, kill=stop.kill)
+        self.operations.on_reload = self.announcer.reloading
 
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self) -> Exit:
         """Run until a stop is over. Raises ConfigError for a wrong configuration or target."""
-        from_file = configuration.environment_of(self.config.env_file)
-        self._held_environment = {**self.around.environment, **from_file}
         async with AsyncExitStack() as stack:
             http = await stack.enter_async_context(health.serve(self.config.http, self.view))
-            verbs = {"status": lambda _request: self.view.document()}
-            control = await stack.enter_async_context(control_api.serve(self.config.control, verbs))
+            table = verbs(self.fleet, self.operations, self.view, stop=self.stop, dump=self._dump)
+            control = await stack.enter_async_context(control_api.serve(self.config.control, table))
             self._reaper.start()
             stack.callback(self._reaper.close)
             what = self.config.target or " ".join(self.config.command)
@@ -172,6 +172,8 @@ class App:
                 listening = group.create_task(self._listen())
                 fleet = group.create_task(self.fleet.run())
                 watching = group.create_task(self._watch_readiness())
+                beats = group.create_task(self.watch.run())
+                group.create_task(self.operations.run())
                 announcing = group.create_task(self.announcer.run())
                 await self._until_stop()
                 watching.cancel()
@@ -179,7 +181,7 @@ class App:
                     self.fleet,
                     started_at=self._stop_at,
                     grace=self.config.grace,
-                    shares=self._shares(),
+                    shares=self.config.stop.shares,
                     reason=self._stop_reason,
                 )
                 self.countdown = self.view.countdown = countdown
@@ -194,8 +196,9 @@ class App:
                     inherits_orphans=self._reaper.is_subreaper,
                 )
                 due = max(countdown.deadlines.end_at, now() + 0.25)
-                await self.fleet.bell.until(fleet.done, lambda: due)
+                await asyncio.wait({fleet}, timeout=due - now())
                 fleet.cancel()
+                beats.cancel()
                 listening.cancel()
                 announcing.cancel()
         except* Exception as group_error:
@@ -244,10 +247,15 @@ class App:
                 self.log.error(
                     "receipt could not be written", path=self.config.receipt, reason=error.strerror
                 )
-        self.log.info("receipt", receipt=document)
+        if not self.around.quiet_receipt:
+            self.log.info("receipt", receipt=document)
         for sink in (self.around.stdout, self.around.stderr):
             sink.flush(FLUSH)
         return Exit(document["exit_code"])
+
+    @property
+    def config(self) -> Config:
+        return self.fleet.config
 
     def stop(self, reason: str) -> None:
         """Begin the stop, as SIGTERM does, for a reason of one's own."""
@@ -269,12 +277,34 @@ class App:
             self._stop(number.name, received.at)
             self._kill()
         elif number is signal.SIGUSR2:
-            for slot in self.fleet.slots:
-                slot.dump()
+            self._dump()
         elif number is signal.SIGHUP and self.around.has_terminal:
             self._stop("SIGHUP: the terminal was closed", received.at)
         else:
-            self.log.warning("signal has no meaning here and is ignored", signal=number.name)
+            self._operate(number)
+
+    def _operate(self, number: signal.Signals) -> None:
+        try:
+            if number is signal.SIGHUP:
+                self.operations.reload()
+            elif number is signal.SIGUSR1:
+                self._toggle_hold()
+            elif number is signal.SIGTTIN:
+                self.operations.scale(self.operations.wanted + 1)
+            elif number is signal.SIGTTOU:
+                self.operations.scale(self.operations.wanted - 1)
+        except Refused as error:
+            self.log.warning("signal ignored", signal=number.name, reason=str(error))
+
+    def _toggle_hold(self) -> None:
+        if self.fleet.launcher.is_opaque:
+            raise Refused("an opaque worker can't be told to hold: it knows nothing of jobs")
+        self.fleet.hold(not self.fleet.is_held)
+        self.log.info("hold" if self.fleet.is_held else "released")
+
+    def _dump(self) -> None:
+        for slot in self.fleet.slots:
+            slot.dump()
 
     def _interrupt(self, at: float) -> None:
         last, self._last_interrupt = self._last_interrupt, at
@@ -282,14 +312,14 @@ class App:
             self._interrupts = max(self._interrupts, 1)
             self._stop("SIGINT", at)
             if self.around.has_terminal:
-                self.log.info("Ctrl-C again ends the drain, a third time kills")
+                self.log.info(AGAIN if self.around.has_patience else "Ctrl-C again kills")
         elif at - last >= AGAIN_AFTER:
             self._interrupts += 1
-            if self._interrupts == 2:
+            if self._interrupts == 2 and self.around.has_patience:
                 self.log.warning("second Ctrl-C: jobs are asked to shut down now")
                 self._hurry()
             else:
-                self.log.warning("third Ctrl-C: killing")
+                self.log.warning("Ctrl-C again: killing")
                 self._kill()
 
     def _stop(self, reason: str, at: float) -> None:
@@ -328,6 +358,9 @@ def _discard(_lines: bytes) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old receipt or the new one, never half of one."""
+    if path.exists() and not path.is_file():
+        path.write_text(text)  # a device or a pipe is written to; replacing it would take it away
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text)

@@ -9,6 +9,7 @@ than half of grace.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 
@@ -75,6 +76,21 @@ class Deadlines:
             kill_at=min(self.kill_at, at + self.shares.kill),
             end_at=min(self.end_at, at + self.shares.kill + self.shares.companion),
         )
+
+
+def earliest(plans: Iterable[Deadlines]) -> Deadlines:
+    """Return the deadlines that keep every one of the plans; the shares are those of the tightest end."""
+    every = list(plans)
+    tightest = min(every, key=lambda each: each.end_at)
+    return Deadlines(
+        fence_at=min(each.fence_at for each in every),
+        drain_at=min(each.drain_at for each in every),
+        close_at=min(each.close_at for each in every),
+        terminate_at=min(each.terminate_at for each in every),
+        kill_at=min(each.kill_at for each in every),
+        end_at=tightest.end_at,
+        shares=tightest.shares,
+    )
 
 
 def plan(started_at: float, grace: float, shares: Shares) -> Deadlines:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -122,8 +122,44 @@ def _run(
         )
     from .app import App, surroundings
 
+    def reread() -> configuration.Config:
+        return configuration.load(flags, os.environ, file=config)
+
     assert session.inbox is not None
-    session.work = App(loaded, session.inbox, surroundings()).run()
+    session.work = App(loaded, session.inbox, surroundings(), reread=reread).run()
+
+
+@app.command("dev")
+def _dev(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
+    grace: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="What a stop, and an old worker, may take.  [10]")
+    ] = None,
+    env_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="KEY=value lines for the worker, read at each reload.")
+    ] = None,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="For /status and the like, or off.  [a free port]")
+    ] = None,
+    control: Annotated[str | None, typer.Option(metavar="PATH", help="Control socket.  [auto]")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Configuration.")] = None,
+) -> None:
+    """Develop: one worker, replaced whenever a file below this directory changes.
+
+    A running call finishes on the old code. Without LIVEKIT_URL a local dispatch server is used, which sends
+    each new worker one call in a mock room. Ctrl-C drains briefly, a second one kills.
+    """
+    from .dev import defaults, dev
+
+    flags = {"target": target, "grace": grace, "env_file": env_file, "http": http, "control": control}
+
+    def load() -> configuration.Config:
+        return configuration.load(flags, os.environ, file=config, defaults=defaults())
+
+    session: _Session = context.obj
+    assert session.inbox is not None
+    session.work = dev(session.inbox, load, directory=Path.cwd().resolve())
 
 
 @app.command("demo")
@@ -143,26 +179,6 @@ def _demo(
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
-@app.command("status")
-def _status(
-    control: Annotated[str, typer.Option(help="Path of the supervisor's control socket.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="The whole document as JSON.")] = False,
-) -> None:
-    """Show what a running supervisor does."""
-    from . import control_api
-
-    path = control_api.find(control if control != "auto" else os.environ.get("LASTCALL_CONTROL", "auto"))
-    document = control_api.ask(path, "status")
-    if as_json:
-        print(json.dumps(document, indent=2))
-        return
-    from rich.console import Console
-
-    from .table import status_table
-
-    Console().print(status_table(document))
-
-
 deployment.register(app)
 
 
@@ -178,6 +194,14 @@ async def main(arguments: list[str], inbox: Inbox | None) -> int:
     asked_for_nothing = not arguments
     if asked_for_nothing:
         arguments = ["--help"]
+    if arguments[0] not in (
+        "run",
+        "demo",
+        "dev",
+    ):  # rich, which the others need, costs a supervisor megabytes
+        from . import asking
+
+        asking.add_to(app)
     root = typer.main.get_command(app)
     session = _Session(inbox, command)
     try:
@@ -188,7 +212,9 @@ async def main(arguments: list[str], inbox: Inbox | None) -> int:
             obj=session,
         )
     except CommandLineError as error:
-        raise UsageError(f"{error.format_message().rstrip('.')}. See lastcall --help.") from None
+        message = error.format_message().rstrip(".")
+        end = "" if message.endswith("?") else "."
+        raise UsageError(f"{message}{end} See lastcall --help.") from None
     except typer.Abort:
         return 130
     if session.work is not None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from .budget import Shares
 from .errors import ConfigError, UsageError
 
 PREFIX = "LASTCALL_"
@@ -51,6 +52,10 @@ class Stop(_Section):
     terminate: Seconds = 5
     kill: Seconds = 5
 
+    @property
+    def shares(self) -> Shares:
+        return Shares(fence=self.fence, close=self.close, terminate=self.terminate, kill=self.kill)
+
 
 class Start(_Section):
     """`timeout`: seconds until registered. `stagger`: seconds between the starts of livekit workers."""
@@ -59,18 +64,70 @@ class Start(_Section):
     stagger: SecondsOrZero = 0.5
 
 
+def _backoff(value: tuple[float, float]) -> tuple[float, float]:
+    first, cap = value
+    if first > cap:
+        raise ValueError("expected [first, cap] with first not above cap")
+    return value
+
+
+def _receipt(value: str) -> str:
+    """Find out at the start, not at the end of a stop, that a receipt can't be written."""
+    if not value:
+        return value
+    path = Path(value)
+    if path.is_dir():
+        raise ValueError("expected a file, this is a directory")
+    if not path.parent.is_dir():
+        raise ValueError(f"expected a file in a directory that exists; there is no {str(path.parent)!r}")
+    # A regular file is replaced, which its directory has to allow; anything else is written to.
+    in_the_way = path if path.exists() and not path.is_file() else path.parent
+    if not os.access(in_the_way, os.W_OK):
+        raise ValueError(f"expected a file that can be written; {str(in_the_way)!r} can't be")
+    return value
+
+
 class Restart(_Section):
     """`intensity` failures in `period` seconds are borne; `backoff` is the first step and the cap."""
 
     intensity: Annotated[int, Field(ge=0, le=1000)] = 5
     period: Seconds = 60
-    backoff: tuple[SecondsOrZero, SecondsOrZero] = (0.5, 30)
+    backoff: Annotated[tuple[SecondsOrZero, SecondsOrZero], AfterValidator(_backoff)] = (0.5, 30)
 
 
 class Stall(_Section):
-    """`beat`: seconds between two signs of life of a worker."""
+    """`beat`: seconds between two signs of life of a worker; after `misses` missed ones it is stalled.
+
+    `grace`: seconds that a stalled worker's jobs have to end by themselves before it is killed.
+    """
 
     beat: Seconds = 1
+    misses: Annotated[int, Field(ge=2, le=1000)] = 5
+    grace: SecondsOrZero = 30
+
+
+class Reload(_Section):
+    """`max_surge`: workers that are started beside the old ones at a time.
+
+    `settle`: seconds that an opaque worker has to stay up to count as one that works.
+    """
+
+    max_surge: Annotated[int, Field(ge=1, le=1000)] = 1
+    settle: SecondsOrZero = 1
+
+
+class Recycle(_Section):
+    """When a worker is replaced as in a reload; 0 is off. Seconds, jobs begun, megabytes of its own."""
+
+    max_age: SecondsOrZero = 0
+    max_jobs: Annotated[int, Field(ge=0)] = 0
+    max_rss_mb: Annotated[int, Field(ge=0)] = 0
+
+
+class JobLimits(_Section):
+    """`max_running`: jobs that one worker accepts at a time; 0 is no limit."""
+
+    max_running: Annotated[int, Field(ge=0)] = 0
 
 
 class Config(BaseSettings):
@@ -86,13 +143,16 @@ class Config(BaseSettings):
     grace: Seconds = 3600
     http: Annotated[str, AfterValidator(_http)] = "127.0.0.1:8080"
     control: str = "auto"
-    receipt: str = ""
+    receipt: Annotated[str, AfterValidator(_receipt)] = ""
     log_format: Literal["auto", "json", "console"] = "auto"
     env_file: str = ""
     stop: Stop = Stop()
     start: Start = Start()
     restart: Restart = Restart()
     stall: Stall = Stall()
+    reload: Reload = Reload()
+    recycle: Recycle = Recycle()
+    jobs: JobLimits = JobLimits()
 
     @classmethod
     def settings_customise_sources(
@@ -119,8 +179,17 @@ class _Environment(EnvSettingsSource):
         self.env_vars = {name.lower(): value for name, value in environ.items() if value != ""}
 
 
-def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, file: str | None = None) -> Config:
-    """Return the configuration. Raises UsageError for a bad flag, ConfigError for whatever else is bad."""
+def load(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    *,
+    file: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the configuration; `defaults` stand in for what nobody has set.
+
+    Raises UsageError for a bad flag, ConfigError for whatever else is bad.
+    """
     path, from_file = _read_file(file or environ.get("LASTCALL_CONFIG") or None)
     from_environment = _from_environment(environ)
     given = {name: value for name, value in flags.items() if value is not None}
@@ -132,7 +201,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, file: str | No
     _check(from_file, where=str(path))
     _check(from_environment, where="environment")
     _check(given, where="", error=UsageError)
-    return Config(**_merge(_merge(from_file, from_environment), given))
+    return Config(**_merge(_merge(_merge(dict(defaults or {}), from_file), from_environment), given))
 
 
 def warnings(environ: Mapping[str, str]) -> list[str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import runtime_directory
-from .errors import ConfigError, NotRunning
+from .errors import ConfigError, NotRunning, Refused
 
 VERSION = 1
 MAX_REQUEST = 16 * 1024
@@ -81,13 +81,19 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ve
     except (ValueError, KeyError, TypeError) as error:
         answer["error"] = f"not a request of version {VERSION}: {error!r}"
     else:
-        answer |= {"ok": True, "result": verb(request)}
+        try:
+            answer |= {"ok": True, "result": verb(request)}
+        except Refused as error:
+            answer["error"] = str(error)
     writer.write(json.dumps(answer).encode() + b"\n")
     await writer.drain()
 
 
 def ask(path: Path, verb: str, **arguments: Any) -> dict[str, Any]:
-    """Send one request from a verb of the command line. Raises NotRunning when nobody answers."""
+    """Send one request from a verb of the command line.
+
+    Raises NotRunning when nobody answers, Refused when the answer is no.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(TIMEOUT)
         try:
@@ -103,7 +109,7 @@ def ask(path: Path, verb: str, **arguments: Any) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise NotRunning(f"no supervisor answers at {path}: {error}") from error
     if not answer.get("ok"):
-        raise NotRunning(f"the supervisor at {path} refused: {answer.get('error')}")
+        raise Refused(str(answer.get("error")))
     result: dict[str, Any] = answer["result"]
     return result
 

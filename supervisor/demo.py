@@ -1,20 +1,14 @@
 """`lastcall demo`: the real supervisor over a local dispatch server and a sample agent.
 
-Nothing to configure and nothing beyond loopback: the dispatch server is a process of its own, which ends
-with its standard input, so that it can't outlive us.
+Nothing to configure and nothing beyond loopback.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -26,30 +20,24 @@ from worker.clock import now
 
 from .app import App, surroundings
 from .config import Config
-from .errors import Exit, SupervisorError
+from .errors import Exit
 from .inbox import Inbox
+from .local import local_server
 from .sink import Sink
 from .status import View
 from .table import receipt_table, status_table
 
 GRACE = 30.0
 CALL_SECONDS = 4.0
-SERVER_TIMEOUT = 15.0
 REFRESH = 0.25
 LINE_EVERY = 2.0
 SAMPLE = "local/sample.py"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Server:
-    pid: int
-    environment: dict[str, str]
-
-
 async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None) -> Exit:
     """Run the demo until a signal, or for `seconds`, and return the exit code of its stop."""
     console = Console(file=sys.stdout)
-    async with _dispatch_server(rate) as server:
+    async with local_server(["--rate", str(rate), "--seconds", str(CALL_SECONDS)]) as server:
         config = Config(
             target=os.path.join(os.path.dirname(worker.wire.__file__), SAMPLE),
             workers=workers,
@@ -63,6 +51,7 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
             worker_settings={"mock_room": True},
             spared_pids=frozenset({server.pid}),
             quiet_workers=True,
+            quiet_receipt=True,  # it is shown below, for people
             **({"stderr": screen} if screen is not None else {}),
         )
         app = App(config, inbox, around)
@@ -138,30 +127,3 @@ async def _stop_after(app: App, seconds: float | None) -> None:
     if seconds is not None:
         await asyncio.sleep(seconds)
         app.stop(f"the demo's {seconds:g} s are over")
-
-
-@asynccontextmanager
-async def _dispatch_server(rate: float) -> AsyncIterator[_Server]:
-    command = [sys.executable, "-P", "-m", "worker.local"]
-    command += ["--rate", str(rate), "--seconds", str(CALL_SECONDS)]
-    process = await asyncio.to_thread(
-        subprocess.Popen,
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        async with asyncio.timeout(SERVER_TIMEOUT):
-            line = await asyncio.to_thread(process.stdout.readline)
-        if not line:
-            raise SupervisorError("the local dispatch server did not start; its own message is above")
-        yield _Server(pid=process.pid, environment=json.loads(line)["environment"])
-    finally:
-        process.stdin.close()
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5.0)
-        process.kill()
-        process.stdout.close()

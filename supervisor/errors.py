@@ -9,6 +9,7 @@ class Exit(enum.IntEnum):
     """The exit codes of `lastcall`, all of them."""
 
     CLEAN = 0
+    REFUSED = 1
     USAGE = 2
     GAVE_UP = 69
     FAULT = 70
@@ -30,6 +31,10 @@ class UsageError(SupervisorError):
 
 class NotRunning(SupervisorError):
     """Raised by a verb that finds no supervisor to talk to: exit code 69."""
+
+
+class Refused(SupervisorError):
+    """Raised when a running supervisor can't do what it is asked to; the verb's exit code is 1."""
 
 
 class SpawnError(SupervisorError):

@@ -103,10 +103,19 @@ def _mark(process: psutil.Process) -> str | None:
         return None
 
 
+def look_at(pid: int) -> tuple[str, str]:
+    """Return the kernel's word for what a process does, and the kernel function that it waits in."""
+    try:
+        return psutil.Process(pid).status(), Path(f"/proc/{pid}/wchan").read_text()
+    except (psutil.Error, OSError):
+        return "unknown", ""
+
+
 def is_framework(process: psutil.Process) -> bool:
     """Tell whether a process is multiprocessing's own: forkserver, resource tracker, or a fork of the former.
 
-    Those are ended with their worker as a matter of course; anything else was a program of a job's.
+    Those are ended with their worker as a matter of course; anything else was a program of a job's. What a
+    job made by a bare `os.fork()` looks like a fork of the forkserver: it is swept, and not counted.
     """
     try:
         command = process.cmdline()

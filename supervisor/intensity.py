@@ -33,6 +33,11 @@ class Restarts:
         self._failures: deque[float] = deque(maxlen=policy.intensity + 1)
         self._streak = 0
 
+    def forget(self) -> None:
+        """Start afresh, as for a new program."""
+        self._streak = 0
+        self._failures.clear()
+
     def delay(self, now: float, *, uptime: float) -> float | None:
         """Count a failure of a program that was ready for `uptime` seconds; None means: start it no more.
 

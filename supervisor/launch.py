@@ -27,6 +27,8 @@ from .relay import Relay
 
 CONTROL_FD = 3
 OUTPUT_FDS = (4, 5)
+# Of a terminal: cyan, yellow, magenta, green, blue; not red, which is for what is wrong.
+COLOURS = (36, 33, 35, 32, 34)
 # Meant for the supervisor alone: whoever inherits one would answer in its name.
 NOT_INHERITED = (
     "NOTIFY_SOCKET",
@@ -55,9 +57,10 @@ class Launcher:
     target: str
     command: Sequence[str]
     supervisor_id: str
-    environment: Callable[[], Mapping[str, str]]
-    settings: Callable[[], Mapping[str, object]]
+    environment: Mapping[str, str]
+    settings: Mapping[str, object]
     reaper: Reaper
+    prefixes: bool
     write_output: Callable[[bytes], None]
     write_errors: Callable[[bytes], None]
 
@@ -68,7 +71,7 @@ class Launcher:
     def start(self, slot: int, generation: int, on_exit: Callable[[ExitStatus], None]) -> Launched:
         """Start one worker. Raises SpawnError."""
         mark = mark_of(self.supervisor_id, slot, generation)
-        environment = {k: v for k, v in self.environment().items() if k not in NOT_INHERITED}
+        environment = {k: v for k, v in self.environment.items() if k not in NOT_INHERITED}
         environment[MARK] = mark
         ours: list[int] = []
         theirs: dict[int, int] = {}
@@ -84,7 +87,7 @@ class Launcher:
                 control, far = socket.socketpair()
                 theirs[CONTROL_FD] = high(far.detach())
                 settings = {
-                    **self.settings(),
+                    **self.settings,
                     "control_fd": CONTROL_FD,
                     "output_fds": OUTPUT_FDS,
                     "slot": slot,
@@ -112,5 +115,11 @@ class Launcher:
         finally:
             for fd in theirs.values():
                 os.close(fd)
-        relays = (Relay(out, self.write_output), Relay(err, self.write_errors))
+        prefix = _prefix(slot, generation) if self.prefixes else b""
+        relays = (Relay(out, self.write_output, prefix), Relay(err, self.write_errors, prefix))
         return Launched(child=child, control=control, relays=relays, mark=mark)
+
+
+def _prefix(slot: int, generation: int) -> bytes:
+    colour = COLOURS[slot % len(COLOURS)]
+    return f"\x1b[{colour}m{slot}.{generation} |\x1b[0m ".encode()

@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
+
+from worker.clock import now
 
 from . import family
 from .states import SlotState
 from .status import View
 
+LABELS = ["slot", "generation"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -23,42 +26,92 @@ class Collector:
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
-        fleet = self._view.fleet
-        states = Counter(slot.state for slot in fleet.slots)
-        slots = GaugeMetricFamily("lastcall_slots", "Slots by state.", labels=["state"])
-        for state in SlotState:
-            slots.add_metric([state.value], states[state])
-        yield slots
-        jobs = GaugeMetricFamily("lastcall_jobs_running", "Jobs accepted or running.", labels=["slot"])
-        restarts = CounterMetricFamily("lastcall_restarts", "Restarts after failures.", labels=["slot"])
-        lag = GaugeMetricFamily(
-            "lastcall_worker_loop_lag_seconds", "How late the worker's event loop last was.", labels=["slot"]
-        )
-        rss = GaugeMetricFamily(
-            "lastcall_worker_resident_memory_bytes",
-            "Resident memory of the worker's main process.",
-            labels=["slot"],
-        )
-        for slot in fleet.slots:
-            label = [str(slot.number)]
-            jobs.add_metric(label, len(slot.jobs))
-            restarts.add_metric(label, slot.restarts)
-            if slot.beat is not None:
-                lag.add_metric(label, slot.beat.lag_ms / 1000)
-                rss.add_metric(label, slot.beat.rss_bytes)
-        yield from (jobs, restarts, lag, rss)
-        yield CounterMetricFamily("lastcall_jobs_started", "Jobs accepted.", value=fleet.ledger.started)
-        for name in ("finished", "failed", "cut", "lost"):
-            help = f"Jobs that ended as {name}."
-            yield CounterMetricFamily(f"lastcall_jobs_{name}", help, value=fleet.ledger.totals[name])
-        accepting = sum(slot.accepts for slot in fleet.slots)
-        yield GaugeMetricFamily("lastcall_workers_accepting", "Workers that accept jobs.", value=accepting)
+        yield from self._slots()
+        yield from self._jobs()
+        yield from self._operations()
+        view = self._view
+        stopping = float(view.countdown is not None)
+        yield GaugeMetricFamily("lastcall_stopping", "1 while a stop is under way.", value=stopping)
+        left = view.countdown.grace_left if view.countdown is not None else 0.0
         yield GaugeMetricFamily(
-            "lastcall_stopping", "1 while a stop is under way.", value=float(self._view.countdown is not None)
+            "lastcall_grace_left_seconds", "What is left of the stop's budget; 0 without a stop.", value=left
         )
         yield GaugeMetricFamily(
             "lastcall_resident_memory_bytes", "Resident memory of the supervisor.", value=family.rss_bytes()
         )
+
+    def _slots(self) -> Iterator[Metric]:
+        fleet = self._view.fleet
+        generations = list(fleet.generations)
+        states = Counter(generation.state for generation in generations)
+        slots = GaugeMetricFamily(
+            "lastcall_slots", "Workers by state, those on their way out included.", labels=["state"]
+        )
+        for state in SlotState:
+            slots.add_metric([state.value], states[state])
+        yield slots
+        restarts = CounterMetricFamily("lastcall_restarts", "Restarts after failures.", labels=["slot"])
+        for slot in fleet.slots:
+            restarts.add_metric([str(slot.number)], slot.restarts)
+        yield restarts
+        lag = GaugeMetricFamily(
+            "lastcall_worker_loop_lag_seconds", "How late the worker's event loop last was.", labels=LABELS
+        )
+        age = GaugeMetricFamily(
+            "lastcall_worker_last_beat_seconds",
+            "Since the worker's last sign of life.",
+            labels=LABELS,
+        )
+        rss = GaugeMetricFamily(
+            "lastcall_worker_resident_memory_bytes", "Resident memory of the worker itself.", labels=LABELS
+        )
+        for generation in generations:
+            beat = generation.reports.beat
+            if beat is not None and generation.is_alive:
+                label = [str(generation.slot), str(generation.number)]
+                lag.add_metric(label, beat.lag_ms / 1000)
+                age.add_metric(label, max(0.0, now() - beat.at))
+                rss.add_metric(label, beat.rss_bytes)
+        yield from (lag, age, rss)
+        accepting = sum(generation.accepts for generation in generations)
+        yield GaugeMetricFamily("lastcall_workers_accepting", "Workers that accept jobs.", value=accepting)
+        yield GaugeMetricFamily(
+            "lastcall_workers_wanted", "Slots that are to be kept up.", value=self._view.operations.wanted
+        )
+        yield GaugeMetricFamily("lastcall_held", "1 while a hold lasts.", value=float(fleet.is_held))
+        yield CounterMetricFamily(
+            "lastcall_stalls", "Workers that were found stuck.", value=self._view.watch.stalls
+        )
+
+    def _jobs(self) -> Iterator[Metric]:
+        fleet = self._view.fleet
+        jobs = GaugeMetricFamily("lastcall_jobs_running", "Jobs accepted or running.", labels=["slot"])
+        for slot in fleet.slots:
+            jobs.add_metric([str(slot.number)], len(slot.jobs))
+        yield jobs
+        yield CounterMetricFamily("lastcall_jobs_started", "Jobs accepted.", value=fleet.ledger.started)
+        for name in ("finished", "failed", "cut", "lost"):
+            help = f"Jobs that ended as {name}."
+            yield CounterMetricFamily(f"lastcall_jobs_{name}", help, value=fleet.ledger.totals[name])
+        for name, histogram, help in (
+            ("lastcall_fence_seconds", fleet.shared.fence_seconds, "From fence to its acknowledgement."),
+            (
+                "lastcall_drain_seconds",
+                fleet.shared.drain_seconds,
+                "From fence to the end of a worker's last job.",
+            ),
+        ):
+            yield HistogramMetricFamily(name, help, buckets=histogram.buckets, sum_value=histogram.sum)
+
+    def _operations(self) -> Iterator[Metric]:
+        operations = CounterMetricFamily(
+            "lastcall_operations", "Reloads, recycles and scalings by result.", labels=["verb", "result"]
+        )
+        counts = self._view.operations.counts
+        for verb in ("reload", "recycle", "scale"):
+            for result in ("done", "failed"):
+                operations.add_metric([verb, result], counts[verb, result])
+        yield operations
 
 
 class Metrics:

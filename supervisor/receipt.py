@@ -41,17 +41,18 @@ class Ledger:
         self.totals: dict[str, int] = {"finished": 0, "failed": 0, "cut": 0, "lost": 0, "unassigned": 0}
         self._at_stop: list[JobEntry] | None = None
 
-    def start(self, entry: JobEntry) -> None:
-        """Note a job, or its pid when it was noted as accepted before."""
+    def start(self, entry: JobEntry) -> bool:
+        """Note a job, or its pid when it was noted as accepted before; tell whether it is new."""
         key = (entry.slot, entry.generation, entry.id)
         known = self.running.get(key)
         if known is not None:
             known.pid = entry.pid
-            return
+            return False
         self.running[key] = entry
         self.started += 1
         if self._at_stop is not None:
             self._at_stop.append(entry)
+        return True
 
     def end(self, slot: int, generation: int, id: str, fate: str, seconds: float) -> None:
         """Note how a job ended. One that the server never assigned was no job of ours."""

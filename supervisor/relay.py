@@ -16,11 +16,12 @@ KEPT = 20
 
 
 class Relay:
-    """Reads one pipe. `write` gets whole lines; the last few are kept for an exit record."""
+    """Reads one pipe. `write` gets whole lines, each behind the prefix; the last few are kept as they are."""
 
-    def __init__(self, fd: int, write: Callable[[bytes], None]) -> None:
+    def __init__(self, fd: int, write: Callable[[bytes], None], prefix: bytes = b"") -> None:
         self._fd: int | None = fd
         self._write = write
+        self._prefix = prefix
         self._rest = bytearray()
         self.last: deque[bytes] = deque(maxlen=KEPT)
         os.set_blocking(fd, False)
@@ -59,7 +60,10 @@ class Relay:
         return True
 
     def _pass(self, lines: bytes) -> None:
-        self._write(lines)
+        if self._prefix:
+            self._write(b"".join(self._prefix + line for line in lines.splitlines(keepends=True)))
+        else:
+            self._write(lines)
         self.last.extend(lines.splitlines()[-KEPT:])
 
     def _end(self) -> None:

@@ -86,6 +86,7 @@ SLOT_TABLE = MappingProxyType(
         (S.BACKOFF, E.SPAWN): S.STARTING,
         (S.BACKOFF, E.FAIL): S.FAILED,
         (S.BACKOFF, E.STOP): S.STOPPED,
+        (S.QUARANTINED, E.RETRY): S.BACKOFF,  # asked for: a reload or a recycle may bring a better program
         (S.QUARANTINED, E.STOP): S.STOPPED,
     }
 )

@@ -10,9 +10,12 @@ from typing import Any
 from worker.clock import now
 
 from .fleet import Fleet
+from .generation import Generation
+from .operations import Operations
 from .shutdown import Countdown, PhaseClock
 from .slot import Slot
 from .states import Phase
+from .watch import Watch
 
 SCHEMA = 1
 
@@ -23,6 +26,8 @@ class View:
 
     fleet: Fleet
     clock: PhaseClock
+    operations: Operations
+    watch: Watch
     countdown: Countdown | None = None
 
     @property
@@ -38,6 +43,8 @@ class View:
             return f"stopping ({self.phase.text}): {self.countdown.reason}"
         if self.fleet.accepts:
             return ""
+        if self.fleet.is_held:
+            return "on hold; `lastcall release` ends it"
         states = ", ".join(f"slot {slot.number} {slot.state.value}" for slot in self.fleet.slots)
         return f"no worker is registered and accepts jobs: {states}"
 
@@ -51,22 +58,29 @@ class View:
             "phase": self.phase.text,
             "reason": countdown.reason if countdown else "",
             "grace_left_s": round(countdown.grace_left, 1) if countdown else None,
+            "held": self.fleet.is_held,
+            "workers": self.operations.wanted,
             "totals": {"started": self.fleet.ledger.started, **self.fleet.ledger.totals},
-            "slots": [_row(slot) for slot in self.fleet.slots],
+            "slots": [
+                _row(slot, generation)
+                for slot in self.fleet.slots
+                for generation in sorted(slot.generations, key=lambda each: each.number)
+            ],
             "companions": [],
+            "operations": [operation.document() for operation in self.operations.recent],
         }
 
 
-def _row(slot: Slot) -> dict[str, Any]:
-    beat = slot.beat
+def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
+    beat = generation.reports.beat
     return {
         "slot": slot.number,
-        "generation": slot.generation,
-        "state": slot.state.value,
-        "pid": slot.pid,
-        "worker_id": slot.worker_id or None,
-        "agent_name": slot.agent_name,
-        "since_s": round(now() - slot.since, 1),
+        "generation": generation.number,
+        "state": generation.state.value,
+        "pid": generation.pid,
+        "worker_id": generation.reports.worker_id or None,
+        "agent_name": generation.reports.agent_name,
+        "since_s": round(now() - generation.since, 1),
         "lag_ms": beat.lag_ms if beat else None,
         "load": beat.load if beat else None,
         "rss_bytes": beat.rss_bytes if beat else None,
@@ -80,6 +94,6 @@ def _row(slot: Slot) -> dict[str, Any]:
                 "pid": job.pid,
                 "age_s": round(now() - job.accepted_at, 1),
             }
-            for job in slot.jobs
+            for job in generation.jobs
         ],
     }

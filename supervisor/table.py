@@ -11,6 +11,7 @@ from rich.text import Text
 COLOURS = {
     "ready": "green",
     "starting": "cyan",
+    "stalled": "bold red",
     "draining": "yellow",
     "closing": "yellow",
     "terminating": "red",
@@ -57,6 +58,8 @@ def _headline(document: dict[str, Any]) -> Text:
         f"  jobs: {totals['started']} started, {totals['finished']} finished, {totals['failed']} failed,",
         f" {totals['cut']} cut, {totals['lost']} lost",
     )  # fmt: skip
+    if document["held"]:
+        line.append("  on hold", "yellow")
     if document["reason"]:
         line.append(f"\nstopping ({document['reason']}), {document['grace_left_s']:.0f} s left", "yellow")
     return line

@@ -138,6 +138,14 @@ class Run:
         await self.until(look, timeout)
         return found[0]
 
+    def let_go(self) -> None:
+        """Have every job that holds come to its end."""
+        self.job_log.with_name(self.job_log.name + ".go").touch()
+
+    def slow_down(self) -> None:
+        """Have the job processes that start from now on take for ever to."""
+        self.job_log.with_name(self.job_log.name + ".slow").touch()
+
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Signal the supervisor alone."""
         self._mark()

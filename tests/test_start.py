@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -68,8 +69,6 @@ async def test_no_livekit_url(run: Any) -> None:
 @pytest.mark.core
 async def test_logs_are_livekits_own(run: Any) -> None:
     """JSON lines with the extra fields, from the worker and from its job processes."""
-    import json
-
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=0.1)
@@ -228,7 +227,24 @@ async def test_target_that_raises(run: Any, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
+async def test_receipt_to_what_is_no_file(run: Any, tmp_path: Path) -> None:
+    """A pipe gets the receipt written into it; it is not replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    r: Run = await run("run", "--receipt", str(pipe), "--", "sleep", "600", livekit=False)
+    await r.until(lambda: r.log("ready"))
+    r.kill()
+    assert await r.exit() == 0
+    assert json.loads(os.read(reader, 65536))["outcome"] == "clean"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
 CONFIGURATION = {
+    "backoff": ("[restart]\nbackoff = [30, 0.5]\n", "expected [first, cap] with first not above cap"),
+    "receipt nowhere": ('receipt = "no/such/place"\n', "expected a file in a directory that exists"),
+    "receipt a directory": ('receipt = "/"\n', "expected a file, this is a directory"),
     "unknown_key": ("grcae = 3\n", "unknown key 'grcae'; did you mean 'grace'?"),
     "nested_key": ("[stop]\nclse = 3\n", "unknown key 'stop.clse'; did you mean 'close'?"),
     "bad_value": ('grace = "soon"\n', "grace: got 'soon', expected a valid number"),

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from supervisor.config import Config
 from supervisor.errors import TransitionError
-from supervisor.intensity import RestartPolicy, Restarts
+from supervisor.generation import Generation, Shared
+from supervisor.histogram import Histogram
 from supervisor.receipt import Ledger, StopRecord
-from supervisor.slot import Shared, Slot
 from supervisor.states import ALIVE, PHASE_OF, SLOT_TABLE, Phase, SlotEvent, SlotState
+from worker.clock import Bell
 
 
 class Silent:
@@ -32,37 +34,37 @@ class Silent:
     warning = info
 
 
-def slot_in(state: SlotState) -> tuple[Slot, Silent]:
+def generation_in(state: SlotState) -> tuple[Generation, Silent]:
     log = Silent()
     shared = Shared(
+        config=Config(),
         ledger=Ledger(),
         record=StopRecord(),
         log=log,
         known_pids=set(),
         on_change=lambda: None,
-        sweep_unmarked=False,
-        fence_seconds=[],
+        may_sweep_unmarked=lambda: False,
+        fence_seconds=Histogram([1.0]),
+        drain_seconds=Histogram([1.0]),
     )
-    restarts = Restarts(RestartPolicy(), random.Random(0))
     launcher: Any = None  # no process is started here
-    slot = Slot(0, launcher=launcher, restarts=restarts, shared=shared, start_timeout=1.0)
-    slot.state = state
-    return slot, log
+    generation = Generation(0, 1, launcher=launcher, shared=shared, bell=Bell(), state=state)
+    return generation, log
 
 
 @pytest.mark.parametrize("state", SlotState)
 @pytest.mark.parametrize("event", SlotEvent)
 def test_every_state_with_every_event(state: SlotState, event: SlotEvent) -> None:
     """What the table lists is done and logged once; everything else raises and changes nothing."""
-    slot, log = slot_in(state)
+    generation, log = generation_in(state)
     after = SLOT_TABLE.get((state, event))
     if after is None:
         with pytest.raises(TransitionError, match=rf"{event.name} in state {state.name}"):
-            slot.change(event)
-        assert slot.state is state and log.lines == []
+            generation.change(event)
+        assert generation.state is state and log.lines == []
     else:
-        slot.change(event)
-        assert slot.state is after
+        generation.change(event)
+        assert generation.state is after
         assert len(log.lines) == 1 and log.lines[0][0] == f"slot {after.value}"
 
 
@@ -71,12 +73,12 @@ def test_random_walk() -> None:
     rng = random.Random(1)
     seen = {SlotState.STOPPED}
     for _ in range(200):
-        slot, _log = slot_in(SlotState.STOPPED)
+        generation, _log = generation_in(SlotState.STOPPED)
         for _step in range(60):
-            events = [event for (state, event) in SLOT_TABLE if state is slot.state]
-            assert events, f"{slot.state} is a dead end"
-            slot.change(rng.choice(events))
-            seen.add(slot.state)
+            events = [event for (state, event) in SLOT_TABLE if state is generation.state]
+            assert events, f"{generation.state} is a dead end"
+            generation.change(rng.choice(events))
+            seen.add(generation.state)
     assert seen == set(SlotState)
 
 

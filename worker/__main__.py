@@ -84,6 +84,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     compat.lock_process_poll()
     compat.preload_ours()
     compat.keep_interrupt_handler()
+    compat.end_log_pipes()
     server = loading.load(target, record=compat.record_run_app, classify=compat.as_server)
     if not compat.has_entrypoint(server):
         raise TargetError(

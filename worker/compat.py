@@ -16,6 +16,7 @@ import multiprocessing.popen_forkserver
 import multiprocessing.spawn
 import os
 import signal
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from multiprocessing.connection import wait as wait_readable
@@ -26,6 +27,7 @@ import livekit.agents
 import livekit.agents.cli
 from livekit.agents import AgentServer, JobRequest, WorkerOptions
 from livekit.agents.utils.aio import ChanClosed
+from livekit.protocol import agent
 
 from .errors import Incompatible
 
@@ -118,6 +120,30 @@ def keep_interrupt_handler() -> None:
         supervised_proc._mask_ctrl_c = contextlib.nullcontext
 
 
+def end_log_pipes() -> None:
+    """Have the end of a job's process be the end of its log, whoever else still holds the pipe.
+
+    A process that a job forked inherits the pipe, and livekit-agents says that a job has ended only once the
+    pipe is at end of file: the job's whole drain would be spent waiting for a child that it left behind. What
+    was written before is still read. Needs `LogQueueListener._duplex` and its `_sock`.
+    """
+    from livekit.agents.ipc.log_queue import LogQueueListener
+
+    original = LogQueueListener.stop
+    if getattr(original, "is_bounded", False):
+        return
+
+    def stop(self: Any) -> None:
+        pipe = getattr(getattr(self, "_duplex", None), "_sock", None)
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # closed already
+                pipe.shutdown(socket.SHUT_RD)
+        original(self)
+
+    stop.is_bounded = True  # type: ignore[attr-defined]  # a mark on our own function
+    LogQueueListener.stop = stop
+
+
 def record_run_app(run_app: Callable[[Any], NoReturn]) -> None:
     """Put `run_app` in place of livekit's own, wherever user code can import it from."""
     from livekit.agents.cli import cli as module
@@ -184,7 +210,9 @@ Settle = Callable[[str, BaseException | None], None]
 def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
     """Have every `accept()` pass `admit(job)` at the last moment, and report how it went.
 
-    `settle(id, error)` is called once the accept has returned or raised.
+    `settle(id, error)` is called once the accept has returned or raised. The first answer to an offer is the
+    answer: livekit-agents would send a second one too, and a second accept would wait for an assignment that
+    never comes while the job runs.
     Needs `AgentServer._request_fnc` and `JobRequest._on_accept` / `_on_reject`.
     """
     need(server, "_request_fnc")
@@ -193,8 +221,22 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
     async def request(offer: JobRequest) -> None:
         need(offer, "_on_accept", "_on_reject")
         accept, reject = offer._on_accept, offer._on_reject
+        answered = False
+
+        def is_second() -> bool:
+            nonlocal answered
+            before, answered = answered, True
+            if before:
+                log.warning("second answer to one offer is ignored", extra={"job_id": offer.job.id})
+            return before
+
+        async def refuse(terminate: bool) -> None:
+            if not is_second():
+                await reject(terminate)
 
         async def gated(arguments: Any) -> None:
+            if is_second():
+                return
             for _ in range(GATE_TURNS):
                 await asyncio.sleep(0)
             if not admit(offer.job):
@@ -210,7 +252,7 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
             finally:
                 settle(offer.job.id, error)
 
-        offer._on_accept = gated
+        offer._on_accept, offer._on_reject = gated, refuse
         if user is None:
             await offer.accept()
         else:
@@ -252,6 +294,18 @@ def job_of(executor: Any) -> Any | None:
     """Return the livekit Job that an executor runs or ran, or None."""
     info = executor.running_job
     return None if info is None else info.job
+
+
+def has_warm_process(server: AgentServer) -> bool:
+    """Tell whether a process waits for the next job; true as well when none is meant to.
+
+    Needs `_proc_pool._warmed_proc_queue`; without it a registered worker counts as warm.
+    """
+    pool = getattr(server, "_proc_pool", None)
+    queue = getattr(pool, "_warmed_proc_queue", None)
+    if queue is None or getattr(pool, "_default_num_idle_processes", 1) == 0:
+        return True
+    return not queue.empty()
 
 
 def mark_as_mock(server: AgentServer) -> None:
@@ -304,6 +358,37 @@ async def flush(server: AgentServer) -> None:
         if channel.empty():
             return
         await asyncio.sleep(0.001)
+
+
+async def report_failed(server: AgentServer, job_id: str) -> None:
+    """Tell the server that an assigned job has failed; for one that no process was ever given.
+
+    livekit-agents itself reports only jobs that had a process. Needs `_queue_msg`.
+    """
+    need(server, "_queue_msg")
+    update = agent.UpdateJobStatus(job_id=job_id, status=agent.JobStatus.JS_FAILED)
+    with contextlib.suppress(ChanClosed):
+        await server._queue_msg(agent.WorkerMessage(update_job=update))
+
+
+def drop_requests(server: AgentServer) -> int:
+    """Cancel the `request_fnc` calls that still run and keep `aclose()` from waiting for them; say how many.
+
+    Their jobs, if they accepted one, are over. Needs `_job_lifecycle_tasks`, before 1.5 `_tasks`.
+    """
+    names = ("_job_lifecycle_tasks", "_tasks")
+    tasks: set[asyncio.Task[Any]] = next((getattr(server, n) for n in names if hasattr(server, n)), set())
+    dropped = [task for task in tasks if not task.done()]
+    for task in dropped:
+        task.cancel()
+    tasks.clear()
+    return len(dropped)
+
+
+def is_ending(executor: Any) -> bool:
+    """Tell whether a job has begun to shut down by itself (since 1.5; older versions don't say)."""
+    future = getattr(executor, "_shutting_down_fut", None)
+    return future is not None and future.done()
 
 
 async def ask_to_end(executor: Any, seconds: float) -> None:

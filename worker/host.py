@@ -59,6 +59,7 @@ class Host:
             must_refuse=lambda: self.stopping.is_set or self._asked_hold,
             report=self._report,
             mock_room=self.settings.mock_room,
+            max_running=self.settings.max_running,
         )
         self.resources.join("livekit", self.engine.close)
 
@@ -79,9 +80,13 @@ class Host:
                 engine.ended = True
             else:
                 group.create_task(engine.run())
-                holding = group.create_task(self._hold_as_told())
+                telling = [
+                    group.create_task(engine.keep_told()),
+                    group.create_task(self._tell_of_changes(engine)),
+                ]
                 await self.bell.until(lambda: self.stopping.is_set or engine.is_lost)
-                holding.cancel()
+                for task in telling:
+                    task.cancel()
             code = await self._stop(engine)
             beating.cancel()
         return code
@@ -146,6 +151,8 @@ class Host:
             self._close_seconds = 0.0
         elif kind == "hold":
             self._asked_hold = bool(message["on"])
+            if self.engine is not None:
+                self.engine.hold(self._asked_hold)
         elif kind == "ping":
             self._beat()
         self.bell.ring()
@@ -154,12 +161,11 @@ class Host:
         output.drain_forever(self.settings.output_fds)
         self.stopping.begin("supervisor lost")
 
-    async def _hold_as_told(self) -> None:
-        assert self.engine is not None
-        engine = self.engine
+    async def _tell_of_changes(self, engine: Engine) -> None:
+        """Beat out of turn when the supervisor is waiting for what has just changed."""
         while True:
-            await self.bell.until(lambda: self._asked_hold is not engine.is_held)
-            await engine.hold(self._asked_hold)
+            told = (engine.accepts, engine.is_warm)
+            await self.bell.until(lambda told=told: (engine.accepts, engine.is_warm) != told)  # type: ignore[misc]
             self._beat()
 
     # -- what the supervisor hears --------------------------------------------------------------------
@@ -188,6 +194,7 @@ class Host:
             rss_bytes=_rss(),
             registered=engine.is_registered,
             accepting=engine.accepts and not self.stopping.is_set,
+            warm=engine.is_warm,
         )
         if engine.is_lost:
             self.bell.ring()

@@ -7,6 +7,11 @@ killed, livekit-agents takes jobs that live on for ended ones.
     accepted --launched--> running --closed and gone--> finished | failed | cut
         |--no assignment came--> unassigned          |--its worker died--> lost (the supervisor's word)
         |--could not be launched--> lost
+        |--no process by the deadline--> cut
+
+`cut` is whatever this worker ended: a job that was told to shut down while its entrypoint had more to do is
+cut, however well it then takes its leave. One that had begun to shut down by itself is not told, and ends as
+it would have; it is cut only when it has to be killed.
 """
 
 from __future__ import annotations
@@ -33,16 +38,17 @@ class Job:
     accepted_at: float
     pid: int | None = None
     executor: Any = None
+    answers: int = 0
     launched: bool = False
     closed: bool = False
     gone: bool = False
-    asked_to_end: bool = False
+    cut_short: bool = False
     exit_code: int | None = None
     pidfd: int | None = None
 
     @property
     def fate(self) -> Fate:
-        if self.asked_to_end:
+        if self.cut_short:
             return "cut"
         return "finished" if self.exit_code == 0 else "failed"
 
@@ -69,9 +75,13 @@ class Jobs:
 
     def accept(self, job: Any) -> None:
         """Count a job from before the yes is sent."""
-        record = Job(id=job.id, room=job.room.name, dispatch_id=job.dispatch_id, accepted_at=now())
-        self._jobs[job.id] = record
-        self._tell_started(record)
+        record = self._jobs.get(job.id)
+        if record is None:
+            record = Job(id=job.id, room=job.room.name, dispatch_id=job.dispatch_id, accepted_at=now())
+            self._jobs[job.id] = record
+            self._tell_started(record)
+        # The server may offer one job twice, when the first answer was too late for it.
+        record.answers += 1
 
     def launch(self, id: str, executor: Any, job: Any) -> None:
         """A process has been given the job; also for jobs that no dispatch brought."""
@@ -90,7 +100,10 @@ class Jobs:
     def settle(self, id: str, fate: Fate | None) -> None:
         """The accept has returned: None when the job runs, else what became of it instead."""
         record = self._jobs.get(id)
-        if record is not None and fate is not None and not record.launched:
+        if record is None:
+            return
+        record.answers -= 1
+        if fate is not None and not record.launched and not record.answers:
             self._end(record, fate)
 
     def close(self, id: str, executor: Any) -> None:
@@ -107,7 +120,7 @@ class Jobs:
     def abandon(self) -> None:
         """Write off what is still accepted or running: this worker is about to end."""
         for record in list(self._jobs.values()):
-            self._end(record, "cut" if record.launched else "lost")
+            self._end(record, "cut")
 
     def _watch(self, record: Job) -> None:
         assert record.pid is not None

@@ -7,17 +7,20 @@ when to stop: `host` does.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from . import compat
 from .clock import Bell, now
-from .jobs import Fate, Jobs
+from .jobs import Fate, Job, Jobs
 from .resources import Counts
 from .shield import unshielded
 
 Report = Callable[[str, dict[str, Any]], None]
+
+log = logging.getLogger("lastcall.worker")
 
 
 class Engine:
@@ -35,6 +38,7 @@ class Engine:
         must_refuse: Callable[[], bool],
         report: Report,
         mock_room: bool = False,
+        max_running: int = 0,
     ) -> None:
         self.server = server
         self.jobs = Jobs(bell, report)
@@ -44,6 +48,9 @@ class Engine:
         self.started = False
         self.shield_holes: dict[int, str] = {}
         self._mock_room = mock_room
+        self._max_running = max_running
+        self._told_full = False
+        self._was_warm = False
         self._fenced = False
         self._held = False
         self._bell = bell
@@ -86,7 +93,22 @@ class Engine:
 
     @property
     def accepts(self) -> bool:
-        return self.is_registered and not (self._fenced or self._held)
+        return self.is_registered and not self.is_full
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether a process has been ready for a job, or none is meant to wait for one."""
+        self._was_warm = self._was_warm or compat.has_warm_process(self.server)
+        return self._was_warm
+
+    @property
+    def is_at_cap(self) -> bool:
+        return 0 < self._max_running <= len(self.jobs)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no offer would be answered with yes."""
+        return self._fenced or self._held or self.is_at_cap
 
     @property
     def is_held(self) -> bool:
@@ -102,28 +124,51 @@ class Engine:
         """Answer no offer with yes any more, for good, and tell the server."""
         self._fenced = True
         if not self.ended:
+            self._told_full = True
             await compat.announce(self.server, full=True)
 
-    async def hold(self, on: bool) -> None:
-        """Answer no offer with yes for as long as the hold lasts, and tell the server of both."""
+    def hold(self, on: bool) -> None:
+        """Answer no offer with yes for as long as the hold lasts; `keep_told` tells the server."""
         self._held = on
-        if not self.ended and not self._fenced:
-            await compat.announce(self.server, full=on)
+        self._bell.ring()
+
+    async def keep_told(self) -> None:
+        """Tell the server at once whenever the worker has become full, or is no longer. Runs for ever.
+
+        livekit-agents itself says so every 2.5 s, and some modes of it never.
+        """
+        while True:
+            await self._bell.until(lambda: self.is_full is not self._told_full)
+            self._told_full = self.is_full
+            if not self.ended:
+                await compat.announce(self.server, full=self._told_full)
 
     async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
         """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported."""
+        asked: set[str] = set()
+
+        def unasked() -> list[Job]:
+            return [job for job in self.jobs.running if job.id not in asked]
+
         async with asyncio.TaskGroup() as group:
             asking = []
+            while len(self.jobs):
+                for job in unasked():
+                    asked.add(job.id)
+                    if not compat.is_ending(job.executor):
+                        job.cut_short = True
+                        asking.append(group.create_task(self._ask(job.executor, kill_at)))
+                # A job whose process was still starting is asked as soon as it runs.
+                if not await self._bell.until(lambda: not len(self.jobs) or unasked(), lambda: kill_at):
+                    break
             for job in self.jobs.running:
-                job.asked_to_end = True
-                asking.append(group.create_task(self._ask(job.executor, kill_at)))
-            await self._bell.until(lambda: not len(self.jobs), lambda: kill_at)
-            for job in self.jobs.running:
-                job.asked_to_end = True
+                job.cut_short = True
                 compat.kill(job.executor)
             await self._bell.until(lambda: not self.jobs.running, lambda: give_up_at)
             for task in asking:
                 task.cancel()
+        for job in self.jobs:
+            await compat.report_failed(self.server, job.id)
         self.jobs.abandon()
 
     async def close(self, deadline: float) -> Counts:
@@ -132,6 +177,9 @@ class Engine:
         What is still queued for the server, above all the ends of jobs, is sent first.
         """
         await compat.flush(self.server)
+        dropped = compat.drop_requests(self.server)
+        if dropped:
+            log.warning("request_fnc was still running and is cancelled", extra={"calls": dropped})
         killed = compat.let_go_of_processes(self.server)
         if self.started:
             await self.server.aclose()
@@ -150,7 +198,7 @@ class Engine:
     # -- what livekit-agents tells --------------------------------------------------------------------
 
     def _admit(self, job: Any) -> bool:
-        if self._fenced or self._held or self._must_refuse():
+        if self.is_full or self._must_refuse():
             return False
         self.jobs.accept(job)
         return True
@@ -166,7 +214,7 @@ class Engine:
         if self._mock_room:
             compat.mark_as_mock(self.server)
         compat.watch_jobs(self.server, launched=self._on_launched, closed=self._on_closed)
-        compat.watch_processes(self.server, self._check_shield)
+        compat.watch_processes(self.server, self._on_process)
         for executor in compat.executors(self.server):
             self._check_shield(executor)
         self._bell.ring()
@@ -178,9 +226,13 @@ class Engine:
         asyncio.get_running_loop().call_soon(self._after_registered)
 
     def _after_registered(self) -> None:
-        if self._fenced or self._held:
+        if self.is_full:
             self._announcements.create_task(compat.announce(self.server, full=True))
-        self._report("ready", {"worker_id": self.worker_id})
+        self._report("ready", {"worker_id": self.worker_id, "warm": self.is_warm})
+        self._bell.ring()
+
+    def _on_process(self, executor: Any) -> None:
+        self._check_shield(executor)
         self._bell.ring()
 
     def _on_launched(self, executor: Any) -> None:

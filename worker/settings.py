@@ -18,7 +18,8 @@ class Settings:
     """Budget in seconds, descriptors, and place; the supervisor hands them over as JSON in one variable.
 
     `drain` and `close` are only what a worker uses until the supervisor sends better ones, and when it has
-    lost the supervisor. `output_fds` are the read ends of the worker's own standard output and error.
+    lost the supervisor. `max_running` is the most jobs at a time, 0 for no limit. `output_fds` are the read
+    ends of the worker's own standard output and error.
     """
 
     control_fd: int | None = None
@@ -28,6 +29,7 @@ class Settings:
     drain: float = GRACE - CLOSE - END
     close: float = CLOSE
     beat: float = 1.0
+    max_running: int = 0
     coloured: bool = False
     mock_room: bool = False
 

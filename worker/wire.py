@@ -12,14 +12,16 @@ major version (`v`) is an error. End of file is the death notice in both directi
 | --- | --- |
 | hello | pid |
 | loaded | agent_name, sdk |
-| ready | worker_id: registered with the LiveKit server, at each (re)connection |
-| beat | lag_ms, load, jobs, rss_bytes, registered, accepting |
+| ready | worker_id, warm: registered with the LiveKit server, at each (re)connection |
+| beat | lag_ms, load, jobs, rss_bytes, registered, accepting, warm (a process waits for its first job) |
 | job_started | job {id, room, dispatch_id, pid or null, accepted_at}: accepted, and again once it runs |
 | job_ended | id, fate (finished, failed, cut, lost, unassigned), seconds |
 | fenced | reason: no offer is answered with yes from here on |
 | drained | jobs left |
 | resource | name, fate (closed, forced, leaked), counts |
 | closed | nothing more to do, the process is about to exit |
+| shield | pid, open_to: a process that a stop signal would reach |
+| log | event, and whatever belongs to it |
 | fault | exit (78 or 70 or 1), message, traceback |
 
 | supervisor says | with |

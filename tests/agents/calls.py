@@ -1,7 +1,8 @@
 """The tests' agent. Each dispatch's metadata says what its job does; every job keeps a log of its own.
 
-metadata: {"sleep": seconds, "mode": "sleep" | "swallow" | "block" | "hungry" | "crash" | "spawn",
-and for the offer "request_sleep", "request_block", "busy"}
+metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "hungry" | "crash" | "spawn" |
+"fork", and for the offer "request_sleep", "request_block", "request_linger", "accepts", "busy"}. A job
+that holds ends when the test lets it go.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from livekit.agents import JobContext, JobRequest, WorkerOptions, cli
+from livekit.agents import JobContext, JobProcess, JobRequest, WorkerOptions, cli
 
 # A program that ignores SIGTERM and left its parent's session.
 STUBBORN = """
@@ -61,6 +62,16 @@ async def entrypoint(ctx: JobContext) -> None:
         hoard = []
         while True:
             hoard.append(b"x" * (16 << 20))
+    elif mode == "hold":
+        while not os.path.exists(os.environ["JOB_LOG"] + ".go"):
+            await asyncio.sleep(0.02)
+    elif mode == "fork":
+        child_pid = os.fork()  # it inherits whatever the job has open, livekit-agents' pipes among it
+        if child_pid == 0:
+            time.sleep(600)
+            os._exit(0)
+        note(ctx, "forked", child=child_pid)
+        await asyncio.sleep(seconds)
     elif mode == "crash":
         os._exit(3)
     elif mode == "spawn":
@@ -101,7 +112,15 @@ async def request(offer: JobRequest) -> None:
         time.sleep(spec["request_block"])
     if "request_sleep" in spec:
         await asyncio.sleep(spec["request_sleep"])
-    await offer.accept()
+    for _ in range(int(spec.get("accepts", 1))):
+        await offer.accept()
+    if "request_linger" in spec:
+        await asyncio.sleep(spec["request_linger"])
+
+
+def prewarm(process: JobProcess) -> None:
+    if os.path.exists(os.environ["JOB_LOG"] + ".slow"):
+        time.sleep(600)
 
 
 if __name__ == "__main__":
@@ -109,7 +128,9 @@ if __name__ == "__main__":
         WorkerOptions(
             entrypoint_fnc=entrypoint,
             request_fnc=request,
+            prewarm_fnc=prewarm,
             load_threshold=float("inf"),
+            max_retry=int(os.environ.get("MAX_RETRY", "16")),
             num_idle_processes=int(os.environ.get("IDLE", "1")),
         )
     )

@@ -14,23 +14,45 @@ import random
 import signal
 import sys
 
-from .dispatch import DispatchServer
+from .dispatch import DispatchServer, Event
 
 
-async def serve(*, port: int, rate: float, seconds: float) -> None:
-    """Serve, and dispatch `rate` jobs a second that last about `seconds` each, until told to end."""
+async def serve(*, port: int, rate: float, seconds: float, greet: bool) -> None:
+    """Serve, and dispatch `rate` jobs a second that last about `seconds` each, until told to end.
+
+    `greet`: dispatch one job to each worker that registers.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if not os.isatty(0):
         loop.add_reader(0, lambda: stop.set() if not os.read(0, 1024) else None)
-    async with DispatchServer(port=port) as server, asyncio.TaskGroup() as group:
+    newcomers: asyncio.Queue[Event] = asyncio.Queue(maxsize=100)
+
+    def on_event(event: Event) -> None:
+        if greet and event.kind == "registered" and not newcomers.full():
+            newcomers.put_nowait(event)
+
+    async with DispatchServer(port=port, on_event=on_event) as server, asyncio.TaskGroup() as group:
         print(json.dumps({"url": server.url, "environment": server.environment}), flush=True)
-        dispatching = group.create_task(dispatch_stream(server, rate, seconds)) if rate > 0 else None
+        dispatching = [group.create_task(dispatch_to_each(server, newcomers))]
+        if rate > 0:
+            dispatching.append(group.create_task(dispatch_stream(server, rate, seconds)))
         await stop.wait()
-        if dispatching is not None:
-            dispatching.cancel()
+        for task in dispatching:
+            task.cancel()
+
+
+async def dispatch_to_each(server: DispatchServer, newcomers: asyncio.Queue[Event]) -> None:
+    """Dispatch one job to each newcomer, under the agent name that it registered."""
+    number = 0
+    while True:
+        event = await newcomers.get()
+        number += 1
+        await server.dispatch(
+            f"call-{number}", agent_name=str(event.detail["agent_name"]), only=event.worker_id
+        )
 
 
 async def dispatch_stream(server: DispatchServer, rate: float, seconds: float) -> None:
@@ -51,9 +73,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.add_argument("--rate", type=float, default=0.0, help="dispatches a second; 0: none")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long a job lasts")
+    parser.add_argument("--greet", action="store_true", help="dispatch one job to each new worker")
     arguments = parser.parse_args()
     try:
-        asyncio.run(serve(port=arguments.port, rate=arguments.rate, seconds=arguments.seconds))
+        asyncio.run(serve(**vars(arguments)))
     except KeyboardInterrupt:
         sys.exit(130)
 

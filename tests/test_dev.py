@@ -1,0 +1,112 @@
+"""`lastcall dev` on a terminal: a change is a reload, a running call finishes on the old code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.dev import ignored_by_git, remarks
+from tests.harness import LASTCALL, TOKEN, Run
+from tests.test_terminal import LEASH, Terminal, exit_of
+
+AGENT_TEXT = """
+import asyncio, os, sys
+from livekit.agents import JobContext, WorkerOptions, cli
+
+VERSION = 1
+
+async def entrypoint(ctx: JobContext) -> None:
+    print("call", VERSION, "begins", flush=True)
+    while not os.path.exists("go"):
+        await asyncio.sleep(0.02)
+    print("call", VERSION, "ends", flush=True)
+    ctx.shutdown()
+
+if __name__ == "__main__":
+    cli.run_app(WorkerOptions(entrypoint_fnc=entrypoint, load_threshold=float("inf"), num_idle_processes=1))
+"""
+
+
+async def start(run: Any, directory: Path, *arguments: str) -> tuple[Run, Terminal]:
+    import os
+
+    terminal = Terminal()
+    r: Run = await run(command=["true"], livekit=False)
+    r.process.wait()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LIVEKIT_")}
+    r.process = subprocess.Popen(
+        [sys.executable, "-c", LEASH, *LASTCALL, "dev", "--control", str(r.control), *arguments],
+        env={**environment, TOKEN: r.token, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdin=terminal.slave,
+        stdout=terminal.slave,
+        stderr=terminal.slave,
+        start_new_session=True,
+        cwd=directory,
+    )
+    return r, terminal
+
+
+async def test_a_change_is_a_reload(run: Any, tmp_path: Path) -> None:
+    """Edited while a call runs: the next call is on the new code, the first one ends on the old."""
+    agent = tmp_path / "agent.py"
+    agent.write_text(AGENT_TEXT)
+    r, terminal = await start(run, tmp_path, "--grace", "30", "agent.py")
+    before = termios.tcgetattr(terminal.slave)
+    await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
+    assert b"local dispatch server" in terminal.text
+    agent.write_text(AGENT_TEXT.replace("VERSION = 1", "VERSION = 2"))
+    await r.until(lambda: b"call 2 begins" in terminal.read(), 40)
+    assert b"call 1 ends" not in terminal.text
+    assert b"0.2 |" in terminal.text, "a worker's lines carry slot and generation"
+    agent.write_text("def broken(:\n")
+    await r.until(lambda: b"reload failed" in terminal.read(), 40)
+    assert b"SyntaxError" in terminal.text
+    (tmp_path / "go").touch()
+    await r.until(lambda: b"call 1 ends" in terminal.read() and b"call 2 ends" in terminal.read(), 20)
+    terminal.type(b"\x03")
+    assert await exit_of(r, terminal) == 0, terminal.text
+    assert termios.tcgetattr(terminal.slave) == before
+    await r.nothing_left()
+    terminal.close()
+
+
+async def test_ctrl_c_twice_ends_at_once(run: Any, tmp_path: Path) -> None:
+    """The second kills: who develops does not wait."""
+    import asyncio
+
+    (tmp_path / "agent.py").write_text(AGENT_TEXT)
+    r, terminal = await start(run, tmp_path, "--grace", "600", "agent.py")
+    await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
+    terminal.type(b"\x03")
+    await r.until(lambda: b"stop draining" in terminal.read())
+    await asyncio.sleep(0.4)  # two within 0.3 s are one
+    terminal.type(b"\x03")
+    assert await exit_of(r, terminal, 10) == 75
+    await r.nothing_left()
+    terminal.close()
+
+
+def test_what_git_ignores(tmp_path: Path) -> None:
+    """Files of .gitignore are no reason for a reload; without a repository none is ignored."""
+    assert ignored_by_git(tmp_path, {"a.log", "a.py"}) == set()
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    assert ignored_by_git(tmp_path, {"a.log", "a.py"}) == {"a.log"}
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("ws://localhost:7880", False),
+        ("ws://127.0.0.1:7880", False),
+        ("wss://calls.example.com", True),
+    ],
+)
+def test_remote_project_is_pointed_out(url: str, warned: bool) -> None:
+    """Real calls would come here."""
+    assert bool(remarks({"LIVEKIT_URL": url})) is warned

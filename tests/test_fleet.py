@@ -1,0 +1,386 @@
+"""Operating a running supervisor, where livekit adds nothing: opaque workers, the socket, the verbs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness import LASTCALL, Run
+
+# A program that says which version of itself it is, and ends well on SIGTERM once it is let go.
+PROGRAM = """
+import os, pathlib, signal, sys, time
+directory = pathlib.Path(sys.argv[1])
+version = (directory / "version").read_text()
+if version == "broken":
+    sys.exit(3)
+if version == "slow":
+    time.sleep(600)
+stopping = []
+signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+print("up", version, os.getpid(), flush=True)
+while not stopping or (directory / "busy").exists():
+    time.sleep(0.01)
+print("down", version, os.getpid(), flush=True)
+"""
+
+
+class Program:
+    """A directory with a program whose version a test changes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "program.py").write_text(PROGRAM)
+        self.config = directory / "lastcall.toml"
+        self.configure()
+        self.write("1")
+
+    def configure(self, text: str = "") -> None:
+        self.config.write_text("[reload]\nsettle = 0.3\n" + text)
+
+    def write(self, version: str) -> None:
+        (self.directory / "version").write_text(version)
+
+    @property
+    def arguments(self) -> list[str]:
+        command = [sys.executable, str(self.directory / "program.py"), str(self.directory)]
+        return ["--config", str(self.config), "--", *command]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(tmp_path)
+
+
+async def verb(r: Run, *arguments: str, code: int = 0, timeout: float = 30.0) -> str:
+    """Run a verb against the run's supervisor and return what it printed."""
+    command = [*LASTCALL, *arguments, "--control", str(r.control)]
+
+    def call() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    done = await asyncio.to_thread(call)
+    assert done.returncode == code, (arguments, done, r.logs())
+    return done.stdout + done.stderr
+
+
+async def status(r: Run) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(await verb(r, "status", "--json"))
+    return document
+
+
+def ups(r: Run, version: str) -> int:
+    return r.out.read_text().count(f"up {version} ")
+
+
+async def test_reload_starts_the_new_before_it_stops_the_old(run: Any, program: Program) -> None:
+    """One after the other, each old one told to stop only when its successor has stayed up."""
+    r: Run = await run("run", "-w", "3", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 3)
+    program.write("2")
+    said = await verb(r, "reload", "--wait")
+    assert "3 of 3 done" in said
+    await r.until(lambda: r.out.read_text().count("down 1 ") == 3)
+    assert ups(r, "2") == 3
+    starts = [e for e in r.log("slot starting") if e["generation"] == 2]
+    readies = [e for e in r.log("slot ready") if e["generation"] == 2]
+    drains = r.log("slot draining")
+    for n in range(3):
+        assert readies[n]["timestamp"] < drains[n]["timestamp"]
+        assert n == 0 or drains[n - 1]["timestamp"] <= starts[n]["timestamp"], "two were started at a time"
+    document = await status(r)
+    assert [(s["slot"], s["generation"], s["state"]) for s in document["slots"]] == [
+        (0, 2, "ready"),
+        (1, 2, "ready"),
+        (2, 2, "ready"),
+    ]
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_surge_bounds_how_many_start_at_a_time(run: Any, program: Program) -> None:
+    """max_surge = 2: the first slot alone, then two at a time."""
+    program.configure("max_surge = 2\n")
+    r: Run = await run("run", "-w", "5", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 5)
+    os.kill(r.pid, signal.SIGHUP)
+    await r.until(lambda: r.log("reload done"))
+    alive = most = 0
+    for line in r.err.read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("generation") == 2 and entry["event"] == "slot starting":
+            alive += 1
+        elif entry.get("generation") == 1 and entry["event"] == "slot draining":
+            alive -= 1
+        most = max(most, alive)
+    assert most == 2
+    r.kill()
+    assert await r.exit() == 0
+
+
+@pytest.mark.parametrize("how", ["broken", "missing"])
+async def test_broken_new_version(run: Any, program: Program, how: str) -> None:
+    """The old one keeps serving; the reason is in status, log and the exit code of the verb."""
+    r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 2)
+    if how == "broken":
+        program.write("broken")
+    else:
+        program.config.write_text('command = ["no-such-program"]\n')
+    before = {s["pid"] for s in (await status(r))["slots"]}
+    if how == "missing":  # the command line would win over the file, so the program itself goes
+        (program.directory / "program.py").unlink()
+    said = await verb(r, "reload", "--wait", code=1)
+    assert "reload failed: the old program keeps serving" in said
+    document = await status(r)
+    assert {s["pid"] for s in document["slots"]} == before
+    assert document["operations"][-1]["state"] == "failed"
+    assert r.log("reload failed")
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_wrong_configuration_at_a_reload(run: Any, program: Program) -> None:
+    """One line that names the value; nothing is started."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 1)
+    program.config.write_text('grace = "soon"\n')
+    said = await verb(r, "reload", "--wait", code=1)
+    assert "grace: got 'soon', expected a valid number" in said
+    assert len(r.log("slot starting")) == 1
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_configuration_is_read_again(run: Any, program: Program) -> None:
+    """A new size takes effect with the reload; what needs a restart is said."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 1)
+    program.config.write_text('workers = 3\nlog_format = "console"\n[reload]\nsettle = 0.1\n')
+    await verb(r, "reload", "--wait")
+    await r.until(lambda: ups(r, "1") == 4)
+    assert [e["key"] for e in r.log("takes effect at the next restart")] == ["log_format"]
+    assert (await status(r))["workers"] == 3
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_reload_while_the_old_still_drain(run: Any, program: Program) -> None:
+    """Three generations of one slot at a time, each finishing at its own pace; a stop waits for all."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 1)
+    (program.directory / "busy").touch()
+    for version in ("2", "3"):
+        program.write(version)
+        await verb(r, "reload", "--wait")
+    document = await status(r)
+    assert [(s["generation"], s["state"]) for s in document["slots"]] == [
+        (1, "draining"),
+        (2, "draining"),
+        (3, "ready"),
+    ]
+    r.kill()
+    await r.until(lambda: r.log("stop draining"))
+    (program.directory / "busy").unlink()
+    assert await r.exit() == 0
+    assert r.out.read_text().count("down ") == 3
+    await r.nothing_left()
+
+
+async def test_reload_during_a_reload(run: Any, program: Program) -> None:
+    """The second reads everything afresh once the first is through; more than two are one."""
+    r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 2)
+    for _ in range(5):
+        os.kill(r.pid, signal.SIGHUP)
+        await asyncio.sleep(0.02)
+    await r.until(lambda: len(r.log("reload done")) == 2)
+    assert len(r.log("slot starting")) == 2 + 4
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_stop_during_a_reload(run: Any, program: Program) -> None:
+    """The new one is taken along, whether or not it had become ready."""
+    r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 2)
+    program.configure()
+    program.config.write_text("[reload]\nsettle = 30\n")
+    await verb(r, "reload")
+    # The first reload reads the new settle time only now; the one after it waits by it.
+    await r.until(lambda: r.log("reload begins"))
+    r.kill()
+    assert await r.exit() == 0
+    refused = r.log("reload failed")
+    assert refused and "being stopped" in refused[0]["reason"]
+    await r.nothing_left()
+
+
+async def test_reload_during_a_stop(run: Any, program: Program) -> None:
+    """Is refused, in one line."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 1)
+    (program.directory / "busy").touch()
+    r.kill()
+    await r.until(lambda: r.log("stop draining"))
+    assert "stopping" in await verb(r, "reload", "--wait", code=1)
+    (program.directory / "busy").unlink()
+    assert await r.exit() == 0
+
+
+async def test_scale_up_and_down(run: Any, program: Program) -> None:
+    """By the verb and by signals; the youngest goes first, and drains."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 1)
+    await verb(r, "scale", "3", "--wait")
+    assert [s["slot"] for s in (await status(r))["slots"]] == [0, 1, 2]
+    os.kill(r.pid, signal.SIGTTOU)
+    await r.until(lambda: r.out.read_text().count("down ") == 1)
+    await r.until(lambda: len(r.log("scale done")) == 2)
+    assert [s["slot"] for s in (await status(r))["slots"]] == [0, 1]
+    os.kill(r.pid, signal.SIGTTIN)
+    await r.until(lambda: ups(r, "1") == 4)
+    assert "0 workers; expected 1 to 1000" in await verb(r, "scale", "0", code=1)
+    await verb(r, "scale", "1", "--wait")
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_recycle(run: Any, program: Program) -> None:
+    """One slot, by number; a number that is none is refused with those that are."""
+    r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 2)
+    await verb(r, "recycle", "1", "--wait")
+    await r.until(lambda: r.out.read_text().count("down ") == 1)
+    document = await status(r)
+    assert [(s["slot"], s["generation"]) for s in document["slots"]] == [(0, 1), (1, 2)]
+    assert "there is no slot 7; expected one of 0, 1" in await verb(r, "recycle", "7", code=1)
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_drain_verb(run: Any, program: Program) -> None:
+    """Is the stop."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 1)
+    assert "stopped" in await verb(r, "drain", "--wait")
+    assert await r.exit() == 0
+    assert r.receipt()["reason"] == "drain was asked for"
+
+
+async def test_verbs_without_a_supervisor(tmp_path: Path) -> None:
+    """One line with the socket's path, exit code 69."""
+    path = tmp_path / "none.sock"
+    for arguments in (["status"], ["reload"], ["drain"], ["hold"], ["release"], ["dump"], ["scale", "2"]):
+        command = [*LASTCALL, *arguments, "--control", str(path)]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+        assert done.returncode == 69
+        assert done.stderr.count("\n") == 1 and str(path) in done.stderr
+
+
+async def test_many_reloads_leave_nothing_behind(run: Any, program: Program) -> None:
+    """Fifty in a row: as many processes and descriptors as before."""
+    program.config.write_text("[reload]\nsettle = 0\n")
+    r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
+    await r.until(lambda: ups(r, "1") == 2)
+    supervisor = psutil.Process(r.pid)
+
+    async def settled() -> tuple[int, int]:
+        await r.until(lambda: len(supervisor.children()) == 2)
+        return len(supervisor.children()), supervisor.num_fds()
+
+    await verb(r, "reload", "--wait")
+    await r.until(lambda: r.out.read_text().count("down ") == 2)
+    before = await settled()
+    for n in range(50):
+        os.kill(r.pid, signal.SIGHUP)
+        await r.until(lambda n=n: len(r.log("reload done")) == n + 2)  # type: ignore[misc]  # bound early
+    assert await settled() == before
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+# -- the socket ----------------------------------------------------------------------------------------------
+
+
+def connect(r: Run) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(10)
+    sock.connect(str(r.control))
+    return sock
+
+
+async def test_socket_bears_garbage_and_slow_clients(run: Any, program: Program) -> None:
+    """Nonsense, silence, an endless line and a client that never reads keep nobody else from an answer."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: r.log("ready"))
+    assert os.stat(r.control).st_mode & 0o777 == 0o600
+    silent = [connect(r) for _ in range(10)]
+    garbage = connect(r)
+    garbage.sendall(b"\xff\x00 what\n")
+    assert b'"ok": false' in await asyncio.to_thread(garbage.recv, 65536)
+    endless = connect(r)
+    with pytest.raises(OSError):
+        for _ in range(1000):
+            await asyncio.to_thread(endless.sendall, b"x" * 65536)
+    never_reads = connect(r)
+    never_reads.sendall(b'{"v": 1, "verb": "status"}\n')
+    wrong_version = connect(r)
+    wrong_version.sendall(b'{"v": 9, "verb": "status"}\n')
+    assert b"version 9" in await asyncio.to_thread(wrong_version.recv, 65536)
+    both = await asyncio.gather(status(r), status(r))
+    assert both[0]["pid"] == both[1]["pid"] == r.pid
+    for sock in (*silent, garbage, endless, never_reads, wrong_version):
+        sock.close()
+    r.kill()
+    assert await r.exit() == 0
+    assert not r.control.exists()
+
+
+STRANGER = """
+import os, socket, sys
+os.setgid(65534)
+os.setuid(65534)
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+print("connected")
+try:
+    sock.sendall(b'{"v": 1, "verb": "drain"}\\n')
+    answer = sock.recv(100)
+except OSError:
+    answer = b""
+print(answer or "no answer")
+"""
+
+
+async def test_other_users_are_refused(run: Any, program: Program) -> None:
+    """The mode keeps them out; where it was loosened, their credentials do."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: r.log("ready"))
+    r.control.chmod(0o666)
+    r.control.parent.chmod(0o711)
+    command = [sys.executable, "-c", STRANGER, r.control.name]
+    done = await asyncio.to_thread(
+        subprocess.run, command, cwd=r.control.parent, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "connected\nno answer\n", done
+    assert r.process.poll() is None and not r.log("stop fencing")
+    r.kill()
+    assert await r.exit() == 0

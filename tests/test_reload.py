@@ -1,0 +1,232 @@
+"""A fleet of real workers is reloaded, scaled, recycled and held under a stream of dispatches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness import AGENT, Run, lives
+from tests.stream import Stream
+from tests.test_fleet import status, verb
+
+pytestmark = pytest.mark.core
+
+IDLE = {"IDLE": "3"}
+
+
+async def test_reload_under_a_stream(run: Any) -> None:
+    """None lost, none without a worker; the new ones start one at a time, and first."""
+    r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
+    await r.ready(2)
+    least: list[int] = []
+    async with Stream(r) as stream:
+        await stream.some(3)
+        watching = asyncio.create_task(_least_available(r, least))
+        await verb(r, "reload", "--wait", timeout=120)
+        watching.cancel()
+        await stream.some(3)
+    await stream.all_ended()
+    assert min(least) >= 2, "there were fewer workers than before"
+    started = [e["timestamp"] for e in r.log("slot starting") if e["generation"] == 2]
+    draining = [e["timestamp"] for e in r.log("slot draining")]
+    assert len(started) == 2 and started[0] < draining[0] <= started[1] < draining[1]
+    r.kill()
+    assert await r.exit() == 0
+    assert r.receipt()["totals"]["lost"] == 0
+    await r.nothing_left()
+
+
+async def _least_available(r: Run, least: list[int]) -> None:
+    while True:
+        least.append(len(r.livekit.available()))
+        await asyncio.sleep(0.005)
+
+
+async def test_long_jobs_outlive_the_reload(run: Any) -> None:
+    """A job goes on in its old generation for as long as it likes, and a stop waits for it there."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    job = await r.dispatch("long", mode="hold")
+    await r.job_says(job.job_id, "started")
+    await verb(r, "reload", "--wait", timeout=60)
+    slots = (await status(r))["slots"]
+    assert [(s["generation"], s["state"], len(s["jobs"])) for s in slots] == [
+        (1, "draining", 1),
+        (2, "ready", 0),
+    ]
+    r.kill()
+    await r.until(lambda: r.log("stop draining"))
+    r.let_go()
+    assert await r.exit() == 0
+    await r.clean(job)
+    assert r.fates() == {job.job_id: "finished"}
+
+
+async def test_scale_down_under_a_stream(run: Any) -> None:
+    """The one that goes finishes its jobs; the ones that stay take the rest."""
+    r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
+    await r.ready(2)
+    async with Stream(r) as stream:
+        await stream.some(3)
+        await verb(r, "scale", "1", "--wait", timeout=60)
+        await stream.some(3)
+    await stream.all_ended()
+    assert len((await status(r))["slots"]) == 1
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_recycle_under_a_stream(run: Any, tmp_path: Path) -> None:
+    """After so many jobs a worker is replaced, never in the middle of one."""
+    config = tmp_path / "lastcall.toml"
+    config.write_text("[recycle]\nmax_jobs = 6\n[stall]\nbeat = 0.3\n")
+    r: Run = await run("run", "--grace", "60", "--config", str(config), AGENT, environment=IDLE)
+    await r.ready()
+    async with Stream(r) as stream:
+        await r.until(lambda: r.log("recycle done"), 60)
+        await stream.some(3)
+    await stream.all_ended()
+    assert "jobs" in r.log("slot draining")[0]["reason"]
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_hold_under_a_stream(run: Any) -> None:
+    """While one of two supervisors' worth of workers is held the server sees it full; released, it serves."""
+    r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
+    await r.ready(2)
+    job = await r.dispatch("before", mode="hold")
+    await r.job_says(job.job_id, "started")
+    os.kill(r.pid, signal.SIGUSR1)
+    began = time.monotonic()
+    await r.until(lambda: not r.livekit.available(), 1.0)
+    refused = await r.livekit.dispatch("held")
+    assert refused.outcome == "no_worker"
+    assert (await status(r))["held"] and time.monotonic() - began < 30
+    await verb(r, "release")
+    await r.ready(2)
+    async with Stream(r) as stream:
+        await stream.some(5)
+    await stream.all_ended()
+    r.let_go()
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_hold_lasts_over_a_reload(run: Any) -> None:
+    """A worker that starts during a hold is held from its first moment on."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    await verb(r, "hold")
+    await r.until(lambda: not r.livekit.available())
+    await verb(r, "reload", "--wait", timeout=60)
+    assert (await r.livekit.dispatch("held")).outcome == "no_worker"
+    assert r.events("accepted") == []
+    await verb(r, "release")
+    await r.ready()
+    job = await r.dispatch(sleep=0.1)
+    await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_cap_is_exact_under_simultaneous_offers(run: Any, tmp_path: Path) -> None:
+    """Of ten offers at once two are taken; when one ends there is room for one, and the server knows."""
+    config = tmp_path / "lastcall.toml"
+    config.write_text("[jobs]\nmax_running = 2\n")
+    r: Run = await run("run", "--grace", "60", "--config", str(config), AGENT, environment=IDLE)
+    await r.ready()
+    spec = json.dumps({"mode": "hold"})
+    results = await asyncio.gather(*(r.livekit.dispatch(f"r{n}", metadata=spec) for n in range(10)))
+    taken = [result for result in results if result.outcome == "assigned"]
+    assert len(taken) == 2, results
+    await r.until(lambda: not r.livekit.available(), 1.0)
+    for result in taken:
+        await r.job_says(result.job_id, "started")
+    r.let_go()
+    await r.ready()
+    again = await r.dispatch("again", sleep=0.1)
+    await r.job_says(again.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_new_generation_killed_while_it_warms(run: Any) -> None:
+    """The reload fails with the reason, the old one keeps serving."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    reloading = asyncio.create_task(verb(r, "reload", "--wait", code=1, timeout=60))
+    await r.until(lambda: len(r.log("slot starting")) == 2)
+    psutil.Process(r.log("slot starting")[1]["pid"]).kill()
+    assert "killed by SIGKILL" in await reloading
+    job = await r.dispatch(sleep=0.1)
+    await r.job_says(job.job_id, "ended")
+    assert len(r.log("slot draining")) == 0
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_broken_target_at_a_reload(run: Any, tmp_path: Path) -> None:
+    """The code on disk no longer loads: the old one keeps serving, and the reason is the user's own error."""
+    target = tmp_path / "app.py"
+    target.write_text(Path(AGENT).read_text())
+    r: Run = await run("run", "--grace", "60", str(target))
+    await r.ready()
+    target.write_text("def broken(:\n")
+    said = await verb(r, "reload", "--wait", code=1, timeout=60)
+    assert "the old program keeps serving" in said and "SyntaxError" in said
+    job = await r.dispatch(sleep=0.1)
+    await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_worker_signalled_alone_is_replaced_at_once(run: Any) -> None:
+    """A SIGTERM to one worker's pid: another takes over while the jobs of the first go on to their end."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    await r.job_says(job.job_id, "started")
+    (worker,) = r.workers()
+    worker.terminate()
+    await r.until(lambda: len(r.log("slot ready")) == 2, 30)
+    await r.ready()
+    assert worker.is_running()
+    r.let_go()
+    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_SUCCESS")
+    await r.until(lambda: not lives(worker.pid))
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_worker_that_lost_its_server_for_good(run: Any) -> None:
+    """It gives up, another takes its place when the server is back, its job is kept to its end."""
+    r: Run = await run("run", "--grace", "60", AGENT, environment={"MAX_RETRY": "1"})
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    r.livekit.refuse_connections = True
+    await r.livekit.cut_connections()
+    await r.until(lambda: r.log("slot draining"), 60)
+    r.livekit.refuse_connections = False
+    await r.ready()
+    assert lives(note["pid"])
+    r.let_go()
+    await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()

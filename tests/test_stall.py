@@ -1,0 +1,115 @@
+"""Workers whose loop is stuck are seen, shown, replaced, and ended after their jobs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import AGENT, Run, lives
+from tests.test_fleet import status
+
+CONFIG = "[stall]\nbeat = 0.3\nmisses = 4\ngrace = {grace}\n"
+
+
+def config(tmp_path: Path, grace: float) -> str:
+    path = tmp_path / "lastcall.toml"
+    path.write_text(CONFIG.format(grace=grace))
+    return str(path)
+
+
+@pytest.mark.core
+async def test_endless_loop(run: Any, tmp_path: Path) -> None:
+    """The stack is in the log, another worker serves, the job of the stuck one ends by itself first."""
+    r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 30), AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    (stuck,) = r.workers()
+    r.livekit.answer_timeout = 0.5
+    await r.livekit.dispatch("stick", metadata='{"request_block": 600}')
+    await r.until(lambda: r.log("slot stalled"), 20)
+    await r.until(lambda: "in request" in r.err.read_text())
+    await r.until(lambda: len(r.log("slot ready")) == 2, 30)
+    second = r.log("slot ready")[1]["worker_id"]
+    fresh = await r.livekit.dispatch("fresh", metadata='{"sleep": 0.1}', only=second)
+    assert fresh.outcome == "assigned"
+    assert lives(note["pid"]) and stuck.is_running(), "the job of the stuck worker had time left"
+    r.let_go()
+    await r.job_says(job.job_id, "ended")
+    await r.until(lambda: not lives(stuck.pid), 40)
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_stopped_worker(run: Any, tmp_path: Path) -> None:
+    """SIGSTOP: no stack can be had, the log says why; replaced, killed after its grace, nothing left."""
+    r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 1), AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    (stuck,) = r.workers()
+    stuck.suspend()
+    await r.until(lambda: r.log("worker is stopped: no stack to show"), 20)
+    await r.until(lambda: len(r.log("slot ready")) == 2, 30)
+    await r.until(lambda: not lives(stuck.pid) and not lives(note["pid"]), 30)
+    document = await status(r)
+    assert [(s["generation"], s["state"]) for s in document["slots"]] == [(2, "ready")]
+    assert document["totals"]["cut"] == 1
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def test_worker_that_recovers(run: Any, tmp_path: Path) -> None:
+    """Continued before another has taken over, it is kept, and nothing is cut."""
+    r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 30), AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    await r.job_says(job.job_id, "started")
+    (worker,) = r.workers()
+    worker.suspend()
+    await r.until(lambda: r.log("slot stalled"), 20)
+    worker.resume()
+    # Either it was quicker than its replacement, or it drains behind it; its job goes on in both cases.
+    await r.until(lambda: r.log("slot ready")[1:], 30)
+    r.let_go()
+    await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+    assert r.receipt()["totals"]["cut"] == r.receipt()["totals"]["lost"] == 0
+    await r.nothing_left()
+
+
+async def test_stopped_supervisor_blames_nobody(run: Any, tmp_path: Path) -> None:
+    """SIGSTOP of the supervisor for longer than a stall takes: no worker is found stuck."""
+    import asyncio
+
+    r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 1), AGENT)
+    await r.ready()
+    os.kill(r.pid, signal.SIGSTOP)
+    await asyncio.sleep(3)  # what is tested is the length of time itself
+    os.kill(r.pid, signal.SIGCONT)
+    job = await r.dispatch(sleep=2)
+    await r.job_says(job.job_id, "ended")
+    assert r.log("slot stalled") == []
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_stop_of_an_idle_stuck_worker(run: Any, tmp_path: Path) -> None:
+    """It has no job to wait for, so the stop does not spend its grace on it, and says that it was killed."""
+    r: Run = await run("run", "--grace", "600", "--config", config(tmp_path, 30), AGENT)
+    await r.ready()
+    (stuck,) = r.workers()
+    stuck.suspend()
+    r.kill()
+    assert await r.exit(60) == 75
+    receipt = r.receipt()
+    assert receipt["fence_unacknowledged"] == [0]
+    assert receipt["killed"] and receipt["killed"][0]["what"] == "worker"
+    await r.nothing_left()
