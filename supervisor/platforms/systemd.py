@@ -38,12 +38,11 @@ def unit(service: Service) -> str:
     )
     directory = posixpath.dirname(service.target_file) or service.directory
     return f"""{service.header}\
-# Secrets: KEY=value lines in /etc/{name}/environment, mode 0600, read by systemd itself.
+# Secrets: KEY=value lines in /etc/lastcall/{name}.env, mode 0600, read by systemd itself.
 # Look at it: lastcall status --control /run/{name}/control.sock
 
 [Unit]
 Description=LiveKit agent workers under lastcall ({plain(service.target)})
-Documentation=man:systemd.service(5)
 Wants=network-online.target
 After=network-online.target
 # Restart as long as it takes: lastcall backs off by itself, and exit code 78 is the one that won't mend.
@@ -56,7 +55,7 @@ NotifyAccess=main
 ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 WorkingDirectory={plain(directory)}
-EnvironmentFile=-/etc/{name}/environment
+EnvironmentFile=-/etc/lastcall/{name}.env
 Environment=HOME=/var/lib/{name} PYTHONUNBUFFERED=1
 
 # grace + {timers.margin} s. SIGTERM goes to the supervisor alone, SIGKILL to whatever is left at the end.

@@ -1,8 +1,8 @@
 """The tests' agent. Each dispatch's metadata says what its job does; every job keeps a log of its own.
 
-metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "crash" | "spawn" | "fork",
-and for the offer "request_sleep", "request_block", "request_linger", "accepts", "busy"}. A job that holds
-ends when the test lets it go.
+metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "hungry" | "crash" | "spawn" |
+"fork", and for the offer "request_sleep", "request_block", "request_linger", "accepts", "busy"}. A job
+that holds ends when the test lets it go.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ async def entrypoint(ctx: JobContext) -> None:
                 await asyncio.sleep(end - time.monotonic())
             except asyncio.CancelledError:
                 note(ctx, "swallowed")
+    elif mode == "hungry":
+        hoard = []
+        while True:
+            hoard.append(b"x" * (16 << 20))
     elif mode == "hold":
         while not os.path.exists(os.environ["JOB_LOG"] + ".go"):
             await asyncio.sleep(0.02)

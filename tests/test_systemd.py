@@ -1,0 +1,170 @@
+"""The printed unit under a real systemd, old and new, driven by its own systemctl."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from supervisor.platforms import systemd
+from supervisor.platforms.service import Service
+from tests.left_out import SUITES
+from tests.machine import Machine, Unit
+from worker.local.dispatch import Dispatched, DispatchServer
+
+pytestmark = pytest.mark.systemd
+
+AGENT = "/srv/agents/calls.py"
+START = 60.0
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Each test runs on systemd 257 and on 252, in one boot of each."""
+    with Machine(request.param) as booted:
+        yield booted
+
+
+def service(machine: Machine, name: str, server: DispatchServer, **settings: str) -> Unit:
+    """Install a livekit service with a grace of 40 s."""
+    unit = Unit(machine, name, AGENT, "--grace", "40", **settings)
+    unit.environment({**server.environment, **extra(name)})
+    return unit
+
+
+def extra(name: str) -> dict[str, str]:
+    return {"LASTCALL_HTTP": "off", "JOB_LOG": f"/var/lib/{name}/jobs"}
+
+
+async def call(unit: Unit, server: DispatchServer, seconds: float) -> Dispatched:
+    """Dispatch a job and wait until its program runs."""
+    job = await server.dispatch("room", metadata=json.dumps({"sleep": seconds}))
+    assert job.outcome == "assigned", unit.journal()
+    await unit.until(lambda: "started" in unit.machine.read(f"/var/lib/{unit.name}/jobs"))
+    return job
+
+
+async def stop(unit: Unit) -> None:
+    await asyncio.to_thread(unit.systemctl, "stop")
+
+
+def finished_well(unit: Unit, server: DispatchServer, job: Dispatched) -> bool:
+    receipt = json.loads(unit.receipt())
+    return bool(
+        (receipt["outcome"], receipt["exit_code"], receipt["left"]) == ("clean", 0, 0)
+        and [entry["fate"] for entry in receipt["jobs"]] == ["finished"]
+        and server.jobs[job.job_id].status == "JS_SUCCESS"
+    )
+
+
+async def test_start_waits_and_stop_outlasts_its_timer(machine: Machine) -> None:
+    """Active when registered; the status line tells; a job longer than TimeoutStopSec ends well."""
+    async with DispatchServer() as server:
+        server.refuse_connections = True
+        unit = service(machine, "waits", server, TimeoutStopSec="2")
+        unit.systemctl("start", "--no-block")
+        await unit.until(lambda: unit.show("StatusText").startswith("starting: 0 of 1"))
+        assert unit.show("ActiveState") == "activating"
+        server.refuse_connections = False
+        await unit.until(lambda: unit.show("ActiveState") == "active", START)
+        await unit.until(lambda: unit.show("StatusText") == "running: 1 of 1 workers accept, 0 jobs")
+        job = await call(unit, server, 6)
+        stopping = asyncio.create_task(stop(unit))
+        await unit.until(lambda: unit.show("StatusText").startswith("draining: 1 job, "))
+        await stopping
+        assert unit.show("Result") == "success", unit.journal()
+        assert finished_well(unit, server, job), unit.receipt()
+
+
+async def test_default_kill_mode(machine: Machine) -> None:
+    """SIGTERM to every process of the cgroup, as systemd sends it by default, cuts no job."""
+    async with DispatchServer() as server:
+        unit = service(machine, "group", server, KillMode="control-group", TimeoutStopSec="2")
+        await asyncio.to_thread(unit.systemctl, "start")
+        job = await call(unit, server, 4)
+        await stop(unit)
+        assert unit.show("Result") == "success", unit.journal()
+        assert finished_well(unit, server, job), unit.receipt()
+
+
+async def test_killed_supervisor(machine: Machine) -> None:
+    """SIGKILL of the main process: nothing stays in the cgroup, and the service is back by itself."""
+    async with DispatchServer() as server:
+        unit = service(machine, "killed", server, RestartSec="100ms")
+        await asyncio.to_thread(unit.systemctl, "start")
+        before = unit.pids()
+        main = unit.show("MainPID")
+        assert len(before) > 2 and int(main) in before
+        unit.systemctl("kill", "--signal=KILL", "--kill-who=main")
+        await unit.until(
+            lambda: unit.show("ActiveState") == "active" and unit.show("MainPID") not in (main, "0"), START
+        )
+        assert unit.show("NRestarts") == "1"
+        assert not before & unit.pids()
+        await stop(unit)
+        assert unit.show("Result") == "success", unit.journal()
+
+
+async def test_stopped_supervisor_is_restarted_by_the_watchdog(machine: Machine) -> None:
+    """The loop feeds the watchdog, so a supervisor that hangs is replaced; one that works is not."""
+    unit = Unit(machine, "hung", "none:at_all", "--grace", "5", WatchdogSec="2", RestartSec="100ms")
+    sleeper = "/opt/lastcall/bin/lastcall run --http off -- sleep infinity"
+    unit.drop_in("command.conf", f"[Service]\nExecStart=\nExecStart={sleeper}\n")
+    unit.environment({})
+    await asyncio.to_thread(unit.systemctl, "start")
+    main = unit.show("MainPID")
+    began = time.monotonic()
+    await unit.until(lambda: time.monotonic() > began + 3)  # longer than the watchdog bears
+    assert unit.show("MainPID") == main
+    unit.systemctl("kill", f"--signal={signal.SIGSTOP.name}", "--kill-who=main")
+    await unit.until(lambda: unit.show("NRestarts") == "1" and unit.show("ActiveState") == "active")
+    assert unit.show("MainPID") not in (main, "0")
+    assert "watchdog" in unit.journal().lower()
+    await stop(unit)
+    assert unit.show("Result") == "success", unit.journal()
+
+
+async def test_wrong_target_is_not_restarted(machine: Machine) -> None:
+    """Exit code 78 is final: the start fails, and nothing is tried again."""
+    unit = Unit(machine, "wrong", "/srv/agents/no_such_agent.py", RestartSec="50ms")
+    unit.environment({"LASTCALL_HTTP": "off"})
+    done = await asyncio.to_thread(lambda: unit.systemctl("start", check=False))
+    assert done.returncode != 0
+    await unit.until(lambda: unit.show("ActiveState") == "failed")
+    assert (unit.show("ExecMainStatus"), unit.show("NRestarts")) == ("78", "0"), unit.journal()
+
+
+def test_unit_is_understood_and_tight(machine: Machine) -> None:
+    """systemd-analyze verify has nothing to say, drop-ins included where they apply; exposure at most 2.5."""
+    unit = Unit(machine, "checked", AGENT)
+    values = Service(target=AGENT, name="checked")
+    if machine.suite == "trixie":
+        unit.drop_in(systemd.RELOAD, systemd.reload_drop_in(values))
+        unit.drop_in(systemd.RESTART, systemd.restart_drop_in(values))
+    unit.environment({})
+    verified = machine.run("systemd-analyze", "verify", "/etc/systemd/system/checked.service", check=False)
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+    judged = machine.run(
+        *("systemd-analyze", "security", "--offline=yes", "--threshold=25"),
+        "/etc/systemd/system/checked.service",
+        check=False,
+    )
+    assert judged.returncode == 0, judged.stdout
+    expected = "notify-reload" if machine.suite == "trixie" else "notify"
+    assert unit.show("Type") == expected
+
+
+async def test_poweroff_waits_for_the_job() -> None:
+    """A machine that is shut down lets the call end first."""
+    with Machine("trixie") as machine:
+        async with DispatchServer() as server:
+            unit = service(machine, "last", server)
+            await asyncio.to_thread(unit.systemctl, "start")
+            job = await call(unit, server, 4)
+            machine.run("systemctl", "--no-block", "poweroff")
+            await asyncio.to_thread(machine.wait, 40)
+            assert server.jobs[job.job_id].status == "JS_SUCCESS", machine.console()
