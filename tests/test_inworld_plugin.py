@@ -162,6 +162,25 @@ async def test_a_server_that_answers_nothing() -> None:
         assert kinds.index("cancel_requested") < kinds.index("context_cut")
 
 
+async def test_a_plain_request_under_way() -> None:
+    """What `synthesize` has asked for over HTTP ends too, and leaves no response behind."""
+    async with real_time() as server, aiohttp.ClientSession() as session:
+        tts = inworld.TTS(
+            api_key=server.api_key,
+            base_url=server.base_url,
+            encoding=ENCODING,
+            sample_rate=24000,
+            http_session=session,
+        )
+        stream = tts.synthesize(LONG)
+        async with asyncio.timeout(TIMEOUT):
+            await stream.__anext__()
+        await closer.aclose(now() + 5)
+        with pytest.raises(StopAsyncIteration):
+            while True:
+                await stream.__anext__()
+
+
 async def test_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     """One without the private names is closed by its public aclose(); one that hangs or fails is left."""
     closed: list[str] = []
@@ -199,7 +218,7 @@ async def test_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = await mine.aclose(now() + 0.5)
     assert now() - began < TIMEOUT
     assert closed == ["well", "again"]
-    assert counts["connections"]["forced"] == 2
+    assert counts == {"tts": {"forced": 2}}
 
 
 # -- the broker's address ----------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Held:
 
     def __init__(self) -> None:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
         self.connections: list[Any] = []
         self.is_over = False
 
@@ -64,7 +65,10 @@ class Closer:
         return bool(held.users or held.connections)
 
     async def aclose(self, deadline: float) -> Counts:
-        """Cancel every context of the running loop, close every connection, and say how many of each how."""
+        """Cancel every context of the running loop, close every connection; return how many of each how.
+
+        What never was open is not in the counts; `tts` is there only for objects whose own close failed.
+        """
         held = self._here()
         held.is_over = True
         users = list(held.users)
@@ -72,9 +76,8 @@ class Closer:
             plugin_compat.shut(tts)
         began, seconds = now(), max(0.0, deadline - now())
         contexts_at = began + CONTEXTS_SHARE * seconds
-        streams = [stream for tts in users for stream in plugin_compat.streams(tts)]
         open_before = sum(map(plugin_compat.contexts, held.connections))
-        await _all([stream.aclose() for stream in streams], contexts_at)
+        await _all([stream.aclose() for stream in list(held.streams)], contexts_at)
         connections = [each for each in held.connections if plugin_compat.is_open(each)]
         await _all([plugin_compat.cancel_contexts(each) for each in connections], contexts_at)
         await _all([plugin_compat.contexts_end(connections)], contexts_at)
@@ -82,15 +85,19 @@ class Closer:
         closes = [plugin_compat.close_connection(each) for each in held.connections]
         forced = await _all(closes, began + CONNECTIONS_SHARE * seconds)
         # What is left is the plugin's own housekeeping, and all there is of one whose shape is unknown.
-        forced += await _all([tts.aclose() for tts in users], began + PLUGIN_SHARE * seconds)
+        failed = await _all([tts.aclose() for tts in users], began + PLUGIN_SHARE * seconds)
         held.connections.clear()
-        if not open_before and not connections and not forced:
+        counts: Counts = {}
+        if open_before:
+            counts["contexts"] = {"closed": max(0, open_before - cut), "forced": cut}
+        if connections or forced:
+            closed = max(0, len(connections) - forced)
+            counts["connections"] = {"closed": closed, "forced": forced}
+        if failed:
+            counts["tts"] = {"forced": failed}
+        if not counts:
             return {}
-        counts = {
-            "contexts": {"closed": max(0, open_before - cut), "forced": cut},
-            "connections": {"closed": len(connections) - min(forced, len(connections)), "forced": forced},
-        }
-        level = logging.WARNING if cut or forced else logging.INFO
+        level = logging.WARNING if cut or forced or failed else logging.INFO
         log.log(level, "inworld connections closed", extra={"counts": counts})
         return counts
 
@@ -106,8 +113,11 @@ class Closer:
     def _is_over(self) -> bool:
         return self._here().is_over
 
-    def _used(self, tts: Any) -> None:
-        self._here().users.add(tts)
+    def _used(self, tts: Any, stream: Any) -> None:
+        held = self._here()
+        held.users.add(tts)
+        if stream is not None:
+            held.streams.add(stream)
 
     def _opened(self, connection: Any) -> None:
         held = self._here()
