@@ -17,10 +17,12 @@ FLOORS = {
         {"__main__"},
     ],
     "worker.inworld": [
-        {"environment"},
-        {"plugin_compat"},
-        {"closer", "tts"},
-        {"attached"},
+        {"environment", "errors", "states", "timings", "backoff", "splitting", "census"},
+        {"plugin_compat", "protocol", "slots", "idling", "dialling"},
+        {"closer", "tts", "context"},
+        {"attached", "connection", "stream"},
+        {"closing"},
+        {"pool"},
     ],
     "supervisor": [
         {"errors", "states"},
