@@ -172,7 +172,7 @@ def test_the_warm_connection_is_replaced_before_the_server_ends_it() -> None:
 
 
 def test_tables_end_everywhere() -> None:
-    """From every state of a context and of a connection its end can be reached; the last one takes nothing."""
+    """From every state of a context or a connection its end can be reached; the end takes nothing."""
     for table, states, end in (
         (CONTEXT_TABLE, ContextState, ContextState.ENDED),
         (LINE_TABLE, LineState, LineState.GONE),
@@ -180,5 +180,5 @@ def test_tables_end_everywhere() -> None:
         assert not [key for key in table if key[0] is end]
         reach = {end}
         for _ in states:
-            reach |= {before for (before, _), after in table.items() if after in reach}  # type: ignore[misc]  # two tables of one shape
+            reach |= {before for (before, _), after in table.items() if after in reach}
         assert reach == set(states)

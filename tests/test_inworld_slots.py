@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hypothesis import settings
@@ -152,14 +154,14 @@ def test_every_order_of_release_cancel_wait_and_loss() -> None:
         slots.enter(a)
         slots.enter(b)
         slots.enter(c)
-        events = [
-            lambda a=a, s=slots: s.free(a),
-            lambda b=b, s=slots: s.free(b),
-            lambda c=c, s=slots: s.free(c),
-            lambda d=d, s=slots: s.enter(d),
-            lambda e=e, s=slots: s.enter(e),
-            lambda f=f, s=slots: s.enter(f, first=True),
-            lambda line=line, s=slots: s.retire(line),
+        events: list[Callable[[], None]] = [
+            partial(slots.free, a),
+            partial(slots.free, b),
+            partial(slots.free, c),
+            partial(slots.enter, d),
+            partial(slots.enter, e),
+            partial(slots.enter, f, first=True),
+            partial(slots.retire, line),
         ]
         for number in order:
             events[number]()

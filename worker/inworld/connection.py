@@ -59,6 +59,8 @@ class Connection:
         self.contexts: dict[str, Context] = {}
         self.idle_since = now()
         self.malformed = 0
+        # It ended with contexts on it.
+        self.was_lost = False
         self._ws = ws
         self._timings = timings
         self._hooks = hooks
@@ -97,6 +99,7 @@ class Connection:
                 log.debug("closed without a goodbye", extra={"connection": self.line.number})
             finally:
                 self._abort()
+            self.was_lost = bool(self.contexts)
             error = ConnectionLost(f"the connection has ended: {reason or 'closed by us'}")
             for context in list(self.contexts.values()):
                 context.lose(error)
@@ -115,8 +118,10 @@ class Connection:
             self._leave(f"{self._unsent_bytes} bytes wait to be sent")
 
     async def room(self) -> None:
-        """Wait until there is room for more to send, or the connection is given up."""
-        while self._unsent_bytes > MAX_UNSENT and not self._leaving.done():
+        """Wait until there is room for more to send. Raises ConnectionLost when there never will be."""
+        while self._unsent_bytes > MAX_UNSENT or self._leaving.done():
+            if self._leaving.done():
+                raise ConnectionLost("the connection is being ended")
             waiter = self._loop.create_future()
             self._room.append(waiter)
             await waiter

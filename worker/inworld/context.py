@@ -38,8 +38,9 @@ from .timings import Timings
 
 # Of what is sent before contextCreated, for each context.
 MAX_KEPT = 64 * 1024
+# How often a create is tried again: when it was not answered, and when its connection turned out to be dead
+# or full. Idle connections that have died are found out only by use, and one may follow another.
 UNANSWERED_RETRIES = 1
-# Idle connections that have died are found out only by use, and one may follow another.
 LOST_RETRIES = 3
 NEVER = float("inf")
 
@@ -94,12 +95,11 @@ class Context:
         "_hinted",
         "_kept",
         "_kept_bytes",
-        "_losses",
         "_owner",
+        "_retries",
         "_sink",
         "_ticket",
         "_timer",
-        "_unanswered",
         "connection",
         "deadline",
         "id",
@@ -124,8 +124,7 @@ class Context:
         self._hinted = False
         self._kept: list[tuple[Action, Document]] = []
         self._kept_bytes = 0
-        self._losses = 0
-        self._unanswered = 0
+        self._retries = 0
         self._ticket = Ticket(self._granted)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -245,7 +244,7 @@ class Context:
                 self.hint()
         elif not self.is_created and "max contexts" in frame.message.lower():
             # It counts more contexts than we know of, so no create of ours is welcome there.
-            self._retry_elsewhere(error)
+            self._retry_elsewhere(error, LOST_RETRIES)
         elif not self.is_created or is_unknown:
             self._end(error, "closed", frame)  # a create that failed leaves no context
         else:
@@ -269,26 +268,25 @@ class Context:
         elif now() >= self._acquire_at:
             self.fail(AcquireTimeout("the server did not create the context in time; try again"))
         else:
-            self._retry_elsewhere(AcquireTimeout(f"create was not answered within {timings.create:g} s"))
+            error = AcquireTimeout(f"create was not answered within {timings.create:g} s; try again")
+            self._retry_elsewhere(error, UNANSWERED_RETRIES)
 
     def lose(self, error: ConnectionLost) -> None:
         """Note that the connection has gone."""
-        if self.is_created or self.state is S.CANCELLING or self._losses >= LOST_RETRIES:
+        if self.is_created or self.state is S.CANCELLING or self._retries >= LOST_RETRIES:
             self._end(error, "forced")
         else:
-            self._losses += 1
             self._retry()
 
     # -- another connection ------------------------------------------------------------------------------
 
-    def _retry_elsewhere(self, error: InworldError) -> None:
+    def _retry_elsewhere(self, error: InworldError, most: int) -> None:
         connection, ticket = self.connection, self._ticket
         assert connection is not None
         self._owner.retire(connection.line)
-        if self._unanswered >= UNANSWERED_RETRIES:
+        if self._retries >= most:
             self.fail(error)
             return
-        self._unanswered += 1
         # The first try may yet succeed, unseen. What is left of it holds its place and is cancelled.
         left = Context(self._owner, {}, None, NEVER)
         left.id, left.connection, left._ticket, left.state = self.id, connection, ticket, self.state
@@ -302,6 +300,7 @@ class Context:
         self.connection, self.id = None, ""
         self._move(E.RETRY)
         self.deadline = NEVER
+        self._retries += 1
         self._owner.retried(self)
         self._owner.free(self._ticket)
         self._ticket = Ticket(self._granted)

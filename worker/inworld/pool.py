@@ -104,11 +104,15 @@ class InworldPool:
     ) -> None:
         try:
             await self.aclose()
+        except BaseException as interruption:
+            # The group cancels what is left; each connection takes its socket away by itself.
+            await self._group.__aexit__(type(interruption), interruption, interruption.__traceback__)
+            raise
+        else:
+            # Not told of the block's own error, which is not one of a task of ours: it goes on as it is.
+            await self._group.__aexit__(None, None, None)
         finally:
-            try:
-                await self._group.__aexit__(kind, error, traceback)
-            finally:
-                await self._session.close()
+            await self._session.close()
 
     # -- what callers do ----------------------------------------------------------------------------------
 
@@ -302,7 +306,7 @@ class InworldPool:
         else:
             connection.close(now() + timings.goodbye)
         fate = await connection.run()
-        self._meter.lost += line.state is not LineState.CLOSING
+        self._meter.lost += connection.was_lost
         if self.close_at is not None:
             self.tally.connections[fate] += 1
 
