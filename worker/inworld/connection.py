@@ -59,7 +59,8 @@ class Connection:
         self.contexts: dict[str, Context] = {}
         self.idle_since = now()
         self.malformed = 0
-        # It ended with contexts on it.
+        # How it ended: with close frames, or without; and whether with contexts on it.
+        self.fate: Fate = "forced"
         self.was_lost = False
         self._ws = ws
         self._timings = timings
@@ -77,8 +78,8 @@ class Connection:
         self._goodbye: asyncio.Timeout | None = None
         self._close_at = NEVER
 
-    async def run(self) -> Fate:
-        """Read and write until the end, and say how it ended: with close frames, or without."""
+    async def run(self) -> None:
+        """Read and write until the end; afterwards the socket is closed and every context has ended."""
         reason = "cancelled"
         try:
             async with asyncio.TaskGroup() as group:
@@ -104,7 +105,8 @@ class Connection:
             for context in list(self.contexts.values()):
                 context.lose(error)
             self._wake_room()
-        return "forced" if self._ws.close_code in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE) else "closed"
+            if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
+                self.fate = "closed"
 
     # -- what contexts and the pool ask -------------------------------------------------------------------
 

@@ -305,13 +305,13 @@ class InworldPool:
             self._settle()
         else:
             connection.close(now() + timings.goodbye)
-        fate = await connection.run()
+        await connection.run()
         self._meter.lost += connection.was_lost
-        if self.close_at is not None:
-            self.tally.connections[fate] += 1
 
     def _gone(self, line: Line) -> None:
-        self.connections.pop(line, None)
+        connection = self.connections.pop(line, None)
+        if connection is not None and self.close_at is not None:
+            self.tally.connections[connection.fate] += 1
         del self._dialled_at[line], self.tasks[line]
         self.slots.gone(line)
         self.bell.ring()
