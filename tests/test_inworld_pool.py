@@ -437,7 +437,7 @@ async def test_a_peer_that_does_not_read_is_given_up() -> None:
             async with asyncio.timeout(PATIENCE):
                 while True:
                     await stream.send_text("x" * 100_000)
-                    most = max(most, connection._unsent_bytes)
+                    most = max(most, connection.outbox.size)
         assert most < 2 * MAX_UNSENT
         await until(lambda: connection.line.state is LineState.GONE)
         p.server.faults.stop_reading = False

@@ -17,12 +17,16 @@ FLOORS = {
         {"__main__"},
     ],
     "worker.inworld": [
-        {"environment", "errors", "states", "timings", "backoff", "splitting", "census"},
+        {"environment", "errors", "states", "timings", "backoff", "splitting", "census", "outbox", "logs"},
         {"plugin_compat", "protocol", "slots", "idling", "dialling"},
         {"closer", "tts", "context"},
         {"attached", "connection", "stream"},
         {"closing"},
-        {"pool"},
+        {"pool", "passthrough"},
+        {"client"},
+        {"broker"},
+        {"companion"},
+        {"__main__"},
     ],
     "supervisor": [
         {"errors", "states"},

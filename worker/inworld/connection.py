@@ -16,7 +16,6 @@ import asyncio
 import logging
 import os
 import socket
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from worker.clock import now
 from . import protocol
 from .context import NEVER, Context, Fate
 from .errors import ConnectionLost, ContextError, Malformed
+from .outbox import Outbox
 from .protocol import Frame, Kind
 from .slots import Line
 from .states import ContextState
@@ -66,12 +66,7 @@ class Connection:
         self._timings = timings
         self._hooks = hooks
         self._loop = asyncio.get_running_loop()
-        self._unsent: deque[str] = deque()
-        self._unsent_bytes = 0
-        self._sending_since = NEVER
-        self._work: asyncio.Future[None] | None = None
-        self._flushed: asyncio.Future[None] | None = None
-        self._room: deque[asyncio.Future[None]] = deque()
+        self.outbox = Outbox(MAX_UNSENT)
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = NEVER
         self._leaving: asyncio.Future[str] = self._loop.create_future()
@@ -104,7 +99,7 @@ class Connection:
             error = ConnectionLost(f"the connection has ended: {reason or 'closed by us'}")
             for context in list(self.contexts.values()):
                 context.lose(error)
-            self._wake_room()
+            self.outbox.wake()
             if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
                 self.fate = "closed"
 
@@ -112,21 +107,16 @@ class Connection:
 
     def put(self, text: str) -> None:
         """Send a frame, after those before it."""
-        self._unsent.append(text)
-        self._unsent_bytes += len(text)
-        if self._work is not None and not self._work.done():
-            self._work.set_result(None)
-        if self._unsent_bytes > MAX_UNSENT_EVER:
-            self._leave(f"{self._unsent_bytes} bytes wait to be sent")
+        self.outbox.put(text)
+        if self.outbox.size > MAX_UNSENT_EVER:
+            self._leave(f"{self.outbox.size} bytes wait to be sent")
 
     async def room(self) -> None:
         """Wait until there is room for more to send. Raises ConnectionLost when there never will be."""
-        while self._unsent_bytes > MAX_UNSENT or self._leaving.done():
+        while self.outbox.size > MAX_UNSENT or self._leaving.done():
             if self._leaving.done():
                 raise ConnectionLost("the connection is being ended")
-            waiter = self._loop.create_future()
-            self._room.append(waiter)
-            await waiter
+            await self.outbox.room()
 
     def watch(self, at: float) -> None:
         """Look at the deadlines again at this time."""
@@ -157,9 +147,7 @@ class Connection:
     async def _say_goodbye(self, reading: asyncio.Task[None]) -> None:
         try:
             async with asyncio.timeout(max(0.0, self._close_at - now())) as self._goodbye:
-                if self._unsent or self._sending_since < NEVER:
-                    self._flushed = self._loop.create_future()
-                    await self._flushed
+                await self.outbox.flushed()
                 await self._ws.close(code=aiohttp.WSCloseCode.OK)
                 # The reader may have been the one that shook hands: aiohttp has whoever comes first do it.
                 await reading
@@ -172,7 +160,7 @@ class Connection:
         if not self._leaving.done():
             self._leaving.set_result(reason)
             self._hooks.retire(self.line)
-        self._wake_room()
+        self.outbox.wake()
 
     def _abort(self) -> None:
         # A transport that is closed with data to send stays until its peer reads. Its socket is shut down
@@ -204,35 +192,17 @@ class Connection:
         self._leave(f"by the other side, code {self._ws.close_code}")
 
     async def _write(self) -> None:
+        stall = self._timings.stall
         try:
-            while True:
-                while self._unsent:
-                    text = self._unsent.popleft()
-                    self._sending_since = at = now()
-                    self.watch(at + self._timings.stall)
-                    await self._ws.send_str(text)
-                    self._sending_since = NEVER
-                    self._unsent_bytes -= len(text)
-                if self._room:
-                    self._wake_room()
-                if self._flushed is not None and not self._flushed.done():
-                    self._flushed.set_result(None)
-                self._work = self._loop.create_future()
-                await self._work
+            await self.outbox.write(self._ws.send_str, lambda at: self.watch(at + stall))
         except ConnectionError as error:
             self._leave(f"can't send: {error}")
-
-    def _wake_room(self) -> None:
-        while self._room:
-            waiter = self._room.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
 
     def _look(self) -> None:
         """The alarm: have those expire that are due, and set it for the next."""
         at = now()
         self._alarm, self._alarm_at = None, NEVER
-        stalled_at = self._sending_since + self._timings.stall
+        stalled_at = self.outbox.sending_since + self._timings.stall
         if stalled_at <= at:
             self._leave(f"nothing was read there for {self._timings.stall:g} s")
             return

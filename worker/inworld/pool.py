@@ -165,10 +165,15 @@ class InworldPool:
             self.close_at = at
             self.is_open = False
             closing.begin(self)
-        elif at < self.close_at:
-            self.close_at = at
-        self.bell.ring()
+            self.bell.ring()
+        self.hurry(at)
         return await asyncio.shield(self._census)
+
+    def hurry(self, at: float) -> None:
+        """Move the deadline of a close that is under way towards now."""
+        if self.close_at is not None and at < self.close_at:
+            self.close_at = at
+            self.bell.ring()
 
     @property
     def figures(self) -> Figures:
