@@ -224,10 +224,10 @@ async def test_a_refused_key_is_told_at_once() -> None:
     """A wrong key fails who waits, with the reason; a new one is used from the next connection on."""
     async with pair() as p:
         right = p.server.api_key
-        p.pool.set_key("wrong")
+        p.pool.key = "wrong"
         with pytest.raises(KeyRefused, match="401"):
             await p.acquire(timeout=60.0)
-        p.pool.set_key(right)
+        p.pool.key = right
         await p.say()
 
 

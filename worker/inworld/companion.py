@@ -31,11 +31,11 @@ On the control socket, in the format of `worker.wire`:
     ping             answered by a beat
 
 The key is in this message only: in no argument, variable, log line or answer. SIGTERM and SIGINT do nothing
-here, because jobs that still speak need the broker: the supervisor's word ends it. If the control socket is at
-its end, it serves on until the lifeline is too, or grace is over, and then closes by itself.
+here, because jobs that still speak need the broker: the supervisor's word ends it. If the control socket is
+at its end, it serves on until the lifeline is too, or grace is over, and then closes by itself.
 
-Exit code: 0 when everything was closed in order, 75 when something had to be forced, 70 for a fault of ours or
-a key that never came, 78 for a command line without a key.
+Exit code: 0 when everything was closed in order, 75 when something had to be forced, 70 for a fault of ours
+or a key that never came, 78 for a command line without a key.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ class Companion:
             await self._control.connect()
             try:
                 return await self._run(on_ready)
-            except (
-                Exception
-            ) as error:  # the supervisor is to hear of any fault, before the process ends by it
+            except Exception as error:  # the supervisor is to hear of it, whatever it is
                 text = "".join(traceback.format_exception(error))
                 log.error("the broker failed", extra={"traceback": text})
                 return self._fault(str(error), text)
@@ -178,7 +176,7 @@ class Companion:
         self._control.say("fault", exit=EX_SOFTWARE, message=message, traceback=text)
         return EX_SOFTWARE
 
-    # -- when to end ------------------------------------------------------------------------------------------
+    # -- when to end ----------------------------------------------------------------------------------
 
     def _is_to_close(self) -> bool:
         if self._close_at is not None:
@@ -227,7 +225,7 @@ class Companion:
             asyncio.get_running_loop().remove_reader(fd)
             os.close(fd)
 
-    # -- what the supervisor hears ----------------------------------------------------------------------------
+    # -- what the supervisor hears --------------------------------------------------------------------
 
     async def _beats(self) -> None:
         while self._control.is_supervised:

@@ -41,7 +41,7 @@ log = logging.getLogger("lastcall.inworld")
 class InworldPool:
     """Connections to one Inworld account; use as an async context manager.
 
-    `key` is sent as it is; it may be replaced by `set_key`, for connections made from then on. Contexts are
+    `key` is sent as it is; one that is assigned later is for connections made from then on. Contexts are
     opened by `acquire`, or by `start` for those who want frames by callback.
     """
 
@@ -67,7 +67,7 @@ class InworldPool:
         self.waiting: dict[Context, float] = {}
         self.tasks: dict[Line, asyncio.Task[None]] = {}
         self.close_at: float | None = None
-        self._key = key
+        self.key = key
         self._idle_timeout = idle_connection_timeout
         self._acquire_timeout = acquire_timeout
         self._max_unread = max_unread
@@ -150,10 +150,6 @@ class InworldPool:
             stream.cancel()
             raise
         await stream.release()
-
-    def set_key(self, key: str) -> None:
-        """Use another key for connections from now on."""
-        self._key = key
 
     async def aclose(self, deadline: float | None = None) -> Census:
         """Close everything in order, by `deadline` at the latest, and say how that went.
@@ -293,9 +289,7 @@ class InworldPool:
         """The whole life of one connection."""
         timings = self.timings
         try:
-            ws = await dial(
-                self._session, self.url, self._key, patience=timings.dial, goodbye=timings.goodbye
-            )
+            ws = await dial(self._session, self.url, self.key, patience=timings.dial, goodbye=timings.goodbye)
         except DialError as error:
             self._dial_failed(line, error)
             return
