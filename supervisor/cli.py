@@ -120,7 +120,8 @@ def _run(
         raise UsageError(
             "nothing to run: expected TARGET (path.py, path.py:attr or module:attr), or -- CMD ARG…"
         )
-    from .app import App, surroundings
+    from .app import App
+    from .surroundings import surroundings
 
     def reread() -> configuration.Config:
         return configuration.load(flags, os.environ, file=config)

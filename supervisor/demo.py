@@ -18,13 +18,14 @@ from rich.text import Text
 import worker.wire
 from worker.clock import now
 
-from .app import App, surroundings
+from .app import App
 from .config import Config
 from .errors import Exit
 from .inbox import Inbox
 from .local import local_server
 from .sink import Sink
 from .status import View
+from .surroundings import surroundings
 from .table import receipt_table, status_table
 
 GRACE = 30.0

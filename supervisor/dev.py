@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 from watchfiles import Change, DefaultFilter, awatch
 
 from . import config as configuration
-from .app import App, surroundings
+from .app import App
 from .config import Config
 from .errors import Exit, Refused
 from .inbox import Inbox
 from .local import local_server
+from .surroundings import surroundings
 
 GRACE = 10.0
 DEBOUNCE_MS = 300

@@ -37,6 +37,7 @@ class Fleet:
         log: Any,
         rng: random.Random,
         sweep_unmarked: bool,
+        known_pids: set[int],
     ) -> None:
         self.bell = Bell()
         self.ledger = ledger
@@ -47,7 +48,7 @@ class Fleet:
             ledger=ledger,
             record=record,
             log=log,
-            known_pids=set(),
+            known_pids=known_pids,
             on_change=self.bell.ring,
             may_sweep_unmarked=lambda: sweep_unmarked and self._is_alone(),
             fence_seconds=Histogram(FENCE_BOUNDS),

@@ -194,6 +194,7 @@ class Generation:
                 self._channel = await Channel.open(launched.control, self._on_message, self._on_lost)
                 if self.shared.is_held:
                     self.hold(True)
+                self.stopper.repeat()
             await self._start_in_time()
             await self.bell.until(lambda: self.has_exited)
         except asyncio.CancelledError:

@@ -19,6 +19,18 @@ from .status import View
 LABELS = ["slot", "generation"]
 # How long a scrape waits for the workers, seconds.
 WORKERS = 0.3
+POOL_GAUGES = {
+    "connections": "Connections to Inworld that are open.",
+    "contexts": "Contexts that Inworld counts.",
+    "waiters": "Creates that wait for capacity.",
+}
+# Since the broker of this moment was started.
+POOL_COUNTERS = {
+    "granted": "Contexts that were given capacity.",
+    "wait_seconds": "Time that creates have waited for capacity.",
+    "refusals": "Connections that Inworld refused.",
+    "retries": "Dials and creates that were tried again.",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -32,6 +44,7 @@ class Collector:
         yield from self._slots()
         yield from self._jobs()
         yield from self._operations()
+        yield from self._pool()
         view = self._view
         stopping = float(view.countdown is not None)
         yield GaugeMetricFamily("lastcall_stopping", "1 while a stop is under way.", value=stopping)
@@ -105,6 +118,15 @@ class Collector:
             ),
         ):
             yield HistogramMetricFamily(name, help, buckets=histogram.buckets, sum_value=histogram.sum)
+
+    def _pool(self) -> Iterator[Metric]:
+        companion = self._view.companion
+        if companion is None or not companion.figures:
+            return
+        for name, help in POOL_GAUGES.items():
+            yield GaugeMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
+        for name, help in POOL_COUNTERS.items():
+            yield CounterMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
 
     def _operations(self) -> Iterator[Metric]:
         operations = CounterMetricFamily(

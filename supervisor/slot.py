@@ -21,6 +21,10 @@ from .states import SlotEvent as E
 from .states import SlotState as S
 from .stopper import Ending
 
+# A stop of a whole control group reaches a worker as often before the supervisor as after it. One that was
+# signalled is replaced only when no stop has followed for so long.
+SECOND_THOUGHT = 0.5
+
 
 @dataclass(slots=True, kw_only=True)
 class Retirement:
@@ -133,7 +137,7 @@ class Slot:
                 return
             delay = 0.0
         self.current.change(E.RETRY, delay=round(delay, 3))
-        due = now() + delay
+        due = now() + (max(delay, SECOND_THOUGHT) if is_alive else delay)
         await self.bell.until(lambda: self._stop_asked or self._retry_now, lambda: due)
         self._retry_now = False
         if not self._stop_asked:

@@ -9,6 +9,7 @@ from typing import Any
 
 from worker.clock import now
 
+from .companion import Companion
 from .fleet import Fleet
 from .generation import Generation
 from .operations import Operations
@@ -28,6 +29,7 @@ class View:
     clock: PhaseClock
     operations: Operations
     watch: Watch
+    companion: Companion | None = None
     countdown: Countdown | None = None
 
     @property
@@ -66,7 +68,7 @@ class View:
                 for slot in self.fleet.slots
                 for generation in sorted(slot.generations, key=lambda each: each.number)
             ],
-            "companions": [],
+            "companions": [] if self.companion is None else [self.companion.document()],
             "operations": [operation.document() for operation in self.operations.recent],
         }
 

@@ -48,7 +48,17 @@ def status_table(document: dict[str, Any]) -> Group:
             str(slot["restarts"]),
             rooms + more or Text(slot["last_exit"] or "", style="dim"),
         )
-    return Group(_headline(document), table)
+    return Group(_headline(document), table, *map(_companion_line, document["companions"]))
+
+
+def _companion_line(companion: dict[str, Any]) -> Text:
+    line = Text.assemble(f"{companion['name']}  ", (companion["state"], COLOURS.get(companion["state"], "")))
+    if "connections" in companion:
+        line.append(
+            f"  {companion['connections']} connections, {companion['contexts']} contexts,"
+            f" {companion['waiters']} waiting, {companion['clients']} jobs connected"
+        )
+    return line
 
 
 def _headline(document: dict[str, Any]) -> Text:

@@ -66,6 +66,20 @@ async def test_no_livekit_url(run: Any) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.05, 0.3])
+async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(run: Any, delay: float) -> None:
+    """What is said to a worker that can't hear yet is said again: it never registers, and ends by itself."""
+    r: Run = await run("run", "--grace", "30", AGENT)
+    await r.until(lambda: r.log("slot starting"))
+    await asyncio.sleep(delay)
+    r.kill()
+    assert await r.exit(20) == 0
+    receipt = r.receipt()
+    assert (receipt["outcome"], receipt["killed"]) == ("clean", [])
+    assert r.events("registered") == []
+    await r.nothing_left()
+
+
 @pytest.mark.core
 async def test_logs_are_livekits_own(run: Any) -> None:
     """JSON lines with the extra fields, from the worker and from its job processes."""

@@ -39,8 +39,9 @@ def main() -> NoReturn:
         print("usage: python -m worker TARGET", file=sys.stderr)
         raise SystemExit(EX_USAGE)
     settings = Settings.take(os.environ)
-    for fd in (*settings.output_fds, *(() if settings.control_fd is None else (settings.control_fd,))):
-        os.set_inheritable(fd, False)
+    for fd in (*settings.output_fds, settings.control_fd, settings.lifeline_fd):
+        if fd is not None:
+            os.set_inheritable(fd, False)
     # The one signal without a loop handler: its use is to show where a loop that runs no handler is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
     os.environ["LASTCALL_WORKER_PID"] = str(os.getpid())

@@ -150,6 +150,7 @@ class Host:
             self._close_seconds = float(message["close"])
             self._hurried = True
         elif kind == "close":
+            self.stopping.begin("close")
             self._hurried = self._killed = True
             self._close_seconds = 0.0
         elif kind == "hold":
