@@ -249,6 +249,8 @@ class App:
                 self.clock.advance(Phase.RUNNING)
                 self.log.info("ready")
             await self.fleet.bell.until(lambda: not self.fleet.accepts)
+            if self._stop_reason:
+                return
             self.log.warning("not ready", reason=self.view.unready_because())
 
     def _finish(self) -> Exit:

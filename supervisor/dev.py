@@ -37,7 +37,7 @@ async def dev(inbox: Inbox, load: Callable[[], Config], *, directory: Path) -> E
         spared: frozenset[int] = frozenset()
         is_local = not known.get("LIVEKIT_URL")
         if is_local:
-            server = await stack.enter_async_context(local_server(["--greet"]))
+            server = await stack.enter_async_context(local_server("worker.local", ["--greet"]))
             environment |= server.environment
             settings, spared = {"mock_room": True}, frozenset({server.pid})
         around = surroundings(

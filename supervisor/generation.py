@@ -261,7 +261,7 @@ class Generation:
         event = E.EXIT if as_asked else E.FAIL
         why: dict[str, Any] = {
             "reason": self.last_exit,
-            "exit": str(status),
+            "exit": str(status) if str(status) != self.last_exit else "",
             "jobs_lost": lost,
             "swept": swept,
         }

@@ -90,8 +90,19 @@ def receipt_table(receipt: dict[str, Any]) -> Group:
     for job in receipt["jobs"]:
         fate = Text(job["fate"] or "?", style="green" if job["fate"] == "finished" else "red")
         table.add_row(job["id"], job["room"], str(job["slot"]), f"{job['seconds']:.1f}", fate)
+    pool = [_pool_line(each) for each in receipt["resources"] if each["name"] == "inworld-pool"]
     totals = ", ".join(f"{count} {name}" for name, count in receipt["totals"].items() if name != "unassigned")
     tail = Text(
         f"all jobs: {totals}; swept {receipt['swept']}, processes left {receipt['left']}", style="dim"
     )
-    return Group(verdict, Text(phases, style="dim"), table, tail)
+    return Group(verdict, Text(phases, style="dim"), table, *pool, tail)
+
+
+def _pool_line(resource: dict[str, Any]) -> Text:
+    counts = ", ".join(
+        f"{n} {what} {fate}" for what, fates in resource["counts"].items() for fate, n in fates.items()
+    )
+    good = resource["fate"] == "closed"
+    return Text.assemble(
+        "inworld-pool  ", (resource["fate"], "green" if good else "red"), f"  {counts}" if counts else ""
+    )

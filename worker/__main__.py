@@ -78,14 +78,14 @@ def _host(runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: 
 
 def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     target = loading.parse(text)
-    from . import compat
+    from . import compat, compat_process
     from .shield import raise_shield
 
     raise_shield(loop)
-    compat.lock_process_poll()
-    compat.preload_ours()
-    compat.keep_interrupt_handler()
-    compat.end_log_pipes()
+    compat_process.lock_process_poll()
+    compat_process.preload_ours()
+    compat_process.keep_interrupt_handler()
+    compat_process.end_log_pipes()
     from .inworld import attached  # noqa: F401  # in place before the target imports the plugin
 
     server = loading.load(target, record=compat.record_run_app, classify=compat.as_server)
