@@ -221,6 +221,35 @@ async def test_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == {"tts": {"forced": 2}}
 
 
+def test_a_tts_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TTS that another job has begun to use is left to that one, and closed on its loop."""
+    closed: list[asyncio.AbstractEventLoop] = []
+
+    class TTS:
+        def stream(self) -> None: ...
+
+        async def aclose(self) -> None:
+            closed.append(asyncio.get_running_loop())
+
+    monkeypatch.setattr(plugin_compat, "tts_class", lambda: TTS)
+    mine, tts = Closer(), TTS()
+    mine.attach({})
+
+    async def use() -> None:
+        tts.stream()
+
+    async def end() -> Counts:
+        return await mine.aclose(now() + 5)
+
+    with asyncio.Runner() as one, asyncio.Runner() as two:
+        one.run(use())
+        two.run(use())
+        one.run(end())
+        assert closed == []
+        two.run(end())
+        assert closed == [two.get_loop()]
+
+
 # -- the broker's address ----------------------------------------------------------------------------------
 
 BROKER = {

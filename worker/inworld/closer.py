@@ -46,6 +46,7 @@ class Closer:
 
     def __init__(self) -> None:
         self._held: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Held] = weakref.WeakKeyDictionary()
+        self._last: weakref.WeakKeyDictionary[Any, weakref.ref[Held]] = weakref.WeakKeyDictionary()
 
     def attach(self, environ: Mapping[str, str]) -> None:
         """Watch the plugin, which has been imported, and point it at the broker if there is one."""
@@ -71,7 +72,8 @@ class Closer:
         """
         held = self._here()
         held.is_over = True
-        users = list(held.users)
+        # A TTS of the module's that another thread's job has taken over since is not this job's to close.
+        users = [tts for tts in held.users if self._last[tts]() is held]
         for tts in users:
             plugin_compat.shut(tts)
         began, seconds = now(), max(0.0, deadline - now())
@@ -116,6 +118,7 @@ class Closer:
     def _used(self, tts: Any, stream: Any) -> None:
         held = self._here()
         held.users.add(tts)
+        self._last[tts] = weakref.ref(held)
         if stream is not None:
             held.streams.add(stream)
 
