@@ -35,7 +35,7 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"p50_ms": share(0.5), "p99_ms": share(0.99)}
 
 
-# -- clients: each runs in a process of its own ---------------------------------------------------------------
+# -- clients: each runs in a process of its own ---------------------------------------------------
 
 
 class OurSink:
@@ -194,7 +194,7 @@ def client(arguments: list[str]) -> None:
         print(json.dumps(runner.run(CLIENTS[kind](url, key, int(streams), float(seconds)))))
 
 
-# -- the run --------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
 class Server:

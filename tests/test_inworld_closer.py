@@ -71,22 +71,43 @@ async def test_a_job_that_ends_by_itself(run: Any) -> None:
         await r.clean(job)
 
 
-@pytest.mark.parametrize("tts", ["module", "setup", "job"])
-async def test_a_stop_in_mid_speech(run: Any, tts: str) -> None:
-    """The job runs to its end and ends in mid-speech: its contexts are cancelled, then all is closed.
+async def test_a_stop_in_mid_speech(run: Any) -> None:
+    """Jobs run to their end and end in mid-speech: their contexts are cancelled, then all is closed.
 
     Wherever the TTS was made: at the user's module's import, in the setup function, in the entrypoint.
     """
     async with inworld() as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
         await r.ready()
-        job = await r.dispatch(mode="leave", sleep=0.7, streams=4, text=LONG, tts=tts)
-        await r.job_says(job.job_id, "heard")
+        over = r.directory / "over"
+        jobs = []
+        for tts in ("module", "setup", "job"):
+            job = await r.dispatch(tts, mode="leave", until=str(over), streams=2, text=LONG, tts=tts)
+            await r.job_says(job.job_id, "heard")
+            jobs.append(job)
         r.kill_all()
+        await r.until(lambda: not r.livekit.available())
+        over.touch()
+        assert await r.exit() == 0
+        await r.clean(*jobs)
+        await closed_in_order(server, r, connections=3, contexts=6)
+        assert server.counts["cancel_requested"] == 6
+
+
+async def test_a_shutdown_callback_that_raises(run: Any) -> None:
+    """livekit-agents then goes on with the end of the job; it is closed in order all the same."""
+    async with inworld() as server:
+        r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
+        await r.ready()
+        over = r.directory / "over"
+        job = await r.dispatch(mode="leave", until=str(over), text=LONG, raises=True)
+        await r.job_says(job.job_id, "heard")
+        over.touch()
+        await r.job_says(job.job_id, "extra closed")
+        await closed_in_order(server, r, connections=1, contexts=1)
+        r.kill()
         assert await r.exit() == 0
         await r.clean(job)
-        await closed_in_order(server, r, connections=1, contexts=4)
-        assert server.counts["cancel_requested"] == 4
 
 
 async def test_a_job_that_is_told_to_end(run: Any) -> None:
@@ -109,13 +130,15 @@ async def test_the_thread_executor(run: Any) -> None:
         env = environment(server, EXECUTOR="THREAD")
         r: Run = await run("run", "--grace", "40", AGENT, environment=env)
         await r.ready()
-        long = await r.dispatch("long", mode="leave", sleep=2.0, text=LONG)
+        over = r.directory / "over"
+        long = await r.dispatch("long", mode="leave", until=str(over), text=LONG)
         await r.job_says(long.job_id, "heard")
         short = await r.dispatch("short", text="Good bye.")
         await r.job_says(short.job_id, "extra closed")
         await server.until(lambda: server.counts["connection_closed"] == 1, 10)
         assert (server.open_connections, server.open_contexts) == (1, 1)
         r.kill_all()
+        over.touch()
         assert await r.exit() == 0
         await r.clean(long, short)
         await closed_in_order(server, r, connections=2, contexts=2)
@@ -126,9 +149,11 @@ async def test_a_server_that_ignores_cancel_and_close(run: Any) -> None:
     async with inworld(faults=Faults(cancel="ignored", ignore_close=True)) as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
         await r.ready()
-        job = await r.dispatch(mode="leave", text=LONG, sleep=0.5)
+        over = r.directory / "over"
+        job = await r.dispatch(mode="leave", text=LONG, until=str(over))
         await r.job_says(job.job_id, "heard")
         r.kill()
+        over.touch()
         assert await r.exit(20) == 0
         await r.clean(job)
         await server.until(lambda: server.open_connections == 0, 10)
@@ -138,18 +163,21 @@ async def test_a_server_that_ignores_cancel_and_close(run: Any) -> None:
         assert "inworld connections closed" in r.logs() and "Unclosed" not in r.logs()
 
 
-async def test_the_pool_of_the_machine_by_its_address(run: Any) -> None:
+def broker(server: InworldServer) -> dict[str, str]:
+    return environment(
+        server,
+        SPEAKER_WS="",
+        INWORLD_API_KEY="not the token",
+        LASTCALL_INWORLD_WS_URL=server.ws_url,
+        LASTCALL_INWORLD_URL=server.base_url,
+        LASTCALL_INWORLD_TOKEN=server.api_key,
+    )
+
+
+async def test_the_broker_by_its_address(run: Any) -> None:
     """Where the environment names a broker, a TTS without arguments uses it, made at whatever moment."""
     async with inworld() as server:
-        env = environment(
-            server,
-            SPEAKER_WS="",
-            INWORLD_API_KEY="not the token",
-            LASTCALL_INWORLD_WS_URL=server.ws_url,
-            LASTCALL_INWORLD_URL=server.base_url,
-            LASTCALL_INWORLD_TOKEN=server.api_key,
-        )
-        r: Run = await run("run", "--grace", "40", AGENT, environment=env)
+        r: Run = await run("run", "--grace", "40", AGENT, environment=broker(server))
         await r.ready()
         jobs = [await r.dispatch(tts, tts=tts, text="Good bye.") for tts in ("module", "setup", "job")]
         for job in jobs:
@@ -159,3 +187,19 @@ async def test_the_pool_of_the_machine_by_its_address(run: Any) -> None:
         assert await r.exit() == 0
         await r.clean(*jobs)
         await closed_in_order(server, r, connections=3, contexts=3)
+
+
+async def test_a_plugin_imported_late(run: Any) -> None:
+    """By the entrypoint alone, long after our code came in: it goes to the broker and is closed as well."""
+    async with inworld() as server:
+        env = {**broker(server), "IMPORT_LATE": "1"}
+        r: Run = await run("run", "--grace", "40", AGENT, environment=env)
+        await r.ready()
+        over = r.directory / "over"
+        job = await r.dispatch(mode="leave", text=LONG, until=str(over))
+        await r.job_says(job.job_id, "heard")
+        r.kill_all()
+        over.touch()
+        assert await r.exit() == 0
+        await r.clean(job)
+        await closed_in_order(server, r, connections=1, contexts=1)

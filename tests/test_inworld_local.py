@@ -117,6 +117,19 @@ async def test_audio_and_word_times() -> None:
             assert (words["words"], words["wordStartTimeSeconds"][0]) == (["one", "two"], 0.0)
 
 
+async def test_linear16_has_a_wav_header() -> None:
+    """Once for a context, in front of its first chunk."""
+    async with InworldServer() as server, clients(server) as (client,):
+        await client.create("a", audioConfig={"audioEncoding": "LINEAR16", "sampleRateHertz": 16000})
+        sound = []
+        for _ in range(2):
+            await client.send("send_text", "a", text="hi")
+            while "flushCompleted" not in (result := (await client.receive())["result"]):
+                sound.append(base64.b64decode(result["audioChunk"]["audioContent"]))
+        assert [chunk[:4] == b"RIFF" for chunk in sound] == [True, False, False, False]
+        assert int.from_bytes(sound[0][24:28], "little") == 16000
+
+
 async def test_real_time_speech_can_be_cancelled() -> None:
     """Close goes on speaking to the end, cancel stops at once and discards; other contexts go on."""
     async with InworldServer(speech=Speech(pace="real-time")) as server, clients(server) as (client,):
@@ -240,7 +253,12 @@ async def test_handshakes_that_fail_hang_or_take_long() -> None:
             async with asyncio.timeout(0.1), clients(server):
                 pass
         assert server.peak_connections == 0
-        faults.handshake_hang, faults.handshake_delay = False, 0.05
+        faults.handshake_hang, faults.handshake_cut = False, True
+        with pytest.raises(aiohttp.ClientError):
+            async with clients(server):
+                pass
+        assert server.peak_connections == 0
+        faults.handshake_cut, faults.handshake_delay = False, 0.05
         async with clients(server) as (client,):
             await client.create("a")
 

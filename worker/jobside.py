@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from . import compat_jobs, jobend
 from .stopping import STOP_SIGNALS
 
 _PARENT = "LASTCALL_WORKER_PID"
@@ -42,14 +43,14 @@ def unmask() -> None:
 
 
 class Setup:
-    """The worker's `setup_fnc`: ours, then the user's."""
+    """The worker's `setup_fnc`: ours, then the user's. Gives the job its end (`jobend`)."""
 
     def __init__(self, user: Callable[[Any], Any] | None) -> None:
         self.user = user
 
     def __call__(self, process: Any) -> Any:
         unmask()
-        from . import compat_jobs, jobend
+        # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.
         from .inworld.attached import closer
 
         jobend.begin(process, {"inworld": closer.aclose})

@@ -1,10 +1,10 @@
 """An agent that speaks with the unmodified Inworld plugin. Each dispatch's metadata says how its job goes.
 
 metadata: {"mode": "say" | "leave" | "stay", "streams": how many at once, "text": what each says,
-"sleep": seconds of the job, "tts": "module" | "setup" | "job"}
+"until": a file, "tts": "module" | "setup" | "job", "raises": whether its callback does}
 
 say     speak to the end, then end the job
-leave   speak, and end the job in mid-speech, nothing closed
+leave   speak, and end the job in mid-speech once the file is there, nothing closed
 stay    return from the entrypoint and go on speaking until the job is told to end
 """
 
@@ -13,27 +13,34 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from livekit.agents import JobContext, JobExecutorType, JobProcess, WorkerOptions, cli
-from livekit.plugins import inworld
 
 import worker
 from tests.agents.calls import note
 
+IMPORT_LATE = "IMPORT_LATE" in os.environ
+
 
 def make() -> Any:
     """Make a TTS with nothing but what an agent passes; SPEAKER_WS is for where there is no broker."""
+    from livekit.plugins import inworld
+
     url = os.environ.get("SPEAKER_WS")
     arguments: dict[str, Any] = {"ws_url": url} if url else {}
-    return inworld.TTS(encoding="PCM", sample_rate=24000, **arguments)
+    # What every version can decode, of what the local server speaks: older plugins know no PCM.
+    encoding = "LINEAR16" if inworld.__version__.startswith(("1.3.", "1.4.")) else "PCM"
+    return inworld.TTS(encoding=encoding, sample_rate=24000, **arguments)
 
 
-tts = make()
+tts = None if IMPORT_LATE else make()
 
 
 def setup(process: JobProcess) -> None:
-    process.userdata["tts"] = make()
+    if not IMPORT_LATE:
+        process.userdata["tts"] = make()
 
 
 async def listen(stream: Any, ctx: JobContext) -> None:
@@ -65,6 +72,8 @@ async def entrypoint(ctx: JobContext) -> None:
 
     async def callback() -> None:
         note(ctx, "callback")
+        if spec.get("raises"):
+            raise RuntimeError("as asked")
 
     ctx.add_shutdown_callback(callback)
     streams = [speaker.stream() for _ in range(spec.get("streams", 1))]
@@ -77,7 +86,9 @@ async def entrypoint(ctx: JobContext) -> None:
         await asyncio.gather(*listening)
     elif mode == "stay":
         return
-    await asyncio.sleep(spec.get("sleep", 0.0))
+    else:
+        while not Path(spec["until"]).exists():
+            await asyncio.sleep(0.02)
     note(ctx, "ended")
     ctx.shutdown(reason="done")
 

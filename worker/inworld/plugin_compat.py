@@ -1,11 +1,12 @@
 """Every private name of livekit-plugins-inworld that lastcall touches.
 
-    version     what a TTS object holds
-    ≤ 1.8.8     `_pool` with `_connections`; each connection with `_contexts` and an `_outbound_queue`
-    ≥ 1.8.9     `_connection`, one for all streams; `close_context(id, cancel=True)`
+    version     connections                         the end of a context
+    ≤ 1.8.8     in a pool, `TTS._get_pool`          `close_context(id)`: the server speaks to the end first
+    ≥ 1.8.9     one, `TTS._get_connection`          `close_context(id, cancel=True)`
 
-On both a TTS keeps its streams in `_streams`, and a connection its socket in `_ws` and its end in `_closed`.
-Each function looks before it uses a name. A TTS without these is closed by its public `aclose()` alone.
+On both a connection is an `_InworldConnection` with `_contexts`, an `_outbound_queue`, its socket in `_ws`
+and its end in `_closed`. Each function looks before it uses a name. Of a TTS without them the streams are
+closed, then the TTS itself, by their public `aclose()` alone.
 """
 
 from __future__ import annotations
@@ -47,27 +48,31 @@ def tts_class() -> Any | None:
 # -- before it is used -------------------------------------------------------------------------------------
 
 
-def prefill(cls: Any, arguments: Mapping[str, str]) -> None:
-    """Make the arguments the defaults of the constructor's keywords of these names."""
+def prefill(cls: Any, arguments: Mapping[str, str]) -> list[str]:
+    """Make the arguments the defaults of the constructor; return the names that are no keywords of it."""
     init = inspect.unwrap(cls.__init__)
-    defaults = init.__kwdefaults__ or {}
-    init.__kwdefaults__ = {**defaults, **{k: v for k, v in arguments.items() if k in defaults}}
+    defaults = getattr(init, "__kwdefaults__", None) or {}
+    known = {name: value for name, value in arguments.items() if name in defaults}
+    if known:
+        init.__kwdefaults__ = {**defaults, **known}
+    return sorted(arguments.keys() - known.keys())
 
 
 def watch(
-    cls: Any, *, used: Callable[[Any], None], opened: Callable[[Any], None], is_over: Callable[[], bool]
+    cls: Any, *, used: Callable[[Any, Any], None], opened: Callable[[Any], None], is_over: Callable[[], bool]
 ) -> None:
-    """Hear of every TTS about to speak and of every connection made, and let nothing open once it is over.
+    """Hear of every use of a TTS and of every connection, and let nothing open once it is over.
 
-    Called on each use, not when a TTS is made: one made by the user's module at its import was made before
-    this code ran. What counts is the loop that is running then, which is the one its connections live on.
+    `used` gets the TTS and its new stream, or None for a prewarm. On each use and not when a TTS is made:
+    what counts is the loop that is running then, which is the one its connections live on.
     """
-    if getattr(cls.stream, "is_watched", False):
+    if getattr(getattr(cls, "stream", None), "is_watched", False):
         return
     for name in ("stream", "synthesize", "prewarm"):  # public
-        setattr(cls, name, _before(getattr(cls, name), used))
+        if hasattr(cls, name):
+            setattr(cls, name, _reported(getattr(cls, name), used))
 
-    def refuse(_tts: Any) -> None:
+    def refuse(_self: Any) -> None:
         if is_over():
             raise _error("the job has ended, and its Inworld connections with it")
 
@@ -76,7 +81,7 @@ def watch(
             setattr(cls, name, _before(getattr(cls, name), refuse))
     connection = getattr(sys.modules[cls.__module__], "_InworldConnection", None)
     if connection is not None:
-        connection.__init__ = _before(connection.__init__, opened)
+        connection.__init__ = _before(_before(connection.__init__, opened), refuse)
 
 
 def _before(method: Any, call: Callable[[Any], None]) -> Any:
@@ -86,6 +91,18 @@ def _before(method: Any, call: Callable[[Any], None]) -> Any:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         call(self)
         return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _reported(method: Any, call: Callable[[Any, Any], None]) -> Any:
+    """Return the method with `call(self, result)` behind it."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        call(self, result)
+        return result
 
     wrapper.is_watched = True  # type: ignore[attr-defined]  # a mark on our own function
     return wrapper
@@ -109,11 +126,6 @@ def shut(tts: Any) -> None:
     prewarm = getattr(tts, "_prewarm_task", None)
     if prewarm is not None:
         prewarm.cancel()
-
-
-def streams(tts: Any) -> list[Any]:
-    """Return the streams that are not closed yet."""
-    return list(getattr(tts, "_streams", ()))
 
 
 def contexts(connection: Any) -> int:

@@ -18,6 +18,7 @@ import os
 import random
 import secrets
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -96,6 +97,10 @@ class InworldServer:
         return len(self.connections)
 
     @property
+    def open_handshakes(self) -> int:
+        return len(self._transports) - len(self.connections)
+
+    @property
     def open_contexts(self) -> int:
         return sum(len(connection.contexts) for connection in self.connections.values())
 
@@ -165,6 +170,9 @@ class InworldServer:
         if self.faults.handshake_hang:
             # The client's end of the connection cancels the handler.
             await asyncio.get_running_loop().create_future()
+        if self.faults.handshake_cut:
+            transport.abort()
+            return web.Response()  # which nobody gets
         status = self._refusal(request)
         if status:
             self._emit("refused", status=status)
@@ -218,14 +226,16 @@ class InworldServer:
             return refused
         body = await request.json()
         text = str(body.get("text", ""))
-        rate = int(body.get("audioConfig", {}).get("sampleRateHertz", 24000))
+        audio = body.get("audioConfig", {})
+        rate = int(audio.get("sampleRateHertz", 24000))
+        header = audio.get("audioEncoding") == "LINEAR16"
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         kind = str(body.get("timestampType", ""))
         result: dict[str, Any] = {}
         if kind in ("WORD", "CHARACTER"):
             result["timestampInfo"] = self.speech.alignment(text, kind)
-        for chunk in self.speech.chunks(text, rate):
+        for chunk in self.speech.chunks(text, rate, header=header):
             line = json.dumps({"result": {**result, "audioContent": chunk}})
             await response.write(line.encode() + b"\n")
             result = {}
@@ -294,9 +304,11 @@ def main() -> None:
     limits = Limits(connections=given.connections, contexts=given.contexts, text=given.text, idle=given.idle)
     speech = Speech(pace=given.pace, sound=given.sound, chunk_ms=given.chunk_ms)
     faults = Faults(handshake_delay=given.handshake_delay)
-    asyncio.run(
-        serve(InworldServer(limits=limits, faults=faults, speech=speech, port=given.port, api_key=given.key))
-    )
+    server = InworldServer(limits=limits, faults=faults, speech=speech, port=given.port, api_key=given.key)
+    try:
+        asyncio.run(serve(server))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

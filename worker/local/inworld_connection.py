@@ -42,18 +42,23 @@ Emit = Callable[..., None]
 class Context:
     """One utterance stream. `config` is what its create and update_config said."""
 
-    __slots__ = ("config", "frames", "id", "pending", "task")
+    __slots__ = ("config", "frames", "has_spoken", "id", "pending", "task")
 
     def __init__(self, id: str, config: dict[str, Any]) -> None:
         self.id = id
         self.config = config
         self.frames: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue(MAX_WAITING)
         self.pending = ""
+        self.has_spoken = False
         self.task: asyncio.Task[None]
 
     @property
     def sample_rate(self) -> int:
         return int(self.config.get("audioConfig", {}).get("sampleRateHertz", 24000))
+
+    @property
+    def needs_header(self) -> bool:
+        return bool(self.config.get("audioConfig", {}).get("audioEncoding") == "LINEAR16")
 
     @property
     def threshold(self) -> int:
@@ -264,7 +269,9 @@ class Connection:
         if text:
             await _wait(speech.first_delay)
         began = time.monotonic()
-        for number, content in enumerate(speech.chunks(text, context.sample_rate), 1):
+        header = context.needs_header and not context.has_spoken
+        context.has_spoken = context.has_spoken or bool(text)
+        for number, content in enumerate(speech.chunks(text, context.sample_rate, header=header), 1):
             chunk: dict[str, Any] = {"audioContent": content}
             if timed and in_step and number == 1:
                 chunk["timestampInfo"] = speech.alignment(text, kind)

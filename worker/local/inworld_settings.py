@@ -66,7 +66,7 @@ class Codes:
 class Faults:
     """What goes wrong; every field may be changed while the server serves. Times are seconds.
 
-    handshake_*       delay it, answer it with an HTTP status, or never answer it
+    handshake_*       delay it, answer it with an HTTP status, never answer it, or cut it
     create_*          delay or withhold contextCreated; answer with a status error, or with a top-level error
     malformed         sent before each contextCreated: no JSON, {"result": null}, or a list
     speech_error      a status error after the first chunk; `error_ends_context`: it ends the context
@@ -82,6 +82,7 @@ class Faults:
     handshake_delay: float = 0.0
     handshake_status: int = 0
     handshake_hang: bool = False
+    handshake_cut: bool = False
     create_delay: float = 0.0
     create_unanswered: bool = False
     create_error: Literal["", "status", "top-level"] = ""

@@ -1,6 +1,6 @@
 """What the local Inworld server says: silence or a tone, as long as its text would take to speak.
 
-Always 16-bit PCM, whichever encoding was asked for.
+Always 16-bit PCM, whichever encoding was asked for; for LINEAR16 a WAV header comes before it, once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import array
 import base64
 import functools
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,11 +36,10 @@ class Speech:
         """Return how long the text takes to speak."""
         return len(text) / self.chars_per_second
 
-    def chunks(self, text: str, sample_rate: int) -> Iterator[str]:
+    def chunks(self, text: str, sample_rate: int, *, header: bool = False) -> Iterator[str]:
         """Yield the audio of a text as base64, `chunk_ms` at a time; the last chunk is whole too."""
-        chunk = audio(self.sound, sample_rate, self.chunk_ms)
-        for _ in range(math.ceil(self.seconds(text) * 1000 / self.chunk_ms)):
-            yield chunk
+        for number in range(math.ceil(self.seconds(text) * 1000 / self.chunk_ms)):
+            yield audio(self.sound, sample_rate, self.chunk_ms, header and number == 0)
 
     def alignment(self, text: str, kind: str) -> dict[str, Any]:
         """Return the `timestampInfo` of a text; its times begin at 0."""
@@ -64,11 +64,19 @@ class Speech:
 
 
 @functools.lru_cache(maxsize=32)
-def audio(sound: str, sample_rate: int, milliseconds: int) -> str:
+def audio(sound: str, sample_rate: int, milliseconds: int, header: bool = False) -> str:
     """Return one chunk of mono 16-bit PCM as base64."""
     count = sample_rate * milliseconds // 1000
+    data = wav_header(sample_rate) if header else b""
     if sound == "silence":
-        return base64.b64encode(bytes(2 * count)).decode()
+        return base64.b64encode(data + bytes(2 * count)).decode()
     step = 2 * math.pi * TONE_HZ / sample_rate
     samples = array.array("h", (int(TONE_LEVEL * math.sin(n * step)) for n in range(count)))
-    return base64.b64encode(samples.tobytes()).decode()
+    return base64.b64encode(data + samples.tobytes()).decode()
+
+
+def wav_header(sample_rate: int) -> bytes:
+    """Return the header of mono 16-bit PCM of unknown length."""
+    form = struct.pack("<IHHIIHH", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    endless = struct.pack("<I", 0xFFFFFFFF)
+    return b"RIFF" + endless + b"WAVEfmt " + form + b"data" + endless
