@@ -57,7 +57,8 @@ async def test_no_connection_opens_after_the_close(hang: bool) -> None:
     async with pair(faults=Faults(handshake_delay=0.1, handshake_hang=hang)) as p:
         callers = [asyncio.ensure_future(p.acquire(timeout=600.0)) for _ in range(3)]
         await until(lambda: p.server._transports)
-        census = await p.pool.aclose()
+        async with asyncio.timeout(PATIENCE):
+            census = await p.pool.aclose(now() + 600.0)
         assert (census.fate, census.connections, census.tasks) == ("closed", {}, 0)
         results = await asyncio.gather(*callers, return_exceptions=True)
         assert all(isinstance(result, PoolClosed) for result in results)

@@ -316,8 +316,11 @@ async def test_an_error_in_mid_stream_costs_one_context(ends: bool) -> None:
     """
     async with pair(faults=Faults(speech_error=True, error_ends_context=ends), max_connections=1) as p:
         for _ in range(12):
+            stream = await p.acquire()
+            await stream.send_text("Hello.")
             with pytest.raises(ContextError, match="synthesis failed"):
-                await p.say()
+                async for _ in stream:
+                    pass
         p.server.faults.speech_error = False
         await p.settled()
         await many(10, p)

@@ -43,6 +43,7 @@ MAX_KEPT = 64 * 1024
 UNANSWERED_RETRIES = 1
 LOST_RETRIES = 3
 NEVER = float("inf")
+SPENT = Ticket(lambda _: None)
 
 Fate = Literal["closed", "forced"]
 S, E = ContextState, ContextEvent
@@ -343,6 +344,7 @@ class Context:
             connection.contexts.pop(self.id, None)
         self._kept.clear()
         self._owner.free(self._ticket)
+        self._ticket = SPENT  # it knows us: without the circle we are gone at once, not at some collection
         self._owner.ended(self, fate, had_place=connection is not None)
         if connection is not None:
             connection.rest()

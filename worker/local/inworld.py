@@ -299,10 +299,12 @@ def main() -> None:
     parser.add_argument("--pace", choices=("instant", "real-time"), default="real-time")
     parser.add_argument("--sound", choices=("silence", "tone"), default=speech.sound)
     parser.add_argument("--chunk-ms", type=int, default=speech.chunk_ms)
+    parser.add_argument("--handshake-delay", type=float, default=0.0, help="seconds")
     given = parser.parse_args()
     limits = Limits(connections=given.connections, contexts=given.contexts, text=given.text, idle=given.idle)
     speech = Speech(pace=given.pace, sound=given.sound, chunk_ms=given.chunk_ms)
-    server = InworldServer(limits=limits, speech=speech, port=given.port, api_key=given.key)
+    faults = Faults(handshake_delay=given.handshake_delay)
+    server = InworldServer(limits=limits, faults=faults, speech=speech, port=given.port, api_key=given.key)
     try:
         asyncio.run(serve(server))
     except KeyboardInterrupt:
