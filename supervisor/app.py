@@ -70,7 +70,8 @@ def surroundings(**more: Any) -> Surroundings:
         "has_terminal": _has_terminal(),
         "stdout": Sink(1),
         "stderr": Sink(2),
-        "worker_settings": {},
+        # Set by a rehearsal for the supervisor that it starts; nobody else's business.
+        "worker_settings": json.loads(os.environ.get("LASTCALL_WORKER_REHEARSAL", "{}")),
     }
     return Surroundings(**(values | more))
 
