@@ -161,6 +161,7 @@ async def growth(directory: Path) -> dict[str, float]:
 
 def page(figures: dict[str, Any]) -> str:
     r, grown = figures["reload"], figures["growth"]
+    missed = f"{r['not_assigned']}, {r['lost']}"
     cpu = figures["four"]["cpu_ms_per_s"] / 10
     rows = [
         (f"time to accept before, {RATE:g} dispatches/s", r["before"], "for comparison"),
@@ -178,7 +179,7 @@ def page(figures: dict[str, Any]) -> str:
             "",
             "| what | figure | aim |",
             "| --- | --- | --- |",
-            f"| dispatches without a worker, jobs lost, meanwhile | {r['not_assigned']}, {r['lost']} | 0, 0 |",
+            f"| dispatches without a worker, jobs lost, meanwhile | {missed} | 0, 0 |",
             f"| supervisor of 4 beating workers: CPU | {cpu:.3f} % of a core | ≤ 0.2 % |",
             f"| 50 reloads: memory, descriptors | {grown['rss_mb']:+} MB, {grown['descriptors']:+} |"
             " ± 2 MB, equal |",

@@ -1,7 +1,8 @@
-"""The verbs about where lastcall runs: `unit`."""
+"""The verbs about where lastcall runs: `unit` and `rehearse`."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ KINDS = ("systemd", "docker", "compose", "k8s")
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("unit")(_unit)
+    app.command("rehearse")(_rehearse)
 
 
 def _unit(
@@ -82,3 +84,33 @@ def _program(given: str | None) -> str:
     if found is None:
         raise UsageError("--exec: no lastcall beside this Python or in PATH; give its absolute path")
     return os.path.abspath(found)
+
+
+def _rehearse(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
+    workers: Annotated[int, typer.Option("--workers", "-w", metavar="N", help="Workers to stop.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML as well.")] = None,
+) -> int:
+    """Stop your agent as each platform would while jobs run. Exit 1 when a job was cut or anything is left.
+
+    Jobs run in a mock room, dispatched by a local server, and are held open for the drill; nothing beyond
+    this machine is reached as long as the agent takes LIVEKIT_URL from the environment.
+    """
+    from .rehearsal import report
+    from .rehearsal.play import rehearse
+
+    if not 1 <= workers <= 16:
+        raise UsageError(f"--workers: got {workers}, expected 1 to 16")
+    if junit is not None and not Path(junit).absolute().parent.is_dir():
+        raise UsageError(f"--junit: no directory {str(Path(junit).absolute().parent)!r}; make it first")
+    verdicts = []
+    for verdict in rehearse(target, workers=workers):
+        verdicts.append(verdict)
+        if not as_json:
+            print(report.line(verdict), flush=True)
+    if as_json:
+        print(json.dumps(report.document(target, verdicts), indent=2))
+    if junit is not None:
+        Path(junit).write_text(report.junit(target, verdicts))
+    return 0 if all(verdict.is_good for verdict in verdicts) else 1

@@ -91,6 +91,28 @@ async def test_default_kill_mode(machine: Machine) -> None:
         assert finished_well(unit, server, job), unit.receipt()
 
 
+async def test_reload(machine: Machine) -> None:
+    """The worker is replaced, its job goes on; from 253 on `systemctl reload` returns when that is done."""
+    async with DispatchServer() as server:
+        unit = service(machine, "reloads", server)
+        if machine.suite == "trixie":
+            values = Service(target=AGENT, name="reloads")
+            unit.drop_in(systemd.RELOAD, systemd.reload_drop_in(values))
+            unit.machine.run("systemctl", "daemon-reload")
+        await asyncio.to_thread(unit.systemctl, "start")
+        main = unit.show("MainPID")
+        job = await call(unit, server, 12)
+        await asyncio.to_thread(unit.systemctl, "reload")
+        if machine.suite != "trixie":
+            await unit.until(lambda: server.counts["registered"] == 2, START)
+        assert server.counts["registered"] == 2, unit.journal()
+        assert server.jobs[job.job_id].status == "JS_RUNNING"
+        assert (unit.show("ActiveState"), unit.show("MainPID")) == ("active", main)
+        await stop(unit)
+        assert unit.show("Result") == "success", unit.journal()
+        assert finished_well(unit, server, job), unit.receipt()
+
+
 async def test_killed_supervisor(machine: Machine) -> None:
     """SIGKILL of the main process: nothing stays in the cgroup, and the service is back by itself."""
     async with DispatchServer() as server:

@@ -96,9 +96,11 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     compat.set_up_logging(server, coloured=host.settings.coloured)
     compat.use_private_ports(server)
     compat.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
-    from .jobside import Setup
+    from .jobside import Held, Setup
 
     server.setup_fnc = Setup(server.setup_fnc)
+    if host.settings.hold:
+        compat.wrap_entrypoint(server, lambda user: Held(user, host.settings.hold))
     host.adopt(server)
     host.control.say("loaded", agent_name=compat.agent_name(server), sdk=compat.SDK_VERSION)
 

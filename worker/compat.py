@@ -87,6 +87,13 @@ def has_entrypoint(server: AgentServer) -> bool:
     return getattr(server, "_entrypoint_fnc", True) is not None
 
 
+def wrap_entrypoint(server: AgentServer, wrap: Callable[[Callable[[Any], Awaitable[None]]], Any]) -> None:
+    """Put a wrapper, which job processes have to be able to unpickle, in the entrypoint's place."""
+    need(server, "_entrypoint_fnc")
+    if server._entrypoint_fnc is not None:
+        server._entrypoint_fnc = wrap(server._entrypoint_fnc)
+
+
 def use_private_ports(server: AgentServer) -> None:
     """Have health and metrics ports chosen by the kernel, on loopback: N workers share one host."""
     for name, value in (("_port", 0), ("_host", "127.0.0.1")):

@@ -7,10 +7,12 @@ callable of this module is the public way in. It must be importable there before
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
@@ -18,6 +20,10 @@ from . import compat_jobs, jobend
 from .stopping import STOP_SIGNALS
 
 _PARENT = "LASTCALL_WORKER_PID"
+# The rehearsal looks for this line in what the workers write.
+FAILED_IN_REHEARSAL = "entrypoint failed in the rehearsal"
+
+log = logging.getLogger("lastcall.worker")
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -56,3 +62,26 @@ class Setup:
         jobend.begin(process, {"inworld": closer.aclose})
         compat_jobs.at_job_end(jobend.end)
         return None if self.user is None else self.user(process)
+
+
+class Held:
+    """A rehearsal's entrypoint: the user's for so many seconds, and the job held open until they are over.
+
+    In a mock room the user's own may fail or wait for ever; neither says anything about a stop.
+    """
+
+    def __init__(self, user: Callable[[Any], Awaitable[None]], seconds: float) -> None:
+        self.user = user
+        self.seconds = seconds
+
+    async def __call__(self, context: Any) -> None:
+        end = asyncio.get_running_loop().time() + self.seconds
+        try:
+            async with asyncio.timeout_at(end):
+                await self.user(context)
+        except TimeoutError:
+            pass  # ours, or its own: held or failed, the job goes on to its end
+        except Exception as error:
+            log.warning(FAILED_IN_REHEARSAL, extra={"error": repr(error)})
+        await asyncio.sleep(end - asyncio.get_running_loop().time())
+        context.shutdown(reason="the rehearsal is over")

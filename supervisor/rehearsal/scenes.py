@@ -1,0 +1,103 @@
+"""The scenes of a rehearsal as a table, and what each must look like in the end. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+HOLD = 3.0
+MARGIN = 10.0
+# A whole stop may be late by what a busy machine is late.
+LATE = 2.0
+
+To = Literal["pid", "group", "everybody"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """One way to be stopped. `sends`: to whom SIGTERM goes, and how many seconds after the one before."""
+
+    name: str
+    says: str
+    sends: tuple[tuple[To, float], ...]
+    grace: float = 30.0
+    hold: float = HOLD
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the jobs are meant to outlast grace."""
+        return self.hold > self.grace
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a stop that is not over will not be waited for."""
+        return self.grace + MARGIN
+
+
+SCENES = (
+    Scene(name="pid", says="docker stop, Kubernetes, KillMode=mixed", sends=(("pid", 0.0),)),
+    Scene(name="group", says="kill -TERM -PGID, dumb-init, supervisord", sends=(("group", 0.0),)),
+    Scene(name="everybody", says="systemd's default KillMode, Heroku", sends=(("everybody", 0.0),)),
+    Scene(name="twice", says="a retry while it drains", sends=(("pid", 0.0), ("everybody", 0.3))),
+    Scene(name="deadline", says="a call longer than grace", sends=(("pid", 0.0),), grace=6.0, hold=60.0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What happened in a scene."""
+
+    exit_code: int | None
+    seconds: float
+    ends: Mapping[str, str]
+    late: tuple[str, ...] = ()
+    left: tuple[int, ...] = ()
+    receipt: Mapping[str, Any] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was wrong with a scene, and what is only worth knowing."""
+
+    scene: Scene
+    seconds: float
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    exit_code: int | None = None
+    was_played: bool = True
+    output: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        return not self.problems
+
+
+def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
+    """Return problems and warnings, each one line."""
+    problems = []
+    wanted, code = ("JS_FAILED", 75) if scene.is_cut_short else ("JS_SUCCESS", 0)
+    if seen.exit_code is None:
+        problems.append(f"the stop was not over after {scene.patience:.0f} s")
+    elif seen.exit_code != code:
+        outcome = seen.receipt.get("outcome", "none")
+        problems.append(f"exit code {seen.exit_code}, expected {code} (receipt: {outcome})")
+    if seen.exit_code is not None and seen.seconds > scene.grace + LATE:
+        problems.append(f"the stop took {seen.seconds:.1f} s with a grace of {scene.grace:g} s")
+    for job, end in seen.ends.items():
+        if end == "JS_RUNNING":
+            problems.append(f"job {job}: its end was never reported to the server")
+        elif end != wanted:
+            problems.append(f"job {job}: reported as {end}, expected {wanted}{_cut(end, wanted)}")
+    problems += [f"job {job}: accepted after the stop had begun" for job in seen.late]
+    if seen.left:
+        problems.append(f"{len(seen.left)} processes left: {', '.join(map(str, seen.left))}")
+    warnings = [
+        f"the entrypoint failed in the mock room, no fault of a stop: {text}" for text in seen.failures
+    ]
+    return problems, warnings
+
+
+def _cut(end: str, wanted: str) -> str:
+    return ": it was cut" if (end, wanted) == ("JS_FAILED", "JS_SUCCESS") else ""

@@ -1,0 +1,301 @@
+"""A supervisor with the user's agent and a local dispatch server, started for one scene and taken down.
+
+Both are processes, driven through what anybody has: signals, the control socket, pipes and files. Nothing
+here waits without a deadline, and however a scene ends, no process of it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from supervisor import control_api
+from supervisor.errors import ConfigError, NotRunning, SupervisorError
+
+TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
+SETTINGS = "LASTCALL_WORKER_REHEARSAL"
+SERVER_START = 20.0
+READY = 90.0
+LOOK = 0.02
+EX_CONFIG = 78
+# Where a log line, ours or livekit-agents', says what is wrong.
+SAYING = ("event", "message", "reason", "exc_info", "traceback")
+
+
+class StageError(SupervisorError):
+    """Raised when a scene can't be played at all; the text says what was in the way."""
+
+
+class Stage:
+    """One supervisor and one dispatch server; use as a context manager."""
+
+    def __init__(
+        self, target: str, *, grace: float, settings: Mapping[str, object], workers: int = 1
+    ) -> None:
+        self.target = target
+        self.events: list[dict[str, Any]] = []
+        self._grace = grace
+        self._settings = settings
+        self._workers = workers
+        self._token = secrets.token_hex(8)
+        self._stack = contextlib.ExitStack()
+        self._rest = b""
+        self._asked_at = 0.0
+
+    def __enter__(self) -> Stage:
+        with contextlib.ExitStack() as stack:
+            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lastcall-")))
+            environment = self._start_server(stack)
+            self._start_supervisor(stack, environment)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start_server(self, stack: contextlib.ExitStack) -> dict[str, str]:
+        self._server = subprocess.Popen(
+            [sys.executable, "-P", "-m", "worker.local.driven"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        stack.callback(_end, self._server)
+        assert self._server.stdout is not None
+        os.set_blocking(self._server.stdout.fileno(), False)
+        self._until(lambda: self.events, SERVER_START, "the local dispatch server did not start")
+        environment: dict[str, str] = self.events.pop(0)["environment"]
+        return environment
+
+    def _start_supervisor(self, stack: contextlib.ExitStack, livekit: Mapping[str, str]) -> None:
+        # Neither the user's options nor an env_file of theirs: a rehearsal reaches nothing beyond loopback.
+        config = self.directory / "lastcall.toml"
+        config.touch()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LASTCALL_")}
+        environment |= {**livekit, TOKEN: self._token, SETTINGS: json.dumps(self._settings)}
+        command = [sys.executable, "-P", "-m", "supervisor", "run", self.target, "--http", "off"]
+        command += ["--config", str(config), "--log-format", "json"]
+        command += ["--workers", str(self._workers), "--grace", str(self._grace)]
+        command += [
+            "--control",
+            str(self.directory / "control"),
+            "--receipt",
+            str(self.directory / "receipt"),
+        ]
+        with open(self.directory / "log", "wb") as log:
+            self._supervisor = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        stack.callback(self._take_down)
+
+    def _take_down(self) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._supervisor.kill()
+        self._supervisor.wait(10)
+
+    # -- what a scene does ----------------------------------------------------------------------------
+
+    def wait_ready(self) -> None:
+        """Wait until every worker is registered here. Raises StageError, ConfigError for a wrong target."""
+        deadline = time.monotonic() + READY
+        while len(self.seen("registered")) < self._workers:
+            self._pump(LOOK)
+            if self._supervisor.poll() is not None:
+                self._explain_end()
+            if time.monotonic() > deadline:
+                raise StageError(self._why_not_ready())
+        self._until(self._accepts, READY, "no worker accepts jobs although all have registered")
+
+    def dispatch(self, room: str) -> None:
+        """Offer one job; how it went is seen in the events."""
+        assert self._server.stdin is not None
+        agent_name = self.seen("registered")[0]["detail"]["agent_name"]
+        line = json.dumps({"room": room, "agent_name": agent_name}) + "\n"
+        self._server.stdin.write(line.encode())
+        self._server.stdin.flush()
+
+    def wait_jobs(self, count: int, timeout: float) -> None:
+        """Dispatch until so many jobs run. Raises StageError when the agent does not take them."""
+        deadline = time.monotonic() + timeout
+        number = 0
+        while len(self.running()) < count:
+            outstanding = number - len([e for e in self.events if e["kind"].startswith("dispatch_")])
+            if len(self.seen("assigned")) < count and not outstanding:
+                number += 1
+                self.dispatch(f"rehearsal-{number}")
+            self._pump(0.2)
+            if time.monotonic() > deadline:
+                ended = {e["kind"].removeprefix("dispatch_") for e in self.events if "dispatch_" in e["kind"]}
+                raise StageError(
+                    f"only {len(self.running())} of {count} jobs ran within {timeout:.0f} s"
+                    f" (dispatches: {', '.join(sorted(ended)) or 'unanswered'}): its request_fnc or load_fnc"
+                    " refuses, or its job processes do not come up"
+                )
+
+    def signal(self, number: signal.Signals, *, group: bool = False, everybody: bool = False) -> None:
+        """Send a signal to the supervisor, its process group, or every process there is."""
+        self._asked_at = self._asked_at or time.monotonic()
+        if group:
+            os.killpg(self._supervisor.pid, number)
+            return
+        for pid in self.processes() if everybody else [self._supervisor.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait_end(self, timeout: float, between: Callable[[], None]) -> int | None:
+        """Wait for the supervisor's end, calling `between` now and then; its exit code, None: still there."""
+        deadline = time.monotonic() + timeout
+        while self._supervisor.poll() is None:
+            if time.monotonic() > deadline:
+                return None
+            between()
+            self._pump(0.05)
+        self._pump(0.1)
+        return self._supervisor.returncode
+
+    # -- what a scene looks at ------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        return self._supervisor.pid
+
+    @property
+    def asked_at(self) -> float:
+        return self._asked_at
+
+    def seen(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["kind"] == kind]
+
+    def running(self) -> set[str]:
+        """Return the jobs that the server has been told to be running, ended ones included."""
+        return {e["job_id"] for e in self.seen("job") if e["detail"]["status"] == "JS_RUNNING"}
+
+    def ends(self) -> dict[str, str]:
+        """Return how each assigned job ended, as the server was told; JS_RUNNING: it never was."""
+        ends = {event["job_id"]: "JS_RUNNING" for event in self.seen("assigned")}
+        ends.update((e["job_id"], e["detail"]["status"]) for e in self.seen("job") if e["detail"]["known"])
+        return ends
+
+    def accepted_late(self) -> list[str]:
+        """Return the jobs that a worker said yes to after it had told the server that it takes none."""
+        late = []
+        for event in self.seen("accepted"):
+            fulls = [e["at"] for e in self.seen("full") if e["worker_id"] == event["worker_id"]]
+            told = min((at for at in fulls if at >= self._asked_at), default=self._asked_at + 1.0)
+            if event["at"] > told:
+                late.append(event["job_id"])
+        return late
+
+    def receipt(self) -> dict[str, Any]:
+        """Return the receipt; empty when there is none."""
+        try:
+            document: dict[str, Any] = json.loads((self.directory / "receipt").read_text())
+        except (OSError, ValueError):
+            return {}
+        return document
+
+    def log(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines that are JSON of what supervisor and workers wrote."""
+        for line in (self.directory / "log").read_text(errors="replace").splitlines():
+            if line.startswith("{"):
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+
+    def errors(self) -> list[str]:
+        """Return the last error that a worker has logged, with the exception's own line; or nothing."""
+        found = [line for line in self.log() if str(line.get("level", "")).lower() == "error"]
+        texts = [
+            ": ".join(str(text).strip().splitlines()[-1] for text in map(line.get, SAYING) if text)
+            for line in found[-1:]
+        ]
+        return [f"its last error: {text}" for text in texts]
+
+    def tail(self) -> str:
+        """Return the end of what they wrote, for people."""
+        return (self.directory / "log").read_text(errors="replace")[-4000:]
+
+    def processes(self) -> list[int]:
+        """Return every living process of this stage, wherever it went."""
+        mark = f"{TOKEN}={self._token}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+        return found
+
+    # -- waiting --------------------------------------------------------------------------------------
+
+    def _until(self, condition: Callable[[], object], timeout: float, otherwise: str) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            self._pump(LOOK)
+            if time.monotonic() > deadline:
+                raise StageError(otherwise)
+
+    def _pump(self, seconds: float) -> None:
+        """Read what the server has said, waiting so long at most."""
+        assert self._server.stdout is not None
+        fd = self._server.stdout.fileno()
+        due = time.monotonic() + seconds
+        while select.select([fd], [], [], max(0.0, due - time.monotonic()))[0]:
+            data = os.read(fd, 1 << 16)
+            if not data:
+                raise StageError("the local dispatch server has ended; its own message is above")
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            self.events += [json.loads(line) for line in lines]
+
+    def _accepts(self) -> bool:
+        try:
+            document = control_api.ask(self.directory / "control", "status")
+        except NotRunning:
+            return False
+        return all(slot["state"] == "ready" for slot in document["slots"])
+
+    def _explain_end(self) -> None:
+        last = (self.directory / "log").read_text(errors="replace").strip().splitlines()[-1:]
+        text = "".join(last).removeprefix("lastcall: ")
+        if self._supervisor.returncode == EX_CONFIG:
+            raise ConfigError(text)
+        raise StageError(
+            f"the supervisor ended with {self._supervisor.returncode} before it was ready: {text}"
+        )
+
+    def _why_not_ready(self) -> str:
+        if self._accepts():
+            return (
+                "the worker registered with another server than the rehearsal's: its URL is set in code"
+                " (ws_url=, or load_dotenv(override=True)); let LIVEKIT_URL of the environment win"
+            )
+        return f"no worker registered within {READY:.0f} s: {self.tail()[-500:]}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(5)
+    process.stdout.close()

@@ -1,0 +1,124 @@
+"""`lastcall rehearse`: what it finds in good and bad agents, and how it says it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from supervisor.rehearsal import report
+from supervisor.rehearsal.play import play
+from supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
+from supervisor.rehearsal.stage import Stage
+from tests.harness import HERE, LASTCALL
+
+PID, DEADLINE = SCENES[0], SCENES[-1]
+SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
+FRAGILE = str(HERE / "agents" / "fragile.py")
+
+
+def rehearse(*arguments: str, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LASTCALL, "rehearse", *arguments], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.timeout(260)
+def test_a_good_agent_passes(tmp_path: Path) -> None:
+    """The demo's own agent: every scene is played and good, exit 0; JSON and JUnit say the same."""
+    junit = tmp_path / "r.xml"
+    done = rehearse(SAMPLE, "--json", "--junit", str(junit))
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["ok"]) == (0, True), done.stdout
+    assert [scene["name"] for scene in document["scenes"]] == [scene.name for scene in SCENES]
+    assert [scene["exit_code"] for scene in document["scenes"]] == [0, 0, 0, 0, 75]
+    root = ElementTree.fromstring(junit.read_text())
+    assert (root.get("tests"), root.get("failures")) == ("5", "0")
+
+
+def test_an_agent_whose_jobs_die_of_sigterm_fails() -> None:
+    """The stop that reaches every process cuts its jobs: each is named, the entrypoint's error is a note."""
+    (scene,) = [scene for scene in SCENES if scene.name == "everybody"]
+    verdict = play(scene, FRAGILE, workers=1)
+    assert not verdict.is_good and verdict.was_played
+    assert sum("reported as JS_FAILED" in problem for problem in verdict.problems) == 2, verdict
+    assert any("RuntimeError('no such room')" in warning for warning in verdict.warnings), verdict
+
+
+def test_nothing_of_a_scene_stays() -> None:
+    """An interrupted rehearsal leaves no process, neither of the agent nor of the server."""
+    with pytest.raises(KeyboardInterrupt), Stage(SAMPLE, grace=30, settings={"mock_room": True}) as stage:
+        stage.wait_ready()
+        server = stage._server
+        assert len(stage.processes()) > 1
+        raise KeyboardInterrupt
+    assert stage.processes() == [] and server.poll() is not None
+    assert not stage.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nobody.py"], 78, "no file 'nobody.py'"),
+        ([SAMPLE, "--workers", "0"], 2, "--workers: got 0"),
+        ([SAMPLE, "--junit", "/no/such/place/r.xml"], 2, "--junit: no directory '/no/such/place'"),
+    ],
+)
+def test_mistakes(arguments: list[str], code: int, says: str) -> None:
+    """A wrong target is 78 as everywhere, a wrong option 2; one line, and no scene after it."""
+    done = rehearse(*arguments)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def seen(**changes: Any) -> Seen:
+    values: dict[str, Any] = {"exit_code": 0, "seconds": 3.0, "ends": {"a": "JS_SUCCESS", "b": "JS_SUCCESS"}}
+    return Seen(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("scene", "what", "problem"),
+    [
+        (PID, {"exit_code": 75, "receipt": {"outcome": "cut"}}, "exit code 75, expected 0 (receipt: cut)"),
+        (PID, {"exit_code": None}, "the stop was not over after 40 s"),
+        (PID, {"seconds": 32.5}, "the stop took 32.5 s with a grace of 30 s"),
+        (PID, {"ends": {"a": "JS_FAILED"}}, "job a: reported as JS_FAILED, expected JS_SUCCESS: it was cut"),
+        (PID, {"ends": {"a": "JS_RUNNING"}}, "job a: its end was never reported to the server"),
+        (PID, {"late": ("a",)}, "job a: accepted after the stop had begun"),
+        (PID, {"left": (7, 8)}, "2 processes left: 7, 8"),
+        (
+            DEADLINE,
+            {"exit_code": 75, "ends": {"a": "JS_SUCCESS"}},
+            "reported as JS_SUCCESS, expected JS_FAILED",
+        ),
+        (DEADLINE, {"ends": {"a": "JS_FAILED"}}, "exit code 0, expected 75"),
+    ],
+)
+def test_what_is_a_problem(scene: Scene, what: dict[str, Any], problem: str) -> None:
+    """One line for each thing that went wrong, and nothing else."""
+    problems, warnings = judge(scene, seen(**what))
+    assert len(problems) == 1 and problem in problems[0]
+    assert warnings == []
+
+
+def test_what_is_none() -> None:
+    """Jobs that end well; in the deadline's scene, jobs that are cut in time and reported."""
+    assert judge(PID, seen()) == ([], [])
+    assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_FAILED"}, seconds=6.5)) == ([], [])
+    problems, warnings = judge(PID, seen(failures=("ValueError('x')",)))
+    assert problems == [] and "ValueError('x')" in warnings[0]
+
+
+def test_junit_takes_whatever_workers_write() -> None:
+    """Characters that XML can't hold do not break a pipeline's parser."""
+    verdict = Verdict(scene=PID, seconds=1.0, problems=("it was cut <&>",), output="a\x00b\x1b[31m\ufffe")
+    root = ElementTree.fromstring(report.junit("a.py", [verdict]))
+    (failure,) = root.iter("failure")
+    assert failure.get("message") == "it was cut <&>"
+    assert "FAIL" in report.line(verdict) and "it was cut" in report.line(verdict)
+    assert os.linesep not in report.line(Verdict(scene=PID, seconds=1.0, problems=()))
