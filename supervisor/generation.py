@@ -140,6 +140,16 @@ class Generation:
         return fenced and not self.stopper.is_asked and not self.ended
 
     @property
+    def end_kind(self) -> str:
+        """How it ended, as a word to count by."""
+        status = None if self._launched is None else self._launched.child.status
+        if status is None:
+            return "not started"
+        if not self.was_ready:
+            return "never ready"
+        return "exited" if status.signal is None else "killed"
+
+    @property
     def jobs(self) -> list[JobEntry]:
         return self.shared.ledger.of(self.slot, self.number)
 

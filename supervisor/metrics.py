@@ -66,9 +66,12 @@ class Collector:
         for state in SlotState:
             slots.add_metric([state.value], states[state])
         yield slots
-        restarts = CounterMetricFamily("lastcall_restarts", "Restarts after failures.", labels=["slot"])
+        restarts = CounterMetricFamily(
+            "lastcall_restarts", "Restarts by how the one before ended.", labels=["slot", "reason"]
+        )
         for slot in fleet.slots:
-            restarts.add_metric([str(slot.number)], slot.restarts)
+            for reason, count in slot.restarts.items() or (("exited", 0),):
+                restarts.add_metric([str(slot.number), reason], count)
         yield restarts
         lag = GaugeMetricFamily(
             "lastcall_worker_loop_lag_seconds", "How late the worker's event loop last was.", labels=LABELS

@@ -7,6 +7,7 @@ number that are on their way out and finish their jobs.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class Slot:
     ) -> None:
         self.number = number
         self.bell = Bell()
-        self.restarts = 0
+        self.restarts: Counter[str] = Counter()
         self.last_exit = ""
         self.first_load_over = False
         self.config_error = ""
@@ -129,6 +130,7 @@ class Slot:
             return
         uptime = 0.0 if old.ready_at is None else now() - old.ready_at
         delay = self._restarts.delay(now(), uptime=uptime)
+        why = "left" if is_alive else old.end_kind
         self.current = self._make(S.FAILED)
         if delay is None:
             self.current.change(E.QUARANTINE, reason="too many failures", last_exit=self.last_exit)
@@ -141,7 +143,7 @@ class Slot:
         await self.bell.until(lambda: self._stop_asked or self._retry_now, lambda: due)
         self._retry_now = False
         if not self._stop_asked:
-            self.restarts += 1
+            self.restarts[why] += 1
             self._start(self.current)
 
     def _make(self, state: S) -> Generation:

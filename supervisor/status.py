@@ -86,7 +86,7 @@ def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
         "lag_ms": beat.lag_ms if beat else None,
         "load": beat.load if beat else None,
         "rss_bytes": beat.rss_bytes if beat else None,
-        "restarts": slot.restarts,
+        "restarts": slot.restarts.total(),
         "last_exit": slot.last_exit or None,
         "jobs": [
             {

@@ -368,6 +368,38 @@ print(answer or "no answer")
 """
 
 
+async def test_stale_socket_is_taken_over_and_a_live_one_is_not(run: Any, program: Program) -> None:
+    """What a killed supervisor left is replaced; a second supervisor on a live socket gives up, with 78."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: r.log("ready"))
+    r.kill(signal.SIGKILL)
+    r.process.wait()
+    assert r.control.exists()
+    second: Run = await run("run", "--control", str(r.control), *program.arguments, livekit=False)
+    await second.until(lambda: second.log("ready"))
+    third: Run = await run("run", "--control", str(r.control), *program.arguments, livekit=False)
+    assert await third.exit() == 78
+    assert "can't be used" in third.err.read_text()
+    second.control = r.control
+    assert (await status(second))["pid"] == second.pid
+    second.kill()
+    assert await second.exit() == 0
+
+
+async def test_watch_follows_and_ends_with_the_supervisor(run: Any, program: Program) -> None:
+    """One document after the other, until there is no supervisor any more."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: r.log("ready"))
+    command = [*LASTCALL, "status", "--watch", "--json", "--control", str(r.control)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        lines = [await asyncio.to_thread(watching.stdout.readline) for _ in range(2)]
+        assert all(json.loads(line)["pid"] == r.pid for line in lines)
+        r.kill()
+        assert await r.exit() == 0
+        assert await asyncio.to_thread(watching.wait, 10) == 0
+
+
 async def test_other_users_are_refused(run: Any, program: Program) -> None:
     """The mode keeps them out; where it was loosened, their credentials do."""
     if os.getuid() != 0:
@@ -384,3 +416,35 @@ async def test_other_users_are_refused(run: Any, program: Program) -> None:
     assert r.process.poll() is None and not r.log("stop fencing")
     r.kill()
     assert await r.exit() == 0
+
+
+# -- pure --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({}, ""),
+        ({"max_age": 100}, ""),
+        ({"max_age": 50}, "older than 50 s"),
+        ({"max_jobs": 8}, ""),
+        ({"max_jobs": 7}, "7 jobs"),
+        ({"max_rss_mb": 201}, ""),
+        ({"max_rss_mb": 200}, "200 MB"),
+    ],
+)
+def test_why_recycle(limits: dict[str, int], reason: str) -> None:
+    """A worker of 60 s, 7 jobs and 200 MB is due by each limit that it has reached, and by no other."""
+    from supervisor.config import Recycle
+    from supervisor.reports import Beat
+    from supervisor.states import SlotState
+    from supervisor.watch import why_recycle
+    from tests.test_states import generation_in
+    from worker.clock import now
+
+    generation, _log = generation_in(SlotState.READY)
+    generation.ready_at = now() - 60
+    generation.reports.jobs_started = 7
+    generation.reports.beat = Beat(at=now(), rss_bytes=200_000_000)
+    why = why_recycle(Recycle(**limits), generation)
+    assert reason in why if reason else why == ""

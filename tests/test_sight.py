@@ -67,7 +67,7 @@ async def test_metrics_say_what_happened(run: Any) -> None:
     assert value("lastcall_jobs_failed_total") == 1
     assert value("lastcall_jobs_cut_total") == value("lastcall_jobs_lost_total") == 0
     assert value("lastcall_jobs_running") == 1
-    assert value("lastcall_restarts_total") == 1
+    assert value("lastcall_restarts_total", slot="0", reason="killed") == 1
     assert value("lastcall_operations_total", verb="recycle", result="done") == 1
     assert value("lastcall_slots", state="ready") == 2
     assert value("lastcall_workers_accepting") == value("lastcall_workers_wanted") == 2

@@ -110,6 +110,19 @@ async def test_stack_dump(run: Any) -> None:
 
 
 @pytest.mark.core
+async def test_dump_verb(run: Any) -> None:
+    """The same by a verb, for one slot; a slot that there is none of is refused."""
+    from tests.test_fleet import verb
+
+    r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
+    await r.ready(2)
+    assert "slot 1" in await verb(r, "dump", "1")
+    await r.until(lambda: "(most recent call first)" in r.err.read_text())
+    assert "there is no slot 9" in await verb(r, "dump", "9", code=1)
+    r.kill()
+    assert await r.exit() == 0
+
+
 async def test_worker_alone(run: Any) -> None:
     """`python -m worker` without a supervisor: a group SIGTERM drains, the job ends, exit 0."""
     import sys
