@@ -14,6 +14,7 @@ import pytest
 
 from tests.harness import Run
 from tests.left_out import pytest_collection_modifyitems, pytest_terminal_summary
+from tests.program import Program
 
 __all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
 
@@ -65,3 +66,9 @@ class Starter:
 def run(tmp_path: Path) -> Starter:
     """Start a supervisor: `await run("run", "agent.py", …)`; everything of it is gone when the test ends."""
     return Starter(tmp_path)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """Return an opaque worker that a test can change."""
+    return Program(tmp_path)

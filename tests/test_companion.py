@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.harness import HERE, Run, lives
-from tests.test_fleet import status, verb
+from tests.program import status, verb
 from worker.local.inworld import Faults, InworldServer, Speech
 
 SPEAKER = str(HERE / "agents" / "speaker.py")

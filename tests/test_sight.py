@@ -15,7 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.harness import AGENT, Run
-from tests.test_fleet import status, verb
+from tests.program import status, verb
 
 ROOT = Path(__file__).parent.parent
 DASHBOARD = ROOT / "scripts" / "deploy" / "grafana.json"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import AGENT, Run, lives
-from tests.test_fleet import status
+from tests.program import status
 
 CONFIG = "[stall]\nbeat = 0.3\nmisses = 4\ngrace = {grace}\n"
 

@@ -112,7 +112,7 @@ async def test_stack_dump(run: Any) -> None:
 @pytest.mark.core
 async def test_dump_verb(run: Any) -> None:
     """The same by a verb, for one slot; a slot that there is none of is refused."""
-    from tests.test_fleet import verb
+    from tests.program import verb
 
     r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
     await r.ready(2)
