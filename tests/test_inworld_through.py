@@ -85,10 +85,6 @@ async def test_a_stream_that_it_gives_up_frees_its_place() -> None:
     s.pair.orderly()
 
 
-@pytest.mark.skipif(
-    tuple(map(int, inworld.__version__.split(".")[:2])) < (1, 5),
-    reason="older plugins fail when a connection is accepted but answered late, as between two brokers",
-)
 async def test_it_speaks_through_the_next_broker(tmp_path: Path) -> None:
     """The broker SIGKILLed and replaced, the same TTS object's next utterance is heard."""
     async with InworldServer() as server:
