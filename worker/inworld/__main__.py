@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import faulthandler
 import json
 import os
 import secrets
@@ -28,6 +29,8 @@ def main() -> NoReturn:
     """Run the broker and end with its exit code."""
     forbid_dumps()
     logs.set_up()
+    # As in a worker: the one signal without a loop handler shows where a loop that runs none is stuck.
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
     settings = Settings.take(os.environ)
     if settings is not None:
         for fd in (settings.control_fd, settings.listen_fd, settings.lifeline_fd):

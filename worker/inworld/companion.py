@@ -161,7 +161,7 @@ class Companion:
             beating = group.create_task(self._beats())
             await self._bell.until(self._is_to_close, lambda: self._sooner(None))
             if self._close_at is None:
-                self._close_at = now() + self.settings.close
+                self._close_at = _pool_close_at(self.settings.close)
             census = await broker.aclose(self._close_at)
             beating.cancel()
         return census
@@ -198,7 +198,7 @@ class Companion:
             if self._broker is not None:
                 self._broker.set_key(self._key)
         elif kind == "close":
-            at = now() + float(message["seconds"])
+            at = _pool_close_at(float(message["seconds"]))
             self._close_at = at if self._close_at is None else min(at, self._close_at)
             if self._broker is not None:
                 self._broker.pool.hurry(self._close_at)
@@ -246,6 +246,11 @@ class Companion:
             clients=len(self._broker.clients),
             **asdict(self._broker.pool.figures),
         )
+
+
+def _pool_close_at(seconds: float) -> float:
+    """Keep some of the time for telling jobs and supervisor: who comes late with the census is killed."""
+    return now() + seconds - min(1.0, 0.2 * seconds)
 
 
 def forbid_dumps() -> None:

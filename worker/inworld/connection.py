@@ -139,7 +139,7 @@ class Connection:
             self._close_at = at
             if not self._leaving.done():
                 self._leaving.set_result("")
-            elif self._goodbye is not None:
+            elif self._goodbye is not None and not self._goodbye.expired():
                 self._goodbye.reschedule(self._loop.time() + max(0.0, at - now()))
 
     # -- the end ------------------------------------------------------------------------------------------
@@ -235,17 +235,19 @@ class Connection:
         if frame.kind is not Kind.ERROR:
             return
         log.warning("error without a context", extra={"code": frame.code, "text": frame.message})
-        error = ContextError(frame.message or f"the server's error {frame.code}", code=frame.code)
         contexts = list(self.contexts.values())
         waiting = [each for each in contexts if not each.is_created and not each.is_told]
-        for whose in waiting[:1] or contexts[:1]:
-            if waiting or len(contexts) == 1:
-                if whose.state is ContextState.CANCELLING:
-                    whose.hint()
-                else:
-                    whose.fail(error)
-            else:
-                self._hooks.retire(self.line)
+        if waiting:
+            whose = waiting[0]
+        elif len(contexts) == 1:
+            whose = contexts[0]
+        else:
+            self._hooks.retire(self.line)  # one of them is about to be silent
+            return
+        if whose.state is ContextState.CANCELLING:
+            whose.hint()
+        else:
+            whose.fail(ContextError(frame.message or f"the server's error {frame.code}", code=frame.code))
 
     def _count_malformed(self, what: str) -> None:
         """Give the connection no new context after one, and give it up after a few: a frame is missing."""

@@ -62,6 +62,7 @@ class Action(enum.Enum):
 
 RESULTS = {kind.value: kind for kind in (Kind.AUDIO, Kind.CREATED, Kind.CLOSED, Kind.FLUSHED, Kind.UPDATED)}
 ACTIONS = {action.value: action for action in Action if action is not Action.OTHER}
+ENCODER = json.JSONEncoder(separators=(",", ":"))
 AUDIO_CONTENT = re.compile(r'"audioContent"\s*:\s*"')
 
 
@@ -140,7 +141,7 @@ def parse_request(text: str) -> Request:
 
 def encode(document: Document, context: str) -> str:
     """Return the text of a client's frame, addressed to a context."""
-    return json.dumps({**document, "contextId": context}, separators=(",", ":"))
+    return ENCODER.encode({**document, "contextId": context})
 
 
 def create(config: Document) -> Document:
