@@ -1,4 +1,4 @@
-"""The verbs about where lastcall runs: `unit` and `rehearse`."""
+"""The verbs about where lastcall runs: `unit`, `doctor` and `rehearse`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ KINDS = ("systemd", "docker", "compose", "k8s")
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("unit")(_unit)
+    app.command("doctor")(_doctor)
     app.command("rehearse")(_rehearse)
 
 
@@ -114,3 +115,33 @@ def _rehearse(
     if junit is not None:
         Path(junit).write_text(report.junit(target, verdicts))
     return 0 if all(verdict.is_good for verdict in verdicts) else 1
+
+
+def _doctor(
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="A worker of it is started, looked at and stopped.")
+    ] = None,
+    workers: Annotated[str | None, typer.Option("--workers", "-w", metavar="N", help="As for run.")] = None,
+    grace: Annotated[str | None, typer.Option(metavar="SECONDS", help="As for run.")] = None,
+    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="As for run.")] = None,
+    control: Annotated[str | None, typer.Option(metavar="PATH", help="As for run.")] = None,
+    receipt: Annotated[str | None, typer.Option(metavar="FILE", help="As for run.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="As for run.")] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="NAME", help="systemd unit to look at.  [the one doctor runs in]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+) -> int:
+    """Check the surroundings: what would cut calls, and what to do about it. Exit 1 on a fail."""
+    from .doctor import report
+    from .doctor.checks import examine
+    from .doctor.gather import gather
+
+    options = {"target": target, "workers": workers, "grace": grace}
+    options |= {"http": http, "control": control, "receipt": receipt}
+    document = report.document(findings := examine(gather(options, config_file=config, unit=unit)))
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        print("\n".join(map(report.line, findings)))
+    return 0 if document["ok"] else 1

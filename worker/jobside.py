@@ -67,7 +67,8 @@ class Setup:
 class Held:
     """A rehearsal's entrypoint: the user's for so many seconds, and the job held open until they are over.
 
-    In a mock room the user's own may fail or wait for ever; neither says anything about a stop.
+    In a mock room the user's own may fail, wait for ever, or shut the job down for want of a caller; none of
+    these says anything about a stop.
     """
 
     def __init__(self, user: Callable[[Any], Awaitable[None]], seconds: float) -> None:
@@ -76,6 +77,7 @@ class Held:
 
     async def __call__(self, context: Any) -> None:
         end = asyncio.get_running_loop().time() + self.seconds
+        shutdown, context.shutdown = context.shutdown, lambda *_, **__: None
         try:
             async with asyncio.timeout_at(end):
                 await self.user(context)
@@ -84,4 +86,4 @@ class Held:
         except Exception as error:
             log.warning(FAILED_IN_REHEARSAL, extra={"error": repr(error)})
         await asyncio.sleep(end - asyncio.get_running_loop().time())
-        context.shutdown(reason="the rehearsal is over")
+        shutdown(reason="the rehearsal is over")

@@ -1,0 +1,357 @@
+"""One check a function: the facts in, a finding out; None where there is nothing to say."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from supervisor.platforms.service import MARGIN, Timers, seconds
+
+from .facts import Facts, Finding, Verdict
+
+Check = Callable[[Facts], Finding | None]
+
+SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh", "busybox"})
+INITS = frozenset({"tini", "docker-init", "catatonit", "dumb-init", "podman-init", "s6-svscan"})
+HOSTS = frozenset({"systemd", "init", "launchd"})
+OLDEST, NEWEST = (1, 3, 12), (1, 8, 9)
+GIB = 1 << 30
+# Threads count as processes in a cgroup; a worker with its idle job processes has some hundred.
+PROCESSES_PER_WORKER = 500
+SKEW_WARN, SKEW_FAIL = 10.0, 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """A platform by the variable that it sets. Seconds from the signal to SIGKILL."""
+
+    variable: str
+    name: str
+    default: int
+    limit: int | None = None
+
+
+PLATFORMS = (
+    Platform(variable="K_SERVICE", name="Cloud Run", default=10, limit=10),
+    Platform(variable="DYNO", name="Heroku", default=30, limit=30),
+    Platform(variable="ECS_CONTAINER_METADATA_URI_V4", name="ECS", default=30, limit=120),
+    Platform(variable="FLY_APP_NAME", name="Fly", default=5, limit=300),
+    Platform(variable="RENDER", name="Render", default=30, limit=300),
+    Platform(variable="NOMAD_ALLOC_ID", name="Nomad", default=5),
+    Platform(variable="KUBERNETES_SERVICE_HOST", name="Kubernetes", default=30),
+)
+
+
+def configuration(facts: Facts) -> Finding:
+    """Whether options, environment and file are understood."""
+    if facts.config_error:
+        return Finding(
+            check="configuration",
+            verdict="fail",
+            why=facts.config_error,
+            do="correct it; the other checks go by the defaults",
+        )
+    why = f"grace {seconds(facts.grace)} s, workers {facts.workers}, http {facts.http}"
+    return Finding(check="configuration", verdict="ok", why=why)
+
+
+def grace(facts: Facts) -> Finding | None:
+    """Whether a job that has to be cut can end well."""
+    warning = Timers(grace=facts.grace).warning
+    if not warning:
+        return None
+    return Finding(check="grace", verdict="warn", why=warning, do="raise --grace to 51 s or more")
+
+
+def init(facts: Facts) -> Finding:
+    """Who is PID 1, and so who gets a container's SIGTERM."""
+    name = posixpath.basename(facts.init[0]) if facts.init else "unknown"
+    if facts.pid == 1 or any(posixpath.basename(word) == "lastcall" for word in facts.init[:2]):
+        why = "lastcall is PID 1: it gets the signal itself and reaps orphans"
+        return Finding(check="pid 1", verdict="ok", why=why)
+    if name in SHELLS:
+        return Finding(
+            check="pid 1",
+            verdict="fail" if facts.in_container else "warn",
+            why=f"PID 1 is a shell ({' '.join(facts.init)[:60]}): it does not pass SIGTERM on",
+            do='start it in exec form: ENTRYPOINT ["lastcall-entrypoint"], or exec lastcall in the script',
+        )
+    if name in INITS:
+        why = f"PID 1 is {name}: it passes the signal on; not needed, and no harm"
+        return Finding(check="pid 1", verdict="ok", why=why)
+    if name in HOSTS or not facts.in_container:
+        return Finding(check="pid 1", verdict="ok", why=f"PID 1 is {name}, the host's own")
+    return Finding(
+        check="pid 1",
+        verdict="warn",
+        why=f"PID 1 is {name}: whether it passes SIGTERM on is not known",
+        do="make lastcall the container's entry point, or see that it forwards SIGTERM and waits",
+    )
+
+
+def unit(facts: Facts) -> Finding | None:
+    """Whether the systemd unit signals and waits as a drain needs it."""
+    if facts.unit is None:
+        return None
+    name, values = facts.unit.name, facts.unit.properties
+    if values.get("LoadState", "loaded") != "loaded":
+        why = f"{name} is not loaded ({values['LoadState']})"
+        do = "give the name of a unit there is, and run systemctl daemon-reload after a change"
+        return Finding(check="unit", verdict="fail", why=why, do=do)
+    mode = values.get("KillMode", "control-group")
+    if mode not in ("mixed", "control-group"):
+        return Finding(
+            check="unit",
+            verdict="fail",
+            why=f"{name} has KillMode={mode}: what does not end by itself stays for ever",
+            do="KillMode=mixed",
+        )
+    timeout = span(values.get("TimeoutStopUSec", "infinity"))
+    if timeout < facts.grace:
+        is_extended = values.get("Type", "").startswith("notify")
+        return Finding(
+            check="unit",
+            verdict="warn" if is_extended else "fail",
+            why=f"{name} has TimeoutStopSec={timeout:g}, grace is {seconds(facts.grace)} s"
+            + ("; lastcall extends it while jobs live" if is_extended else ": systemd would cut calls"),
+            do=f"TimeoutStopSec={Timers(grace=facts.grace).kill_after}"
+            + ("" if is_extended else ", or Type=notify; lastcall unit systemd prints both"),
+        )
+    return Finding(check="unit", verdict="ok", why=f"{name}: KillMode={mode}, stops within {timeout:g} s")
+
+
+def kill_timer(facts: Facts) -> Finding:
+    """The platform's kill timer against grace."""
+    given = facts.environment.get("LASTCALL_PLATFORM_GRACE", "")
+    platform = next((each for each in PLATFORMS if each.variable in facts.environment), None)
+    needed = Timers(grace=facts.grace).kill_after
+    name = platform.name if platform else "the container runtime" if facts.in_container else "the platform"
+    if platform and platform.limit is not None and platform.limit < facts.grace:
+        fits = platform.limit - MARGIN
+        do = f"--grace {fits}, or a platform that waits" if fits > 0 else "another platform: no call fits in"
+        why = f"{name} kills after {platform.limit} s at most, grace is {seconds(facts.grace)} s"
+        return Finding(check="kill timer", verdict="fail", why=f"{why}: longer calls are cut", do=do)
+    if given:
+        try:
+            timer = float(given)
+        except ValueError:
+            timer = math.nan
+        if math.isnan(timer):
+            why = f"LASTCALL_PLATFORM_GRACE is {given!r}, no number"
+            return Finding(check="kill timer", verdict="fail", why=why, do="give the kill timer in seconds")
+        if timer < facts.grace:
+            why = f"{name} kills after {timer:g} s, grace is {seconds(facts.grace)} s: calls would be cut"
+            return Finding(check="kill timer", verdict="fail", why=why, do=f"raise the timer to {needed} s")
+        if timer < needed:
+            why = f"{name} kills {timer - facts.grace:g} s after grace is over; {MARGIN} s would be safe"
+            return Finding(check="kill timer", verdict="warn", why=why, do=f"raise the timer to {needed} s")
+        why = f"{name} kills after {timer:g} s, grace is {seconds(facts.grace)} s"
+        return Finding(check="kill timer", verdict="ok", why=why)
+    if platform or facts.in_container:
+        default = platform.default if platform else 10
+        return Finding(
+            check="kill timer",
+            verdict="warn",
+            why=f"{name} kills after {default} s unless told otherwise, and nothing says what it was told",
+            do=f"set its timer to {needed} s, and LASTCALL_PLATFORM_GRACE={needed} beside it",
+        )
+    why = "no container and no platform that would kill by itself"
+    return Finding(check="kill timer", verdict="ok", why=why)
+
+
+def livekit_agents(facts: Facts) -> Finding:
+    """The installed livekit-agents, and what a stop does to a bare worker of that version."""
+    text = facts.livekit_agents
+    if text is None:
+        return Finding(
+            check="livekit-agents",
+            verdict="fail" if facts.target else "warn",
+            why="not installed in lastcall's environment: only opaque workers (run -- CMD) can be run",
+            do="install lastcall into the agent's own environment",
+        )
+    version = numbers(text)
+    if version < OLDEST:
+        why, do = f"{text} is older than {dotted(OLDEST)}, the oldest supported", "upgrade livekit-agents"
+        return Finding(check="livekit-agents", verdict="fail", why=why, do=do)
+    if version > NEWEST:
+        why = f"{text} is newer than {dotted(NEWEST)}, the newest that was tested"
+        do = "rehearse with your agent: lastcall rehearse TARGET"
+        return Finding(check="livekit-agents", verdict="warn", why=why, do=do)
+    defects = ["a second SIGTERM cuts every call", "exit code 0 although calls were cut"]
+    if version < (1, 5):
+        defects.append("dispatches are accepted during the drain")
+    if version < (1, 8):
+        defects.append("a blocked request_fnc keeps the stop from beginning")
+    else:
+        defects.append("SIGTERM to the process group cuts every call")
+    why = f"{text}; what a stop of it does by itself ({'; '.join(defects)}), lastcall run prevents"
+    return Finding(check="livekit-agents", verdict="ok", why=why)
+
+
+def shield(facts: Facts) -> Finding:
+    """Whether a stop that reaches every process leaves the jobs alone: seen on a worker that was started."""
+    trial = facts.trial
+    if trial is None:
+        why, do = "no TARGET, so no worker was started to look at", "lastcall doctor TARGET"
+        return Finding(check="shield", verdict="warn", why=why, do=do)
+    if trial.error:
+        do = "see that lastcall run TARGET starts; the message is its own"
+        return Finding(check="shield", verdict="fail", why=trial.error, do=do)
+    if trial.open_to:
+        holes = ", ".join(f"{name} to {'+'.join(open_to)}" for name, open_to in trial.open_to.items())
+        do = "see what in the agent sets signal handlers or masks as it is imported"
+        return Finding(check="shield", verdict="fail", why=f"open: {holes}", do=do)
+    if trial.exit_code != 0:
+        why = f"the worker's stop, without a job, ended with exit code {trial.exit_code}"
+        do = "lastcall rehearse TARGET says more"
+        return Finding(check="shield", verdict="fail", why=why, do=do)
+    if not trial.looked_at:
+        why = "no process was warm for a job, so none could be looked at"
+        return Finding(check="shield", verdict="warn", why=why, do="lastcall rehearse TARGET looks at jobs")
+    why = f"{trial.looked_at} processes of a worker looked at: SIGTERM and SIGINT end none of them"
+    return Finding(check="shield", verdict="ok", why=why)
+
+
+def memory(facts: Facts) -> Finding:
+    """The cgroup's memory limit against what the workers need before the first call."""
+    limit = facts.memory_limit
+    if limit is None:
+        return Finding(check="memory", verdict="ok", why="no limit in this cgroup")
+    each = facts.trial.worker_bytes if facts.trial else 0
+    if not each:
+        why = f"limit {limit / GIB:.1f} GiB; what a worker takes is not known without TARGET"
+        return Finding(check="memory", verdict="ok", why=why)
+    needed = each * facts.workers
+    why = f"limit {limit / GIB:.1f} GiB; {facts.workers} x {each / GIB:.2f} GiB before the first call"
+    if needed > limit:
+        do = "fewer --workers, or a higher limit"
+        return Finding(check="memory", verdict="fail", why=why, do=do)
+    if needed * 2 > limit:
+        do = "leave at least half for the calls: fewer --workers, or a higher limit"
+        return Finding(check="memory", verdict="warn", why=why, do=do)
+    return Finding(check="memory", verdict="ok", why=why)
+
+
+def limits(facts: Facts) -> Finding:
+    """File descriptors and processes."""
+    if facts.open_files < 1024:
+        why = f"only {facts.open_files} open files a process"
+        do = "LimitNOFILE=65536, or ulimit -n"
+        return Finding(check="limits", verdict="fail" if facts.open_files < 256 else "warn", why=why, do=do)
+    needed = PROCESSES_PER_WORKER * facts.workers
+    if facts.processes_limit is not None and facts.processes_limit < needed:
+        why = f"only {facts.processes_limit} processes and threads in this cgroup"
+        do = f"TasksMax or pids limit of {needed} or more"
+        return Finding(check="limits", verdict="warn", why=why, do=do)
+    processes = "no limit" if facts.processes_limit is None else facts.processes_limit
+    why = f"{facts.open_files} open files a process; processes and threads: {processes}"
+    return Finding(check="limits", verdict="ok", why=why)
+
+
+def clock(facts: Facts) -> Finding:
+    """Our clock against the LiveKit server's: tokens are valid by time."""
+    skew = facts.livekit.skew_s if facts.livekit else None
+    if skew is None:
+        why = "compared with nothing: no LiveKit server told the time"
+        return Finding(check="clock", verdict="ok", why=why)
+    if abs(skew) <= SKEW_WARN:
+        return Finding(check="clock", verdict="ok", why=f"within {SKEW_WARN:.0f} s of the LiveKit server's")
+    side = "behind" if skew > 0 else "ahead of"
+    why = f"{abs(skew):.0f} s {side} the LiveKit server's: tokens may be refused"
+    verdict: Verdict = "fail" if abs(skew) > SKEW_FAIL else "warn"
+    return Finding(check="clock", verdict=verdict, why=why, do="synchronise the clock of this machine (NTP)")
+
+
+def livekit(facts: Facts) -> Finding:
+    """Whether a worker would be let in."""
+    answer = facts.livekit
+    if answer is None:
+        return Finding(
+            check="livekit",
+            verdict="warn",
+            why="LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET are not all set here",
+            do="run doctor where they are, or give them by env_file",
+        )
+    if answer.error:
+        do = "check LIVEKIT_URL, name resolution and what lets traffic out"
+        return Finding(check="livekit", verdict="fail", why=f"{answer.url}: {answer.error}", do=do)
+    if answer.status == 101:
+        return Finding(check="livekit", verdict="ok", why=f"{answer.url} lets a worker with this key in")
+    if answer.status in (401, 403):
+        do = "check LIVEKIT_API_KEY and LIVEKIT_API_SECRET, and the clock"
+        why = f"{answer.url} refuses the key ({answer.status})"
+        return Finding(check="livekit", verdict="fail", why=why, do=do)
+    why = f"{answer.url} answers {answer.status} to a worker: no LiveKit server, or one that is not well"
+    return Finding(check="livekit", verdict="fail", why=why, do="check LIVEKIT_URL")
+
+
+def inworld(facts: Facts) -> Finding | None:
+    """The Inworld key, where the plugin is installed."""
+    if not facts.has_inworld_plugin:
+        return None
+    if facts.has_inworld_key:
+        return Finding(check="inworld", verdict="ok", why="the plugin is installed and a key is there")
+    why, do = "the plugin is installed, and INWORLD_API_KEY is not set here", "set it where lastcall runs"
+    return Finding(check="inworld", verdict="warn", why=why, do=do)
+
+
+def places(facts: Facts) -> Finding:
+    """Whether the port is free, and socket and receipt can be written."""
+    if facts.http_problem:
+        do = "give another --http HOST:PORT, or off; or stop what listens there"
+        return Finding(check="places", verdict="fail", why=facts.http_problem, do=do)
+    if facts.place_problems:
+        do = "give a path that can be written, as --control or --receipt"
+        return Finding(check="places", verdict="fail", why="; ".join(facts.place_problems), do=do)
+    port = "no port wanted" if facts.http == "off" else f"{facts.http} is free, or lastcall's already"
+    return Finding(check="places", verdict="ok", why=f"{port}; socket and receipt can be written")
+
+
+CHECKS: tuple[Check, ...] = (
+    configuration,
+    grace,
+    init,
+    unit,
+    kill_timer,
+    livekit_agents,
+    shield,
+    memory,
+    limits,
+    clock,
+    livekit,
+    inworld,
+    places,
+)
+
+
+def examine(facts: Facts) -> list[Finding]:
+    """Return every finding."""
+    return [finding for check in CHECKS if (finding := check(facts)) is not None]
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800, "month": 2629800}
+UNITS["y"] = 31557600
+
+
+def span(text: str) -> float:
+    """Read a time span as systemd prints it, as in 1h 30s; infinity when it says so or can't be read."""
+    total, rest = 0.0, text.strip()
+    parts = re.findall(r"([\d.]+)\s*(us|ms|s|min|h|d|w|month|y)\b", rest)
+    for amount, name in parts:
+        total += float(amount) * UNITS[name]
+    return total if parts else math.inf
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: 1.8.9rc1 is (1, 8, 9)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else (0,)
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

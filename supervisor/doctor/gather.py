@@ -1,0 +1,180 @@
+"""Gathers the facts. Every look is bounded in time, and what can't be seen is None."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import os
+import re
+import resource
+import socket
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from supervisor import config as configuration
+from supervisor.config import Config
+from supervisor.errors import ConfigError, UsageError
+
+from .facts import Facts, Unit
+from .probe import ask
+from .trial import look
+
+SYSTEMCTL = 5.0
+CGROUPS = Path("/sys/fs/cgroup")
+# cgroup v1 writes "no limit" as the largest page-aligned number.
+NO_LIMIT = 1 << 60
+PROPERTIES = ("LoadState", "KillMode", "TimeoutStopUSec", "Type")
+
+
+def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | None) -> Facts:
+    """Look at everything; `flags` are those of `run`. Raises UsageError for a bad flag."""
+    error, config = "", Config()
+    try:
+        config = configuration.load(flags, os.environ, file=config_file)
+        environment = {**os.environ, **configuration.environment_of(config.env_file)}
+    except ConfigError as wrong:
+        error, environment = str(wrong), dict(os.environ)
+    if unit is not None and not re.fullmatch(r"[\w:.\\@-]+", unit):
+        raise UsageError(f"--unit: got {unit!r}, expected the name of a systemd unit")
+    return Facts(
+        config_error=error,
+        target=config.target,
+        grace=config.grace,
+        workers=config.workers,
+        http=config.http,
+        pid=os.getpid(),
+        init=_init(),
+        in_container=_in_container(environment),
+        environment=environment,
+        unit=_unit(unit or _own_unit(_read("/proc/self/cgroup"))),
+        livekit_agents=_version("livekit-agents"),
+        has_inworld_plugin=_version("livekit-plugins-inworld") is not None,
+        has_inworld_key=bool(environment.get("INWORLD_API_KEY") or _inworld_key_file(environment)),
+        memory_limit=_limit("memory.max", "memory/memory.limit_in_bytes"),
+        processes_limit=_limit("pids.max", "pids/pids.max"),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        trial=look(config.target) if config.target else None,
+        livekit=ask(environment),
+        http_problem=_http_problem(config.http),
+        place_problems=tuple(_place_problems(config)),
+    )
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _init() -> tuple[str, ...]:
+    words = tuple(word for word in _read("/proc/1/cmdline").split("\0") if word)
+    return words or tuple(_read("/proc/1/comm").split())
+
+
+def _in_container(environment: Mapping[str, str]) -> bool:
+    marks = ("/.dockerenv", "/run/.containerenv")
+    return any(map(os.path.exists, marks)) or "KUBERNETES_SERVICE_HOST" in environment
+
+
+def _own_unit(cgroups: str) -> str:
+    """Return the innermost service of /proc/self/cgroup; a user's own manager is none."""
+    names = re.findall(r"([^/\n]+\.service)", cgroups)
+    return next((name for name in reversed(names) if not name.startswith("user@")), "")
+
+
+def _unit(name: str) -> Unit | None:
+    if not name:
+        return None
+    names = [word for each in PROPERTIES for word in ("-p", each)]
+    try:
+        done = subprocess.run(
+            ["systemctl", "show", *names, "--", name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SYSTEMCTL,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    pairs = (line.partition("=") for line in done.stdout.splitlines())
+    properties = {key: value for key, _, value in pairs}
+    return Unit(name=name, properties=properties) if properties else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _inworld_key_file(environment: Mapping[str, str]) -> bool:
+    path = environment.get("LASTCALL_INWORLD__API_KEY_FILE", "")
+    return bool(path) and os.access(path, os.R_OK)
+
+
+def _limit(*names: str) -> int | None:
+    """Return the lowest limit from our own cgroup up to the root's, whichever hierarchy has it."""
+    own = [line.rpartition(":")[2].lstrip("/") for line in _read("/proc/self/cgroup").splitlines()]
+    found = []
+    for name in names:
+        controller, _, file = name.rpartition("/")
+        for path in {"", *own}:
+            place = CGROUPS / controller / path
+            while place.is_relative_to(CGROUPS):
+                with contextlib.suppress(ValueError):
+                    found.append(int(_read(place / file)))
+                place = place.parent
+    return min((limit for limit in found if limit < NO_LIMIT), default=None)
+
+
+def _http_problem(address: str) -> str:
+    if address == "off":
+        return ""
+    host, _, port = address.rpartition(":")
+    try:
+        infos = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, where in infos:
+            with socket.socket(family, kind, protocol) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(where)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and _is_lastcall(address):
+            return ""  # doctor beside a running one: it is its own port
+        return f"http {address} can't be used: {error.strerror or error}"
+    return ""
+
+
+def _is_lastcall(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
+    connection = http.client.HTTPConnection(host, int(port), timeout=2.0)
+    try:
+        connection.request("GET", "/metrics")
+        return b"lastcall_slots" in connection.getresponse().read(1 << 20)
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _place_problems(config: Config) -> list[str]:
+    problems = []
+    if config.control == "auto":
+        directory = configuration.runtime_directory()
+        if directory.is_dir():
+            info = directory.stat()
+            if info.st_uid != os.getuid() or info.st_mode & 0o077:
+                problems.append(f"control: {directory} is no directory of your own with mode 0700")
+        elif not os.access(next(each for each in directory.parents if each.exists()), os.W_OK):
+            problems.append(f"control: {directory} can't be made")
+    for option, path in (("control", config.control), ("receipt", config.receipt)):
+        if path not in ("", "auto") and not os.access(Path(path).absolute().parent, os.W_OK):
+            problems.append(f"{option}: {Path(path).absolute().parent} can't be written")
+    return problems

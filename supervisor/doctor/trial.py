@@ -1,0 +1,73 @@
+"""Starts one worker of the target on a local dispatch server, looks at its processes, and stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+
+from supervisor import control_api
+from supervisor.errors import ConfigError
+from supervisor.rehearsal.stage import Stage, StageError
+
+from .facts import Trial
+
+GRACE = 10.0
+WARM = 10.0
+END = 20.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def look(target: str) -> Trial:
+    """Return what was seen; that the target can't be started is a finding, and no error of ours."""
+    try:
+        with Stage(target, grace=GRACE, settings={"mock_room": True}) as stage:
+            stage.wait_ready()
+            document = control_api.ask(stage.directory / "control", "status")
+            ours = {stage.pid, *(slot["pid"] for slot in document["slots"])}
+            due = time.monotonic() + WARM
+            while not (others := _framework(stage, ours)) and time.monotonic() < due:
+                time.sleep(0.1)
+            holes = {
+                f"{name} (pid {pid})": found for pid, name in others.items() if (found := unshielded(pid))
+            }
+            pss = sum(_pss(pid) for pid in stage.processes() if pid != stage.pid)
+            stage.signal(signal.SIGTERM)
+            code = stage.wait_end(END, lambda: None)
+            return Trial(looked_at=len(others), open_to=holes, worker_bytes=pss, exit_code=code)
+    except (StageError, ConfigError) as error:
+        return Trial(error=str(error))
+
+
+def _framework(stage: Stage, ours: set[int]) -> dict[int, str]:
+    """Return what multiprocessing runs for the worker: forkserver, and job processes forked from it."""
+    found = {}
+    for pid in stage.processes():
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+            if pid not in ours and "forkserver" in command:
+                found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+    return found
+
+
+def unshielded(pid: int) -> tuple[str, ...]:
+    """Return the stop signals that would end the process: neither blocked, ignored nor caught."""
+    safe = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in ("SigBlk", "SigIgn", "SigCgt"):
+                safe |= int(value, 16)
+    except OSError:
+        return ()  # it has ended
+    return tuple(number.name for number in STOP_SIGNALS if not safe >> (number - 1) & 1)
+
+
+def _pss(pid: int) -> int:
+    """Return a process's share of memory, what it shares with others divided among them."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,276 @@
+"""`lastcall doctor`: each check over made-up facts, and the gathering of the real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supervisor.doctor import checks, report
+from supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
+from supervisor.doctor.gather import _http_problem, _own_unit
+from supervisor.doctor.probe import ask, token
+from supervisor.doctor.trial import unshielded
+from tests.harness import LASTCALL, Run
+from tests.test_rehearse import SAMPLE
+from worker.local.dispatch import DispatchServer
+
+GOOD = Facts(
+    target="agent.py",
+    livekit_agents="1.8.9",
+    trial=Trial(looked_at=3, worker_bytes=500 << 20, exit_code=0),
+    livekit=Answer(url="wss://x", status=101, skew_s=0.2),
+)
+SHELL = ("/bin/sh", "-c", "lastcall run agent.py")
+NOTIFY = {"KillMode": "mixed", "TimeoutStopUSec": "1h 30s", "Type": "notify", "LoadState": "loaded"}
+
+
+def unit(**changes: str) -> Unit:
+    return Unit(name="lastcall.service", properties=NOTIFY | changes)
+
+
+def test_nothing_wrong() -> None:
+    """Every check has something to say, or nothing to say it about; none of it is bad."""
+    findings = checks.examine(GOOD)
+    assert {finding.verdict for finding in findings} == {"ok"}
+    assert all(finding.why and not finding.do for finding in findings)
+    assert report.document(findings)["ok"] is True
+
+
+CASES: list[tuple[str, str, dict[str, Any], str]] = [
+    ("configuration", "fail", {"config_error": "grace: got 'x'"}, "grace: got 'x'"),
+    ("grace", "warn", {"grace": 20.0}, "callbacks may not run"),
+    ("pid 1", "ok", {"pid": 1, "init": ("lastcall",)}, "lastcall is PID 1"),
+    ("pid 1", "ok", {"init": ("/opt/venv/bin/python", "/opt/venv/bin/lastcall", "run")}, "lastcall is PID 1"),
+    ("pid 1", "fail", {"init": SHELL, "in_container": True}, "is a shell"),
+    (
+        "pid 1",
+        "ok",
+        {"init": ("/sbin/tini", "--", "lastcall-x"), "in_container": True},
+        "passes the signal on",
+    ),
+    ("pid 1", "warn", {"init": ("supervisord",), "in_container": True}, "not known"),
+    ("unit", "ok", {"unit": unit()}, "stops within 3630 s"),
+    ("unit", "ok", {"unit": unit(TimeoutStopUSec="infinity")}, "stops within inf s"),
+    (
+        "unit",
+        "warn",
+        {"unit": unit(TimeoutStopUSec="1min 30s")},
+        "TimeoutStopSec=90, grace is 3600 s; lastcall",
+    ),
+    ("unit", "fail", {"unit": unit(TimeoutStopUSec="1min 30s", Type="exec")}, "systemd would cut calls"),
+    ("unit", "fail", {"unit": unit(KillMode="process")}, "KillMode=process"),
+    ("unit", "fail", {"unit": unit(LoadState="not-found")}, "not loaded (not-found)"),
+    ("kill timer", "fail", {"environment": {"K_SERVICE": "x"}, "grace": 60.0}, "Cloud Run kills after 10 s"),
+    (
+        "kill timer",
+        "fail",
+        {"environment": {"ECS_CONTAINER_METADATA_URI_V4": "x"}},
+        "ECS kills after 120 s at most",
+    ),
+    (
+        "kill timer",
+        "warn",
+        {"environment": {"KUBERNETES_SERVICE_HOST": "x"}},
+        "Kubernetes kills after 30 s unless",
+    ),
+    ("kill timer", "warn", {"in_container": True}, "kills after 10 s unless told otherwise"),
+    ("kill timer", "fail", {"environment": {"LASTCALL_PLATFORM_GRACE": "600"}}, "calls would be cut"),
+    ("kill timer", "warn", {"environment": {"LASTCALL_PLATFORM_GRACE": "3605"}}, "5 s after grace is over"),
+    ("kill timer", "ok", {"environment": {"LASTCALL_PLATFORM_GRACE": "3630"}}, "kills after 3630 s"),
+    ("kill timer", "fail", {"environment": {"LASTCALL_PLATFORM_GRACE": "soon"}}, "'soon', no number"),
+    ("livekit-agents", "fail", {"livekit_agents": None}, "not installed"),
+    ("livekit-agents", "warn", {"livekit_agents": None, "target": ""}, "only opaque workers"),
+    ("livekit-agents", "fail", {"livekit_agents": "1.3.11"}, "older than 1.3.12"),
+    ("livekit-agents", "ok", {"livekit_agents": "1.3.12"}, "accepted during the drain"),
+    ("livekit-agents", "ok", {"livekit_agents": "1.5.7"}, "blocked request_fnc"),
+    ("livekit-agents", "ok", {"livekit_agents": "1.8.9"}, "process group cuts every call"),
+    ("livekit-agents", "warn", {"livekit_agents": "2.0.0rc1"}, "newer than 1.8.9"),
+    ("shield", "warn", {"trial": None}, "no TARGET"),
+    ("shield", "fail", {"trial": Trial(error="no file 'x'")}, "no file 'x'"),
+    (
+        "shield",
+        "fail",
+        {"trial": Trial(looked_at=2, open_to={"job (pid 7)": ("SIGTERM",)})},
+        "job (pid 7) to SIGTERM",
+    ),
+    ("shield", "fail", {"trial": Trial(looked_at=2, exit_code=75)}, "exit code 75"),
+    ("shield", "warn", {"trial": Trial(exit_code=0)}, "none could be looked at"),
+    ("memory", "ok", {"memory_limit": 2 << 30}, "limit 2.0 GiB; 1 x 0.49 GiB"),
+    ("memory", "warn", {"memory_limit": 900 << 20}, "0.49 GiB before the first call"),
+    ("memory", "fail", {"memory_limit": 900 << 20, "workers": 2}, "2 x 0.49 GiB"),
+    ("memory", "ok", {"memory_limit": 1 << 30, "trial": None}, "not known without TARGET"),
+    ("limits", "warn", {"open_files": 512}, "only 512 open files"),
+    ("limits", "fail", {"open_files": 64}, "only 64 open files"),
+    ("limits", "warn", {"processes_limit": 100}, "only 100 processes"),
+    ("clock", "ok", {"livekit": None}, "compared with nothing"),
+    ("clock", "warn", {"livekit": Answer(url="u", status=101, skew_s=30.0)}, "30 s behind"),
+    ("clock", "fail", {"livekit": Answer(url="u", status=401, skew_s=-90.0)}, "90 s ahead of"),
+    ("livekit", "warn", {"livekit": None}, "not all set"),
+    ("livekit", "fail", {"livekit": Answer(url="u", error="refused")}, "u: refused"),
+    ("livekit", "fail", {"livekit": Answer(url="u", status=401)}, "refuses the key (401)"),
+    ("livekit", "fail", {"livekit": Answer(url="u", status=404)}, "answers 404"),
+    ("inworld", "ok", {"has_inworld_plugin": True, "has_inworld_key": True}, "a key is there"),
+    ("inworld", "warn", {"has_inworld_plugin": True}, "INWORLD_API_KEY is not set"),
+    ("places", "fail", {"http_problem": "http x can't be used"}, "http x can't be used"),
+    ("places", "fail", {"place_problems": ("receipt: /x can't be written",)}, "receipt: /x"),
+]
+
+
+@pytest.mark.parametrize(("check", "verdict", "facts", "why"), CASES)
+def test_check(check: str, verdict: str, facts: dict[str, Any], why: str) -> None:
+    """One check, its verdict and why; what is not well comes with what to do; the exit code follows."""
+    findings = checks.examine(replace(GOOD, **facts))
+    (finding,) = [finding for finding in findings if finding.check == check]
+    assert (finding.verdict, why in finding.why) == (verdict, True), finding
+    assert bool(finding.do) is (verdict != "ok")
+    assert "\n" not in finding.why + finding.do
+    assert report.document(findings)["ok"] is all(each.verdict != "fail" for each in findings)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1h 30s", 3630.0), ("1min 30s", 90.0), ("500ms", 0.5), ("infinity", float("inf")), ("2d", 172800.0)],
+)
+def test_time_spans_of_systemd(text: str, expected: float) -> None:
+    """As `systemctl show` prints them."""
+    assert checks.span(text) == pytest.approx(expected)
+
+
+def test_own_unit_is_found_in_the_cgroup() -> None:
+    """The innermost service; the manager of a user's session is none."""
+    assert _own_unit("0::/system.slice/lastcall.service\n") == "lastcall.service"
+    assert _own_unit("0::/user.slice/user-1.slice/user@1.service/app.slice/bot.service\n") == "bot.service"
+    assert _own_unit("0::/user.slice/user-1.slice/user@1.service/session.scope\n") == ""
+
+
+async def test_livekit_is_asked_as_a_worker_asks() -> None:
+    """A right key is let in, a wrong one refused; no worker appears at the server, registered or not."""
+    import asyncio
+
+    async with DispatchServer() as server:
+        answer = await asyncio.to_thread(ask, server.environment)
+        assert answer is not None and (answer.status, answer.error) == (101, "")
+        wrong = await asyncio.to_thread(ask, server.environment | {"LIVEKIT_API_SECRET": "x" * 40})
+        assert wrong is not None and wrong.status == 401
+        assert wrong.skew_s is not None and abs(wrong.skew_s) < 5
+        assert server.counts["registered"] == 0 and not server.available()
+    gone = await asyncio.to_thread(ask, server.environment)
+    assert gone is not None and "refused" in gone.error.lower()
+    assert ask({}) is None
+    odd = ask({"LIVEKIT_URL": "example", "LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s"})
+    assert odd is not None and "expected wss://HOST" in odd.error
+
+
+def test_token_is_what_livekit_verifies() -> None:
+    """LiveKit's own verifier takes it, with the agent grant."""
+    from livekit import api
+
+    claims = api.TokenVerifier("key", "secret" * 6).verify(token("key", "secret" * 6, time.time()))
+    assert claims.video is not None and claims.video.agent
+
+
+def test_open_processes_are_seen() -> None:
+    """A program with default dispositions is open to both; one that ignores SIGTERM only to the other."""
+    program = "import signal, sys; {}; print('up', flush=True); sys.stdin.read()"
+    seen = []
+    for line in ("pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"):
+        with subprocess.Popen(
+            [sys.executable, "-c", "import signal; signal.signal(2, signal.SIG_DFL);" + program.format(line)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            seen.append(unshielded(process.pid))
+            process.kill()
+    assert seen == [("SIGTERM", "SIGINT"), ("SIGINT",)]
+    assert unshielded(2**22 + 1) == ()
+
+
+def doctor(*arguments: str, cwd: Path, **environment: str) -> tuple[int, dict[str, Finding]]:
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LASTCALL", "LIVEKIT"))
+    }
+    done = subprocess.run(
+        [*LASTCALL, "doctor", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=cwd,
+        env={**clean, **environment},
+        check=False,
+    )
+    assert done.stderr == "", done.stderr
+    document = json.loads(done.stdout)
+    assert document["ok"] is (done.returncode == 0)
+    return done.returncode, {entry["check"]: Finding(**entry) for entry in document["findings"]}
+
+
+def test_a_worker_is_looked_at(tmp_path: Path) -> None:
+    """A real worker is started, looked at and stopped; its measured size is held against the limit."""
+    _, findings = doctor(SAMPLE, "--http", "off", cwd=tmp_path)
+    assert findings["shield"].verdict == "ok", findings
+    assert "processes of a worker looked at" in findings["shield"].why
+    assert findings["livekit-agents"].verdict in ("ok", "warn")
+
+
+def test_surroundings_are_real(tmp_path: Path) -> None:
+    """A taken port, a receipt that can't be written, a kill timer below grace: exit 1, each named."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, findings = doctor(
+            *("--http", address, "--grace", "700"), cwd=tmp_path, LASTCALL_PLATFORM_GRACE="600"
+        )
+    assert code == 1
+    assert findings["places"].verdict == "fail" and address in findings["places"].why
+    assert findings["kill timer"].verdict == "fail" and "600 s" in findings["kill timer"].why
+    assert findings["shield"].verdict == "warn"
+
+
+def test_wrong_configuration_is_a_finding(tmp_path: Path) -> None:
+    """A file with a wrong key is named; what does not depend on it is checked all the same."""
+    (tmp_path / "lastcall.toml").write_text("gracee = 5\n")
+    code, findings = doctor("--http", "off", cwd=tmp_path)
+    assert code == 1
+    assert "gracee" in findings["configuration"].why
+    assert "limits" in findings
+
+
+def test_wrong_option_is_a_wrong_command_line(tmp_path: Path) -> None:
+    """A bad flag is exit code 2, as for run."""
+    done = subprocess.run(
+        [*LASTCALL, "doctor", "--grace", "soon"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--grace: got 'soon'" in done.stderr and done.stderr.count("\n") == 1
+
+
+async def test_the_port_of_a_running_lastcall_is_its_own(run: Any, tmp_path: Path) -> None:
+    """Doctor in a container beside the supervisor finds its port in use by lastcall, which is well."""
+    import asyncio
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+    r: Run = await run("run", "--http", address, "--", "sleep", "600", livekit=False)
+    await r.until(lambda: r.log("supervisor started"))
+    assert await asyncio.to_thread(_http_problem, address) == ""
+    r.kill()
+    assert await r.exit() == 0
+    assert await asyncio.to_thread(_http_problem, address) == ""
