@@ -12,7 +12,7 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -175,13 +175,13 @@ class App:
     async def _run_fleet(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                listening = group.create_task(self._listen())
-                helping = None if self.companion is None else group.create_task(self.companion.run())
+                helping = [
+                    group.create_task(self._guarded(name, work), name=name)
+                    for name, work in self._helpers().items()
+                ]
                 fleet = group.create_task(self._run_workers())
                 watching = group.create_task(self._watch_readiness())
-                beats = group.create_task(self.watch.run())
-                group.create_task(self.operations.run())
-                announcing = group.create_task(self.announcer.run())
+                group.create_task(self._guarded("operations", self.operations.run()))
                 await self._until_stop()
                 watching.cancel()
                 countdown = Countdown(
@@ -194,23 +194,24 @@ class App:
                 self.countdown = self.view.countdown = countdown
                 self.record.reason = self._stop_reason
                 self._apply_late_signals(countdown)
-                await shut_down(
-                    self.fleet,
-                    countdown,
-                    self.clock,
-                    self.log,
-                    self._id,
-                    inherits_orphans=self._reaper.is_subreaper,
-                    companion=self.companion,
-                )
+                try:
+                    await shut_down(
+                        self.fleet,
+                        countdown,
+                        self.clock,
+                        self.log,
+                        self._id,
+                        inherits_orphans=self._reaper.is_subreaper,
+                        companion=self.companion,
+                    )
+                except Exception:
+                    self.fleet.shared.is_abandoned = True
+                    raise
                 due = max(countdown.deadlines.end_at, now() + 0.25)
                 await asyncio.wait({fleet}, timeout=due - now())
                 fleet.cancel()
-                if helping is not None:
-                    helping.cancel()
-                beats.cancel()
-                listening.cancel()
-                announcing.cancel()
+                for task in helping:
+                    task.cancel()
         except* Exception as group_error:
             # A fault of ours. The workers see our end and drain by themselves; say so, do not hang.
             self.record.fault = "; ".join(repr(error) for error in group_error.exceptions)
@@ -218,6 +219,24 @@ class App:
         self.record.fault = self.record.fault or self.fleet.fault
         self.record.seconds = now() - self._stop_at if self._stop_at else 0.0
         self.clock.advance(Phase.STOPPED)
+
+    def _helpers(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """What runs beside the workers, to the end of the stop."""
+        helpers = {
+            "signals": self._listen(),
+            "beats": self.watch.run(),
+            "announcer": self.announcer.run(),
+        }
+        if self.companion is not None:
+            helpers["companion"] = self.companion.run()
+        return helpers
+
+    async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Keep a fault of one helper from cancelling the workers beside it."""
+        try:
+            await work
+        except Exception as error:
+            self.fleet.on_fault(name, error)
 
     async def _run_workers(self) -> None:
         if self.companion is not None and not await self.companion.until_ready(lambda: self._stop_reason):

@@ -47,6 +47,8 @@ class Shared:
     drain_seconds: Histogram
     is_stopping: bool = False
     is_held: bool = False
+    # A fault of ours ends the supervisor: the workers see its end and drain by themselves.
+    is_abandoned: bool = False
     # The last traceback of the user's own code that was shown, by slot.
     tracebacks: dict[int, str] = field(default_factory=dict)
 
@@ -208,7 +210,8 @@ class Generation:
             await self._start_in_time()
             await self.bell.until(lambda: self.has_exited)
         except asyncio.CancelledError:
-            self.kill()  # the end of the whole stop; nothing may stay
+            if not self.shared.is_abandoned:
+                self.kill()  # the end of the whole stop; nothing may stay
             raise
         await self._clean_up(launched)
 

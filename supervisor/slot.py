@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from worker.clock import Bell, now
 
@@ -104,16 +105,23 @@ class Slot:
     async def run(self) -> None:
         """Keep a program up until the slot is stopped."""
         async with asyncio.TaskGroup() as self._group:
-            if not self._stop_asked:
-                self._start(self.current)
-            while True:
-                await self.bell.until(lambda: self._stop_asked or self._needs_another())
-                if self._stop_asked:
-                    break
-                await self._next()
+            # An exception that left this block would cancel what runs in it, the workers' lives.
+            try:
+                await self._keep_up()
+            except Exception as error:
+                self._on_fault(self.number, error)
         # The group has seen every generation out.
         if self.current.state is not S.STOPPED:
             self.current.change(E.STOP)
+
+    async def _keep_up(self) -> None:
+        if not self._stop_asked:
+            self._start(self.current)
+        while True:
+            await self.bell.until(lambda: self._stop_asked or self._needs_another())
+            if self._stop_asked:
+                return
+            await self._next()
 
     def _needs_another(self) -> bool:
         # After a wrong target nothing is tried again: no later start would find a better one.
@@ -243,7 +251,15 @@ class Slot:
         """Have a generation drain for as long as grace lets it, behind the one that took its place."""
         assert self._group is not None
         self.leaving.append(old)
-        self._group.create_task(self._see_off(old, reason), name=f"see-off-{self.number}-{old.number}")
+        self._group.create_task(
+            self._guarded(self._see_off(old, reason)), name=f"see-off-{self.number}-{old.number}"
+        )
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._on_fault(self.number, error)
 
     async def _see_off(self, old: Generation, reason: str) -> None:
         config = self._shared.config
