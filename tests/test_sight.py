@@ -122,6 +122,8 @@ async def test_dashboard_alerts_and_page_name_what_there_is(run: Any) -> None:
     }
     rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
     used |= {name for rule in rules for name in NAME.findall(rule["expr"])}
+    for path in (ROOT / "docs" / "operations.md", *(ROOT / "scripts" / "deploy" / "k8s").rglob("*.yaml")):
+        used |= {name for name in NAME.findall(path.read_text()) if name != "lastcall_"}
     assert used and used <= known, used - known
     base = {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in known}
     on_page = set(NAME.findall(PAGE.read_text()))
