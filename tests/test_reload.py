@@ -17,11 +17,10 @@ from tests.harness import AGENT, Run, lives
 from tests.program import status, verb
 from tests.stream import Stream
 
-pytestmark = pytest.mark.core
-
 IDLE = {"IDLE": "3"}
 
 
+@pytest.mark.core
 async def test_reload_under_a_stream(run: Any) -> None:
     """None lost, none without a worker; the new ones start one at a time, and first."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
@@ -50,6 +49,7 @@ async def _least_available(r: Run, least: list[int]) -> None:
         await asyncio.sleep(0.005)
 
 
+@pytest.mark.core
 async def test_long_jobs_outlive_the_reload(run: Any) -> None:
     """A job goes on in its old generation for as long as it likes, and a stop waits for it there."""
     r: Run = await run("run", "--grace", "60", AGENT)
@@ -141,6 +141,7 @@ async def test_hold_lasts_over_a_reload(run: Any) -> None:
     assert await r.exit() == 0
 
 
+@pytest.mark.core
 async def test_cap_is_exact_under_simultaneous_offers(run: Any, tmp_path: Path) -> None:
     """Of ten offers at once two are taken; when one ends there is room for one, and the server knows."""
     config = tmp_path / "lastcall.toml"
@@ -213,6 +214,7 @@ async def test_worker_signalled_alone_is_replaced_at_once(run: Any) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.core
 async def test_worker_that_lost_its_server_for_good(run: Any) -> None:
     """It gives up, another takes its place when the server is back, its job is kept to its end."""
     r: Run = await run("run", "--grace", "60", AGENT, environment={"MAX_RETRY": "1"})
