@@ -11,7 +11,7 @@ import pytest
 from tests.inworld import CONFIG, PATIENCE, QUICK, Pair, cancel_at_each_tick, pair, sockets, until
 from worker.clock import now
 from worker.inworld.census import Census
-from worker.inworld.errors import InworldError, PoolClosed
+from worker.inworld.errors import ConnectionLost, InworldError, PoolClosed
 from worker.inworld.pool import InworldPool
 from worker.inworld.stream import Stream
 from worker.local.inworld import Faults, InworldServer, Speech
@@ -211,6 +211,23 @@ async def test_the_end_of_a_cancelled_block_closes_too() -> None:
             assert task.cancelled()
             await server.until(lambda: server.open_connections == 0, PATIENCE)
     await until(lambda: sockets() <= before)
+
+
+async def test_a_connection_that_is_cancelled_twice_tells_everybody() -> None:
+    """However its task ends, no reader waits for ever, no place stays taken, and its socket is closed."""
+    async with pair(faults=Faults(ignore_close=True)) as p:
+        for turns in range(6):
+            streams = [await p.acquire() for _ in range(3)]
+            (task,) = p.pool.tasks.values()
+            task.cancel()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            async with asyncio.timeout(PATIENCE):
+                results = await asyncio.gather(*(anext(each) for each in streams), return_exceptions=True)
+            assert all(isinstance(result, ConnectionLost) for result in results), results
+            await p.settled()
+            await until(lambda: not p.pool.tasks and p.server.open_connections == 0)
 
 
 async def test_an_error_in_the_block_comes_out_as_it_is() -> None:

@@ -86,21 +86,16 @@ class Connection:
                 reading.cancel()
                 writing.cancel()
         finally:
-            self._alarm.stop()
             try:
                 async with asyncio.timeout(0):  # at least: the response is closed, whoever was cancelled
                     await self._ws.close()
             except TimeoutError:
                 log.debug("closed without a goodbye", extra={"connection": self.line.number})
             finally:
+                # Nothing here waits: however often we are cancelled, the socket goes and everybody hears.
                 self._abort()
-            self.was_lost = bool(self.contexts)
-            error = ConnectionLost(f"the connection has ended: {reason or 'closed by us'}")
-            for context in list(self.contexts.values()):
-                context.lose(error)
-            self.outbox.wake()
-            if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
-                self.fate = "closed"
+                self._alarm.stop()
+                self._lose(f"the connection has ended: {reason or 'closed by us'}")
 
     # -- what contexts and the pool ask -------------------------------------------------------------------
 
@@ -155,6 +150,14 @@ class Connection:
             self._leaving.set_result(reason)
             self._hooks.retire(self.line)
         self.outbox.wake()
+
+    def _lose(self, why: str) -> None:
+        self.was_lost = bool(self.contexts)
+        for context in list(self.contexts.values()):
+            context.lose(ConnectionLost(why))
+        self.outbox.wake()
+        if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
+            self.fate = "closed"
 
     def _abort(self) -> None:
         # A transport that is closed with data to send stays until its peer reads. Its socket is shut down
