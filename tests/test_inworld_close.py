@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 
 import pytest
 
 from tests.inworld import CONFIG, PATIENCE, QUICK, Pair, cancel_at_each_tick, pair, sockets, until
 from worker.clock import now
-from worker.inworld.errors import InworldError, PoolClosed
+from worker.inworld.census import Census
+from worker.inworld.errors import ConnectionLost, InworldError, PoolClosed
 from worker.inworld.pool import InworldPool
+from worker.inworld.stream import Stream
 from worker.local.inworld import Faults, InworldServer, Speech
 
 SPEAKING = Speech(pace="real-time")
@@ -91,6 +94,35 @@ async def test_close_amid_everything() -> None:
             connected = p.server.counts["connected"]
         p.orderly()
         assert p.server.counts["connected"] == connected
+
+
+async def test_every_timing_of_release_cancel_and_close() -> None:
+    """64 interleavings on one full connection: everybody hears, in time, and the server is left empty."""
+    async with InworldServer() as server:
+        for release, cancel, close in itertools.product(range(0, 12, 3), repeat=3):
+            async with InworldPool(
+                server.ws_url, server.api_key, timings=QUICK, max_connections=1, max_contexts=1
+            ) as pool:
+                holder = await pool.acquire(CONFIG)
+                waiters = [asyncio.ensure_future(pool.acquire(CONFIG, timeout=600.0)) for _ in range(3)]
+                closing: asyncio.Future[Census] | None = None
+                for turn in range(12):
+                    if turn == release:
+                        holder.cancel()
+                    if turn == cancel:
+                        waiters[0].cancel()
+                    if turn == close:
+                        closing = asyncio.ensure_future(pool.aclose())
+                    await asyncio.sleep(0)
+                assert closing is not None
+                async with asyncio.timeout(PATIENCE):
+                    census = await closing
+                    results = await asyncio.gather(*waiters, return_exceptions=True)
+                assert (census.fate, census.tasks) == ("closed", 0)
+                kinds = (Stream, PoolClosed, asyncio.CancelledError)
+                assert all(isinstance(result, kinds) for result in results), results
+            await until(lambda: server.open_connections == 0)
+        assert server.events_of("context_cut") == []
 
 
 async def test_one_unanswered_close_frame_holds_up_no_other() -> None:
@@ -179,6 +211,23 @@ async def test_the_end_of_a_cancelled_block_closes_too() -> None:
             assert task.cancelled()
             await server.until(lambda: server.open_connections == 0, PATIENCE)
     await until(lambda: sockets() <= before)
+
+
+async def test_a_connection_that_is_cancelled_twice_tells_everybody() -> None:
+    """However its task ends, no reader waits for ever, no place stays taken, and its socket is closed."""
+    async with pair(faults=Faults(ignore_close=True)) as p:
+        for turns in range(6):
+            streams = [await p.acquire() for _ in range(3)]
+            (task,) = p.pool.tasks.values()
+            task.cancel()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            async with asyncio.timeout(PATIENCE):
+                results = await asyncio.gather(*(anext(each) for each in streams), return_exceptions=True)
+            assert all(isinstance(result, ConnectionLost) for result in results), results
+            await p.settled()
+            await until(lambda: not p.pool.tasks and p.server.open_connections == 0)
 
 
 async def test_an_error_in_the_block_comes_out_as_it_is() -> None:

@@ -224,10 +224,10 @@ async def test_a_refused_key_is_told_at_once() -> None:
     """A wrong key fails who waits, with the reason; a new one is used from the next connection on."""
     async with pair() as p:
         right = p.server.api_key
-        p.pool.key = "wrong"
+        p.pool.set_key("wrong")
         with pytest.raises(KeyRefused, match="401"):
             await p.acquire(timeout=60.0)
-        p.pool.key = right
+        p.pool.set_key(right)
         await p.say()
 
 
@@ -531,8 +531,8 @@ async def test_an_idle_pool_sets_no_alarm_but_its_own() -> None:
         await p.settled()
         (connection,) = p.pool.connections.values()
         # Those of the dial and of the last context ring once more.
-        await until(lambda: p.pool._alarm_at >= connection.idle_since + 300.0)
-        await until(lambda: connection._alarm is None)
+        await until(lambda: p.pool._alarm.at >= connection.idle_since + 300.0)
+        await until(lambda: connection._alarm._handle is None)
 
 
 # -- after the close ----------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Broker:
     def set_key(self, key: str) -> None:
         """Use another key from now on; connections that stand keep theirs."""
         self._key = key
-        self.pool.key = key
+        self.pool.set_key(key)
 
     async def __aenter__(self) -> Broker:
         await self._pass.__aenter__()

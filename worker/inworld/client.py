@@ -66,11 +66,15 @@ class Voice:
     def on_end(self, error: InworldError | None, frame: Frame | None, context: Context) -> None:
         self.settle()
         self.client.forget(self)
-        if error is None or isinstance(error, ContextCancelled):
+        if error is None and frame is not None:
+            self.client.put(protocol.readdress(frame.text, context.id, self.name))
+        elif error is None or isinstance(error, ContextCancelled):
             result = {"contextId": self.name, "status": {"code": 0, "message": "", "details": []}}
             self.client.put(json.dumps({"result": {**result, "contextClosed": {}}}))
         else:
-            self.client.put(protocol.status(self.name, error.code, str(error)))
+            # The server's own text may speak of the context by the pool's name for it.
+            message = str(error).replace(context.id or self.name, self.name)
+            self.client.put(protocol.status(self.name, error.code, message))
 
     def settle(self) -> None:
         """Stop counting what was kept until the context existed."""

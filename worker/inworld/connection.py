@@ -24,7 +24,8 @@ import aiohttp
 from worker.clock import now
 
 from . import protocol
-from .context import NEVER, Context, Fate
+from .alarm import NEVER, Alarm
+from .context import Context, Fate
 from .errors import ConnectionLost, ContextError, Malformed
 from .outbox import Outbox
 from .protocol import Frame, Kind
@@ -67,8 +68,7 @@ class Connection:
         self._hooks = hooks
         self._loop = asyncio.get_running_loop()
         self.outbox = Outbox(MAX_UNSENT)
-        self._alarm: asyncio.TimerHandle | None = None
-        self._alarm_at = NEVER
+        self._alarm = Alarm(self._look)
         self._leaving: asyncio.Future[str] = self._loop.create_future()
         self._goodbye: asyncio.Timeout | None = None
         self._close_at = NEVER
@@ -86,22 +86,16 @@ class Connection:
                 reading.cancel()
                 writing.cancel()
         finally:
-            if self._alarm is not None:
-                self._alarm.cancel()
             try:
                 async with asyncio.timeout(0):  # at least: the response is closed, whoever was cancelled
                     await self._ws.close()
             except TimeoutError:
                 log.debug("closed without a goodbye", extra={"connection": self.line.number})
             finally:
+                # Nothing here waits: however often we are cancelled, the socket goes and everybody hears.
                 self._abort()
-            self.was_lost = bool(self.contexts)
-            error = ConnectionLost(f"the connection has ended: {reason or 'closed by us'}")
-            for context in list(self.contexts.values()):
-                context.lose(error)
-            self.outbox.wake()
-            if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
-                self.fate = "closed"
+                self._alarm.stop()
+                self._lose(f"the connection has ended: {reason or 'closed by us'}")
 
     # -- what contexts and the pool ask -------------------------------------------------------------------
 
@@ -120,12 +114,7 @@ class Connection:
 
     def watch(self, at: float) -> None:
         """Look at the deadlines again at this time."""
-        if at >= self._alarm_at:
-            return
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._alarm_at = at
-        self._alarm = self._loop.call_later(max(0.0, at - now()), self._look)
+        self._alarm.set(at)
 
     def rest(self) -> None:
         """Note that a context has ended here."""
@@ -161,6 +150,14 @@ class Connection:
             self._leaving.set_result(reason)
             self._hooks.retire(self.line)
         self.outbox.wake()
+
+    def _lose(self, why: str) -> None:
+        self.was_lost = bool(self.contexts)
+        for context in list(self.contexts.values()):
+            context.lose(ConnectionLost(why))
+        self.outbox.wake()
+        if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
+            self.fate = "closed"
 
     def _abort(self) -> None:
         # A transport that is closed with data to send stays until its peer reads. Its socket is shut down
@@ -201,7 +198,6 @@ class Connection:
     def _look(self) -> None:
         """The alarm: have those expire that are due, and set it for the next."""
         at = now()
-        self._alarm, self._alarm_at = None, NEVER
         stalled_at = self.outbox.sending_since + self._timings.stall
         if stalled_at <= at:
             self._leave(f"nothing was read there for {self._timings.stall:g} s")

@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 from worker.clock import now
 
 from . import protocol
+from .alarm import NEVER
 from .errors import (
     NOT_FOUND,
     AcquireTimeout,
@@ -42,7 +43,6 @@ MAX_KEPT = 64 * 1024
 # or full. Idle connections that have died are found out only by use, and one may follow another.
 UNANSWERED_RETRIES = 1
 LOST_RETRIES = 3
-NEVER = float("inf")
 SPENT = Ticket(lambda _: None)
 
 Fate = Literal["closed", "forced"]

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .alarm import NEVER
 from .slots import Line
-
-NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from worker.clock import now
 
-NEVER = float("inf")
+from .alarm import NEVER
 
 
 class Outbox:

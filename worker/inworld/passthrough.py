@@ -42,12 +42,14 @@ class PassThrough:
         headers = {name: request.headers[name] for name in TAKEN if name in request.headers}
         headers.setdefault("X-User-Agent", USER_AGENT)
         url = urljoin(self.base_url, request.path)
+        # The token may be in the query, where the key may be as well; it is not for the server.
+        query = [(name, value) for name, value in request.query.items() if name != "authorization"]
         response: web.StreamResponse | None = None
         try:
             async with self._session.request(
                 request.method,
                 url,
-                params=request.query,
+                params=query,
                 headers={**headers, "Authorization": f"Basic {key}"},
                 data=await request.read() or None,
             ) as answer:

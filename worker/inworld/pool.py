@@ -23,10 +23,11 @@ import aiohttp
 from worker.clock import Bell, now
 
 from . import closing, idling
+from .alarm import Alarm
 from .backoff import Backoff
 from .census import Census, Figures, Meter, Tally
 from .connection import Connection, Hooks
-from .context import NEVER, Context, Fate, Sink
+from .context import Context, Fate, Sink
 from .dialling import DialError, dial
 from .errors import KeyRefused, PoolClosed
 from .protocol import Document
@@ -41,8 +42,8 @@ log = logging.getLogger("lastcall.inworld")
 class InworldPool:
     """Connections to one Inworld account; use as an async context manager.
 
-    `key` is sent as it is; one that is assigned later is for connections made from then on. Contexts are
-    opened by `acquire`, or by `start` for those who want frames by callback.
+    `key` is sent as it is. Contexts are opened by `acquire`, or by `start` for those who want frames by
+    callback.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class InworldPool:
         self.waiting: dict[Context, float] = {}
         self.tasks: dict[Line, asyncio.Task[None]] = {}
         self.close_at: float | None = None
-        self.key = key
+        self._key = key
         self._idle_timeout = idle_connection_timeout
         self._acquire_timeout = acquire_timeout
         self._max_unread = max_unread
@@ -75,8 +76,7 @@ class InworldPool:
         self._redial_at = 0.0
         self._dialled_at: dict[Line, float] = {}
         self._hooks = Hooks(retire=self.retire, is_at_rest=self._is_at_rest)
-        self._alarm: asyncio.TimerHandle | None = None
-        self._alarm_at = NEVER
+        self._alarm = Alarm(self._look)
         self._live = 0
         self._meter = Meter()
         self.is_open = False
@@ -121,7 +121,9 @@ class InworldPool:
 
         What is sent to it before it exists is kept and follows its create.
         """
-        self._must_be_open()
+        if not self.is_open:
+            state = "not open yet" if self.close_at is None else "closed or closing"
+            raise PoolClosed(f"the Inworld pool is {state}")
         patience = self._acquire_timeout if timeout is None else timeout
         context = Context(self, config, sink, now() + patience)
         self._live += 1
@@ -150,6 +152,13 @@ class InworldPool:
             stream.cancel()
             raise
         await stream.release()
+
+    def set_key(self, key: str) -> None:
+        """Use another key for connections made from now on; what was refused may be tried at once."""
+        self._key = key
+        self._backoff.succeed()
+        self._redial_at = 0.0
+        self._settle()
 
     async def aclose(self, deadline: float | None = None) -> Census:
         """Close everything in order, by `deadline` at the latest, and say how that went.
@@ -181,11 +190,6 @@ class InworldPool:
             waiters=self.slots.waiters,
             **asdict(self._meter),
         )
-
-    def _must_be_open(self) -> None:
-        if not self.is_open:
-            state = "not open yet" if self.close_at is None else "closed or closing"
-            raise PoolClosed(f"the Inworld pool is {state}")
 
     # -- what contexts ask ----------------------------------------------------------------------------------
 
@@ -236,7 +240,7 @@ class InworldPool:
     def _is_at_rest(self, connection: Connection) -> None:
         """A connection has no context: close it if it is to take none, else remember to look later."""
         if connection.line.state is LineState.OPEN:
-            self._look_at(connection.idle_since + min(self._idle_timeout, self.timings.warm))
+            self._alarm.set(connection.idle_since + min(self._idle_timeout, self.timings.warm))
         elif connection.line.state is LineState.RETIRED:
             self.end_line(connection.line)
 
@@ -259,18 +263,18 @@ class InworldPool:
         at = now()
         if self._redial_at > at:
             if self.slots.waiters:
-                self._look_at(self._redial_at)
+                self._alarm.set(self._redial_at)
             return
         wanted = self.slots.wanted()
         if self._backoff.failures:
-            # After a failure one dial finds out for all.
-            wanted = min(wanted, 0 if self.slots.dialling else 1)
+            # After a failure one dial finds out for all, or one more if that hangs.
+            wanted = min(wanted, int(all(line.is_slow for line in self.slots.dialling)))
         for _ in range(wanted):
             self._dial()
         if self.slots.waiters:
             for line in self.slots.dialling:
                 if not line.is_slow:
-                    self._look_at(self._dialled_at[line] + self.timings.slow_dial)
+                    self._alarm.set(self._dialled_at[line] + self.timings.slow_dial)
 
     def _dial(self, *, is_probe: bool = False) -> None:
         line = self.slots.dial(is_probe=is_probe)
@@ -289,7 +293,9 @@ class InworldPool:
         """The whole life of one connection."""
         timings = self.timings
         try:
-            ws = await dial(self._session, self.url, self.key, patience=timings.dial, goodbye=timings.goodbye)
+            ws = await dial(
+                self._session, self.url, self._key, patience=timings.dial, goodbye=timings.goodbye
+            )
         except DialError as error:
             self._dial_failed(line, error)
             return
@@ -300,7 +306,7 @@ class InworldPool:
             self.slots.opened(line)
             connection.rest()
             if line.is_probe:
-                self._look_at(now())
+                self._alarm.set(now())
             self._settle()
         else:
             connection.close(now() + timings.goodbye)
@@ -330,17 +336,7 @@ class InworldPool:
 
     # -- the alarm ------------------------------------------------------------------------------------------
 
-    def _look_at(self, at: float) -> None:
-        """Look again at this time, if not sooner."""
-        if at >= self._alarm_at:
-            return
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._alarm_at = at
-        self._alarm = asyncio.get_running_loop().call_later(max(0.0, at - now()), self._look)
-
     def _look(self) -> None:
-        self._alarm, self._alarm_at = None, NEVER
         if not self.is_open:
             return
         at = now()
@@ -367,8 +363,8 @@ class InworldPool:
             if not self.slots.dialling:
                 self._dial(is_probe=True)
                 plan.replace.was_used = False  # if the dial fails, the next look closes it
-            self._look_at(at + self.timings.dial)
-        self._look_at(plan.look_at)
+            self._alarm.set(at + self.timings.dial)
+        self._alarm.set(plan.look_at)
 
     # -- the close ------------------------------------------------------------------------------------------
 
@@ -380,8 +376,7 @@ class InworldPool:
             self._began = now()
             await closing.carry_out(self, self._began)
         finally:
-            if self._alarm is not None:
-                self._alarm.cancel()
+            self._alarm.stop()
             await self._session.close()
 
     def _take_census(self) -> None:

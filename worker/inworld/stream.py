@@ -28,6 +28,8 @@ class Stream:
         self._unread_bytes = 0
         self._discards = False
         self._is_over = False
+        # Its reader has seen the error that it ended with.
+        self._is_told = False
         self._error: InworldError | None = None
         self._changed: set[asyncio.Future[None]] = set()
 
@@ -75,7 +77,7 @@ class Stream:
         except BaseException:
             self.cancel()
             raise
-        if self._error is not None and not isinstance(self._error, ContextCancelled):
+        if self._error is not None and not self._is_told and not isinstance(self._error, ContextCancelled):
             raise self._error
 
     def __aiter__(self) -> Stream:
@@ -86,6 +88,7 @@ class Stream:
         while not self._unread:
             if self._is_over:
                 if self._error is not None:
+                    self._is_told = True
                     raise self._error
                 raise StopAsyncIteration
             await self._change()
