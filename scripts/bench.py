@@ -25,11 +25,20 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.pages import write_section  # noqa: E402
 from worker.local.dispatch import DispatchServer  # noqa: E402
 
 AGENT = str(ROOT / "worker" / "local" / "sample.py")
 LASTCALL = [str(Path(sys.executable).parent / "lastcall")]
-PAGE = ROOT / "docs" / "performance.md"
+
+
+def machine() -> str:
+    """Name what the figures were measured on."""
+    return (
+        f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()},"
+        f" CPython {platform.python_version()}, livekit-agents {version('livekit-agents')},"
+        f" uvloop {version('uvloop')}"
+    )
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -249,11 +258,7 @@ def page(figures: dict[str, Any]) -> str:
         ("crash → replacement started", figures["crash"], "p50 ≤ 3 ms, p99 ≤ 6 ms"),
     ]
     lines = [
-        "# Performance",
-        "",
         f"Measured by `scripts/bench --write` on {figures['machine']}.",
-        "Times are taken from outside the processes; both columns of a comparison come from the same run,",
-        "one after the other in turns. A shared two-core machine is noisy: read differences, not digits.",
         "",
         "| what | n | p50 ms | p99 ms | aim |",
         "| --- | --- | --- | --- | --- |",
@@ -270,7 +275,6 @@ def page(figures: dict[str, Any]) -> str:
         f"| … resident memory | {t['rss_mb']} MB | ≤ 60 MB |",
         f"| stop with a job that outlives a grace of 6 s: beyond grace, worst of {figures['overrun_n']} |"
         f" {figures['overrun_s']:+.2f} s | ≤ +0.5 s |",
-        "",
     ]
     return "\n".join(lines)
 
@@ -282,11 +286,7 @@ async def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        figures: dict[str, Any] = {
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()},"
-            f" CPython {platform.python_version()}, livekit-agents {version('livekit-agents')},"
-            f" uvloop {version('uvloop')}"
-        }
+        figures: dict[str, Any] = {"machine": machine()}
         figures["crash"] = await crashes(100, directory)
         figures["hundred"] = await hundred(directory)
         sleepers = supervised("-w", "500", "--", "sleep", "1000", directory=directory)
@@ -303,7 +303,7 @@ async def main() -> None:
         figures["fence"] = await fences(arguments.runs, directory)
     print(json.dumps(figures, indent=2))
     if arguments.write:
-        PAGE.write_text(page(figures))
+        write_section("core", page(figures))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +22,28 @@ from worker.clock import now
 from . import config as configuration
 from . import control_api, health, logs, receipt
 from .announcer import Announcer
+from .companion import Companion, key_of
 from .config import Config
 from .errors import ConfigError, Exit, Refused
 from .fleet import Fleet
 from .inbox import Inbox, Received
 from .notify import Manager
 from .operations import Operations
-from .program import Program
+from .program import Program, environment_of
 from .reaper import Reaper
 from .receipt import Ledger, StopRecord
 from .shutdown import Countdown, PhaseClock, shut_down
-from .sink import Sink
 from .states import Phase
 from .status import View
+from .surroundings import Surroundings
 from .verbs import verbs
 from .watch import Watch
 
 # Two Ctrl-C this close together are one: terminals, wrappers and nervous fingers send duplicates.
 AGAIN_AFTER = 0.3
+PR_SET_DUMPABLE = 4
 AGAIN = "Ctrl-C again ends the drain, a third time kills"
 FLUSH = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What of the outside a supervisor is given, so that tests and the demo can give it something else."""
-
-    environment: Mapping[str, str]
-    has_terminal: bool
-    stdout: Sink
-    stderr: Sink
-    # Demo: more settings for the workers, processes of ours that no sweep may touch, and no workers' lines.
-    worker_settings: Mapping[str, object]
-    spared_pids: frozenset[int] = frozenset()
-    quiet_workers: bool = False
-    quiet_receipt: bool = False
-    # Lines of each worker begin with its slot. Without patience a second Ctrl-C kills.
-    prefixes_lines: bool = False
-    has_patience: bool = True
-
-
-def surroundings(**more: Any) -> Surroundings:
-    """Return the real surroundings of this process."""
-    values: dict[str, Any] = {
-        "environment": dict(os.environ),
-        "has_terminal": _has_terminal(),
-        "stdout": Sink(1),
-        "stderr": Sink(2),
-        # Set by a rehearsal for the supervisor that it starts; nobody else's business.
-        "worker_settings": json.loads(os.environ.get("LASTCALL_WORKER_REHEARSAL", "{}")),
-    }
-    return Surroundings(**(values | more))
 
 
 class App:
@@ -104,7 +74,9 @@ class App:
         self._kill_asked = False
         self._stop_reason = ""
         self._stop_at = 0.0
+        self._known_pids: set[int] = set()
         quiet = around.quiet_workers
+        self.companion = self._companion(config)
         self.program = Program(
             supervisor_id=self._id,
             environment=around.environment,
@@ -115,6 +87,7 @@ class App:
             prefixes=around.prefixes_lines or (console and os.isatty(1)),
             write_output=_discard if quiet else around.stdout.write,
             write_errors=_discard if quiet else around.stderr.write,
+            companion=self.companion,
             log=self.log,
         )
         self.fleet = Fleet(
@@ -126,16 +99,48 @@ class App:
             rng=random.Random(),
             # As PID 1 the orphans of a `docker exec` are ours too, and no worker's.
             sweep_unmarked=os.getpid() != 1,
+            known_pids=self._known_pids,
         )
-        self.fleet.shared.known_pids.update(around.spared_pids)
+        self._known_pids.update(around.spared_pids)
         self.operations = Operations(
             self.fleet, program=lambda: self.program.read(self.fleet.config), log=self.log
         )
         self.watch = Watch(self.fleet, self.operations, log=self.log)
-        self.view = View(fleet=self.fleet, clock=self.clock, operations=self.operations, watch=self.watch)
+        self.view = View(
+            fleet=self.fleet,
+            clock=self.clock,
+            operations=self.operations,
+            watch=self.watch,
+            companion=self.companion,
+        )
         manager = Manager(around.environment, os.getpid())
         self.announcer = Announcer(self.view, manager, is_opaque=config.is_opaque)
         self.operations.on_reload = self.announcer.reloading
+
+    def _companion(self, config: Config) -> Companion | None:
+        if not config.inworld.enabled:
+            return None
+        environment = environment_of(self.around.environment, config)
+        key = key_of(config.inworld, environment)
+        # The key is in our memory now. No boundary within one user, but no core dump has it either.
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        return Companion(
+            config.inworld,
+            key=key,
+            grace=config.grace,
+            close=config.shares.within(config.grace).companion,
+            supervisor_id=self._id,
+            environment=environment,
+            reaper=self._reaper,
+            record=self.record,
+            known_pids=self._known_pids,
+            write=_discard if self.around.quiet_workers else self.around.stderr.write,
+            on_change=self._on_companion,
+            log=self.log,
+        )
+
+    def _on_companion(self) -> None:
+        self.fleet.bell.ring()
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -170,38 +175,43 @@ class App:
     async def _run_fleet(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                listening = group.create_task(self._listen())
-                fleet = group.create_task(self.fleet.run())
+                helping = [
+                    group.create_task(self._guarded(name, work), name=name)
+                    for name, work in self._helpers().items()
+                ]
+                fleet = group.create_task(self._run_workers())
                 watching = group.create_task(self._watch_readiness())
-                beats = group.create_task(self.watch.run())
-                group.create_task(self.operations.run())
-                announcing = group.create_task(self.announcer.run())
+                group.create_task(self._guarded("operations", self.operations.run()))
                 await self._until_stop()
                 watching.cancel()
                 countdown = Countdown(
                     self.fleet,
                     started_at=self._stop_at,
                     grace=self.config.grace,
-                    shares=self.config.stop.shares,
+                    shares=self.config.shares,
                     reason=self._stop_reason,
                 )
                 self.countdown = self.view.countdown = countdown
                 self.record.reason = self._stop_reason
                 self._apply_late_signals(countdown)
-                await shut_down(
-                    self.fleet,
-                    countdown,
-                    self.clock,
-                    self.log,
-                    self._id,
-                    inherits_orphans=self._reaper.is_subreaper,
-                )
+                try:
+                    await shut_down(
+                        self.fleet,
+                        countdown,
+                        self.clock,
+                        self.log,
+                        self._id,
+                        inherits_orphans=self._reaper.is_subreaper,
+                        companion=self.companion,
+                    )
+                except Exception:
+                    self.fleet.shared.is_abandoned = True
+                    raise
                 due = max(countdown.deadlines.end_at, now() + 0.25)
                 await asyncio.wait({fleet}, timeout=due - now())
                 fleet.cancel()
-                beats.cancel()
-                listening.cancel()
-                announcing.cancel()
+                for task in helping:
+                    task.cancel()
         except* Exception as group_error:
             # A fault of ours. The workers see our end and drain by themselves; say so, do not hang.
             self.record.fault = "; ".join(repr(error) for error in group_error.exceptions)
@@ -209,6 +219,29 @@ class App:
         self.record.fault = self.record.fault or self.fleet.fault
         self.record.seconds = now() - self._stop_at if self._stop_at else 0.0
         self.clock.advance(Phase.STOPPED)
+
+    def _helpers(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """What runs beside the workers, to the end of the stop."""
+        helpers = {
+            "signals": self._listen(),
+            "beats": self.watch.run(),
+            "announcer": self.announcer.run(),
+        }
+        if self.companion is not None:
+            helpers["companion"] = self.companion.run()
+        return helpers
+
+    async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Keep a fault of one helper from cancelling the workers beside it."""
+        try:
+            await work
+        except Exception as error:
+            self.fleet.on_fault(name, error)
+
+    async def _run_workers(self) -> None:
+        if self.companion is not None and not await self.companion.until_ready(lambda: self._stop_reason):
+            self.log.warning("companion is not ready; the workers are started all the same")
+        await self.fleet.run()
 
     async def _until_stop(self) -> None:
         await self.fleet.bell.until(
@@ -235,6 +268,8 @@ class App:
                 self.clock.advance(Phase.RUNNING)
                 self.log.info("ready")
             await self.fleet.bell.until(lambda: not self.fleet.accepts)
+            if self._stop_reason:
+                return
             self.log.warning("not ready", reason=self.view.unready_because())
 
     def _finish(self) -> Exit:
@@ -329,6 +364,8 @@ class App:
         self._stop_reason, self._stop_at = reason, at
         self.fleet.fence(reason)
         self.fleet.bell.ring()
+        if self.companion is not None:
+            self.companion.wake()
 
     def _hurry(self) -> None:
         if self.countdown is not None:
@@ -368,11 +405,3 @@ def _write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True

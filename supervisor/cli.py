@@ -120,7 +120,8 @@ def _run(
         raise UsageError(
             "nothing to run: expected TARGET (path.py, path.py:attr or module:attr), or -- CMD ARG…"
         )
-    from .app import App, surroundings
+    from .app import App
+    from .surroundings import surroundings
 
     def reread() -> configuration.Config:
         return configuration.load(flags, os.environ, file=config)
@@ -169,7 +170,7 @@ def _demo(
     workers: Annotated[int, typer.Option("--workers", "-w", help="Workers to run.")] = 2,
     rate: Annotated[float, typer.Option(help="Dispatches a second.")] = 1.0,
 ) -> None:
-    """Show it: a local dispatch server, a sample agent, jobs flowing. Ctrl-C shows the whole stop."""
+    """Show it: local servers, a sample agent, calls flowing. Ctrl-C shows the whole stop."""
     from .demo import demo
 
     session: _Session = context.obj

@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -25,7 +27,8 @@ FILES = ("lastcall.toml", "pyproject.toml")
 # Set by lastcall for its own children, read by other verbs, or injected by Kubernetes for a Service of
 # that name: no mistake of the user's.
 NOT_OPTIONS = frozenset({"LASTCALL_CONFIG", "LASTCALL_PLATFORM_GRACE", "LASTCALL_MARK", "LASTCALL_WORKER"})
-NOT_OPTION_PREFIXES = ("LASTCALL_WORKER_", "LASTCALL_SERVICE", "LASTCALL_PORT", "LASTCALL_INWORLD_")
+NOT_OPTION_PREFIXES = ("LASTCALL_WORKER_", "LASTCALL_SERVICE", "LASTCALL_PORT")
+INWORLD = ("LASTCALL_INWORLD_WS_URL", "LASTCALL_INWORLD_URL", "LASTCALL_INWORLD_TOKEN")
 
 Seconds = Annotated[float, Field(gt=0, le=10_000_000, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=10_000_000, allow_inf_nan=False)]
@@ -51,9 +54,11 @@ class Stop(_Section):
     close: Seconds = 25
     terminate: Seconds = 5
     kill: Seconds = 5
+    companion: Seconds = 5
 
     @property
     def shares(self) -> Shares:
+        """Those of one worker's stop; the whole stop's have the companion's as well, if there is one."""
         return Shares(fence=self.fence, close=self.close, terminate=self.terminate, kill=self.kill)
 
 
@@ -62,6 +67,16 @@ class Start(_Section):
 
     timeout: Seconds = 120
     stagger: SecondsOrZero = 0.5
+
+
+def _url(*schemes: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in schemes or not parts.hostname:
+            raise ValueError(f"expected {schemes[-1]}://HOST/")
+        return value
+
+    return check
 
 
 def _backoff(value: tuple[float, float]) -> tuple[float, float]:
@@ -130,6 +145,19 @@ class JobLimits(_Section):
     max_running: Annotated[int, Field(ge=0)] = 0
 
 
+class Inworld(_Section):
+    """The pool of Inworld connections that all jobs of the machine share."""
+
+    enabled: bool = False
+    api_key_file: str = ""
+    max_connections: Annotated[int, Field(ge=1, le=1000)] = 20
+    max_contexts: Annotated[int, Field(ge=1, le=1000)] = 5
+    idle_connection_timeout: Seconds = 300
+    acquire_timeout: Seconds = 30
+    ws_url: Annotated[str, AfterValidator(_url("ws", "wss"))] = "wss://api.inworld.ai/"
+    base_url: Annotated[str, AfterValidator(_url("http", "https"))] = "https://api.inworld.ai/"
+
+
 class Config(BaseSettings):
     """Every option of `lastcall run`."""
 
@@ -153,6 +181,7 @@ class Config(BaseSettings):
     reload: Reload = Reload()
     recycle: Recycle = Recycle()
     jobs: JobLimits = JobLimits()
+    inworld: Inworld = Inworld()
 
     @classmethod
     def settings_customise_sources(
@@ -165,6 +194,11 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # The file's values come in by `load`, already apart from the flags.
         return (init_settings,)
+
+    @property
+    def shares(self) -> Shares:
+        """The reserved shares of a whole stop."""
+        return replace(self.stop.shares, companion=self.stop.companion if self.inworld.enabled else 0.0)
 
     @property
     def is_opaque(self) -> bool:
@@ -209,7 +243,7 @@ def warnings(environ: Mapping[str, str]) -> list[str]:
     known = set(_variables(Config))
     lines = []
     for name in sorted(environ):
-        if not name.startswith(PREFIX) or name in known or name in NOT_OPTIONS:
+        if not name.startswith(PREFIX) or name in known or name in NOT_OPTIONS or name in INWORLD:
             continue
         if name.startswith(NOT_OPTION_PREFIXES):
             continue

@@ -1,4 +1,4 @@
-"""`lastcall demo`: the real supervisor over a local dispatch server and a sample agent.
+"""`lastcall demo`: the real supervisor and pool over local servers and a sample agent.
 
 Nothing to configure and nothing beyond loopback.
 """
@@ -18,13 +18,14 @@ from rich.text import Text
 import worker.wire
 from worker.clock import now
 
-from .app import App, surroundings
-from .config import Config
+from .app import App
+from .config import Config, Inworld
 from .errors import Exit
 from .inbox import Inbox
 from .local import local_server
 from .sink import Sink
 from .status import View
+from .surroundings import surroundings
 from .table import receipt_table, status_table
 
 GRACE = 30.0
@@ -37,26 +38,33 @@ SAMPLE = "local/sample.py"
 async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None) -> Exit:
     """Run the demo until a signal, or for `seconds`, and return the exit code of its stop."""
     console = Console(file=sys.stdout)
-    async with local_server(["--rate", str(rate), "--seconds", str(CALL_SECONDS)]) as server:
+    calls = ["--rate", str(rate), "--seconds", str(CALL_SECONDS)]
+    async with (
+        local_server("worker.local", calls) as server,
+        local_server("worker.local.inworld", []) as speech,
+    ):
         config = Config(
             target=os.path.join(os.path.dirname(worker.wire.__file__), SAMPLE),
             workers=workers,
             grace=GRACE,
             http="127.0.0.1:0",
             log_format="console",
+            inworld=Inworld(enabled=True, ws_url=speech.where["ws_url"], base_url=speech.where["base_url"]),
         )
         screen = _Screen(console) if console.is_terminal else None
         around = surroundings(
-            environment={**os.environ, **server.environment},
+            environment={**os.environ, **server.environment, **speech.environment},
             worker_settings={"mock_room": True},
-            spared_pids=frozenset({server.pid}),
+            spared_pids=frozenset({server.pid, speech.pid}),
             quiet_workers=True,
             quiet_receipt=True,  # it is shown below, for people
             **({"stderr": screen} if screen is not None else {}),
         )
         app = App(config, inbox, around)
         if screen is None:
-            around.stdout.write(b"lastcall demo: local dispatch server, sample agent; Ctrl-C stops\n")
+            around.stdout.write(
+                b"lastcall demo: local dispatch and Inworld servers, a sample agent; Ctrl-C stops\n"
+            )
         async with asyncio.TaskGroup() as group:
             shown = screen.follow(app.view) if screen is not None else _lines(app.view, around.stdout.write)
             showing = group.create_task(shown)

@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 from watchfiles import Change, DefaultFilter, awatch
 
 from . import config as configuration
-from .app import App, surroundings
+from .app import App
 from .config import Config
 from .errors import Exit, Refused
 from .inbox import Inbox
 from .local import local_server
+from .surroundings import surroundings
 
 GRACE = 10.0
 DEBOUNCE_MS = 300
@@ -36,7 +37,7 @@ async def dev(inbox: Inbox, load: Callable[[], Config], *, directory: Path) -> E
         spared: frozenset[int] = frozenset()
         is_local = not known.get("LIVEKIT_URL")
         if is_local:
-            server = await stack.enter_async_context(local_server(["--greet"]))
+            server = await stack.enter_async_context(local_server("worker.local", ["--greet"]))
             environment |= server.environment
             settings, spared = {"mock_room": True}, frozenset({server.pid})
         around = surroundings(

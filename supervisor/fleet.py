@@ -37,6 +37,7 @@ class Fleet:
         log: Any,
         rng: random.Random,
         sweep_unmarked: bool,
+        known_pids: set[int],
     ) -> None:
         self.bell = Bell()
         self.ledger = ledger
@@ -47,7 +48,7 @@ class Fleet:
             ledger=ledger,
             record=record,
             log=log,
-            known_pids=set(),
+            known_pids=known_pids,
             on_change=self.bell.ring,
             may_sweep_unmarked=lambda: sweep_unmarked and self._is_alone(),
             fence_seconds=Histogram(FENCE_BOUNDS),
@@ -130,16 +131,17 @@ class Fleet:
             launcher=self.launcher,
             restarts=Restarts(policy, self._rng),
             shared=self.shared,
-            on_fault=self._on_fault,
+            on_fault=lambda slot, error: self.on_fault(f"slot {slot}", error),
         )
 
     def _begin(self, slot: Slot) -> None:
         assert self._group is not None
         self._group.create_task(slot.run(), name=f"slot-{slot.number}")
 
-    def _on_fault(self, number: int, error: Exception) -> None:
-        self.fault = f"slot {number}: {error!r}"
-        self.shared.log.error("fault in lastcall", slot=number, exc_info=error)
+    def on_fault(self, where: str, error: Exception) -> None:
+        """A fault of ours must cut no call: it becomes a reason to stop, and the stop is the ordinary one."""
+        self.fault = f"{where}: {error!r}"
+        self.shared.log.error("fault in lastcall", where=where, exc_info=error)
         self.bell.ring()
 
     async def _may_start(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from worker.clock import Bell, now
 from worker.wire import Message
 
-from . import family
+from . import cgroup, family
 from .channel import Channel
 from .config import Config
 from .errors import SpawnError, TransitionError
@@ -47,6 +47,8 @@ class Shared:
     drain_seconds: Histogram
     is_stopping: bool = False
     is_held: bool = False
+    # A fault of ours ends the supervisor: the workers see its end and drain by themselves.
+    is_abandoned: bool = False
     # The last traceback of the user's own code that was shown, by slot.
     tracebacks: dict[int, str] = field(default_factory=dict)
 
@@ -82,9 +84,9 @@ class Generation:
         self._launched: Launched | None = None
         self._channel: Channel | None = None
         self._channel_lost = False
-        self._killed_by_us = False
+        self._cut: frozenset[str] = frozenset()
         self._fenced_since: float | None = None
-        self._traceback = ""
+        self._oom_kills: int | None = None
 
     # -- what others see ------------------------------------------------------------------------------
 
@@ -136,15 +138,26 @@ class Generation:
     @property
     def is_leaving(self) -> bool:
         """Whether it goes down unasked: it was signalled itself, or its server is lost for good."""
-        return self.reports.fenced_at is not None and not self.stopper.is_asked and not self.ended
+        fenced = self.reports.fenced_at is not None and self.was_ready
+        return fenced and not self.stopper.is_asked and not self.ended
+
+    @property
+    def end_kind(self) -> str:
+        """How it ended, as a word to count by."""
+        status = None if self._launched is None else self._launched.child.status
+        if status is None:
+            return "not started"
+        if not self.was_ready:
+            return "never ready"
+        return "exited" if status.signal is None else "killed"
 
     @property
     def jobs(self) -> list[JobEntry]:
         return self.shared.ledger.of(self.slot, self.number)
 
     def has_living_jobs(self) -> bool:
-        """Look at the processes of the jobs; one that has no process yet counts as living."""
-        return any(job.pid is None or family.each(job.pid) is not None for job in self.jobs)
+        """Look at the processes of the jobs, for a worker that can't tell any more."""
+        return any(is_living(job) for job in self.jobs)
 
     # -- the one place where the state changes --------------------------------------------------------
 
@@ -182,6 +195,7 @@ class Generation:
             self._end()
             return
         self._launched = launched
+        self._oom_kills = cgroup.oom_kills()
         self.shared.known_pids.add(launched.child.pid)
         self.change(E.SPAWN, pid=launched.child.pid)
         try:
@@ -192,10 +206,12 @@ class Generation:
                 self._channel = await Channel.open(launched.control, self._on_message, self._on_lost)
                 if self.shared.is_held:
                     self.hold(True)
+                self.stopper.repeat()
             await self._start_in_time()
             await self.bell.until(lambda: self.has_exited)
         except asyncio.CancelledError:
-            self.kill()  # the end of the whole stop; nothing may stay
+            if not self.shared.is_abandoned:
+                self.kill()  # the end of the whole stop; nothing may stay
             raise
         await self._clean_up(launched)
 
@@ -248,8 +264,7 @@ class Generation:
 
     def _record_end(self, launched: Launched, status: ExitStatus | None, swept: int, left: int) -> None:
         shared = self.shared
-        fate = "cut" if self._killed_by_us else "lost"
-        lost = shared.ledger.lose(self.slot, self.number, now(), fate)  # type: ignore[arg-type]  # two literals
+        lost = shared.ledger.lose(self.slot, self.number, now(), cut=self._cut)
         shared.record.swept += swept
         shared.record.left += left
         self.last_exit = self.reports.fault or self.last_exit or str(status)
@@ -259,7 +274,7 @@ class Generation:
         event = E.EXIT if as_asked else E.FAIL
         why: dict[str, Any] = {
             "reason": self.last_exit,
-            "exit": str(status),
+            "exit": str(status) if str(status) != self.last_exit else "",
             "jobs_lost": lost,
             "swept": swept,
         }
@@ -280,6 +295,9 @@ class Generation:
         facts: dict[str, Any] = {}
         if self.reports.beat is not None:
             facts["last_beat_s"] = round(now() - self.reports.beat.at, 3)
+        kills = cgroup.oom_kills()
+        if kills is not None and self._oom_kills is not None and kills > self._oom_kills:
+            facts["oom_kills_meanwhile"] = kills - self._oom_kills
         last_lines = b"\n".join(launched.relays[1].last).decode(errors="replace")
         if last_lines and not self.reports.fault:
             facts["last_lines"] = last_lines
@@ -326,7 +344,8 @@ class Generation:
         launched = self._launched
         if launched is None or self.has_exited:
             return
-        self._killed_by_us = True
+        # What ended by itself under a worker that could not tell any more was not ended by us.
+        self._cut |= frozenset(job.id for job in self.jobs if is_living(job))
         below = family.tree(launched.child.pid)
         launched.child.send(signal.SIGKILL)
         family.kill(below)
@@ -384,3 +403,8 @@ class Generation:
         if traceback and traceback != self.shared.tracebacks.get(self.slot):
             self.log.error("target failed", reason=self.reports.fault, traceback=traceback)
         self.shared.tracebacks[self.slot] = traceback
+
+
+def is_living(job: JobEntry) -> bool:
+    """Tell whether a job's process lives; one that was given none yet counts as living."""
+    return job.pid is None or family.each(job.pid) is not None

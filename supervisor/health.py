@@ -1,4 +1,4 @@
-"""HTTP for probes and scrapes: /livez, /readyz, /status, /metrics. Never an answer that takes waiting."""
+"""HTTP for probes and scrapes: /livez, /readyz, /status, /metrics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _app(view: View) -> web.Application:
         return web.json_response(view.document(), dumps=lambda value: json.dumps(value, indent=2))
 
     async def scrape(_: web.Request) -> web.Response:
-        return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.add_routes(

@@ -5,6 +5,7 @@
     1, 2             pipes that the supervisor reads
     3                its end of the control socketpair
     4, 5             read ends of its own 1 and 2, for when the supervisor is gone
+    6                the lifeline, if there is a companion
 
 An opaque worker gets the first two rows only.
 """
@@ -27,6 +28,7 @@ from .relay import Relay
 
 CONTROL_FD = 3
 OUTPUT_FDS = (4, 5)
+LIFELINE_FD = 6
 # Of a terminal: cyan, yellow, magenta, green, blue; not red, which is for what is wrong.
 COLOURS = (36, 33, 35, 32, 34)
 # Meant for the supervisor alone: whoever inherits one would answer in its name.
@@ -61,6 +63,8 @@ class Launcher:
     settings: Mapping[str, object]
     reaper: Reaper
     prefixes: bool
+    # A pipe's end that workers hold for as long as they live; the companion has the other.
+    lifeline: int | None
     write_output: Callable[[bytes], None]
     write_errors: Callable[[bytes], None]
 
@@ -86,10 +90,13 @@ class Launcher:
             if not self.is_opaque:
                 control, far = socket.socketpair()
                 theirs[CONTROL_FD] = high(far.detach())
+                if self.lifeline is not None:
+                    theirs[LIFELINE_FD] = high(os.dup(self.lifeline))
                 settings = {
                     **self.settings,
                     "control_fd": CONTROL_FD,
                     "output_fds": OUTPUT_FDS,
+                    "lifeline_fd": LIFELINE_FD if self.lifeline is not None else None,
                     "slot": slot,
                     "generation": generation,
                 }

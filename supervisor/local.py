@@ -1,4 +1,4 @@
-"""The local dispatch server, as a process beside a demo or a dev run."""
+"""The local servers, each as a process beside a demo or a dev run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import SupervisorError
 
@@ -19,21 +20,25 @@ END = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalServer:
-    """A running one, and the variables that point a worker at it."""
+    """A running one, and what it said of itself: its addresses, the variables that point at it."""
 
     pid: int
-    environment: dict[str, str]
+    where: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(self.where["environment"])
 
 
 @asynccontextmanager
-async def local_server(arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
-    """Run `python -m worker.local` for as long as the block runs. Raises SupervisorError if it won't.
+async def local_server(module: str, arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
+    """Run `python -m MODULE` for as long as the block runs. Raises SupervisorError if it won't.
 
     It is a process of its own, which ends with its standard input, so that it can't outlive us.
     """
     process = await asyncio.to_thread(
         subprocess.Popen,
-        [sys.executable, "-P", "-m", "worker.local", *arguments],
+        [sys.executable, "-P", "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -43,8 +48,8 @@ async def local_server(arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
         async with asyncio.timeout(START):
             line = await asyncio.to_thread(process.stdout.readline)
         if not line:
-            raise SupervisorError("the local dispatch server did not start; its own message is above")
-        yield LocalServer(pid=process.pid, environment=json.loads(line)["environment"])
+            raise SupervisorError(f"{module} did not start; its own message is above")
+        yield LocalServer(pid=process.pid, where=json.loads(line))
     finally:
         process.stdin.close()
         process.terminate()

@@ -12,10 +12,25 @@ from prometheus_client.exposition import generate_latest
 from worker.clock import now
 
 from . import family
+from .joined import Joined
 from .states import SlotState
 from .status import View
 
 LABELS = ["slot", "generation"]
+# How long a scrape waits for the workers, seconds.
+WORKERS = 0.3
+POOL_GAUGES = {
+    "connections": "Connections to Inworld that are open.",
+    "contexts": "Contexts that Inworld counts.",
+    "waiters": "Creates that wait for capacity.",
+}
+# Since the broker of this moment was started.
+POOL_COUNTERS = {
+    "granted": "Contexts that were given capacity.",
+    "wait_seconds": "Time that creates have waited for capacity.",
+    "refusals": "Connections that Inworld refused.",
+    "retries": "Dials and creates that were tried again.",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -29,6 +44,7 @@ class Collector:
         yield from self._slots()
         yield from self._jobs()
         yield from self._operations()
+        yield from self._pool()
         view = self._view
         stopping = float(view.countdown is not None)
         yield GaugeMetricFamily("lastcall_stopping", "1 while a stop is under way.", value=stopping)
@@ -50,9 +66,12 @@ class Collector:
         for state in SlotState:
             slots.add_metric([state.value], states[state])
         yield slots
-        restarts = CounterMetricFamily("lastcall_restarts", "Restarts after failures.", labels=["slot"])
+        restarts = CounterMetricFamily(
+            "lastcall_restarts", "Restarts by how the one before ended.", labels=["slot", "reason"]
+        )
         for slot in fleet.slots:
-            restarts.add_metric([str(slot.number)], slot.restarts)
+            for reason, count in slot.restarts.items() or (("exited", 0),):
+                restarts.add_metric([str(slot.number), reason], count)
         yield restarts
         lag = GaugeMetricFamily(
             "lastcall_worker_loop_lag_seconds", "How late the worker's event loop last was.", labels=LABELS
@@ -103,6 +122,15 @@ class Collector:
         ):
             yield HistogramMetricFamily(name, help, buckets=histogram.buckets, sum_value=histogram.sum)
 
+    def _pool(self) -> Iterator[Metric]:
+        companion = self._view.companion
+        if companion is None or not companion.figures:
+            return
+        for name, help in POOL_GAUGES.items():
+            yield GaugeMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
+        for name, help in POOL_COUNTERS.items():
+            yield CounterMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
+
     def _operations(self) -> Iterator[Metric]:
         operations = CounterMetricFamily(
             "lastcall_operations", "Reloads, recycles and scalings by result.", labels=["verb", "result"]
@@ -115,11 +143,24 @@ class Collector:
 
 
 class Metrics:
-    """The exposition of one supervisor, in a registry of its own."""
+    """The exposition of one supervisor and its workers."""
 
     def __init__(self, view: View) -> None:
+        self._view = view
         self._registry = CollectorRegistry()
         self._registry.register(Collector(view))
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    async def text(self) -> bytes:
+        """Return the exposition. A worker that does not answer in time shows its last figures."""
+        asked = [g for g in self._view.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
+        for generation in asked:
+            generation.reports.metrics_asked += 1
+            generation.say("metrics", id=generation.reports.metrics_asked)
+        due = now() + WORKERS
+        await self._view.fleet.bell.until(
+            lambda: all(g.reports.metrics_told >= g.reports.metrics_asked or not g.is_alive for g in asked),
+            lambda: due,
+        )
+        joined = CollectorRegistry()
+        joined.register(Joined(asked))
+        return generate_latest(self._registry) + generate_latest(joined)

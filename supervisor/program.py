@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import config as configuration
+from .companion import Companion, key_of
 from .config import Config
 from .errors import ConfigError
 from .launch import Launcher
 from .reaper import Reaper
 
 # What the supervisor itself stands on; a reload keeps the old value and says so.
-FIXED = ("http", "control", "log_format")
+FIXED = ("http", "control", "log_format", "inworld")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +33,15 @@ class Program:
     settings: Mapping[str, object]
     write_output: Callable[[bytes], None]
     write_errors: Callable[[bytes], None]
+    companion: Companion | None
     log: Any
 
     def launcher(self, config: Config) -> Launcher:
         """Return what starts workers under a configuration. Raises ConfigError for a bad env_file."""
-        environment = {**self.environment, **configuration.environment_of(config.env_file)}
-        shares = config.stop.shares.within(config.grace)
+        environment: Mapping[str, str] = environment_of(self.environment, config)
+        if self.companion is not None:
+            environment = self.companion.environment_for_workers(environment)
+        shares = config.shares.within(config.grace)
         settings = {
             "drain": config.grace - shares.reserved,
             "close": shares.close,
@@ -54,6 +58,7 @@ class Program:
             settings=settings,
             reaper=self.reaper,
             prefixes=self.prefixes,
+            lifeline=None if self.companion is None else self.companion.lifeline,
             write_output=self.write_output,
             write_errors=self.write_errors,
         )
@@ -73,4 +78,12 @@ class Program:
                 "takes effect at the next restart", key=name, still=value, new=getattr(new, name)
             )
         config = new.model_copy(update=kept)
-        return config, self.launcher(config)
+        launcher = self.launcher(config)
+        if self.companion is not None:
+            self.companion.set_key(key_of(config.inworld, environment_of(self.environment, config)))
+        return config, launcher
+
+
+def environment_of(environment: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Return the environment with the env_file's variables in it. Raises ConfigError when it is no such."""
+    return {**environment, **configuration.environment_of(config.env_file)}

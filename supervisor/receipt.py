@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
@@ -68,12 +69,16 @@ class Ledger:
         entry.fate = fate  # type: ignore[assignment]  # checked by the key above
         entry.seconds = round(seconds, 3)
 
-    def lose(self, slot: int, generation: int, now: float, fate: Fate) -> int:
-        """Note that a worker is gone, with whatever it still ran; return how many jobs that were."""
+    def lose(self, slot: int, generation: int, now: float, *, cut: Collection[str] = ()) -> int:
+        """Note that a worker is gone, with whatever it still ran; return how many jobs that were.
+
+        `cut` are the jobs that were ended with it on purpose; of the others nobody knows how they ended.
+        """
         gone = [
             entry for entry in self.running.values() if (entry.slot, entry.generation) == (slot, generation)
         ]
         for entry in gone:
+            fate = "cut" if entry.id in cut else "lost"
             self.end(slot, generation, entry.id, fate, now - entry.accepted_at)
         return len(gone)
 

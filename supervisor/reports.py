@@ -41,6 +41,8 @@ class Reports:
         self.fault = ""
         self.is_config_error = False
         self.jobs_started = 0
+        self.metrics = ""
+        self.metrics_asked = self.metrics_told = 0
         # Resources go into the receipt only when the worker closes as a part of the supervisor's own stop.
         self.counts_for_receipt = False
         self._slot = slot
@@ -116,6 +118,10 @@ class Reports:
             counts=dict(message["counts"]),
         )
         self._record.resources.append(entry)
+
+    def _on_metrics(self, message: Message) -> None:
+        self.metrics = str(message["text"])
+        self.metrics_told = int(message["id"])
 
     def _on_shield(self, message: Message) -> None:
         self._log.error("shield does not hold", pid=message.get("pid"), open_to=message.get("open_to"))

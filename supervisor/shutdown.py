@@ -9,6 +9,7 @@ from typing import Any
 from worker.clock import now
 
 from .budget import Deadlines, Shares, plan
+from .companion import Companion
 from .fleet import Fleet
 from .receipt import StopRecord
 from .states import Phase
@@ -74,8 +75,9 @@ async def shut_down(
     supervisor_id: str,
     *,
     inherits_orphans: bool,
+    companion: Companion | None = None,
 ) -> None:
-    """Stop every slot and sweep. Returns when nothing is left or the deadline has passed."""
+    """Stop every slot, then the companion, and sweep, until nothing is left or the deadline has passed."""
     fleet.begin_stop()
     fleet.ledger.begin_stop()
     jobs = len(fleet.ledger.running)
@@ -91,6 +93,8 @@ async def shut_down(
             lambda: countdown.deadlines.end_at,
         )
         reporting.cancel()
+    if companion is not None:
+        await companion.stop(lambda: countdown.deadlines)
     clock.advance(Phase.SWEEPING)
     due = max(countdown.deadlines.end_at, now() + 0.25)
     await fleet.sweep(supervisor_id, due, inherits_orphans=inherits_orphans)

@@ -7,8 +7,10 @@ number that are on their way out and finish their jobs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from worker.clock import Bell, now
 
@@ -20,6 +22,10 @@ from .receipt import JobEntry
 from .states import SlotEvent as E
 from .states import SlotState as S
 from .stopper import Ending
+
+# A stop of a whole control group reaches a worker as often before the supervisor as after it. One that was
+# signalled is replaced only when no stop has followed for so long.
+SECOND_THOUGHT = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +50,7 @@ class Slot:
     ) -> None:
         self.number = number
         self.bell = Bell()
-        self.restarts = 0
+        self.restarts: Counter[str] = Counter()
         self.last_exit = ""
         self.first_load_over = False
         self.config_error = ""
@@ -99,16 +105,23 @@ class Slot:
     async def run(self) -> None:
         """Keep a program up until the slot is stopped."""
         async with asyncio.TaskGroup() as self._group:
-            if not self._stop_asked:
-                self._start(self.current)
-            while True:
-                await self.bell.until(lambda: self._stop_asked or self._needs_another())
-                if self._stop_asked:
-                    break
-                await self._next()
+            # An exception that left this block would cancel what runs in it, the workers' lives.
+            try:
+                await self._keep_up()
+            except Exception as error:
+                self._on_fault(self.number, error)
         # The group has seen every generation out.
         if self.current.state is not S.STOPPED:
             self.current.change(E.STOP)
+
+    async def _keep_up(self) -> None:
+        if not self._stop_asked:
+            self._start(self.current)
+        while True:
+            await self.bell.until(lambda: self._stop_asked or self._needs_another())
+            if self._stop_asked:
+                return
+            await self._next()
 
     def _needs_another(self) -> bool:
         # After a wrong target nothing is tried again: no later start would find a better one.
@@ -125,6 +138,7 @@ class Slot:
             return
         uptime = 0.0 if old.ready_at is None else now() - old.ready_at
         delay = self._restarts.delay(now(), uptime=uptime)
+        why = "left" if is_alive else old.end_kind
         self.current = self._make(S.FAILED)
         if delay is None:
             self.current.change(E.QUARANTINE, reason="too many failures", last_exit=self.last_exit)
@@ -133,11 +147,11 @@ class Slot:
                 return
             delay = 0.0
         self.current.change(E.RETRY, delay=round(delay, 3))
-        due = now() + delay
+        due = now() + (max(delay, SECOND_THOUGHT) if is_alive else delay)
         await self.bell.until(lambda: self._stop_asked or self._retry_now, lambda: due)
         self._retry_now = False
         if not self._stop_asked:
-            self.restarts += 1
+            self.restarts[why] += 1
             self._start(self.current)
 
     def _make(self, state: S) -> Generation:
@@ -237,7 +251,15 @@ class Slot:
         """Have a generation drain for as long as grace lets it, behind the one that took its place."""
         assert self._group is not None
         self.leaving.append(old)
-        self._group.create_task(self._see_off(old, reason), name=f"see-off-{self.number}-{old.number}")
+        self._group.create_task(
+            self._guarded(self._see_off(old, reason)), name=f"see-off-{self.number}-{old.number}"
+        )
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._on_fault(self.number, error)
 
     async def _see_off(self, old: Generation, reason: str) -> None:
         config = self._shared.config

@@ -9,6 +9,7 @@ from typing import Any
 
 from worker.clock import now
 
+from .companion import Companion
 from .fleet import Fleet
 from .generation import Generation
 from .operations import Operations
@@ -28,6 +29,7 @@ class View:
     clock: PhaseClock
     operations: Operations
     watch: Watch
+    companion: Companion | None = None
     countdown: Countdown | None = None
 
     @property
@@ -66,7 +68,7 @@ class View:
                 for slot in self.fleet.slots
                 for generation in sorted(slot.generations, key=lambda each: each.number)
             ],
-            "companions": [],
+            "companions": [] if self.companion is None else [self.companion.document()],
             "operations": [operation.document() for operation in self.operations.recent],
         }
 
@@ -84,7 +86,7 @@ def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
         "lag_ms": beat.lag_ms if beat else None,
         "load": beat.load if beat else None,
         "rss_bytes": beat.rss_bytes if beat else None,
-        "restarts": slot.restarts,
+        "restarts": slot.restarts.total(),
         "last_exit": slot.last_exit or None,
         "jobs": [
             {

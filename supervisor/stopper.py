@@ -61,6 +61,7 @@ class Stopper:
         self._generation = generation
         self._endings: list[Ending] = []
         self._fence_sent_at: float | None = None
+        self._reason = ""
         self.is_fencing = False
 
     @property
@@ -74,7 +75,15 @@ class Stopper:
     def fence(self, reason: str) -> None:
         """Tell the worker to accept nothing more; `stop` does the rest."""
         self._fence_sent_at = now()
+        self._reason = reason
         self._generation.say("fence", reason=reason)
+
+    def repeat(self) -> None:
+        """Say again what was said before there was a channel to say it on."""
+        if self._fence_sent_at is not None:
+            self._generation.say("fence", reason=self._reason)
+        if self._endings:
+            self.tell_drain()
 
     async def stop(self, ending: Ending) -> None:
         """Stop, or join the stop that is under way with one more deadline."""

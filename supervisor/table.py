@@ -48,7 +48,17 @@ def status_table(document: dict[str, Any]) -> Group:
             str(slot["restarts"]),
             rooms + more or Text(slot["last_exit"] or "", style="dim"),
         )
-    return Group(_headline(document), table)
+    return Group(_headline(document), table, *map(_companion_line, document["companions"]))
+
+
+def _companion_line(companion: dict[str, Any]) -> Text:
+    line = Text.assemble(f"{companion['name']}  ", (companion["state"], COLOURS.get(companion["state"], "")))
+    if "connections" in companion:
+        line.append(
+            f"  {companion['connections']} connections, {companion['contexts']} contexts,"
+            f" {companion['waiters']} waiting, {companion['clients']} jobs connected"
+        )
+    return line
 
 
 def _headline(document: dict[str, Any]) -> Text:
@@ -80,8 +90,19 @@ def receipt_table(receipt: dict[str, Any]) -> Group:
     for job in receipt["jobs"]:
         fate = Text(job["fate"] or "?", style="green" if job["fate"] == "finished" else "red")
         table.add_row(job["id"], job["room"], str(job["slot"]), f"{job['seconds']:.1f}", fate)
+    pool = [_pool_line(each) for each in receipt["resources"] if each["name"] == "inworld-pool"]
     totals = ", ".join(f"{count} {name}" for name, count in receipt["totals"].items() if name != "unassigned")
     tail = Text(
         f"all jobs: {totals}; swept {receipt['swept']}, processes left {receipt['left']}", style="dim"
     )
-    return Group(verdict, Text(phases, style="dim"), table, tail)
+    return Group(verdict, Text(phases, style="dim"), table, *pool, tail)
+
+
+def _pool_line(resource: dict[str, Any]) -> Text:
+    counts = ", ".join(
+        f"{n} {what} {fate}" for what, fates in resource["counts"].items() for fate, n in fates.items()
+    )
+    good = resource["fate"] == "closed"
+    return Text.assemble(
+        "inworld-pool  ", (resource["fate"], "green" if good else "red"), f"  {counts}" if counts else ""
+    )

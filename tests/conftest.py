@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,8 +14,14 @@ import pytest
 
 from tests.harness import Run
 from tests.left_out import pytest_collection_modifyitems, pytest_terminal_summary
+from tests.program import Program
 
 __all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
+
+
+def pytest_configure() -> None:
+    """Undo a nohup around the tests: what they start inherits an ignored SIGHUP, and keeps to it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -59,3 +66,9 @@ class Starter:
 def run(tmp_path: Path) -> Starter:
     """Start a supervisor: `await run("run", "agent.py", …)`; everything of it is gone when the test ends."""
     return Starter(tmp_path)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """Return an opaque worker that a test can change."""
+    return Program(tmp_path)

@@ -12,7 +12,7 @@ from livekit.agents import AgentServer, JobRequest, WorkerOptions, cli
 from livekit.protocol import agent
 
 from tests.agents.calls import entrypoint
-from worker import compat
+from worker import compat, compat_process
 from worker.errors import Incompatible
 
 pytestmark = pytest.mark.core
@@ -64,9 +64,9 @@ def test_run_app_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_poll_is_locked_once() -> None:
     """Patching twice leaves one lock; before its process ends a poll says None."""
-    compat.lock_process_poll()
+    compat_process.lock_process_poll()
     first = multiprocessing.popen_forkserver.Popen.poll
-    compat.lock_process_poll()
+    compat_process.lock_process_poll()
     assert multiprocessing.popen_forkserver.Popen.poll is first
     import os
 

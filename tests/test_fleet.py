@@ -6,9 +6,7 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,71 +14,7 @@ import psutil
 import pytest
 
 from tests.harness import LASTCALL, Run
-
-# A program that says which version of itself it is, and ends well on SIGTERM once it is let go.
-PROGRAM = """
-import os, pathlib, signal, sys, time
-directory = pathlib.Path(sys.argv[1])
-version = (directory / "version").read_text()
-if version == "broken":
-    sys.exit(3)
-if version == "slow":
-    time.sleep(600)
-stopping = []
-signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
-print("up", version, os.getpid(), flush=True)
-while not stopping or (directory / "busy").exists():
-    time.sleep(0.01)
-print("down", version, os.getpid(), flush=True)
-"""
-
-
-class Program:
-    """A directory with a program whose version a test changes."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        (directory / "program.py").write_text(PROGRAM)
-        self.config = directory / "lastcall.toml"
-        self.configure()
-        self.write("1")
-
-    def configure(self, text: str = "") -> None:
-        self.config.write_text("[reload]\nsettle = 0.3\n" + text)
-
-    def write(self, version: str) -> None:
-        (self.directory / "version").write_text(version)
-
-    @property
-    def arguments(self) -> list[str]:
-        command = [sys.executable, str(self.directory / "program.py"), str(self.directory)]
-        return ["--config", str(self.config), "--", *command]
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Program:
-    return Program(tmp_path)
-
-
-async def verb(r: Run, *arguments: str, code: int = 0, timeout: float = 30.0) -> str:
-    """Run a verb against the run's supervisor and return what it printed."""
-    command = [*LASTCALL, *arguments, "--control", str(r.control)]
-
-    def call() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-    done = await asyncio.to_thread(call)
-    assert done.returncode == code, (arguments, done, r.logs())
-    return done.stdout + done.stderr
-
-
-async def status(r: Run) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(await verb(r, "status", "--json"))
-    return document
-
-
-def ups(r: Run, version: str) -> int:
-    return r.out.read_text().count(f"up {version} ")
+from tests.program import Program, status, ups, verb
 
 
 async def test_reload_starts_the_new_before_it_stops_the_old(run: Any, program: Program) -> None:
@@ -315,72 +249,33 @@ async def test_many_reloads_leave_nothing_behind(run: Any, program: Program) -> 
     await r.nothing_left()
 
 
-# -- the socket ----------------------------------------------------------------------------------------------
+# -- pure --------------------------------------------------------------------------------------------------
 
 
-def connect(r: Run) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(10)
-    sock.connect(str(r.control))
-    return sock
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({}, ""),
+        ({"max_age": 100}, ""),
+        ({"max_age": 50}, "older than 50 s"),
+        ({"max_jobs": 8}, ""),
+        ({"max_jobs": 7}, "7 jobs"),
+        ({"max_rss_mb": 201}, ""),
+        ({"max_rss_mb": 200}, "200 MB"),
+    ],
+)
+def test_why_recycle(limits: dict[str, int], reason: str) -> None:
+    """A worker of 60 s, 7 jobs and 200 MB is due by each limit that it has reached, and by no other."""
+    from supervisor.config import Recycle
+    from supervisor.reports import Beat
+    from supervisor.states import SlotState
+    from supervisor.watch import why_recycle
+    from tests.test_states import generation_in
+    from worker.clock import now
 
-
-async def test_socket_bears_garbage_and_slow_clients(run: Any, program: Program) -> None:
-    """Nonsense, silence, an endless line and a client that never reads keep nobody else from an answer."""
-    r: Run = await run("run", *program.arguments, livekit=False)
-    await r.until(lambda: r.log("ready"))
-    assert os.stat(r.control).st_mode & 0o777 == 0o600
-    silent = [connect(r) for _ in range(10)]
-    garbage = connect(r)
-    garbage.sendall(b"\xff\x00 what\n")
-    assert b'"ok": false' in await asyncio.to_thread(garbage.recv, 65536)
-    endless = connect(r)
-    with pytest.raises(OSError):
-        for _ in range(1000):
-            await asyncio.to_thread(endless.sendall, b"x" * 65536)
-    never_reads = connect(r)
-    never_reads.sendall(b'{"v": 1, "verb": "status"}\n')
-    wrong_version = connect(r)
-    wrong_version.sendall(b'{"v": 9, "verb": "status"}\n')
-    assert b"version 9" in await asyncio.to_thread(wrong_version.recv, 65536)
-    both = await asyncio.gather(status(r), status(r))
-    assert both[0]["pid"] == both[1]["pid"] == r.pid
-    for sock in (*silent, garbage, endless, never_reads, wrong_version):
-        sock.close()
-    r.kill()
-    assert await r.exit() == 0
-    assert not r.control.exists()
-
-
-STRANGER = """
-import os, socket, sys
-os.setgid(65534)
-os.setuid(65534)
-sock = socket.socket(socket.AF_UNIX)
-sock.connect(sys.argv[1])
-print("connected")
-try:
-    sock.sendall(b'{"v": 1, "verb": "drain"}\\n')
-    answer = sock.recv(100)
-except OSError:
-    answer = b""
-print(answer or "no answer")
-"""
-
-
-async def test_other_users_are_refused(run: Any, program: Program) -> None:
-    """The mode keeps them out; where it was loosened, their credentials do."""
-    if os.getuid() != 0:
-        pytest.skip("only root can become another user")
-    r: Run = await run("run", *program.arguments, livekit=False)
-    await r.until(lambda: r.log("ready"))
-    r.control.chmod(0o666)
-    r.control.parent.chmod(0o711)
-    command = [sys.executable, "-c", STRANGER, r.control.name]
-    done = await asyncio.to_thread(
-        subprocess.run, command, cwd=r.control.parent, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "connected\nno answer\n", done
-    assert r.process.poll() is None and not r.log("stop fencing")
-    r.kill()
-    assert await r.exit() == 0
+    generation, _log = generation_in(SlotState.READY)
+    generation.ready_at = now() - 60
+    generation.reports.jobs_started = 7
+    generation.reports.beat = Beat(at=now(), rss_bytes=200_000_000)
+    why = why_recycle(Recycle(**limits), generation)
+    assert reason in why if reason else why == ""

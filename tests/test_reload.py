@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from tests.harness import AGENT, Run, lives
+from tests.program import status, verb
 from tests.stream import Stream
-from tests.test_fleet import status, verb
 
 pytestmark = pytest.mark.core
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import AGENT, Run, lives
-from tests.test_fleet import status
+from tests.program import status
 
 CONFIG = "[stall]\nbeat = 0.3\nmisses = 4\ngrace = {grace}\n"
 
@@ -40,7 +40,7 @@ async def test_endless_loop(run: Any, tmp_path: Path) -> None:
     assert lives(note["pid"]) and stuck.is_running(), "the job of the stuck worker had time left"
     r.let_go()
     await r.job_says(job.job_id, "ended")
-    await r.until(lambda: not lives(stuck.pid), 40)
+    await r.until(lambda: not lives(stuck.pid) and r.log("slot stopped"), 40)
     r.kill()
     assert await r.exit() == 0
     await r.nothing_left()

@@ -66,6 +66,20 @@ async def test_no_livekit_url(run: Any) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.05, 0.3])
+async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(run: Any, delay: float) -> None:
+    """What is said to a worker that can't hear yet is said again: it never registers, and ends by itself."""
+    r: Run = await run("run", "--grace", "30", AGENT)
+    await r.until(lambda: r.log("slot starting"))
+    await asyncio.sleep(delay)
+    r.kill()
+    assert await r.exit(20) == 0
+    receipt = r.receipt()
+    assert (receipt["outcome"], receipt["killed"]) == ("clean", [])
+    assert r.events("registered") == []
+    await r.nothing_left()
+
+
 @pytest.mark.core
 async def test_logs_are_livekits_own(run: Any) -> None:
     """JSON lines with the extra fields, from the worker and from its job processes."""
@@ -96,6 +110,19 @@ async def test_stack_dump(run: Any) -> None:
 
 
 @pytest.mark.core
+async def test_dump_verb(run: Any) -> None:
+    """The same by a verb, for one slot; a slot that there is none of is refused."""
+    from tests.program import verb
+
+    r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
+    await r.ready(2)
+    assert "slot 1" in await verb(r, "dump", "1")
+    await r.until(lambda: "(most recent call first)" in r.err.read_text())
+    assert "there is no slot 9" in await verb(r, "dump", "9", code=1)
+    r.kill()
+    assert await r.exit() == 0
+
+
 async def test_worker_alone(run: Any) -> None:
     """`python -m worker` without a supervisor: a group SIGTERM drains, the job ends, exit 0."""
     import sys

@@ -39,8 +39,9 @@ def main() -> NoReturn:
         print("usage: python -m worker TARGET", file=sys.stderr)
         raise SystemExit(EX_USAGE)
     settings = Settings.take(os.environ)
-    for fd in (*settings.output_fds, *(() if settings.control_fd is None else (settings.control_fd,))):
-        os.set_inheritable(fd, False)
+    for fd in (*settings.output_fds, settings.control_fd, settings.lifeline_fd):
+        if fd is not None:
+            os.set_inheritable(fd, False)
     # The one signal without a loop handler: its use is to show where a loop that runs no handler is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
     os.environ["LASTCALL_WORKER_PID"] = str(os.getpid())
@@ -77,14 +78,16 @@ def _host(runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: 
 
 def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     target = loading.parse(text)
-    from . import compat
+    from . import compat, compat_process
     from .shield import raise_shield
 
     raise_shield(loop)
-    compat.lock_process_poll()
-    compat.preload_ours()
-    compat.keep_interrupt_handler()
-    compat.end_log_pipes()
+    compat_process.lock_process_poll()
+    compat_process.preload_ours()
+    compat_process.keep_interrupt_handler()
+    compat_process.end_log_pipes()
+    from .inworld import attached  # noqa: F401  # in place before the target imports the plugin
+
     server = loading.load(target, record=compat.record_run_app, classify=compat.as_server)
     if not compat.has_entrypoint(server):
         raise TargetError(

@@ -11,16 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing.context
-import multiprocessing.popen_forkserver
-import multiprocessing.spawn
 import os
 import signal
-import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterable
-from multiprocessing.connection import wait as wait_readable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import livekit.agents
@@ -34,9 +27,6 @@ from .errors import Incompatible
 log = logging.getLogger("lastcall.worker")
 
 SDK_VERSION: str = livekit.agents.__version__
-
-# What of ours job processes unpickle; imported in the forkserver, before the user's path is set.
-PRELOADED = ("worker.jobside",)
 
 # Loop turns between the user's accept() and the answer. A signal or a control message that arrived while
 # the loop was blocked is read in the first, queued as a callback, run in the second, and may wake a task
@@ -54,94 +44,7 @@ def need(owner: object, *names: str) -> None:
         )
 
 
-# -- once per process, before the target is loaded ---------------------------------------------------------
-
-
-def lock_process_poll() -> None:
-    """Read a forkserver child's exit status once.
-
-    Two threads poll one process (the join thread and the loop's `is_alive`); both find the status pipe
-    readable, the second reads end of file and takes it for exit code 255, and a job that ended well is
-    reported failed. The lock lies around the read only: the join thread waits for hours.
-    """
-    popen = multiprocessing.popen_forkserver.Popen
-    original = popen.poll
-    if getattr(original, "is_locked", False):
-        return
-    lock = threading.Lock()
-
-    def poll(self: Any, flag: int = os.WNOHANG) -> int | None:
-        if self.returncode is None:
-            timeout = 0 if flag == os.WNOHANG else None
-            if not wait_readable([self.sentinel], timeout):
-                return None
-            with lock:
-                if self.returncode is None:
-                    original(self, os.WNOHANG)
-        code: int | None = self.returncode
-        return code
-
-    poll.is_locked = True  # type: ignore[attr-defined]  # a mark on our own function
-    popen.poll = poll  # type: ignore[method-assign]  # that is the mend
-
-
-def preload_ours() -> None:
-    """Add our modules to every forkserver preload list; livekit-agents sets the list itself, at its start."""
-    context = multiprocessing.context.ForkServerContext
-    original = context.set_forkserver_preload
-
-    def set_forkserver_preload(self: Any, modules: list[str]) -> None:
-        rest = [name for name in modules if name not in PRELOADED]
-        original(self, [*PRELOADED, *rest])
-
-    context.set_forkserver_preload = set_forkserver_preload  # type: ignore[assignment]  # no public hook
-
-    # Newer interpreters give the forkserver the parent's whole path, the user's directory first; a worker.py
-    # there would be preloaded in place of our package. "ignore" is the name that the forkserver asks under.
-    prepare = multiprocessing.spawn.get_preparation_data
-
-    def get_preparation_data(name: str) -> dict[str, Any]:
-        data = prepare(name)
-        if name == "ignore" and "sys_path" in data:
-            data["sys_path"] = [str(Path(__file__).parent.parent), *data["sys_path"]]
-        return data
-
-    multiprocessing.spawn.get_preparation_data = get_preparation_data
-
-
-def keep_interrupt_handler() -> None:
-    """Stop livekit-agents from ignoring SIGINT in the main process while it starts a job process.
-
-    It does so to protect the child; the shield protects it already, and a SIGINT in that window was lost.
-    """
-    from livekit.agents.ipc import supervised_proc
-
-    if hasattr(supervised_proc, "_mask_ctrl_c"):
-        supervised_proc._mask_ctrl_c = contextlib.nullcontext
-
-
-def end_log_pipes() -> None:
-    """Have the end of a job's process be the end of its log, whoever else still holds the pipe.
-
-    A process that a job forked inherits the pipe, and livekit-agents says that a job has ended only once the
-    pipe is at end of file: the job's whole drain would be spent waiting for a child that it left behind. What
-    was written before is still read. Needs `LogQueueListener._duplex` and its `_sock`.
-    """
-    from livekit.agents.ipc.log_queue import LogQueueListener
-
-    original = LogQueueListener.stop
-    if getattr(original, "is_bounded", False):
-        return
-
-    def stop(self: Any) -> None:
-        pipe = getattr(getattr(self, "_duplex", None), "_sock", None)
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # closed already
-                pipe.shutdown(socket.SHUT_RD)
-        original(self)
-
-    stop.is_bounded = True  # type: ignore[attr-defined]  # a mark on our own function
-    LogQueueListener.stop = stop
+# -- before the target is loaded ---------------------------------------------------------------------------
 
 
 def record_run_app(run_app: Callable[[Any], NoReturn]) -> None:

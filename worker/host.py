@@ -16,9 +16,10 @@ import os
 import socket
 from typing import Any
 
-from . import output
+from . import exposition, output
 from .clock import Bell, now
 from .control import Control
+from .inworld.attached import closer
 from .livekit_engine import Engine
 from .resources import Resources
 from .settings import Settings
@@ -112,6 +113,8 @@ class Host:
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
             await engine.end_jobs(self._or_now(kill_at), close_at)
+        if closer.is_needed:
+            self.resources.join("inworld", closer.aclose)
         census = await self.resources.aclose(close_at)
         for resource in census:
             self.control.say("resource", name=resource.name, fate=resource.fate, counts=resource.counts)
@@ -147,6 +150,7 @@ class Host:
             self._close_seconds = float(message["close"])
             self._hurried = True
         elif kind == "close":
+            self.stopping.begin("close")
             self._hurried = self._killed = True
             self._close_seconds = 0.0
         elif kind == "hold":
@@ -155,6 +159,8 @@ class Host:
                 self.engine.hold(self._asked_hold)
         elif kind == "ping":
             self._beat()
+        elif kind == "metrics":
+            self.control.say("metrics", id=message["id"], text=exposition.text())
         self.bell.ring()
 
     def _on_lost(self) -> None:

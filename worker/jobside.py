@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
+from . import compat_jobs, jobend
 from .stopping import STOP_SIGNALS
 
 _PARENT = "LASTCALL_WORKER_PID"
@@ -48,13 +49,18 @@ def unmask() -> None:
 
 
 class Setup:
-    """The worker's `setup_fnc`: ours, then the user's."""
+    """The worker's `setup_fnc`: ours, then the user's. Gives the job its end (`jobend`)."""
 
     def __init__(self, user: Callable[[Any], Any] | None) -> None:
         self.user = user
 
     def __call__(self, process: Any) -> Any:
         unmask()
+        # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.
+        from .inworld.attached import closer
+
+        jobend.begin(process, {"inworld": closer.aclose})
+        compat_jobs.at_job_end(jobend.end)
         return None if self.user is None else self.user(process)
 
 

@@ -19,11 +19,13 @@ class Settings:
 
     `drain` and `close` are only what a worker uses until the supervisor sends better ones, and when it has
     lost the supervisor. `max_running` is the most jobs at a time, 0 for no limit. `output_fds` are the read
-    ends of the worker's own standard output and error. `hold`: seconds that a rehearsal keeps each job open.
+    ends of the worker's own standard output and error. `lifeline_fd` is only held, for as long as we live.
+    `hold`: seconds that a rehearsal keeps each job open.
     """
 
     control_fd: int | None = None
     output_fds: tuple[int, ...] = ()
+    lifeline_fd: int | None = None
     slot: int = 0
     generation: int = 1
     drain: float = GRACE - CLOSE - END

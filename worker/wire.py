@@ -20,6 +20,7 @@ major version (`v`) is an error. End of file is the death notice in both directi
 | drained | jobs left |
 | resource | name, fate (closed, forced, leaked), counts |
 | closed | nothing more to do, the process is about to exit |
+| metrics | id, text: its own metrics as Prometheus text, empty when too long |
 | shield | pid, open_to: a process that a stop signal would reach |
 | log | event, and whatever belongs to it |
 | fault | exit (78 or 70 or 1), message, traceback |
@@ -32,6 +33,7 @@ major version (`v`) is an error. End of file is the death notice in both directi
 | hurry | seconds for the close, which begins now |
 | close | nothing: kill what is left and leave |
 | ping | answered by a beat |
+| metrics | id; answered by metrics |
 """
 
 from __future__ import annotations

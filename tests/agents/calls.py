@@ -118,6 +118,10 @@ async def request(offer: JobRequest) -> None:
         await asyncio.sleep(spec["request_linger"])
 
 
+def half_busy() -> float:
+    return 0.5
+
+
 def prewarm(process: JobProcess) -> None:
     if os.path.exists(os.environ["JOB_LOG"] + ".slow"):
         time.sleep(600)
@@ -129,6 +133,8 @@ if __name__ == "__main__":
             entrypoint_fnc=entrypoint,
             request_fnc=request,
             prewarm_fnc=prewarm,
+            # The load is that of the machine, and the server gives nothing to a worker whose load is 1.
+            load_fnc=half_busy,
             load_threshold=float("inf"),
             max_retry=int(os.environ.get("MAX_RETRY", "16")),
             num_idle_processes=int(os.environ.get("IDLE", "1")),

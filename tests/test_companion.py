@@ -1,0 +1,244 @@
+"""The Inworld pool beside the workers: an unmodified agent, one pool, closed to the last context."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness import HERE, Run, lives
+from tests.program import status, verb
+from worker.local.inworld import Faults, InworldServer, Speech
+
+SPEAKER = str(HERE / "agents" / "speaker.py")
+KEY = "the-real-key-of-the-account"
+LONG = "This sentence is one of many that a patient agent says to a caller who listens. " * 12
+
+
+def configure(directory: Path, server: InworldServer, **more: Any) -> str:
+    path = directory / "lastcall.toml"
+    lines = ["[inworld]", "enabled = true", f'ws_url = "{server.ws_url}"', f'base_url = "{server.base_url}"']
+    lines += [f"{name} = {value}" for name, value in more.items()]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+async def start(run: Any, directory: Path, server: InworldServer, *arguments: str) -> Run:
+    path = configure(directory, server)
+    environment = {"INWORLD_API_KEY": KEY, "LASTCALL_STOP__COMPANION": "3"}
+    r: Run = await run("run", "--config", path, *arguments, SPEAKER, environment=environment)
+    return r
+
+
+def companion(r: Run) -> psutil.Process:
+    """Return the broker's process."""
+    (found,) = [p for p in psutil.Process(r.pid).children() if "worker.inworld" in p.cmdline()]
+    return found
+
+
+def resource(r: Run) -> dict[str, Any]:
+    (found,) = [each for each in r.receipt()["resources"] if each["name"] == "inworld-pool"]
+    return dict(found)
+
+
+def closed_in_order(server: InworldServer) -> None:
+    """Assert what the server saw: no context went with its connection, every connection had its frame."""
+    kinds = [event.kind for event in server.events]
+    assert "context_cut" not in kinds, server.events
+    closes = [event.detail for event in server.events if event.kind == "connection_closed"]
+    assert closes and all(detail["code"] == 1000 for detail in closes), closes
+    assert server.open_connections == server.open_contexts == 0
+
+
+@pytest.mark.core
+async def test_an_unmodified_agent_speaks_through_the_pool(run: Any, tmp_path: Path) -> None:
+    """`inworld.TTS()` and nothing else; jobs share connections; the receipt agrees with the server."""
+    async with InworldServer(api_key=KEY) as server:
+        r = await start(run, tmp_path, server, "-w", "2", "--grace", "60")
+        await r.ready(2)
+        jobs = [await r.dispatch(f"room-{n}", mode="say", streams=2) for n in range(3)]
+        for job in jobs:
+            await r.job_says(job.job_id, "ended", 30)
+        assert all("127.0.0.1" in note["ws_url"] for note in r.notes() if note["what"] == "started")
+        document = await status(r)
+        (pool,) = document["companions"]
+        assert (pool["name"], pool["state"]) == ("inworld-pool", "ready")
+        r.kill_all()
+        assert await r.exit() == 0
+        await r.clean(*jobs)
+        closed_in_order(server)
+        found = resource(r)
+        assert found["fate"] == "closed"
+        opened = sum(event.kind == "connected" for event in server.events)
+        created = sum(event.kind == "context_created" for event in server.events)
+        assert created >= 6 and opened <= 3
+        assert server.peak_contexts <= 5
+
+
+@pytest.mark.core
+async def test_sigterm_in_mid_speech(run: Any, tmp_path: Path) -> None:
+    """The call goes on speaking to its end, through a pool that outlives the workers' fence."""
+    async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
+        r = await start(run, tmp_path, server, "--grace", "60")
+        await r.ready()
+        job = await r.dispatch(mode="say", text="Good day. " * 4)
+        await r.job_says(job.job_id, "heard", 30)
+        r.kill_all()
+        assert await r.exit(60) == 0
+        await r.clean(job)
+        heard = [note["frames"] for note in r.notes() if note["what"] == "silent"]
+        assert heard and heard[0] > 1
+        closed_in_order(server)
+        assert resource(r)["fate"] == "closed"
+
+
+async def test_deadline_in_mid_speech(run: Any, tmp_path: Path) -> None:
+    """A job that is cut has its contexts cancelled before their connection is closed."""
+    async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
+        r = await start(run, tmp_path, server, "--grace", "8")
+        await r.ready()
+        job = await r.dispatch(mode="leave", text=LONG, until=str(tmp_path / "never"))
+        await r.job_says(job.job_id, "heard", 30)
+        r.kill_all()
+        assert await r.exit() == 75
+        closed_in_order(server)
+        assert r.fates() == {job.job_id: "cut"}
+        assert resource(r)["fate"] == "closed"
+        assert r.receipt()["seconds"] <= 8.5
+        await r.nothing_left()
+
+
+async def test_job_killed_in_mid_speech(run: Any, tmp_path: Path) -> None:
+    """SIGKILL of a job: its contexts are cancelled upstream, and the others go on."""
+    async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
+        r = await start(run, tmp_path, server, "--grace", "60")
+        await r.ready()
+        job = await r.dispatch(mode="leave", text=LONG, until=str(tmp_path / "never"))
+        note = await r.job_says(job.job_id, "heard", 30)
+        psutil.Process(note["pid"]).kill()
+        await r.until(lambda: server.open_contexts == 0, 5)
+        assert [event.kind for event in server.events].count("cancel_requested") == 1
+        r.kill()
+        assert await r.exit() == 0
+        closed_in_order(server)
+
+
+@pytest.mark.core
+async def test_broker_killed(run: Any, tmp_path: Path) -> None:
+    """Another stands in its place on the same port; the next job speaks; the key came along."""
+    async with InworldServer(api_key=KEY) as server:
+        r = await start(run, tmp_path, server, "--grace", "60")
+        await r.ready()
+        broker = companion(r)
+        broker.kill()
+        job = await r.dispatch(mode="say")
+        await r.job_says(job.job_id, "ended", 30)
+        assert companion(r).pid != broker.pid
+        assert len(r.log("companion ready")) == 2
+        r.kill()
+        assert await r.exit() == 0
+        await r.clean(job)
+        assert resource(r)["fate"] == "closed"
+
+
+async def test_supervisor_killed_in_mid_speech(run: Any, tmp_path: Path) -> None:
+    """The broker serves on until the last worker is gone, then closes in order by itself."""
+    async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
+        r = await start(run, tmp_path, server, "--grace", "60")
+        await r.ready()
+        broker = companion(r).pid
+        job = await r.dispatch(mode="say", text="Good day. " * 4)
+        await r.job_says(job.job_id, "heard", 30)
+        r.kill(signal.SIGKILL)
+        await r.job_says(job.job_id, "ended", 30)
+        await r.until(lambda: not lives(broker), 20)
+        closed_in_order(server)
+        await r.nothing_left(10)
+
+
+async def test_server_that_never_answers(run: Any, tmp_path: Path) -> None:
+    """The close costs no more than its share, and is called forced."""
+    async with InworldServer(api_key=KEY, faults=Faults(ignore_close=True)) as server:
+        r = await start(run, tmp_path, server, "--grace", "60")
+        await r.ready()
+        job = await r.dispatch(mode="say")
+        await r.job_says(job.job_id, "ended", 30)
+        await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_SUCCESS")
+        r.kill()
+        assert await r.exit() == 75
+        receipt = r.receipt()
+        assert (receipt["outcome"], resource(r)["fate"]) == ("forced", "forced")
+        assert receipt["seconds"] < 10
+        await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_the_key_is_nowhere(run: Any, tmp_path: Path) -> None:
+    """Not in a log, the status, an argument, or the environment of any child."""
+    async with InworldServer(api_key=KEY) as server:
+        r = await start(run, tmp_path, server, "--grace", "60")
+        await r.ready()
+        job = await r.dispatch(mode="say")
+        note = await r.job_says(job.job_id, "started")
+        environments = {p.pid: p.environ() for p in psutil.Process(r.pid).children(recursive=True)}
+        assert note["pid"] in environments and companion(r).pid in environments
+        for pid, environment in environments.items():
+            assert KEY not in environment.values(), psutil.Process(pid).cmdline()
+            assert not any(KEY in argument for argument in psutil.Process(pid).cmdline())
+        assert "LIVEKIT_API_SECRET" not in environments[companion(r).pid]
+        await r.job_says(job.job_id, "ended", 30)
+        shown = json.dumps(await status(r))
+        r.kill()
+        assert await r.exit() == 0
+        assert KEY not in shown + r.out.read_text() + r.err.read_text() + r.receipt_file.read_text()
+
+
+async def test_no_key(run: Any, tmp_path: Path) -> None:
+    """Exit 78 and one line that says where one may be."""
+    async with InworldServer(api_key=KEY) as server:
+        path = configure(tmp_path, server)
+        r: Run = await run("run", "--config", path, SPEAKER, environment={"INWORLD_API_KEY": ""})
+        assert await r.exit() == 78
+        assert "no API key: set INWORLD_API_KEY, or inworld.api_key_file" in r.err.read_text()
+
+
+async def test_reload_hands_over_a_new_key(run: Any, tmp_path: Path) -> None:
+    """From api_key_file; new connections use it, the pool goes on."""
+    async with InworldServer(api_key="old") as server:
+        key_file = tmp_path / "key"
+        key_file.write_text("old\n")
+        path = configure(tmp_path, server, api_key_file=f'"{key_file}"')
+        r: Run = await run("run", "--config", path, SPEAKER, environment={"INWORLD_API_KEY": ""})
+        await r.ready()
+        broker = companion(r).pid
+        server.api_key = "new"
+        key_file.write_text("new\n")
+        await verb(r, "reload", "--wait", timeout=60)
+        await r.until(lambda: len(r.livekit.available()) == 1)
+        job = await r.dispatch(mode="say")
+        await r.job_says(job.job_id, "ended", 30)
+        assert companion(r).pid == broker
+        r.kill()
+        assert await r.exit() == 0
+        await r.clean(job)
+
+
+async def test_stop_while_the_broker_starts(run: Any, tmp_path: Path) -> None:
+    """At any moment of its start a stop is a clean one."""
+    for delay in (0.0, 0.1, 0.3, 0.6):
+        async with InworldServer(api_key=KEY) as server:
+            directory = tmp_path / str(delay)
+            directory.mkdir()
+            r = await start(run, directory, server, "--grace", "30")
+            await r.until(lambda r=r: r.log("companion starting"))  # type: ignore[misc]  # bound early
+            await asyncio.sleep(delay)
+            os.kill(r.pid, signal.SIGTERM)
+            assert await r.exit() == 0
+            assert resource(r)["fate"] == "closed"
+            await r.nothing_left()

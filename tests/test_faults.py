@@ -1,0 +1,69 @@
+"""A fault of lastcall's own cuts no call: it is said, and becomes an ordinary stop with exit code 70."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import AGENT, Run
+
+# Puts a fault into one place of the supervisor, then runs it as ever.
+SABOTAGE = """
+import asyncio, os, sys
+sys.argv = ["lastcall", *sys.argv[1:]]
+import supervisor.__main__ as program
+from supervisor import {module}
+
+async def broken(self, *_, **__):
+    while not os.path.exists(os.environ["JOB_LOG"] + ".fault"):
+        await asyncio.sleep(0.02)
+    raise RuntimeError("sabotaged")
+
+{module}.{name} = broken
+program.main()
+"""
+PLACES = {
+    "watch": ("watch", "Watch.run"),
+    "operations": ("operations", "Operations.run"),
+    "announcer": ("announcer", "Announcer.run"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_fault_beside_the_workers(run: Any, tmp_path: Path, place: str) -> None:
+    """The job ends by itself, the receipt names the fault."""
+    module, name = PLACES[place]
+    program = tmp_path / "sabotage.py"
+    program.write_text(SABOTAGE.format(module=module, name=name))
+    r: Run = await run(
+        command=[
+            sys.executable,
+            str(program),
+            "run",
+            "--http",
+            "off",
+            "--grace",
+            "40",
+            "--control",
+            str(tmp_path / "1" / "c.sock"),
+            "--receipt",
+            str(tmp_path / "1" / "receipt.json"),
+            AGENT,
+        ],
+        environment={"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    await r.job_says(job.job_id, "started")
+    r.job_log.with_name(r.job_log.name + ".fault").touch()
+    await r.until(lambda: r.log("stop draining"))
+    r.let_go()
+    assert await r.exit() == 70
+    receipt = r.receipt()
+    assert receipt["outcome"] == "fault" and "sabotaged" in receipt["fault"]
+    assert r.fates() == {job.job_id: "finished"}
+    assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
+    await r.nothing_left()

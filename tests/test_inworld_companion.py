@@ -1,0 +1,388 @@
+"""The broker's process: its contract with a supervisor, and what a SIGKILL on either side does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.inworld import PATIENCE, until
+from tests.inworld_job import Job
+from worker.clock import now
+from worker.inworld.broker import listen
+from worker.local.inworld import Faults, InworldServer, Limits, Speech
+from worker.wire import Decoder, encode
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "a-local-token"
+SPEAKING = Speech(pace="real-time")
+LONG = "This goes on and on. " * 40
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Companion:
+    """One broker process and the supervisor's ends of what it was given."""
+
+    def __init__(self, server: InworldServer, listener: socket.socket, log: Path, **settings: Any) -> None:
+        self.server = server
+        self.messages: list[dict[str, Any]] = []
+        self.log = log
+        self._decoder = Decoder()
+        self._control, theirs = socket.socketpair()
+        lifeline, self._lifeline = os.pipe()
+        fds = (theirs.fileno(), listener.fileno(), lifeline)
+        values = {
+            "control_fd": fds[0],
+            "listen_fd": fds[1],
+            "lifeline_fd": fds[2],
+            "token": TOKEN,
+            "ws_url": server.ws_url,
+            "base_url": server.base_url,
+            "beat": 0.05,
+            **settings,
+        }
+        self.environment = {**os.environ, "LASTCALL_COMPANION": json.dumps(values)}
+        self.environment.pop("INWORLD_API_KEY", None)
+        # Inherited, as the contract says.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            with open(log, "ab") as file:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "worker.inworld"],
+                    cwd=ROOT,
+                    env={**self.environment, "PYTHONPATH": str(ROOT)},
+                    stdout=file,
+                    stderr=file,
+                    pass_fds=fds,
+                    start_new_session=True,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        os.close(lifeline)
+        self._control.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._control.fileno(), self._read)
+
+    def _read(self) -> None:
+        try:
+            chunk = self._control.recv(65536)
+        except ConnectionError:
+            chunk = b""
+        if not chunk:
+            asyncio.get_running_loop().remove_reader(self._control.fileno())
+        self.messages += self._decoder.feed(chunk)
+
+    def say(self, type: str, **fields: Any) -> None:
+        self._control.send(encode(type, **fields))
+
+    async def heard(self, type: str) -> dict[str, Any]:
+        """Wait for a message of the process's."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found[:] = [message for message in self.messages if message["type"] == type]
+            return bool(found)
+
+        await until(look, 30.0)
+        return found[-1]
+
+    async def serve(self) -> None:
+        self.say("key", key=self.server.api_key)
+        await self.heard("ready")
+
+    def lose(self) -> None:
+        """Be a supervisor that was killed."""
+        asyncio.get_running_loop().remove_reader(self._control.fileno())
+        self._control.close()
+
+    def let_go(self) -> None:
+        """Be the last worker, and end."""
+        fd, self._lifeline = self._lifeline, -1
+        if fd >= 0:
+            os.close(fd)
+
+    async def exit(self) -> int:
+        await until(lambda: self.process.poll() is not None, 30.0)
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        self.let_go()
+        if self._control.fileno() >= 0:
+            self.lose()
+
+
+@asynccontextmanager
+async def companion(tmp_path: Path, **options: Any) -> AsyncIterator[Companion]:
+    server_options = {key: options.pop(key) for key in ("faults", "speech", "limits") if key in options}
+    async with InworldServer(**server_options) as server:
+        with listen() as listener:
+            one = Companion(server, listener, tmp_path / "log", **options)
+            try:
+                yield one
+            finally:
+                one.end()
+
+
+def ws_url(one: Companion) -> str:
+    url = next(m["ws_url"] for m in one.messages if m["type"] == "ready")
+    assert isinstance(url, str)
+    return url
+
+
+async def test_it_serves_on_the_supervisors_word_and_closes_on_it(tmp_path: Path) -> None:
+    """hello, ready once the key has come, beats with figures, then a census that agrees with the server."""
+    async with companion(tmp_path, speech=SPEAKING) as one:
+        assert (await one.heard("hello"))["pid"] == one.process.pid
+        await one.serve()
+        async with Job(ws_url(one), TOKEN) as job:
+            for number in range(6):
+                await job.burst(str(number), LONG)
+                await job.said(str(number), "audioChunk")
+            one.messages.clear()
+            one.say("ping")
+            beat = await one.heard("beat")
+            assert (beat["clients"], beat["connections"], beat["contexts"], beat["waiters"]) == (1, 2, 6, 0)
+            assert beat["rss_bytes"] > 0
+            one.say("close", seconds=PATIENCE)
+            resource = await one.heard("resource")
+            await one.heard("closed")
+            assert await one.exit() == 0
+        counts = {"connections": {"closed": 2}, "contexts": {"closed": 6}}
+        assert (resource["name"], resource["fate"], resource["counts"]) == ("inworld-pool", "closed", counts)
+        await until(lambda: one.server.open_connections == 0)
+        assert one.server.counts["context_closed"] == 6 and not one.server.counts["context_cut"]
+        ends = [event.detail for event in one.server.events_of("connection_closed")]
+        assert ends == [{"code": 1000, "clean": True}] * 2
+
+
+async def test_the_key_is_nowhere_but_in_its_message(tmp_path: Path) -> None:
+    """Not in arguments, environment, log, or anything it says; a new key is used for the next connection."""
+    async with companion(tmp_path) as one:
+        await one.serve()
+        proc = Path(f"/proc/{one.process.pid}")
+        if os.getuid() == 0:  # who may not read them sees less than this
+            for name in ("environ", "cmdline"):
+                assert one.server.api_key.encode() not in (proc / name).read_bytes()
+        old, one.server.api_key = one.server.api_key, "another-key"
+        async with Job(ws_url(one), TOKEN) as job:
+            await job.burst("a", "Hello.")
+            assert await job.said("a", "code") == 16
+            one.say("key", key="another-key")
+            await one.heard("beat")
+            await job.burst("b", "Hello.")
+            await job.said("b", "contextClosed")
+        one.say("close", seconds=5)
+        await one.exit()
+        for text in (one.log.read_text(), json.dumps(one.messages)):
+            assert old not in text and "another-key" not in text
+
+
+async def test_signals_alone_do_not_end_it(tmp_path: Path) -> None:
+    """SIGTERM and SIGINT, early and late, change nothing while it has a supervisor."""
+    async with companion(tmp_path) as one:
+        for number in STOP_SIGNALS:
+            one.process.send_signal(number)
+        await one.serve()
+        for number in STOP_SIGNALS:
+            one.process.send_signal(number)
+        async with Job(ws_url(one), TOKEN) as job:
+            await job.burst("c", "Hello.")
+            await job.said("c", "contextClosed")
+        one.say("close", seconds=5)
+        assert await one.exit() == 0
+
+
+async def test_it_outlives_its_supervisor_until_the_last_worker(tmp_path: Path) -> None:
+    """The supervisor lost, jobs go on speaking; when the lifeline ends, everything is closed in order."""
+    async with companion(tmp_path) as one:
+        await one.serve()
+        one.lose()
+        async with Job(ws_url(one), TOKEN) as job:
+            one.process.send_signal(signal.SIGTERM)
+            for number in range(3):
+                await job.burst(str(number), "Hello.")
+                await job.said(str(number), "contextClosed")
+            assert one.process.poll() is None
+            one.let_go()
+            assert await one.exit() == 0
+        assert one.server.events_of("connection_closed")[0].detail == {"code": 1000, "clean": True}
+
+
+async def test_its_grace_bounds_the_life_without_a_supervisor(tmp_path: Path) -> None:
+    """A lifeline that nobody lets go holds it no longer than grace."""
+    async with companion(tmp_path, grace=0.3) as one:
+        await one.serve()
+        one.lose()
+        assert await one.exit() == 0
+
+
+async def test_a_server_that_never_answers_costs_its_share(tmp_path: Path) -> None:
+    """Forced, named, exit code 75, and in time; a later word may only make it sooner."""
+    async with companion(tmp_path, faults=Faults(closed_never=True, ignore_close=True)) as one:
+        await one.serve()
+        async with Job(ws_url(one), TOKEN) as job:
+            await job.burst("c", "Hello.", close=False)
+            await job.said("c", "contextCreated")
+            one.say("close", seconds=600)
+            await until(lambda: one.server.counts["cancel_requested"] == 1)
+            began = now()
+            one.say("close", seconds=0.5)
+            resource = await one.heard("resource")
+            assert resource["fate"] == "forced"
+            assert resource["counts"] == {"connections": {"forced": 1}, "contexts": {"forced": 1}}
+            assert await one.exit() == 75
+            assert now() - began < PATIENCE
+
+
+async def test_told_to_close_before_it_served(tmp_path: Path) -> None:
+    """Without a key there is nothing to close, and nothing is wrong."""
+    async with companion(tmp_path) as one:
+        one.say("close", seconds=1)
+        await one.heard("closed")
+        assert await one.exit() == 0
+
+
+async def test_a_killed_broker_is_replaced_on_the_same_socket(tmp_path: Path) -> None:
+    """What it spoke is lost; a new process takes the socket, and who came in between is served."""
+    async with InworldServer(speech=SPEAKING) as server:
+        with listen() as listener:
+            first = Companion(server, listener, tmp_path / "log")
+            second = None
+            try:
+                await first.serve()
+                async with Job(ws_url(first), TOKEN) as job:
+                    await job.burst("c", LONG)
+                    await job.said("c", "audioChunk")
+                    first.process.kill()
+                    await until(lambda: job.close_code is not None)
+                await until(lambda: server.open_connections == 0)
+                between = Job(ws_url(first), TOKEN)
+                connecting = asyncio.ensure_future(between.__aenter__())
+                second = Companion(server, listener, tmp_path / "log")
+                await second.serve()
+                assert ws_url(second) == ws_url(first)
+                await connecting
+                await between.burst("c", "Hello.")
+                await between.said("c", "contextClosed")
+                await between.__aexit__()
+                second.say("close", seconds=5)
+                assert await second.exit() == 0
+            finally:
+                for one in (first, second):
+                    if one is not None:
+                        one.end()
+
+
+async def test_a_killed_job_is_cancelled_upstream(tmp_path: Path) -> None:
+    """SIGKILLed in mid-speech, its contexts are cancelled at the server, in a fraction of a second."""
+    async with companion(tmp_path, speech=SPEAKING) as one:
+        await one.serve()
+        command = [sys.executable, "-m", "tests.inworld_job", ws_url(one), TOKEN, "1", "6", "hang"]
+        job = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.PIPE)
+        try:
+            assert job.stdout is not None
+            async with asyncio.timeout(60):
+                assert await job.stdout.readline() == b"speaking\n"
+            assert one.server.open_contexts == 6
+            killed = now()
+            job.kill()
+            await until(lambda: one.server.counts["cancel_requested"] == 6)
+            # 0.2 s is the promise; ten times that is for a machine that is busy with something else.
+            assert one.server.events_of("cancel_requested")[-1].at - killed < 2.0
+            await until(lambda: one.server.open_contexts == 0)
+            assert one.server.counts["context_cut"] == 0
+        finally:
+            if job.returncode is None:
+                job.kill()
+            await job.wait()
+
+
+async def test_thirty_jobs_with_four_streams_each(tmp_path: Path) -> None:
+    """30 processes, 120 streams at once: never above 20 connections, nor 5 contexts on one; all is spoken."""
+    async with companion(tmp_path, limits=Limits(connections=20, contexts=5)) as one:
+        await one.serve()
+        command = [sys.executable, "-m", "tests.inworld_job", ws_url(one), TOKEN, "30", "4", "3"]
+        jobs = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
+        async with asyncio.timeout(90):
+            assert await jobs.wait() == 0
+        server = one.server
+        assert server.counts["context_created"] == server.counts["context_closed"] == 360
+        assert server.peak_connections <= 20 and server.peak_contexts <= 5
+        assert not server.events_of("refused") and not server.events_of("context_refused")
+        one.say("close", seconds=5)
+        assert await one.exit() == 0
+
+
+async def test_alone_it_says_where_and_ends_on_sigterm() -> None:
+    """Without a supervisor: one line of JSON with what a job needs, and an orderly end on SIGTERM."""
+    async with InworldServer() as server:
+        urls = ["--ws-url", server.ws_url, "--base-url", server.base_url]
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "worker.inworld", *urls],
+            cwd=ROOT,
+            env={**os.environ, "INWORLD_API_KEY": server.api_key},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert process.stdout is not None
+            async with asyncio.timeout(30):
+                where = json.loads(await process.stdout.readline())
+            token = where["environment"]["INWORLD_API_KEY"]
+            assert token == where["environment"]["LASTCALL_INWORLD_TOKEN"] != server.api_key
+            async with Job(where["environment"]["LASTCALL_INWORLD_WS_URL"], token) as job:
+                await job.burst("c", "Hello.")
+                await job.said("c", "contextClosed")
+            headers = {"Authorization": f"Basic {token}"}
+            async with (
+                aiohttp.ClientSession(where["base_url"], headers=headers) as session,
+                session.get("/tts/v1/voices") as answer,
+            ):
+                assert answer.status == 200
+            process.terminate()
+            async with asyncio.timeout(30):
+                assert await process.wait() == 0
+            assert server.events_of("connection_closed")[0].detail == {"code": 1000, "clean": True}
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "text"),
+    [
+        ([], {"INWORLD_API_KEY": ""}, 78, "INWORLD_API_KEY is not set"),
+        (["--nonsense"], {"INWORLD_API_KEY": "k"}, 2, "--nonsense"),
+    ],
+)
+def test_alone_wrong_use_is_one_line(
+    arguments: list[str], environment: dict[str, str], code: int, text: str
+) -> None:
+    """It says what is missing, and what to do."""
+    result = subprocess.run(
+        [sys.executable, "-m", "worker.inworld", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == code
+    assert text in result.stderr.splitlines()[-1]

@@ -1,0 +1,397 @@
+"""What the end of a job does to the installed Inworld plugin, in this process; and `worker.closing`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from livekit.agents import APIConnectionError, utils
+from livekit.plugins import inworld
+
+import worker
+import worker.inworld
+from worker import compat_jobs, jobend
+from worker.clock import now
+from worker.inworld import plugin_compat
+from worker.inworld.attached import closer
+from worker.inworld.closer import Closer
+from worker.inworld.environment import broker_arguments
+from worker.local.inworld import Faults, InworldServer, Speech
+from worker.resources import Counts
+
+pytestmark = pytest.mark.core
+
+TIMEOUT = 10.0
+LONG = "This is a long sentence, and it goes on for quite a while before it comes to its end. " * 7
+ENCODING = "LINEAR16" if inworld.__version__.startswith(("1.3.", "1.4.")) else "PCM"
+IS_SHARED = hasattr(inworld.TTS, "_get_connection")  # one connection for all streams, since 1.8.9
+
+
+class Speaker:
+    """The plugin's TTS, and what its streams came to."""
+
+    def __init__(self, tts: Any) -> None:
+        self.tts = tts
+        self.ended: list[BaseException | None] = []
+        self._group: asyncio.TaskGroup
+
+    def speak(self, text: str = LONG) -> None:
+        stream = self.tts.stream()
+        stream.push_text(text)
+        stream.end_input()
+        self._group.create_task(self._listen(stream))
+
+    async def _listen(self, stream: Any) -> None:
+        try:
+            async for _ in stream:
+                pass
+            self.ended.append(None)
+        except Exception as error:
+            self.ended.append(error)
+
+
+@asynccontextmanager
+async def speaker(server: InworldServer) -> AsyncIterator[Speaker]:
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+        tts = inworld.TTS(
+            api_key=server.api_key,
+            ws_url=server.ws_url,
+            encoding=ENCODING,
+            sample_rate=24000,
+            http_session=session,
+        )
+        made = Speaker(tts)
+        made._group = group
+        yield made
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(TIMEOUT):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def real_time(**faults: Any) -> InworldServer:
+    return InworldServer(speech=Speech(pace="real-time"), faults=Faults(**faults))
+
+
+# -- the closer --------------------------------------------------------------------------------------------
+
+
+async def test_contexts_first_then_connections() -> None:
+    """Streams in mid-speech: cancelled, closed by the server, then a close frame each; nothing is left."""
+    count = 5 if IS_SHARED else 8
+    async with real_time() as server, speaker(server) as s:
+        for _ in range(count):
+            s.speak()
+        await until(lambda: server.open_contexts == count)
+        assert closer.is_needed
+        counts = await closer.aclose(now() + 5)
+        connections = 1 if IS_SHARED else 2
+        assert counts == {
+            "contexts": {"closed": count, "forced": 0},
+            "connections": {"closed": connections, "forced": 0},
+        }
+        await until(lambda: len(s.ended) == count and server.open_connections == 0)
+        assert server.counts["cancel_requested"] == server.counts["context_closed"] == count
+        assert {str(e.detail) for e in server.events_of("connection_closed")} == {
+            "{'code': 1000, 'clean': True}"
+        }
+        assert await closer.aclose(now() + 5) == {}
+
+
+async def test_nothing_is_opened_after_the_close() -> None:
+    """A stream or a prewarm that begins after the end of the job fails, and no connection is made."""
+    async with real_time() as server, speaker(server) as s:
+        s.speak("Good bye.")
+        await until(lambda: s.ended == [None])
+        await closer.aclose(now() + 5)
+        s.speak()
+        await until(lambda: len(s.ended) == 2)
+        assert isinstance(s.ended[1], APIConnectionError)
+        s.tts.prewarm()
+        await until(lambda: server.open_connections == 0)
+        prewarm = getattr(s.tts, "_prewarm_task", None)
+        if prewarm is not None:
+            await asyncio.wait([prewarm])
+            assert isinstance(prewarm.exception(), APIConnectionError)
+        assert server.counts["connected"] == 1
+
+
+@pytest.mark.parametrize("faults", [{"handshake_hang": True}, {"handshake_delay": 0.5}])
+async def test_a_handshake_under_way(faults: dict[str, Any]) -> None:
+    """It is given up: the server sees it end, and no connection opens behind the close."""
+    async with real_time(**faults) as server, speaker(server) as s:
+        s.speak()
+        s.speak()
+        await until(lambda: server.open_handshakes > 0)
+        await closer.aclose(now() + 5)
+        await until(lambda: server.open_handshakes == 0 and len(s.ended) == 2)
+        assert server.counts["connected"] == 0
+
+
+async def test_a_connection_that_the_plugin_forgot() -> None:
+    """After a frame that is not JSON older plugins leave the socket open and forget it: it is closed too."""
+    async with real_time(malformed="text") as server, speaker(server) as s:
+        s.speak()
+        await until(lambda: server.counts["context_created"])
+        await until(lambda: server.counts["connected"] > 1)  # the framework tries again
+        await closer.aclose(now() + 5)
+        await until(lambda: server.open_connections == 0 and s.ended)
+        assert all(e.detail["clean"] for e in server.events_of("connection_closed"))
+
+
+async def test_a_server_that_answers_nothing() -> None:
+    """The close takes no more than its time and says what it forced; the contexts were cancelled before."""
+    async with real_time(closed_never=True, ignore_close=True) as server, speaker(server) as s:
+        s.speak()
+        await until(lambda: server.counts["text"])
+        began = now()
+        counts = await closer.aclose(now() + 0.5)
+        assert now() - began < TIMEOUT
+        assert counts["contexts"]["forced"] == counts["connections"]["forced"] == 1
+        await until(lambda: server.open_connections == 0)
+        kinds = [event.kind for event in server.events]
+        assert kinds.index("cancel_requested") < kinds.index("context_cut")
+
+
+async def test_a_plain_request_under_way() -> None:
+    """What `synthesize` has asked for over HTTP ends too, and leaves no response behind."""
+    async with real_time() as server, aiohttp.ClientSession() as session:
+        tts = inworld.TTS(
+            api_key=server.api_key,
+            base_url=server.base_url,
+            encoding=ENCODING,
+            sample_rate=24000,
+            http_session=session,
+        )
+        stream = tts.synthesize(LONG)
+        async with asyncio.timeout(TIMEOUT):
+            await stream.__anext__()
+        await closer.aclose(now() + 5)
+        with pytest.raises(StopAsyncIteration):
+            while True:
+                await stream.__anext__()
+
+
+async def test_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without the private names is closed by its public aclose(); one that hangs or fails is left."""
+    closed: list[str] = []
+
+    class TTS:
+        def __init__(self, how: str) -> None:
+            self.how = how
+
+        def stream(self) -> None: ...
+        def synthesize(self, _text: str) -> None: ...
+        def prewarm(self) -> None: ...
+
+        async def aclose(self) -> None:
+            if self.how == "hangs":
+                while True:
+                    try:
+                        await asyncio.sleep(60)
+                    except asyncio.CancelledError:
+                        if "again" in closed:
+                            raise
+                        closed.append("again")
+            if self.how == "fails":
+                raise OSError("no")
+            closed.append(self.how)
+
+    monkeypatch.setattr(plugin_compat, "tts_class", lambda: TTS)
+    mine = Closer()
+    mine.attach({})
+    mine.attach({})  # once is enough, twice is harmless
+    made = [TTS("well"), TTS("fails"), TTS("hangs"), TTS("never used")]
+    made[0].stream()
+    made[1].synthesize("text")
+    made[2].prewarm()
+    began = now()
+    counts = await mine.aclose(now() + 0.5)
+    assert now() - began < TIMEOUT
+    assert closed == ["well", "again"]
+    assert counts == {"tts": {"forced": 2}}
+
+
+def test_a_tts_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TTS that another job has begun to use is left to that one, and closed on its loop."""
+    closed: list[asyncio.AbstractEventLoop] = []
+
+    class TTS:
+        def stream(self) -> None: ...
+
+        async def aclose(self) -> None:
+            closed.append(asyncio.get_running_loop())
+
+    monkeypatch.setattr(plugin_compat, "tts_class", lambda: TTS)
+    mine, tts = Closer(), TTS()
+    mine.attach({})
+
+    async def use() -> None:
+        tts.stream()
+
+    async def end() -> Counts:
+        return await mine.aclose(now() + 5)
+
+    with asyncio.Runner() as one, asyncio.Runner() as two:
+        one.run(use())
+        two.run(use())
+        one.run(end())
+        assert closed == []
+        two.run(end())
+        assert closed == [two.get_loop()]
+
+
+# -- the broker's address ----------------------------------------------------------------------------------
+
+BROKER = {
+    "LASTCALL_INWORLD_WS_URL": "ws://127.0.0.1:1/",
+    "LASTCALL_INWORLD_URL": "http://127.0.0.1:1/",
+    "LASTCALL_INWORLD_TOKEN": "token",
+}
+
+
+def test_keyword_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`inworld.TTS()` goes to the broker when the environment names one; explicit arguments win."""
+    init: Any = inspect.unwrap(inworld.TTS.__init__)
+    monkeypatch.setattr(init, "__kwdefaults__", dict(init.__kwdefaults__))
+    monkeypatch.setenv("INWORLD_API_KEY", "the real key")
+    Closer().attach({})
+    assert inworld.TTS()._ws_url == "wss://api.inworld.ai/"
+    Closer().attach(BROKER)
+    tts = inworld.TTS()
+    assert (tts._ws_url, tts._base_url) == ("ws://127.0.0.1:1/", "http://127.0.0.1:1/")
+    assert tts._authorization == "Basic token"
+    assert inworld.TTS(ws_url="ws://elsewhere/")._ws_url == "ws://elsewhere/"
+
+
+def test_our_tts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`worker.inworld.TTS` is the plugin's where there is no broker, and uses it where there is one."""
+    tts = worker.inworld.TTS(api_key="key", voice="Dennis")
+    assert isinstance(tts, inworld.TTS)
+    assert (tts._ws_url, tts._authorization) == ("wss://api.inworld.ai/", "Basic key")
+    for name, value in BROKER.items():
+        monkeypatch.setenv(name, value)
+    tts = worker.inworld.TTS(api_key="key")
+    assert (tts._ws_url, tts._base_url) == ("ws://127.0.0.1:1/", "http://127.0.0.1:1/")
+    assert tts._authorization == "Basic token"
+    tts = worker.inworld.TTS(api_key="key", ws_url="ws://elsewhere/")
+    assert (tts._ws_url, tts._authorization) == ("ws://elsewhere/", "Basic key")
+    assert broker_arguments({"LASTCALL_INWORLD_TOKEN": "token"}) == {}
+
+
+def test_without_the_plugin() -> None:
+    """Everything but the TTS works; that says in one line what to install."""
+    code = (
+        "import sys; sys.modules['livekit.plugins.inworld'] = None\n"
+        "import worker.inworld.attached\n"
+        "try:\n    worker.inworld.TTS\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    line = done.stdout.decode()
+    assert line.startswith("worker.inworld.TTS needs livekit-plugins-inworld") and line.count("\n") == 1
+    assert "lastcall[inworld]" in line
+
+
+# -- the end of a job --------------------------------------------------------------------------------------
+
+
+class Context:
+    """What of a JobContext the end of a job looks at."""
+
+    def __init__(self) -> None:
+        self.proc = Context.Process()
+        self.callbacks: list[Any] = []
+
+    class Process:
+        pass
+
+    def add_shutdown_callback(self, callback: Any) -> None:
+        self.callbacks.append(callback)
+
+
+class Closable:
+    def __init__(self, name: str, order: list[str], *, hangs: bool = False) -> None:
+        self.name, self.order, self.hangs = name, order, hangs
+
+    async def aclose(self) -> None:
+        if self.hangs:
+            await asyncio.sleep(60)
+        self.order.append(self.name)
+
+
+async def test_closing_is_in_order_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one first; one that hangs keeps neither the others nor ours from their turn; once."""
+    monkeypatch.setattr(jobend, "JOINED", 0.1)
+    order: list[str] = []
+
+    async def ours(_deadline: float) -> Counts:
+        order.append("ours")
+        return {}
+
+    ctx = Context()
+    jobend.begin(ctx.proc, {"ours": ours})
+    first = Closable("first", order)
+    assert worker.closing(ctx, first) is first
+    worker.closing(ctx, Closable("hangs", order, hangs=True))
+    worker.closing(ctx, Closable("last", order))
+    assert ctx.callbacks == []
+    async with asyncio.timeout(TIMEOUT):
+        await jobend.end(ctx)
+        await jobend.end(ctx)
+    assert order in (["last", "first", "ours"], ["last", "ours"])
+    with pytest.raises(RuntimeError, match="Closable"):
+        worker.closing(ctx, first)
+
+
+async def test_closing_outside_lastcall() -> None:
+    """It is a shutdown callback like any other."""
+    order: list[str] = []
+    ctx = Context()
+    worker.closing(ctx, Closable("mine", order))
+    await jobend.end(ctx)
+    assert order == []
+    for callback in ctx.callbacks:
+        await callback()
+    assert order == ["mine"]
+
+
+@pytest.mark.parametrize("how", ["well", "fails"])
+async def test_the_hook_at_the_end(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Ours runs in front of the end of the HTTP session, once, only in a job, and never in its place."""
+    from livekit.agents.job import _JobContextVar
+
+    order: list[Any] = []
+
+    async def close() -> None:
+        order.append("session")
+
+    async def end(ctx: Any) -> None:
+        order.append(ctx)
+        if how == "fails":
+            raise OSError("no")
+
+    http_context: Any = utils.http_context
+    monkeypatch.setattr(http_context, "_close_http_ctx", close)
+    compat_jobs.at_job_end(end)
+    compat_jobs.at_job_end(end)
+    await http_context._close_http_ctx()
+    assert order == ["session"]
+    ctx: Any = Context()
+    token = _JobContextVar.set(ctx)
+    try:
+        await http_context._close_http_ctx()
+    except OSError:
+        assert how == "fails"
+    finally:
+        _JobContextVar.reset(token)
+    assert order == ["session", ctx, "session"]

@@ -1,0 +1,130 @@
+"""What an operator sees: metrics, the status document, dashboard and alerts; all of it true."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.harness import AGENT, Run
+from tests.program import status, verb
+
+ROOT = Path(__file__).parent.parent
+DASHBOARD = ROOT / "scripts" / "deploy" / "grafana.json"
+ALERTS = ROOT / "scripts" / "deploy" / "alerts.yaml"
+PAGE = ROOT / "docs" / "metrics.md"
+SCHEMA = json.loads((ROOT / "docs" / "status.schema.json").read_text())
+NAME = re.compile(r"\blastcall_[a-z_]+")
+
+
+async def scrape(r: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Return every sample of /metrics by name."""
+    address = r.log("supervisor started")[0]["http"]
+
+    def get() -> str:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for family in text_string_to_metric_families(await asyncio.to_thread(get)):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            samples.setdefault(sample.name, []).append((dict(sample.labels), sample.value))
+    return samples
+
+
+@pytest.mark.core
+async def test_metrics_say_what_happened(run: Any) -> None:
+    """A job finished, one crashed, one runs, a worker was restarted, a reload done; and each slot's own."""
+    r: Run = await run("run", "-w", "2", "--grace", "60", "--http", "127.0.0.1:0", AGENT)
+    await r.ready(2)
+    good = await r.dispatch("good", sleep=0.1)
+    bad = await r.dispatch("bad", mode="crash")
+    for job in (good, bad):
+        await r.until(lambda job=job: r.livekit.jobs[job.job_id].status != "JS_RUNNING", 20)  # type: ignore[misc]
+    (first, _second) = r.workers()
+    first.kill()
+    await r.until(lambda: len(r.log("slot ready")) == 3, 40)
+    await verb(r, "recycle", "0", "--wait", timeout=60)
+    await r.until(lambda: len(r.livekit.available()) == 2, 20)
+    running = await r.dispatch("running", mode="hold")
+    await r.job_says(running.job_id, "started")
+    seen = await scrape(r)
+
+    def value(name: str, **labels: str) -> float:
+        return sum(v for found, v in seen[name] if labels.items() <= found.items())
+
+    assert value("lastcall_jobs_started_total") == 3
+    assert value("lastcall_jobs_finished_total") == 1
+    assert value("lastcall_jobs_failed_total") == 1
+    assert value("lastcall_jobs_cut_total") == value("lastcall_jobs_lost_total") == 0
+    assert value("lastcall_jobs_running") == 1
+    assert value("lastcall_restarts_total", slot="0", reason="killed") == 1
+    assert value("lastcall_operations_total", verb="recycle", result="done") == 1
+    assert value("lastcall_slots", state="ready") == 2
+    assert value("lastcall_workers_accepting") == value("lastcall_workers_wanted") == 2
+    assert value("lastcall_fence_seconds_count") == 1
+    assert value("lastcall_worker_resident_memory_bytes") > 2 * 10_000_000
+    own = {(labels["slot"], labels["generation"]) for labels, _ in seen["lk_agents_worker_load"]}
+    assert {slot for slot, _ in own} == {"0", "1"}
+    jsonschema.validate(await status(r), SCHEMA)
+    r.let_go()
+    r.kill()
+    assert await r.exit() == 0
+
+
+async def test_status_while_it_stops(run: Any) -> None:
+    """The document is of its schema in a stop as well, and says why and how long."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    job = await r.dispatch("long", mode="hold")
+    await r.job_says(job.job_id, "started")
+    r.kill()
+    await r.until(lambda: r.log("stop draining"))
+    document = await status(r)
+    jsonschema.validate(document, SCHEMA)
+    assert (document["phase"], document["reason"]) == ("draining", "SIGTERM")
+    assert 0 < document["grace_left_s"] <= 60
+    assert [j["room"] for s in document["slots"] for j in s["jobs"]] == ["long"]
+    r.let_go()
+    assert await r.exit() == 0
+
+
+async def exported(run: Any) -> set[str]:
+    r: Run = await run("run", "--http", "127.0.0.1:0", "--", "sleep", "600", livekit=False)
+    await r.until(lambda: r.log("ready"))
+    names = set(await scrape(r))
+    r.kill()
+    assert await r.exit() == 0
+    return names
+
+
+async def test_dashboard_alerts_and_page_name_what_there_is(run: Any) -> None:
+    """Every name that they use is exported; every name that is exported is on the page."""
+    names = await exported(run)
+    known = names | {"lastcall_worker_loop_lag_seconds", "lastcall_worker_last_beat_seconds"}
+    known |= {"lastcall_worker_resident_memory_bytes"}  # of workers that beat; an opaque one does not
+    known = {name for name in known if name.startswith("lastcall_")}
+    dashboard = json.loads(DASHBOARD.read_text())
+    used = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in NAME.findall(target["expr"])
+    }
+    rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    used |= {name for rule in rules for name in NAME.findall(rule["expr"])}
+    for path in (ROOT / "docs" / "operations.md", *(ROOT / "scripts" / "deploy" / "k8s").rglob("*.yaml")):
+        used |= {name for name in NAME.findall(path.read_text()) if name != "lastcall_"}
+    assert used and used <= known, used - known
+    base = {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in known}
+    on_page = set(NAME.findall(PAGE.read_text()))
+    assert base == on_page, base ^ on_page

@@ -1,0 +1,95 @@
+"""`python -m worker.inworld`: the broker, alone or as the supervisor's companion."""
+
+import signal
+
+if __name__ == "__main__":
+    # First of all: a signal that comes while the imports below run waits until somebody can handle it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+import argparse
+import asyncio
+import faulthandler
+import json
+import os
+import secrets
+import sys
+from typing import NoReturn
+
+import uvloop
+
+from . import logs
+from .broker import Broker, listen
+from .companion import INWORLD_URL, INWORLD_WS_URL, Companion, Settings, forbid_dumps
+from .environment import TOKEN, URL, WS_URL
+
+EX_CONFIG = 78
+
+
+def main() -> NoReturn:
+    """Run the broker and end with its exit code."""
+    forbid_dumps()
+    logs.set_up()
+    # As in a worker: the one signal without a loop handler shows where a loop that runs none is stuck.
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
+    settings = Settings.take(os.environ)
+    if settings is not None:
+        for fd in (settings.control_fd, settings.listen_fd, settings.lifeline_fd):
+            if fd is not None:
+                os.set_inheritable(fd, False)
+        companion = Companion(settings)
+        raise SystemExit(run(companion))
+    settings = alone(sys.argv[1:])
+    key = os.environ.pop("INWORLD_API_KEY", "")
+    if not key:
+        print(
+            "lastcall: INWORLD_API_KEY is not set, expected the key as the Inworld portal gives it",
+            file=sys.stderr,
+        )
+        raise SystemExit(EX_CONFIG)
+    raise SystemExit(run(Companion(settings, key=key), say=True))
+
+
+def alone(arguments: list[str]) -> Settings:
+    """Return the settings of a process without a supervisor; its own socket is made here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m worker.inworld",
+        description="Share one pool of Inworld connections among the processes of this machine. "
+        "Needs INWORLD_API_KEY; LASTCALL_INWORLD_TOKEN is the token, if set. Prints where it serves.",
+    )
+    parser.add_argument("--ws-url", default=INWORLD_WS_URL, help="Inworld's WebSocket URL")
+    parser.add_argument("--base-url", default=INWORLD_URL, help="Inworld's HTTP URL")
+    parser.add_argument("--port", type=int, default=0, help="to listen on; 0: any free one")
+    given = parser.parse_args(arguments)
+    try:
+        listener = listen(given.port)
+    except OSError as error:
+        print(f"lastcall: port {given.port} can't be listened on: {error.strerror}", file=sys.stderr)
+        raise SystemExit(EX_CONFIG) from error
+    return Settings(
+        listen_fd=listener.detach(),
+        token=os.environ.get(TOKEN) or secrets.token_urlsafe(24),
+        ws_url=given.ws_url,
+        base_url=given.base_url,
+    )
+
+
+def run(companion: Companion, *, say: bool = False) -> int:
+    """Run to the end; with `say` the first line of standard output tells where it serves, as JSON."""
+
+    def tell(broker: Broker) -> None:
+        token = companion.settings.token
+        environment = {
+            WS_URL: broker.ws_url,
+            URL: broker.base_url,
+            TOKEN: token,
+            "INWORLD_API_KEY": token,
+        }
+        where = {"ws_url": broker.ws_url, "base_url": broker.base_url, "environment": environment}
+        print(json.dumps(where), flush=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(companion.run(tell if say else lambda _: None))
+
+
+if __name__ == "__main__":
+    main()
