@@ -67,6 +67,11 @@ async def call(
     return job
 
 
+def hang_up(container: Container) -> None:
+    """Let jobs end that were called to hold."""
+    container.exec("touch", "/tmp/jobs.go")
+
+
 async def stop(container: Container, seconds: int) -> int:
     """docker stop -t SECONDS; return the exit code."""
     await asyncio.to_thread(lambda: container.run("stop", "-t", str(seconds), timeout=seconds + 30.0))
@@ -79,7 +84,7 @@ async def test_stop_with_time_enough(podman: Podman) -> None:
     async with DispatchServer() as server:
         container = podman.start("enough", options=options(server, LASTCALL_GRACE="40"))
         await container.until(lambda: container.health() == 0)
-        job = await call(container, server, 6)
+        job = await call(container, server, 0, "hold")
         assert container.exec("id", "-u").strip() == "65532"
         assert container.exec("cat", "/proc/1/comm").strip() == "lastcall"
         assert "No such file" in podman.run("exec", container.name, "ls", "/app/.env", check=False).stderr
@@ -87,6 +92,7 @@ async def test_stop_with_time_enough(podman: Podman) -> None:
         container.run("kill", "--signal", "TERM")  # podman asks a container that it stops itself nothing
         await container.until(lambda: container.events("stop draining"))
         assert container.health() == 0, "a draining container must not be taken for a sick one"
+        hang_up(container)
         assert await stop(container, 40) == 0, container.logs()
         receipt = container.receipt()
         assert (receipt["outcome"], receipt["left"]) == ("clean", 0)
@@ -129,10 +135,11 @@ async def test_job_over_the_memory_limit_dies_alone(podman: Podman) -> None:
     async with DispatchServer() as server:
         limit = ("--memory", "900m", "--memory-swap", "900m")
         container = podman.start("hungry", options=(*limit, *options(server, LASTCALL_GRACE="40", IDLE="2")))
-        good = await call(container, server, 12)
+        good = await call(container, server, 0, "hold")
         bad = await call(container, server, 1, "hungry")
         await container.until(lambda: server.jobs[bad.job_id].status == "JS_FAILED")
         assert server.jobs[good.job_id].status == "JS_RUNNING"
+        hang_up(container)
         assert await stop(container, 40) == 0, container.logs()
         assert server.jobs[good.job_id].status == "JS_SUCCESS"
         totals = container.receipt()["totals"]

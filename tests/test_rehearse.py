@@ -41,6 +41,7 @@ def test_a_good_agent_passes(tmp_path: Path) -> None:
     assert (root.get("tests"), root.get("failures")) == ("5", "0")
 
 
+@pytest.mark.core
 def test_an_agent_whose_jobs_die_of_sigterm_fails() -> None:
     """The stop that reaches every process cuts its jobs: each is named, the entrypoint's error is a note."""
     (scene,) = [scene for scene in SCENES if scene.name == "everybody"]

@@ -13,7 +13,7 @@ import pytest
 from supervisor.platforms import systemd
 from supervisor.platforms.service import Service
 from tests.left_out import SUITES
-from tests.machine import Machine, Unit
+from tests.machine import LASTCALL, Machine, Unit
 from worker.local.dispatch import Dispatched, DispatchServer
 
 pytestmark = pytest.mark.systemd
@@ -40,12 +40,17 @@ def extra(name: str) -> dict[str, str]:
     return {"LASTCALL_HTTP": "off", "JOB_LOG": f"/var/lib/{name}/jobs"}
 
 
-async def call(unit: Unit, server: DispatchServer, seconds: float) -> Dispatched:
-    """Dispatch a job and wait until its program runs."""
-    job = await server.dispatch("room", metadata=json.dumps({"sleep": seconds}))
+async def call(unit: Unit, server: DispatchServer, seconds: float | None = None) -> Dispatched:
+    """Dispatch a job and wait until its program runs; without seconds it lasts until `hang_up`."""
+    spec = {"mode": "hold"} if seconds is None else {"sleep": seconds}
+    job = await server.dispatch("room", metadata=json.dumps(spec))
     assert job.outcome == "assigned", unit.journal()
     await unit.until(lambda: "started" in unit.machine.read(f"/var/lib/{unit.name}/jobs"))
     return job
+
+
+def hang_up(unit: Unit) -> None:
+    unit.machine.run("touch", f"/var/lib/{unit.name}/jobs.go")
 
 
 async def stop(unit: Unit) -> None:
@@ -72,9 +77,12 @@ async def test_start_waits_and_stop_outlasts_its_timer(machine: Machine) -> None
         server.refuse_connections = False
         await unit.until(lambda: unit.show("ActiveState") == "active", START)
         await unit.until(lambda: unit.show("StatusText") == "running: 1 of 1 workers accept, 0 jobs")
-        job = await call(unit, server, 6)
+        job = await call(unit, server)
         stopping = asyncio.create_task(stop(unit))
         await unit.until(lambda: unit.show("StatusText").startswith("draining: 1 job, "))
+        due = time.monotonic() + 3
+        await unit.until(lambda: time.monotonic() > due)
+        hang_up(unit)
         await stopping
         assert unit.show("Result") == "success", unit.journal()
         assert finished_well(unit, server, job), unit.receipt()
@@ -101,14 +109,17 @@ async def test_reload(machine: Machine) -> None:
             unit.machine.run("systemctl", "daemon-reload")
         await asyncio.to_thread(unit.systemctl, "start")
         main = unit.show("MainPID")
-        job = await call(unit, server, 12)
+        job = await call(unit, server)
         await asyncio.to_thread(unit.systemctl, "reload")
         if machine.suite != "trixie":
             await unit.until(lambda: server.counts["registered"] == 2, START)
         assert server.counts["registered"] == 2, unit.journal()
         assert server.jobs[job.job_id].status == "JS_RUNNING"
         assert (unit.show("ActiveState"), unit.show("MainPID")) == ("active", main)
-        await stop(unit)
+        stopping = asyncio.create_task(stop(unit))
+        await unit.until(lambda: unit.show("StatusText").startswith("draining: 1 job, "))
+        hang_up(unit)
+        await stopping
         assert unit.show("Result") == "success", unit.journal()
         assert finished_well(unit, server, job), unit.receipt()
 
@@ -176,6 +187,10 @@ def test_unit_is_understood_and_tight(machine: Machine) -> None:
         check=False,
     )
     assert judged.returncode == 0, judged.stdout
+    options = ("--unit", "checked.service", "--http", "off", "--json")
+    asked = machine.run(LASTCALL, "doctor", *options, check=False)
+    (found,) = [each for each in json.loads(asked.stdout)["findings"] if each["check"] == "unit"]
+    assert (found["verdict"], found["why"]) == ("ok", "checked.service: KillMode=mixed, stops within 3630 s")
     expected = "notify-reload" if machine.suite == "trixie" else "notify"
     assert unit.show("Type") == expected
 

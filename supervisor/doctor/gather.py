@@ -53,7 +53,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         unit=_unit(unit or _own_unit(_read("/proc/self/cgroup"))),
         livekit_agents=_version("livekit-agents"),
         has_inworld_plugin=_version("livekit-plugins-inworld") is not None,
-        has_inworld_key=bool(environment.get("INWORLD_API_KEY") or _inworld_key_file(environment)),
+        has_inworld_key=bool(environment.get("INWORLD_API_KEY")) or _is_readable(config.inworld.api_key_file),
         memory_limit=_limit("memory.max", "memory/memory.limit_in_bytes"),
         processes_limit=_limit("pids.max", "pids/pids.max"),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -114,8 +114,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _inworld_key_file(environment: Mapping[str, str]) -> bool:
-    path = environment.get("LASTCALL_INWORLD__API_KEY_FILE", "")
+def _is_readable(path: str) -> bool:
     return bool(path) and os.access(path, os.R_OK)
 
 
