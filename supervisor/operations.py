@@ -157,6 +157,8 @@ class Operations:
             return str(error)
         slots = [slot for slot in self._fleet.slots if not slot.is_stopping]
         operation.of = len(slots)
+        if not slots:
+            return "the supervisor is stopping"
         wanted, before = self.wanted, self._fleet.config.workers
         # One slot goes first: if the new program is no good, it is the only one that has tried it.
         why = await self._replace(operation, slots[0], launcher, "reload")

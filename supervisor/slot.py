@@ -26,6 +26,7 @@ from .stopper import Ending
 # A stop of a whole control group reaches a worker as often before the supervisor as after it. One that was
 # signalled is replaced only when no stop has followed for so long.
 SECOND_THOUGHT = 0.5
+NEVER_WARM = "it registered, but no process of it was ready for a job within start.timeout; see its log"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -231,15 +232,16 @@ class Slot:
         def is_decided() -> bool:
             return new.ended or new.is_usable or new.is_leaving or self._stop_asked or not is_wanted()
 
-        # It ends by itself when it does not become ready in time; only an opaque one has to be looked at.
-        await self.bell.until(lambda: is_decided() or (new.is_opaque and new.was_ready))
+        # It ends by itself when it does not register in time; it may still never be warm.
+        due = now() + self._shared.config.start.timeout
+        await self.bell.until(lambda: is_decided() or (new.is_opaque and new.was_ready), lambda: due)
         if new.is_opaque and new.was_ready:
             await self.bell.until(is_decided, lambda: new.usable_at)
 
     def _give_up(self, new: Generation, is_wanted: Callable[[], bool]) -> str:
         if self._stop_asked:
             return "the slot is being stopped"  # the stop takes the candidate along
-        why = new.last_exit or "it left again"
+        why = new.last_exit or ("it left again" if new.is_leaving else NEVER_WARM)
         if self.candidate is new:
             self.candidate = None
             if not new.ended:  # it may have taken a job already, so it is let go like any other

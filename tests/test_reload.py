@@ -180,6 +180,22 @@ async def test_new_generation_killed_while_it_warms(run: Any) -> None:
     await r.nothing_left()
 
 
+async def test_new_generation_that_never_warms(run: Any, tmp_path: Path) -> None:
+    """No process of it gets ready for a job: given up after start.timeout, and the old one serves."""
+    config = tmp_path / "lastcall.toml"
+    config.write_text("[start]\ntimeout = 8\n")
+    r: Run = await run("run", "--grace", "60", "--config", str(config), AGENT)
+    await r.ready()
+    r.slow_down()
+    said = await verb(r, "reload", "--wait", code=1, timeout=60)
+    assert "not registered within 8 s" in said or "no process of it was ready" in said
+    job = await r.dispatch(sleep=0.1)
+    await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
 async def test_broken_target_at_a_reload(run: Any, tmp_path: Path) -> None:
     """The code on disk no longer loads: the old one keeps serving, and the reason is the user's own error."""
     target = tmp_path / "app.py"

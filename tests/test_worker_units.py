@@ -144,6 +144,22 @@ def test_unshielded_reads_proc(how: str) -> None:
         assert unshielded(child.pid) == frozenset()
 
 
+def test_shield_loses_no_signal() -> None:
+    """A SIGTERM that waits for its handler goes on waiting while the shield is raised."""
+    code = (
+        "import asyncio, signal\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})\n"
+        "import os; os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from worker.shield import raise_shield\n"
+        "loop = asyncio.new_event_loop()\n"
+        "raise_shield(loop)\n"
+        "print(signal.SIGTERM in signal.sigpending())\n"
+        "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done
+
+
 def test_worker_alone_says_its_usage() -> None:
     """`python -m worker` without a target: exit 2 and one line; a wrong one: exit 78."""
     command = [sys.executable, "-m", "worker"]

@@ -21,20 +21,43 @@ import multiprocessing.resource_tracker
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 from .stopping import STOP_SIGNALS
 
 
 def raise_shield(loop: asyncio.AbstractEventLoop) -> None:
     """Have every process that livekit-agents starts from now on be born with the stop signals blocked."""
-    # The tracker unblocks both signals in the thread that starts it, so it has to be up before.
-    multiprocessing.resource_tracker.ensure_running()
+    _start_tracker()
     executor = ThreadPoolExecutor(
         thread_name_prefix="shielded",
         initializer=signal.pthread_sigmask,
         initargs=(signal.SIG_BLOCK, STOP_SIGNALS),
     )
     loop.set_default_executor(executor)
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's resource tracker now, and lose no signal by it.
+
+    It unblocks both signals in the thread that starts it. Later that thread would be one of the executor's;
+    now a signal that waits for the loop's handlers would kill us. So it is caught, and made to wait again.
+    """
+    caught: list[int] = []
+
+    def catch(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+
+    # Not add_signal_handler: no loop runs yet, and uvloop forgets what comes before one does.
+    before = {number: signal.signal(number, catch) for number in STOP_SIGNALS}
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for each in caught:
+            signal.raise_signal(each)
 
 
 def unshielded(pid: int) -> frozenset[signal.Signals]:
