@@ -133,6 +133,7 @@ class App:
             environment=environment,
             reaper=self._reaper,
             record=self.record,
+            is_stopping=lambda: bool(self._stop_reason),
             known_pids=self._known_pids,
             write=_discard if self.around.quiet_workers else self.around.stderr.write,
             on_change=self._on_companion,

@@ -146,7 +146,7 @@ def _dev(
     control: Annotated[str | None, typer.Option(metavar="PATH", help="Control socket.  [auto]")] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="Configuration.")] = None,
 ) -> None:
-    """Develop: one worker, replaced whenever a file below this directory changes.
+    """Develop: one worker, replaced whenever a source file here changes.
 
     A running call finishes on the old code. Without LIVEKIT_URL a local dispatch server is used, which sends
     each new worker one call in a mock room. Ctrl-C drains briefly, a second one kills.
@@ -175,8 +175,8 @@ def _demo(
 
     session: _Session = context.obj
     assert session.inbox is not None
-    if workers < 1 or rate <= 0 or (seconds is not None and seconds <= 0):
-        raise UsageError("--workers, --rate and --seconds: expected more than 0")
+    if workers < 1 or not 0 < rate < 1000 or (seconds is not None and not 0 < seconds < float("inf")):
+        raise UsageError("--workers, --rate and --seconds: expected more than 0, and a rate below 1000")
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 

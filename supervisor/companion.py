@@ -28,11 +28,11 @@ from .budget import Deadlines
 from .channel import Channel
 from .config import Inworld
 from .errors import ConfigError, SpawnError, TransitionError
-from .inbox import STOP_SIGNALS
+from .inbox import SHIELDED
 from .intensity import RestartPolicy, Restarts
 from .process import Child, high, pipe, spawn
 from .reaper import Reaper
-from .receipt import ResourceEntry, StopRecord
+from .receipt import ResourceEntry, ResourceFate, StopRecord
 from .relay import Relay
 from .states import ALIVE, SLOT_TABLE, SlotEvent, SlotState
 
@@ -81,6 +81,7 @@ class Companion:
         environment: Mapping[str, str],
         reaper: Reaper,
         record: StopRecord,
+        is_stopping: Callable[[], bool],
         known_pids: set[int],
         write: Callable[[bytes], None],
         on_change: Callable[[], None],
@@ -99,6 +100,7 @@ class Companion:
         self._environment = {name: environment[name] for name in PASSED_ON if name in environment}
         self._reaper = reaper
         self._record = record
+        self._stop_has_begun = is_stopping
         self._known_pids = known_pids
         self._write = write
         self._on_change = on_change
@@ -195,7 +197,7 @@ class Companion:
         child = self._child
         if child is None or child.status is not None:
             # Whatever it had open went with it; nobody closed that in order.
-            self._record.resources.append(ResourceEntry(name=NAME, fate="forced", counts={}))
+            self._note("forced")
             return
         self._change(E.FENCE)
         self._change(E.CLOSE)
@@ -206,11 +208,11 @@ class Companion:
             return
         self._change(E.KILL)
         child.send(signal.SIGKILL)
-        killed = {"what": "companion", "name": NAME, "pid": child.pid}
-        self._record.killed.append(killed)
+        if self._ready_at is not None:  # one that never served has nothing that could be lost
+            killed = {"what": "companion", "name": NAME, "pid": child.pid}
+            self._record.killed.append(killed)
         if not self._was_told:
-            entry = ResourceEntry(name=NAME, fate="forced", counts={})
-            self._record.resources.append(entry)
+            self._note("closed" if self._ready_at is None else "forced")
         at = now() + KILLED_IN
         await self.bell.until(lambda: child.status is not None, lambda: at)
 
@@ -252,6 +254,8 @@ class Companion:
             relay.close()
         self._known_pids.discard(child.pid)
         was_asked = self.state in (S.CLOSING, S.KILLING)
+        if not was_asked and self._ready_at is not None and self._stop_has_begun():
+            self._note("forced")  # what it had open was cut; the next one knows nothing of it
         self._change(E.EXIT if was_asked else E.FAIL, exit=str(child.status))
 
     def _spawn(self) -> tuple[Child, socket.socket, list[Relay]]:
@@ -288,7 +292,7 @@ class Companion:
                 [sys.executable, "-P", "-m", "worker.inworld"],
                 environment=environment,
                 descriptors=theirs,
-                blocked=STOP_SIGNALS,
+                blocked=SHIELDED,
                 reaper=self._reaper,
                 on_exit=lambda _status: self.bell.ring(),
             )
@@ -301,6 +305,13 @@ class Companion:
             for fd in theirs.values():
                 os.close(fd)
         return child, control, [Relay(out, self._write)]
+
+    def _note(self, fate: ResourceFate) -> None:
+        """Put a broker that could not say itself how it closed into the receipt."""
+        counts = {what: {"cut": self.figures[what]} for what in ("connections", "contexts") if self.figures}
+        known = {what: each for what, each in counts.items() if each["cut"]}
+        entry = ResourceEntry(name=NAME, fate=fate, counts=known if fate != "closed" else {})
+        self._record.resources.append(entry)
 
     # -- what is said ---------------------------------------------------------------------------------
 

@@ -30,6 +30,9 @@ NOT_OPTIONS = frozenset({"LASTCALL_CONFIG", "LASTCALL_PLATFORM_GRACE", "LASTCALL
 NOT_OPTION_PREFIXES = ("LASTCALL_WORKER_", "LASTCALL_SERVICE", "LASTCALL_PORT")
 INWORLD = ("LASTCALL_INWORLD_WS_URL", "LASTCALL_INWORLD_URL", "LASTCALL_INWORLD_TOKEN")
 
+# Where the validator's own words name things that no user has heard of.
+SAID_BETTER = {"missing": "more values", "model_type": "a table", "model_attributes_type": "a table"}
+
 Seconds = Annotated[float, Field(gt=0, le=10_000_000, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=10_000_000, allow_inf_nan=False)]
 
@@ -276,8 +279,10 @@ def _variables(model: type[BaseModel], prefix: str = PREFIX) -> Iterator[str]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = set(_variables(Config))
     try:
-        return _Environment(environ)()
+        # An unknown variable is a warning, nested or not; `warnings` says so.
+        return _Environment({name: value for name, value in environ.items() if name in known})()
     except Exception as error:  # SettingsError, whose own base differs between versions
         raise ConfigError(f"environment: {error}") from error
 
@@ -329,7 +334,7 @@ def _one_line(failure: ValidationError, where: str) -> str:
         return f"{prefix}unknown key {name!r}{_nearest(keys)}"
     option = name if where else f"--{name.replace('_', '-')}"
     expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    expected = expected.partition(", unable to parse")[0]
+    expected = SAID_BETTER.get(problem["type"], expected.partition(", unable to parse")[0])
     return f"{prefix}{option}: got {problem['input']!r}, expected {expected.removeprefix('expected ')}"
 
 

@@ -39,6 +39,7 @@ async def serve(path_option: str, verbs: dict[str, Verb]) -> AsyncIterator[Path]
     """Listen for as long as the block runs; yields the socket's path. Raises ConfigError when it can't."""
     path = _path(path_option)
     sock = _bind(path)
+    own = _identity(path)
     clients = 0
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -62,7 +63,8 @@ async def serve(path_option: str, verbs: dict[str, Verb]) -> AsyncIterator[Path]
             server.close()
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()
+            if _identity(path) == own:  # somebody may have put something else there meanwhile
+                path.unlink()
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, verbs: dict[str, Verb]) -> None:
@@ -153,6 +155,8 @@ def _path(option: str) -> Path:
 
 
 def _bind(path: Path) -> socket.socket:
+    if path.exists() and not path.is_socket():
+        raise ConfigError(f"control: {path} exists and is no socket; give another --control PATH")
     if path.exists() and not _is_live(path):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -162,10 +166,16 @@ def _bind(path: Path) -> socket.socket:
         sock.bind(str(path))
     except OSError as error:
         sock.close()
-        raise ConfigError(f"control: {path} can't be used: {error.strerror}; give --control PATH") from error
+        why = error.strerror or error
+        raise ConfigError(f"control: {path} can't be used: {why}; give --control PATH") from error
     finally:
         os.umask(before)
     return sock
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    info = path.lstat()
+    return info.st_dev, info.st_ino
 
 
 def _is_live(path: Path) -> bool:

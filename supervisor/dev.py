@@ -25,6 +25,23 @@ GRACE = 10.0
 DEBOUNCE_MS = 300
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 GIT_TIMEOUT = 5.0
+SOURCES = frozenset(
+    {
+        ".py",
+        ".pyi",
+        ".toml",
+        ".yaml",
+        ".yml",
+        ".json",
+        ".txt",
+        ".md",
+        ".j2",
+        ".jinja",
+        ".html",
+        ".ini",
+        ".cfg",
+    }
+)
 
 
 async def dev(inbox: Inbox, load: Callable[[], Config], *, directory: Path) -> Exit:
@@ -92,7 +109,12 @@ async def changes(directory: Path) -> AsyncIterator[set[str]]:
 
 class _Filter(DefaultFilter):
     def __call__(self, change: Change, path: str) -> bool:
-        return super().__call__(change, path) and not Path(path).is_dir()
+        return super().__call__(change, path) and is_source(Path(path))
+
+
+def is_source(path: Path) -> bool:
+    """Tell whether a file is one that people write: an agent's own logs and recordings must not reload it."""
+    return path.suffix in SOURCES or path.name.startswith(".env")
 
 
 def ignored_by_git(directory: Path, paths: set[str]) -> set[str]:

@@ -78,6 +78,8 @@ class Generation:
         self.config_error = ""
         self.ready_at: float | None = None
         self.is_silent = False
+        # A candidate takes no job before it has proved that it could do one.
+        self.is_candidate = False
         self.reports = Reports(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
         self.stopper = Stopper(self)
         self.launcher = launcher
@@ -204,8 +206,8 @@ class Generation:
                 self.change(E.REGISTER)
             else:
                 self._channel = await Channel.open(launched.control, self._on_message, self._on_lost)
-                if self.shared.is_held:
-                    self.hold(True)
+                if self.shared.is_held or self.is_candidate:
+                    self.say("hold", on=True)
                 self.stopper.repeat()
             await self._start_in_time()
             await self.bell.until(lambda: self.has_exited)
@@ -332,7 +334,13 @@ class Generation:
 
     def hold(self, on: bool) -> None:
         """Have the worker accept nothing for as long as the hold lasts."""
-        self.say("hold", on=on)
+        if not self.is_candidate:
+            self.say("hold", on=on)
+
+    def take_over(self) -> None:
+        """Let a candidate accept what the whole fleet accepts."""
+        self.is_candidate = False
+        self.hold(self.shared.is_held)
 
     def dump(self) -> None:
         """Have the worker write its main thread's stack to its standard error; an opaque one can't."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from worker.clock import Bell, now
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+# What workers are born with blocked: they let each in once it can do no harm.
+SHIELDED = STOP_SIGNALS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 RECEIVED = (
     signal.SIGTERM,
     signal.SIGINT,

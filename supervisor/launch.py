@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from .errors import SpawnError
 from .family import MARK, mark_of
-from .inbox import STOP_SIGNALS
+from .inbox import SHIELDED
 from .process import Child, high, pipe, spawn
 from .reaper import ExitStatus, Reaper
 from .relay import Relay
@@ -107,7 +107,7 @@ class Launcher:
                 argv,
                 environment=environment,
                 descriptors=theirs if self.is_opaque else theirs | dict(zip(OUTPUT_FDS, ours, strict=True)),
-                blocked=() if self.is_opaque else STOP_SIGNALS,
+                blocked=() if self.is_opaque else SHIELDED,
                 reaper=self.reaper,
                 on_exit=on_exit,
             )

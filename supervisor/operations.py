@@ -59,6 +59,7 @@ class Operations:
         self._ids = 0
         self._group: asyncio.TaskGroup | None = None
         self._reloading = asyncio.Lock()
+        self._scaling = asyncio.Lock()
         self._queued_reload: Operation | None = None
         self._surge = asyncio.Semaphore(fleet.config.reload.max_surge)
 
@@ -171,10 +172,13 @@ class Operations:
             ]
         reasons = [task.result() for task in rest if task.result()]
         if config.workers != before and wanted == before:
+            operation.of += abs(config.workers - wanted)
             await self._resize(operation, config.workers)
         return "; ".join(reasons)
 
     async def _recycle(self, operation: Operation, slot: Slot, reason: str) -> str:
+        if slot.is_stopping:
+            return f"slot {slot.number} is being taken away"
         return await self._replace(operation, slot, self._fleet.launcher, reason)
 
     async def _replace(self, operation: Operation, slot: Slot, launcher: Launcher, reason: str) -> str:
@@ -186,7 +190,9 @@ class Operations:
         return f"slot {slot.number}: {why}" if why else ""
 
     async def _scale(self, operation: Operation, workers: int) -> str:
-        return await self._resize(operation, workers)
+        async with self._scaling:
+            operation.of = abs(workers - self.wanted)
+            return await self._resize(operation, workers)
 
     async def _resize(self, operation: Operation, workers: int) -> str:
         more = workers - self.wanted

@@ -26,6 +26,7 @@ from .stopper import Ending
 # A stop of a whole control group reaches a worker as often before the supervisor as after it. One that was
 # signalled is replaced only when no stop has followed for so long.
 SECOND_THOUGHT = 0.5
+LET_IN = 2.0
 NEVER_WARM = "it registered, but no process of it was ready for a job within start.timeout; see its log"
 
 
@@ -136,6 +137,7 @@ class Slot:
             self._let_go(old, old.reports.fence_reason)
         if self.candidate is not None:
             self.current, self.candidate = self.candidate, None
+            self.current.take_over()
             return
         uptime = 0.0 if old.ready_at is None else now() - old.ready_at
         delay = self._restarts.delay(now(), uptime=uptime)
@@ -207,7 +209,8 @@ class Slot:
             if new is None:
                 return "the slot is being stopped"
             await self._until_usable(new, is_wanted)
-            if new.is_usable and not self._stop_asked:
+            if new.is_usable and is_wanted() and not self._stop_asked:
+                await self._let_in(new)
                 if new is self.candidate:
                     self.current, self.candidate = new, None
                     self._let_go(old, reason)
@@ -216,6 +219,7 @@ class Slot:
 
     def _begin_beside(self) -> Generation:
         self.candidate = self._make(S.STOPPED)
+        self.candidate.is_candidate = True
         self._start(self.candidate)
         return self.candidate
 
@@ -227,6 +231,14 @@ class Slot:
         self.bell.ring()
         await self.bell.until(lambda: self._last_started is not before or self._stop_asked)
         return None if self._stop_asked else self._last_started
+
+    async def _let_in(self, new: Generation) -> None:
+        """Have the new one accept before the old one stops to; a moment, and no more than LET_IN."""
+        new.take_over()
+        due = now() + LET_IN
+        await self.bell.until(
+            lambda: new.accepts or self._shared.is_held or new.ended or self._stop_asked, lambda: due
+        )
 
     async def _until_usable(self, new: Generation, is_wanted: Callable[[], bool]) -> None:
         def is_decided() -> bool:

@@ -21,6 +21,8 @@ def verbs(
         def verb(_request: dict[str, Any]) -> dict[str, Any]:
             if fleet.launcher.is_opaque:
                 raise Refused("an opaque worker can't be told to hold: it knows nothing of jobs")
+            if fleet.is_stopping:
+                raise Refused("the supervisor is stopping: nothing is accepted any more")
             fleet.hold(on)
             return {"held": on}
 

@@ -99,6 +99,27 @@ async def test_watch_follows_and_ends_with_the_supervisor(run: Any, program: Pro
         assert await asyncio.to_thread(watching.wait, 10) == 0
 
 
+async def test_control_path_that_is_a_file(run: Any, program: Program) -> None:
+    """A typo must not cost a file: exit 78, and it is still there."""
+    precious = program.directory / "agent.py"
+    precious.write_text("precious\n")
+    r: Run = await run("run", "--control", str(precious), *program.arguments, livekit=False)
+    assert await r.exit() == 78
+    assert "exists and is no socket" in r.err.read_text()
+    assert precious.read_text() == "precious\n"
+
+
+async def test_file_in_the_place_of_the_socket(run: Any, program: Program) -> None:
+    """What somebody has put where the socket was is not taken away at the end."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: r.log("ready"))
+    r.control.unlink()
+    r.control.write_text("precious\n")
+    r.kill()
+    assert await r.exit() == 0
+    assert r.control.read_text() == "precious\n"
+
+
 async def test_other_users_are_refused(run: Any, program: Program) -> None:
     """The mode keeps them out; where it was loosened, their credentials do."""
     if os.getuid() != 0:

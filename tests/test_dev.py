@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from supervisor.dev import ignored_by_git, remarks
+from supervisor.dev import ignored_by_git, is_source, remarks
 from tests.harness import LASTCALL, TOKEN, Run
 from tests.test_terminal import LEASH, Terminal, exit_of
 
@@ -97,6 +97,21 @@ def test_what_git_ignores(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / ".gitignore").write_text("*.log\n")
     assert ignored_by_git(tmp_path, {"a.log", "a.py"}) == {"a.log"}
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("agent.py", True),
+        ("prompts/greeting.md", True),
+        (".env", True),
+        ("calls.log", False),
+        ("a.wav", False),
+    ],
+)
+def test_what_is_a_source(name: str, source: bool) -> None:
+    """What an agent writes itself is no reason to replace it."""
+    assert is_source(Path(name)) is source
 
 
 @pytest.mark.parametrize(

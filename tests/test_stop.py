@@ -72,6 +72,25 @@ async def test_sigterm_twice(run: Any, pause: float) -> None:
     await r.clean(job)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN])
+async def test_other_signals_to_every_process(run: Any, number: signal.Signals) -> None:
+    """What means something to the supervisor means nothing to a worker or a job, and cuts nothing."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    (worker,) = r.workers()
+    r.kill_all(number)
+    await asyncio.sleep(0.3)  # time to die in
+    assert lives(worker.pid) and lives(note["pid"])
+    r.signalled_at = 0.0
+    r.kill_all()
+    r.kill_all(number)
+    r.let_go()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
 async def test_sigint_without_a_terminal(run: Any) -> None:
     """Nomad and Fly send SIGINT: it drains as SIGTERM does, also when it comes again."""
     r: Run = await run("run", "--grace", "40", AGENT)

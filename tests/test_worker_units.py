@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from worker.errors import WireError
 from worker.resources import Counts, Resources
 from worker.settings import Settings
 from worker.shield import unshielded
+from worker.stopping import SHIELDED
 from worker.wire import MAX_LINE, Decoder, decode, encode
 
 values = st.dictionaries(st.text(max_size=5).filter(lambda k: k not in ("type", "v")), st.text(max_size=20))
@@ -127,17 +127,18 @@ def test_settings_of_a_worker_alone() -> None:
 def test_unshielded_reads_proc(how: str) -> None:
     """Blocked, ignored and caught signals are no danger; an open one is named."""
     line = {
-        "blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, {15, 2})",
-        "ignored": "signal.signal(15, signal.SIG_IGN); signal.signal(2, signal.SIG_IGN)",
-        "open": "signal.signal(15, signal.SIG_DFL); signal.signal(2, signal.SIG_DFL)",
+        "blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, numbers)",
+        "ignored": "[signal.signal(n, signal.SIG_IGN) for n in numbers]",
+        "open": "[signal.signal(n, signal.SIG_DFL) for n in numbers]",
     }[how]
-    code = f"import signal,sys; {line}; print('up', flush=True); sys.stdin.read()"
+    numbers = f"numbers = {[int(number) for number in SHIELDED]}"
+    code = f"import signal,sys; {numbers}; {line}; print('up', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout is not None and child.stdin is not None
         child.stdout.readline()
-        expected = {signal.SIGTERM, signal.SIGINT} if how == "open" else set()
+        expected = set(SHIELDED) if how == "open" else set()
         assert set(unshielded(child.pid)) == expected
         child.stdin.close()
         child.wait(10)

@@ -5,6 +5,10 @@ import signal
 if __name__ == "__main__":
     # First of all: a stop that comes while the imports below run waits until somebody can handle it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    for _number in (signal.SIGHUP, signal.SIGUSR1):
+        # Meant for the supervisor, and harmless here. Not ignored: that would be inherited through exec.
+        if signal.getsignal(_number) is signal.SIG_DFL:
+            signal.signal(_number, lambda *_: None)
 
 import os
 import sys
@@ -23,7 +27,7 @@ from . import loading
 from .clock import Bell
 from .errors import Incompatible, StartError, TargetError
 from .settings import Settings
-from .stopping import Stopping
+from .stopping import OTHERS, Stopping
 
 if TYPE_CHECKING:
     from .host import Host
@@ -44,6 +48,7 @@ def main() -> NoReturn:
             os.set_inheritable(fd, False)
     # The one signal without a loop handler: its use is to show where a loop that runs no handler is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHERS)
     os.environ["LASTCALL_WORKER_PID"] = str(os.getpid())
     bell = Bell()
     stopping = Stopping(bell)

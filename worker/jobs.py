@@ -6,7 +6,7 @@ killed, livekit-agents takes jobs that live on for ended ones.
 
     accepted --launched--> running --closed and gone--> finished | failed | cut
         |--no assignment came--> unassigned          |--its worker died--> lost (the supervisor's word)
-        |--could not be launched--> lost
+        |--could not be launched--> failed
         |--no process by the deadline--> cut
 
 `cut` is whatever this worker ended: a job that was told to shut down while its entrypoint had more to do is

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from . import compat_jobs, jobend
-from .stopping import STOP_SIGNALS
+from .stopping import SHIELDED, STOP_SIGNALS
 
 _PARENT = "LASTCALL_WORKER_PID"
 # The rehearsal looks for this line in what the workers write.
@@ -42,10 +42,12 @@ def unmask() -> None:
         return
     if os.environ.get(_PARENT) == str(os.getpid()):
         return
-    for number in STOP_SIGNALS:
-        # Not add_signal_handler: there is no event loop here yet, and nothing to wake.
-        signal.signal(number, _ignore)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in SHIELDED:
+        # Not add_signal_handler: there is no event loop here yet, and nothing to wake. A handler that is
+        # there already is livekit-agents' own, for stack dumps, and harmless.
+        if number in STOP_SIGNALS or signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _ignore)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
 
 
 class Setup:

@@ -93,7 +93,8 @@ class Engine:
 
     @property
     def accepts(self) -> bool:
-        return self.is_registered and not self.is_full
+        """Whether offers would be answered with yes, and the server knows it."""
+        return self.is_registered and not self.is_full and not self._told_full
 
     @property
     def is_warm(self) -> bool:
@@ -139,9 +140,12 @@ class Engine:
         """
         while True:
             await self._bell.until(lambda: self.is_full is not self._told_full)
-            self._told_full = self.is_full
+            full = self.is_full
             if not self.ended:
-                await compat.announce(self.server, full=self._told_full)
+                await compat.announce(self.server, full=full)
+                await compat.flush(self.server)
+            self._told_full = full
+            self._bell.ring()
 
     async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
         """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported."""
@@ -206,7 +210,9 @@ class Engine:
     def _settle(self, id: str, error: BaseException | None) -> None:
         fate: Fate | None = None
         if error is not None:
-            fate = "unassigned" if compat.is_unassigned(error) else "lost"
+            fate = "unassigned" if compat.is_unassigned(error) else "failed"
+        if fate == "failed" and not self.ended:  # the server would count it as running for as long as we live
+            self._announcements.create_task(compat.report_failed(self.server, id))
         self.jobs.settle(id, fate)
 
     def _on_started(self) -> None:

@@ -15,6 +15,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 import types
@@ -183,20 +184,26 @@ def _where(error: BaseException) -> str:
     return f" ({theirs[-1].filename} line {theirs[-1].lineno})" if theirs else ""
 
 
+LIVEKIT = f"{os.sep}livekit{os.sep}agents{os.sep}"
+
+
 def _users_part(tb: types.TracebackType | None) -> types.TracebackType | None:
-    """Return the traceback from the first frame that is neither ours nor the import system's."""
+    """Return the traceback from the first frame that is neither ours, livekit's nor the import system's."""
     here = str(Path(__file__).parent)
     while tb is not None:
         filename = tb.tb_frame.f_code.co_filename
-        if not filename.startswith((here, "<frozen")) and filename != importlib.__file__:
+        ours = filename.startswith((here, "<frozen")) or filename == importlib.__file__
+        if not ours and LIVEKIT not in filename:
             return tb
         tb = tb.tb_next
     return None
 
 
 def users_traceback(error: BaseException) -> str:
-    """Format an error with the frames from the user's file on."""
+    """Format an error with the frames from the user's file on; empty when none of them is the user's."""
     part = _users_part(error.__traceback__)
+    if part is None:
+        return ""
     return "".join(traceback.format_exception(type(error), error, part))
 
 

@@ -1,4 +1,4 @@
-"""Keep SIGTERM and SIGINT away from the forkserver and the job processes, and check that it holds.
+"""Keep stop signals, and those that mean something to the supervisor, away from forkserver and jobs; look.
 
 Problem: a stop that reaches a whole group or cgroup reaches the jobs too. livekit-agents sets the job's
 dispositions when one of its modules is first imported in a process named job_proc; from 1.8 on that module
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-from .stopping import STOP_SIGNALS
+from .stopping import OTHERS, SHIELDED, STOP_SIGNALS
 
 
 def raise_shield(loop: asyncio.AbstractEventLoop) -> None:
@@ -32,7 +32,7 @@ def raise_shield(loop: asyncio.AbstractEventLoop) -> None:
     executor = ThreadPoolExecutor(
         thread_name_prefix="shielded",
         initializer=signal.pthread_sigmask,
-        initargs=(signal.SIG_BLOCK, STOP_SIGNALS),
+        initargs=(signal.SIG_BLOCK, SHIELDED),
     )
     loop.set_default_executor(executor)
 
@@ -50,6 +50,7 @@ def _start_tracker() -> None:
 
     # Not add_signal_handler: no loop runs yet, and uvloop forgets what comes before one does.
     before = {number: signal.signal(number, catch) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, OTHERS)  # the tracker keeps these blocked
     try:
         multiprocessing.resource_tracker.ensure_running()
     finally:
@@ -58,10 +59,11 @@ def _start_tracker() -> None:
             signal.signal(number, handler)
         for each in caught:
             signal.raise_signal(each)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHERS)
 
 
 def unshielded(pid: int) -> frozenset[signal.Signals]:
-    """Return the stop signals that would end the process: neither blocked, ignored nor caught.
+    """Return the shielded signals that would end the process: neither blocked, ignored nor caught.
 
     Read from /proc/PID/status; a process that is gone needs no shield and gives an empty set.
     """
@@ -76,4 +78,4 @@ def unshielded(pid: int) -> frozenset[signal.Signals]:
             safe |= int(value, 16)
         elif name == "State" and value.strip().startswith("Z"):
             return frozenset()
-    return frozenset(number for number in STOP_SIGNALS if not safe >> (number - 1) & 1)
+    return frozenset(number for number in SHIELDED if not safe >> (number - 1) & 1)

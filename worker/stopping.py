@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from .clock import Bell
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
+# What they ask for is the supervisor's to do; whoever sends them to a whole group means it, too.
+OTHERS = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+SHIELDED = STOP_SIGNALS | OTHERS
 
 
 class Stopping:
