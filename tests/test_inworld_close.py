@@ -70,7 +70,10 @@ async def test_no_connection_opens_after_the_close(hang: bool) -> None:
 
 
 async def test_close_amid_everything() -> None:
-    """15 closes, each amid speech, finishing contexts, waiters and dials: nothing is left at the server."""
+    """15 closes, each amid speech, finishing contexts, waiters and dials: nothing is left at the server.
+
+    Fails if connections are closed over contexts that are about to end.
+    """
     for seed in range(15):
         chance = random.Random(seed)
         async with pair(faults=Faults(handshake_delay=0.005, closed_delay=0.005)) as p:

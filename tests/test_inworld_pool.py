@@ -119,7 +119,10 @@ async def test_cancelled_callers_leave_no_reservation() -> None:
 
 
 async def test_a_waiter_outlives_the_cancelled_callers_before_it() -> None:
-    """Five callers in a hung handshake are cancelled; the sixth, behind them, is served."""
+    """Five callers in a hung handshake are cancelled; the sixth, behind them, is served.
+
+    Fails if a cancelled caller keeps its turn.
+    """
     async with pair(faults=Faults(handshake_hang=True)) as p:
         before = [asyncio.ensure_future(p.acquire()) for _ in range(5)]
         sixth = asyncio.ensure_future(p.acquire())
