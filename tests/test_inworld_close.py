@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from tests.inworld import CONFIG, PATIENCE, QUICK, Pair, cancel_at_each_tick, pair, sockets, until
+from tests.inworld import CONFIG, PATIENCE, QUICK, Pair, cancel_at_each_tick, pair, quick, sockets, until
 from worker.clock import now
 from worker.inworld.census import Census
 from worker.inworld.errors import ConnectionLost, InworldError, PoolClosed
@@ -57,7 +57,8 @@ async def test_waiters_are_failed_at_once() -> None:
 @pytest.mark.parametrize("hang", [False, True])
 async def test_no_connection_opens_after_the_close(hang: bool) -> None:
     """A handshake under way, slow or hung, is cancelled and joined. Fails if it is left to itself."""
-    async with pair(faults=Faults(handshake_delay=0.1, handshake_hang=hang)) as p:
+    faults = Faults(handshake_delay=0.1, handshake_hang=hang)
+    async with pair(faults=faults, timings=quick(dial=600.0)) as p:
         callers = [asyncio.ensure_future(p.acquire(timeout=600.0)) for _ in range(3)]
         await until(lambda: p.server._transports)
         async with asyncio.timeout(PATIENCE):
