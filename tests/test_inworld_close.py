@@ -139,7 +139,7 @@ async def test_one_unanswered_close_frame_holds_up_no_other() -> None:
             stream.close()
         await p.settled()
         p.server.connections[1]._faults = Faults(ignore_close=True)
-        census = await p.pool.aclose(now() + 1.0)
+        census = await p.pool.aclose(now() + 2.5)
         assert (census.connections, census.fate) == ({"closed": 2, "forced": 1}, "forced")
         await until(lambda: p.server.open_connections == 0)
 
@@ -150,7 +150,7 @@ async def test_contexts_that_never_end_are_forced() -> None:
         for _ in range(6):
             await p.acquire()
         began = now()
-        census = await p.pool.aclose(began + 0.5)
+        census = await p.pool.aclose(began + 2.5)
         assert census.contexts == {"forced": 6}
         assert census.connections == {"closed": 2}
         assert now() - began < PATIENCE
@@ -199,7 +199,7 @@ async def test_the_end_of_a_cancelled_block_closes_too() -> None:
     async with InworldServer(faults=Faults(closed_never=True, ignore_close=True)) as server:
 
         async def work() -> None:
-            async with InworldPool(server.ws_url, server.api_key, timings=QUICK) as pool:
+            async with InworldPool(server.ws_url, server.api_key, timings=quick(aclose=0.5)) as pool:
                 await pool.acquire(CONFIG)
                 await asyncio.get_running_loop().create_future()
 
