@@ -159,7 +159,7 @@ async def test_a_create_waits_its_turn() -> None:
 
 async def test_a_create_that_waits_too_long_gets_code_8() -> None:
     """The code that every plugin version retries; its burst is dropped, later utterances are not."""
-    async with brokered(max_connections=1, max_contexts=1, acquire_timeout=0.3) as s, s.job() as job:
+    async with brokered(max_connections=1, max_contexts=1, acquire_timeout=1.0) as s, s.job() as job:
         await job.send("a", create=CONFIG)
         await job.said("a", "contextCreated")
         await job.burst("b", "Hello.")

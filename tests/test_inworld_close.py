@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from tests.inworld import CONFIG, PATIENCE, QUICK, Pair, cancel_at_each_tick, pair, sockets, until
+from tests.inworld import CONFIG, PATIENCE, QUICK, Pair, cancel_at_each_tick, pair, quick, sockets, until
 from worker.clock import now
 from worker.inworld.census import Census
 from worker.inworld.errors import ConnectionLost, InworldError, PoolClosed
@@ -57,7 +57,8 @@ async def test_waiters_are_failed_at_once() -> None:
 @pytest.mark.parametrize("hang", [False, True])
 async def test_no_connection_opens_after_the_close(hang: bool) -> None:
     """A handshake under way, slow or hung, is cancelled and joined. Fails if it is left to itself."""
-    async with pair(faults=Faults(handshake_delay=0.1, handshake_hang=hang)) as p:
+    faults = Faults(handshake_delay=0.1, handshake_hang=hang)
+    async with pair(faults=faults, timings=quick(dial=600.0)) as p:
         callers = [asyncio.ensure_future(p.acquire(timeout=600.0)) for _ in range(3)]
         await until(lambda: p.server._transports)
         async with asyncio.timeout(PATIENCE):
@@ -70,7 +71,10 @@ async def test_no_connection_opens_after_the_close(hang: bool) -> None:
 
 
 async def test_close_amid_everything() -> None:
-    """15 closes, each amid speech, finishing contexts, waiters and dials: nothing is left at the server."""
+    """15 closes, each amid speech, finishing contexts, waiters and dials: nothing is left at the server.
+
+    Fails if connections are closed over contexts that are about to end.
+    """
     for seed in range(15):
         chance = random.Random(seed)
         async with pair(faults=Faults(handshake_delay=0.005, closed_delay=0.005)) as p:
@@ -135,7 +139,7 @@ async def test_one_unanswered_close_frame_holds_up_no_other() -> None:
             stream.close()
         await p.settled()
         p.server.connections[1]._faults = Faults(ignore_close=True)
-        census = await p.pool.aclose(now() + 1.0)
+        census = await p.pool.aclose(now() + 2.5)
         assert (census.connections, census.fate) == ({"closed": 2, "forced": 1}, "forced")
         await until(lambda: p.server.open_connections == 0)
 
@@ -146,7 +150,7 @@ async def test_contexts_that_never_end_are_forced() -> None:
         for _ in range(6):
             await p.acquire()
         began = now()
-        census = await p.pool.aclose(began + 0.5)
+        census = await p.pool.aclose(began + 2.5)
         assert census.contexts == {"forced": 6}
         assert census.connections == {"closed": 2}
         assert now() - began < PATIENCE
@@ -195,7 +199,7 @@ async def test_the_end_of_a_cancelled_block_closes_too() -> None:
     async with InworldServer(faults=Faults(closed_never=True, ignore_close=True)) as server:
 
         async def work() -> None:
-            async with InworldPool(server.ws_url, server.api_key, timings=QUICK) as pool:
+            async with InworldPool(server.ws_url, server.api_key, timings=quick(aclose=0.5)) as pool:
                 await pool.acquire(CONFIG)
                 await asyncio.get_running_loop().create_future()
 

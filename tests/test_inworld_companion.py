@@ -288,6 +288,23 @@ async def test_a_killed_broker_is_replaced_on_the_same_socket(tmp_path: Path) ->
                         one.end()
 
 
+async def test_the_socket_outlives_an_orderly_end_too(tmp_path: Path) -> None:
+    """A broker that was told to close leaves the supervisor's socket as it was; the next one serves on it."""
+    async with InworldServer() as server:
+        with listen() as listener:
+            for _ in range(2):
+                one = Companion(server, listener, tmp_path / "log")
+                try:
+                    await one.serve()
+                    async with Job(ws_url(one), TOKEN) as job:
+                        await job.burst("c", "Hello.")
+                        await job.said("c", "contextClosed")
+                    one.say("close", seconds=5)
+                    assert await one.exit() == 0
+                finally:
+                    one.end()
+
+
 async def test_a_killed_job_is_cancelled_upstream(tmp_path: Path) -> None:
     """SIGKILLed in mid-speech, its contexts are cancelled at the server, in a fraction of a second."""
     async with companion(tmp_path, speech=SPEAKING) as one:

@@ -119,8 +119,12 @@ async def test_cancelled_callers_leave_no_reservation() -> None:
 
 
 async def test_a_waiter_outlives_the_cancelled_callers_before_it() -> None:
-    """Five callers in a hung handshake are cancelled; the sixth, behind them, is served."""
-    async with pair(faults=Faults(handshake_hang=True)) as p:
+    """Five callers in a hung handshake are cancelled; the sixth, behind them, is served.
+
+    Fails if a cancelled caller keeps its turn.
+    """
+    timings = quick(slow_dial=0.1, dial=2.0)
+    async with pair(faults=Faults(handshake_hang=True), timings=timings) as p:
         before = [asyncio.ensure_future(p.acquire()) for _ in range(5)]
         sixth = asyncio.ensure_future(p.acquire())
         await until(lambda: p.pool.figures.waiters == 6)
@@ -179,7 +183,7 @@ async def test_acquire_keeps_its_timeout_in_a_hung_handshake() -> None:
 
 async def test_one_hung_handshake_holds_nobody_up() -> None:
     """Ten callers, the first dial hangs: all are served while it does. Fails if it is not doubled."""
-    async with pair(faults=Faults(handshake_hang=True), timings=quick(dial=600.0)) as p:
+    async with pair(faults=Faults(handshake_hang=True), timings=quick(dial=600.0, slow_dial=0.1)) as p:
         callers = [asyncio.ensure_future(p.acquire())]
         await until(lambda: p.server._transports)
         p.server.faults.handshake_hang = False
@@ -246,7 +250,7 @@ async def test_no_server_at_all() -> None:
 
 async def test_an_unanswered_create_is_tried_on_another_connection() -> None:
     """Its caller does not notice, its text is spoken from the start, and the first try is cancelled."""
-    async with pair(faults=Faults(create_unanswered=True), timings=quick(cancel=5.0)) as p:
+    async with pair(faults=Faults(create_unanswered=True), timings=quick(create=1.0)) as p:
 
         async def heal() -> None:
             await p.server.until(lambda: p.server.counts["connected"] == 2, PATIENCE)
@@ -266,12 +270,12 @@ async def test_an_unanswered_create_is_tried_on_another_connection() -> None:
 
 async def test_a_create_is_tried_twice_at_most() -> None:
     """A server that answers no create costs two connections and one error."""
-    async with pair(faults=Faults(create_unanswered=True)) as p:
+    async with pair(faults=Faults(create_unanswered=True), timings=quick(create=0.5)) as p:
         with pytest.raises(AcquireTimeout):
             await p.acquire()
         assert p.server.counts["context_created"] == 2
         p.server.faults.create_unanswered = False
-        await p.say()
+        await p.settled()
 
 
 async def test_a_refused_create_frees_its_place_at_once() -> None:
@@ -353,7 +357,8 @@ async def test_a_context_that_is_never_closed_costs_its_connection() -> None:
 
     Fails if only our side forgets it: the server still counts it.
     """
-    async with pair(speech=Speech(pace="real-time")) as p:
+    timings = quick(silence=0.6, cancel=0.6, cancel_hint=0.2)
+    async with pair(speech=Speech(pace="real-time"), timings=timings) as p:
         p.server.faults.cancel = "ignored"
         other = await p.acquire()
         p.server.faults.closed_never = True
@@ -387,7 +392,7 @@ async def test_barge_in_frees_the_place_at_once() -> None:
 @pytest.mark.parametrize("cancel", ["ignored", "error"])
 async def test_a_server_that_knows_no_cancel_is_asked_to_close(cancel: str) -> None:
     """The place comes back by close_context then, and the connection stays."""
-    async with pair(max_connections=1, max_contexts=1, timings=quick(cancel=PATIENCE)) as p:
+    async with pair(max_connections=1, max_contexts=1, timings=quick(cancel=PATIENCE, cancel_hint=0.1)) as p:
         p.server.faults.cancel = cancel  # type: ignore[assignment]  # one of its literals
         (await p.acquire()).cancel()
         await (await p.acquire(timeout=PATIENCE)).release()
@@ -397,7 +402,9 @@ async def test_a_server_that_knows_no_cancel_is_asked_to_close(cancel: str) -> N
 
 async def test_an_unanswered_cancel_costs_the_connection() -> None:
     """If neither a cancel nor a close is answered, the connection is closed, and others are dialled."""
-    async with pair(faults=Faults(cancel="ignored", closed_never=True), max_connections=1) as p:
+    timings = quick(cancel=0.6, cancel_hint=0.2)
+    faults = Faults(cancel="ignored", closed_never=True)
+    async with pair(faults=faults, timings=timings, max_connections=1) as p:
         (await p.acquire()).cancel()
         await until(lambda: p.server.open_connections == 0)
         p.server.faults.closed_never = False
@@ -431,7 +438,7 @@ async def test_an_idle_connection_that_has_died_is_not_noticed_by_callers() -> N
 
 async def test_a_peer_that_does_not_read_is_given_up() -> None:
     """What waits to be sent is bounded, the sender waits, then is told. Fails without bound or deadline."""
-    async with pair(speech=Speech(chars_per_second=1e6)) as p:
+    async with pair(speech=Speech(chars_per_second=1e6), timings=quick(stall=0.5)) as p:
         stream = await p.acquire()
         (connection,) = p.pool.connections.values()
         p.server.faults.stop_reading = True
@@ -499,7 +506,7 @@ async def test_idle_connections_are_closed_but_one() -> None:
         await p.settled()
         await until(lambda: p.server.open_connections == 1)
         p.orderly()
-        assert p.pool.figures.connections == 1
+        await until(lambda: p.pool.figures.connections == 1)
         await p.say()
         assert p.server.counts["connected"] == 8
 
@@ -526,7 +533,7 @@ async def test_the_warm_connection_is_replaced_once() -> None:
 
 async def test_an_idle_pool_sets_no_alarm_but_its_own() -> None:
     """With one warm connection and nothing to do, the next thing to happen is its idle time."""
-    async with pair() as p:
+    async with pair(timings=quick(create=1.0, silence=1.0, stall=1.0, slow_dial=0.5)) as p:
         await p.say()
         await p.settled()
         (connection,) = p.pool.connections.values()
