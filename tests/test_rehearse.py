@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -60,6 +63,43 @@ def test_nothing_of_a_scene_stays() -> None:
         raise KeyboardInterrupt
     assert stage.processes() == [] and server.poll() is not None
     assert not stage.directory.exists()
+
+
+def marked(mark: str) -> list[int]:
+    """Return the living processes that have the mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("verb", ["rehearse", "doctor"])
+def test_a_signal_ends_it_and_takes_everything_along(verb: str, number: signal.Signals, code: int) -> None:
+    """One Ctrl-C, or a pipeline's SIGTERM: the agent, its supervisor and the server are gone with it."""
+    mark = f"TEST_REHEARSAL={os.urandom(8).hex()}"
+    name, _, value = mark.partition("=")
+    process = subprocess.Popen(
+        [*LASTCALL, verb, SAMPLE],
+        env={**os.environ, name: value},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while len(marked(mark)) < 4 and time.monotonic() < deadline:  # it, the server, supervisor, worker
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(30) == code
+        assert marked(mark) == []
+    finally:
+        for pid in marked(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(10)
 
 
 @pytest.mark.parametrize(
