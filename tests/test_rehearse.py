@@ -14,11 +14,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from supervisor.rehearsal import report
-from supervisor.rehearsal.play import play
+from supervisor.rehearsal import play, report, stage
 from supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
 from supervisor.rehearsal.stage import Stage
 from tests.harness import HERE, LASTCALL
+from worker import jobside
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
 SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
@@ -48,21 +48,22 @@ def test_a_good_agent_passes(tmp_path: Path) -> None:
 def test_an_agent_whose_jobs_die_of_sigterm_fails() -> None:
     """The stop that reaches every process cuts its jobs: each is named, the entrypoint's error is a note."""
     (scene,) = [scene for scene in SCENES if scene.name == "everybody"]
-    verdict = play(scene, FRAGILE, workers=1)
+    verdict = play.play(scene, FRAGILE, workers=1)
     assert not verdict.is_good and verdict.was_played
-    assert sum("reported as JS_FAILED" in problem for problem in verdict.problems) == 2, verdict
+    cut = [problem for problem in verdict.problems if "reported as JS_FAILED" in problem]
+    assert len(cut) == 2, (verdict.problems, verdict.output)
     assert any("RuntimeError('no such room')" in warning for warning in verdict.warnings), verdict
 
 
 def test_nothing_of_a_scene_stays() -> None:
     """An interrupted rehearsal leaves no process, neither of the agent nor of the server."""
-    with pytest.raises(KeyboardInterrupt), Stage(SAMPLE, grace=30, settings={"mock_room": True}) as stage:
-        stage.wait_ready()
-        server = stage._server
-        assert len(stage.processes()) > 1
+    with pytest.raises(KeyboardInterrupt), Stage(SAMPLE, grace=30, settings={"mock_room": True}) as set_up:
+        set_up.wait_ready()
+        server = set_up._server
+        assert len(set_up.processes()) > 1
         raise KeyboardInterrupt
-    assert stage.processes() == [] and server.poll() is not None
-    assert not stage.directory.exists()
+    assert set_up.processes() == [] and server.poll() is not None
+    assert not set_up.directory.exists()
 
 
 def marked(mark: str) -> list[int]:
@@ -145,6 +146,11 @@ def test_what_is_a_problem(scene: Scene, what: dict[str, Any], problem: str) -> 
     problems, warnings = judge(scene, seen(**what))
     assert len(problems) == 1 and problem in problems[0]
     assert warnings == []
+
+
+def test_lines_that_the_rehearsal_looks_for() -> None:
+    """They are written by job processes, and looked for by a package that may not import theirs."""
+    assert (jobside.HELD_IN_REHEARSAL, jobside.FAILED_IN_REHEARSAL) == (stage.BEGINS, play.FAILED)
 
 
 def test_what_is_none() -> None:
