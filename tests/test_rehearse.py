@@ -135,8 +135,8 @@ def seen(**changes: Any) -> Seen:
         (PID, {"left": (7, 8)}, "2 processes left: 7, 8"),
         (
             DEADLINE,
-            {"exit_code": 75, "ends": {"a": "JS_SUCCESS"}},
-            "reported as JS_SUCCESS, expected JS_FAILED",
+            {"exit_code": 75, "ends": {"a": "JS_RUNNING"}},
+            "job a: its end was never reported to the server",
         ),
         (DEADLINE, {"ends": {"a": "JS_FAILED"}}, "exit code 0, expected 75"),
     ],
@@ -157,6 +157,7 @@ def test_what_is_none() -> None:
     """Jobs that end well; in the deadline's scene, jobs that are cut in time and reported."""
     assert judge(PID, seen()) == ([], [])
     assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_FAILED"}, seconds=6.5)) == ([], [])
+    assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_SUCCESS"})) == ([], [])
     problems, warnings = judge(PID, seen(failures=("ValueError('x')",)))
     assert problems == [] and "ValueError('x')" in warnings[0]
 
