@@ -6,8 +6,12 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -74,6 +78,27 @@ def _unit(
         print(f"lastcall: {service.timers.warning}", file=sys.stderr)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have a signal end a verb that blocks, after what it started has been taken down.
+
+    The loop that the command line runs in would take the first Ctrl-C for a reason to cancel a task, and
+    never get to it; SIGTERM would leave a supervisor behind.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as error:
+        raise typer.Exit(int(error.code or 0)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _program(given: str | None) -> str:
     """Return the absolute path of the lastcall that the unit starts."""
     if given is not None:
@@ -106,10 +131,11 @@ def _rehearse(
     if junit is not None and not Path(junit).absolute().parent.is_dir():
         raise UsageError(f"--junit: no directory {str(Path(junit).absolute().parent)!r}; make it first")
     verdicts = []
-    for verdict in rehearse(target, workers=workers):
-        verdicts.append(verdict)
-        if not as_json:
-            print(report.line(verdict), flush=True)
+    with _interruptible():
+        for verdict in rehearse(target, workers=workers):
+            verdicts.append(verdict)
+            if not as_json:
+                print(report.line(verdict), flush=True)
     if as_json:
         print(json.dumps(report.document(target, verdicts), indent=2))
     if junit is not None:
@@ -139,7 +165,9 @@ def _doctor(
 
     options = {"target": target, "workers": workers, "grace": grace}
     options |= {"http": http, "control": control, "receipt": receipt}
-    document = report.document(findings := examine(gather(options, config_file=config, unit=unit)))
+    with _interruptible():
+        findings = examine(gather(options, config_file=config, unit=unit))
+    document = report.document(findings)
     if as_json:
         print(json.dumps(document, indent=2))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -154,8 +155,6 @@ def test_own_unit_is_found_in_the_cgroup() -> None:
 
 async def test_livekit_is_asked_as_a_worker_asks() -> None:
     """A right key is let in, a wrong one refused; no worker appears at the server, registered or not."""
-    import asyncio
-
     async with DispatchServer() as server:
         answer = await asyncio.to_thread(ask, server.environment)
         assert answer is not None and (answer.status, answer.error) == (101, "")
@@ -263,8 +262,6 @@ def test_wrong_option_is_a_wrong_command_line(tmp_path: Path) -> None:
 
 async def test_the_port_of_a_running_lastcall_is_its_own(run: Any, tmp_path: Path) -> None:
     """Doctor in a container beside the supervisor finds its port in use by lastcall, which is well."""
-    import asyncio
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{sock.getsockname()[1]}"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from supervisor.rehearsal import report
-from supervisor.rehearsal.play import play
+from supervisor.rehearsal import play, report, stage
 from supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
 from supervisor.rehearsal.stage import Stage
 from tests.harness import HERE, LASTCALL
+from worker import jobside
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
 SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
@@ -45,21 +48,59 @@ def test_a_good_agent_passes(tmp_path: Path) -> None:
 def test_an_agent_whose_jobs_die_of_sigterm_fails() -> None:
     """The stop that reaches every process cuts its jobs: each is named, the entrypoint's error is a note."""
     (scene,) = [scene for scene in SCENES if scene.name == "everybody"]
-    verdict = play(scene, FRAGILE, workers=1)
+    verdict = play.play(scene, FRAGILE, workers=1)
     assert not verdict.is_good and verdict.was_played
-    assert sum("reported as JS_FAILED" in problem for problem in verdict.problems) == 2, verdict
+    cut = [problem for problem in verdict.problems if "reported as JS_FAILED" in problem]
+    assert len(cut) == 2, (verdict.problems, verdict.output)
     assert any("RuntimeError('no such room')" in warning for warning in verdict.warnings), verdict
 
 
 def test_nothing_of_a_scene_stays() -> None:
     """An interrupted rehearsal leaves no process, neither of the agent nor of the server."""
-    with pytest.raises(KeyboardInterrupt), Stage(SAMPLE, grace=30, settings={"mock_room": True}) as stage:
-        stage.wait_ready()
-        server = stage._server
-        assert len(stage.processes()) > 1
+    with pytest.raises(KeyboardInterrupt), Stage(SAMPLE, grace=30, settings={"mock_room": True}) as set_up:
+        set_up.wait_ready()
+        server = set_up._server
+        assert len(set_up.processes()) > 1
         raise KeyboardInterrupt
-    assert stage.processes() == [] and server.poll() is not None
-    assert not stage.directory.exists()
+    assert set_up.processes() == [] and server.poll() is not None
+    assert not set_up.directory.exists()
+
+
+def marked(mark: str) -> list[int]:
+    """Return the living processes that have the mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("verb", ["rehearse", "doctor"])
+def test_a_signal_ends_it_and_takes_everything_along(verb: str, number: signal.Signals, code: int) -> None:
+    """One Ctrl-C, or a pipeline's SIGTERM: the agent, its supervisor and the server are gone with it."""
+    mark = f"TEST_REHEARSAL={os.urandom(8).hex()}"
+    name, _, value = mark.partition("=")
+    process = subprocess.Popen(
+        [*LASTCALL, verb, SAMPLE],
+        env={**os.environ, name: value},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while len(marked(mark)) < 4 and time.monotonic() < deadline:  # it, the server, supervisor, worker
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(30) == code
+        assert marked(mark) == []
+    finally:
+        for pid in marked(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(10)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +135,8 @@ def seen(**changes: Any) -> Seen:
         (PID, {"left": (7, 8)}, "2 processes left: 7, 8"),
         (
             DEADLINE,
-            {"exit_code": 75, "ends": {"a": "JS_SUCCESS"}},
-            "reported as JS_SUCCESS, expected JS_FAILED",
+            {"exit_code": 75, "ends": {"a": "JS_RUNNING"}},
+            "job a: its end was never reported to the server",
         ),
         (DEADLINE, {"ends": {"a": "JS_FAILED"}}, "exit code 0, expected 75"),
     ],
@@ -107,10 +148,16 @@ def test_what_is_a_problem(scene: Scene, what: dict[str, Any], problem: str) -> 
     assert warnings == []
 
 
+def test_lines_that_the_rehearsal_looks_for() -> None:
+    """They are written by job processes, and looked for by a package that may not import theirs."""
+    assert (jobside.HELD_IN_REHEARSAL, jobside.FAILED_IN_REHEARSAL) == (stage.BEGINS, play.FAILED)
+
+
 def test_what_is_none() -> None:
     """Jobs that end well; in the deadline's scene, jobs that are cut in time and reported."""
     assert judge(PID, seen()) == ([], [])
     assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_FAILED"}, seconds=6.5)) == ([], [])
+    assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_SUCCESS"})) == ([], [])
     problems, warnings = judge(PID, seen(failures=("ValueError('x')",)))
     assert problems == [] and "ValueError('x')" in warnings[0]
 

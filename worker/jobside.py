@@ -20,7 +20,8 @@ from . import compat_jobs, jobend
 from .stopping import SHIELDED, STOP_SIGNALS
 
 _PARENT = "LASTCALL_WORKER_PID"
-# The rehearsal looks for this line in what the workers write.
+# The rehearsal looks for these lines in what the workers write.
+HELD_IN_REHEARSAL = "entrypoint begins in the rehearsal"
 FAILED_IN_REHEARSAL = "entrypoint failed in the rehearsal"
 
 log = logging.getLogger("lastcall.worker")
@@ -79,6 +80,7 @@ class Held:
 
     async def __call__(self, context: Any) -> None:
         end = asyncio.get_running_loop().time() + self.seconds
+        log.warning(HELD_IN_REHEARSAL)  # not info: an agent may log from warnings on
         shutdown, context.shutdown = context.shutdown, lambda *_, **__: None
         try:
             async with asyncio.timeout_at(end):

@@ -77,7 +77,7 @@ class Verdict:
 def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
     """Return problems and warnings, each one line."""
     problems = []
-    wanted, code = ("JS_FAILED", 75) if scene.is_cut_short else ("JS_SUCCESS", 0)
+    code = 75 if scene.is_cut_short else 0
     if seen.exit_code is None:
         problems.append(f"the stop was not over after {scene.patience:.0f} s")
     elif seen.exit_code != code:
@@ -88,8 +88,9 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
     for job, end in seen.ends.items():
         if end == "JS_RUNNING":
             problems.append(f"job {job}: its end was never reported to the server")
-        elif end != wanted:
-            problems.append(f"job {job}: reported as {end}, expected {wanted}{_cut(end, wanted)}")
+        elif end != "JS_SUCCESS" and not scene.is_cut_short:
+            # One that was meant to be cut may be either: before 1.5 a polite end is reported as a good one.
+            problems.append(f"job {job}: reported as {end}, expected JS_SUCCESS: it was cut")
     problems += [f"job {job}: accepted after the stop had begun" for job in seen.late]
     if seen.left:
         problems.append(f"{len(seen.left)} processes left: {', '.join(map(str, seen.left))}")
@@ -97,7 +98,3 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
         f"the entrypoint failed in the mock room, no fault of a stop: {text}" for text in seen.failures
     ]
     return problems, warnings
-
-
-def _cut(end: str, wanted: str) -> str:
-    return ": it was cut" if (end, wanted) == ("JS_FAILED", "JS_SUCCESS") else ""

@@ -29,6 +29,9 @@ SERVER_START = 20.0
 READY = 90.0
 LOOK = 0.02
 EX_CONFIG = 78
+# An agent that drops warnings does not say when its entrypoint begins; it is not waited for longer than this.
+BEGUN = 5.0
+BEGINS = "entrypoint begins in the rehearsal"
 # Where a log line, ours or livekit-agents', says what is wrong.
 SAYING = ("event", "message", "reason", "exc_info", "traceback")
 
@@ -133,7 +136,10 @@ class Stage:
         self._server.stdin.flush()
 
     def wait_jobs(self, count: int, timeout: float) -> None:
-        """Dispatch until so many jobs run. Raises StageError when the agent does not take them."""
+        """Dispatch until so many jobs run. Raises StageError when the agent does not take them.
+
+        A job is reported as running when its process is given it, which is before its entrypoint begins.
+        """
         deadline = time.monotonic() + timeout
         number = 0
         while len(self.running()) < count:
@@ -149,6 +155,10 @@ class Stage:
                     f" (dispatches: {', '.join(sorted(ended)) or 'unanswered'}): its request_fnc or load_fnc"
                     " refuses, or its job processes do not come up"
                 )
+
+        due = time.monotonic() + BEGUN
+        while self._begun() < count and time.monotonic() < due:
+            self._pump(LOOK)
 
     def signal(self, number: signal.Signals, *, group: bool = False, everybody: bool = False) -> None:
         """Send a signal to the supervisor, its process group, or every process there is."""
@@ -242,6 +252,9 @@ class Stage:
                     if mark in (entry / "environ").read_bytes().split(b"\0"):
                         found.append(int(entry.name))
         return found
+
+    def _begun(self) -> int:
+        return sum(line.get("message") == BEGINS for line in self.log())
 
     # -- waiting --------------------------------------------------------------------------------------
 
