@@ -395,7 +395,7 @@ class Generation:
         registered = reports.beat is not None and reports.beat.registered
         if type in ("ready", "beat"):
             self.is_silent = False
-            if self.ready_at is None and type == "ready":
+            if self.ready_at is None and type == "ready" and self.state is S.STARTING:
                 self.ready_at = now()
             if self.state is S.STARTING and registered and self.was_ready:
                 self.change(E.REGISTER, worker_id=reports.worker_id)
