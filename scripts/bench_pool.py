@@ -341,11 +341,50 @@ def main() -> None:
     parser.add_argument("--upstream", required=True, help="python of an environment with the plugin's 1.8.8")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
+    parser.add_argument("--write", action="store_true", help="write into docs/performance.md")
     given = parser.parse_args(sys.argv[2:])
     figures = {"pools": pools(given.upstream, given.seconds, given.rounds)}
     figures["cold_ms"] = cold(given.upstream)
     figures |= brokers(given.seconds, given.rounds)
     print(json.dumps(figures, indent=2))
+    if given.write:
+        from scripts.bench import machine
+        from scripts.pages import write_section
+
+        write_section("pool", page(figures, machine(), given.rounds))
+
+
+def page(figures: dict[str, Any], machine: str, rounds: int) -> str:
+    lines = [
+        f"Measured by `scripts/bench pool --write` on {machine}; the other pool is that of",
+        f"livekit-plugins-inworld 1.8.8. Medians of {rounds} rounds, in turns, on one local server.",
+        "",
+        "| streams | contexts/s: lastcall, plugin | ask → created, p99 ms: lastcall, plugin | aim |",
+        "| --- | --- | --- | --- |",
+    ]
+    for streams, each in figures["pools"].items():
+        ours, theirs = each["ours"], each["theirs"]
+        aim = "1.5 times as many" if int(streams) > 100 else "as many, p99 no longer"
+        lines.append(
+            f"| {streams} | {ours['contexts_s']:.0f}, {theirs['contexts_s']:.0f}"
+            f" | {ours['p99_ms']:.2f}, {theirs['p99_ms']:.2f} | {aim} |"
+        )
+    one, cold_ms, audio = figures["one_stream"], figures["cold_ms"], figures["audio"]
+    added = one["broker"]["p50_ms"] - one["direct"]["p50_ms"]
+    rows = [
+        ("added by the broker at one stream, p50", f"{added:.2f} ms", "≤ 0.5 ms"),
+        (
+            "100 streams of real-time audio through the broker",
+            f"{audio['core_percent']} % of a core",
+            "≤ 8 %",
+        ),
+        ("first context of a new job, 50 ms handshake, warm broker", f"{cold_ms['broker']:.1f} ms", "≤ 3 ms"),
+        ("… with the plugin's own pool", f"{cold_ms['theirs']:.1f} ms", "for comparison"),
+        ("idle broker: wakeups", f"{figures['idle_wakeups_s']} /s", "0"),
+    ]
+    lines += ["", "| what | figure | aim |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {figure} | {aim} |" for what, figure, aim in rows]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

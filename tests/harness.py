@@ -146,6 +146,10 @@ class Run:
         """Have the job processes that start from now on take for ever to."""
         self.job_log.with_name(self.job_log.name + ".slow").touch()
 
+    def break_prewarm(self) -> None:
+        """Have the job processes that start from now on fail to."""
+        self.job_log.with_name(self.job_log.name + ".raise").touch()
+
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Signal the supervisor alone."""
         self._mark()

@@ -162,6 +162,38 @@ async def test_supervisor_killed_in_mid_speech(run: Any, tmp_path: Path) -> None
         await r.nothing_left(10)
 
 
+async def test_broker_killed_in_a_stop(run: Any, tmp_path: Path) -> None:
+    """What it had open was cut, and the receipt says so, whatever its successor has to say of itself."""
+    async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
+        r = await start(run, tmp_path, server, "--grace", "60")
+        await r.ready()
+        job = await r.dispatch(mode="leave", text=LONG, until=str(tmp_path / "go"))
+        await r.job_says(job.job_id, "heard", 30)
+        await r.until(lambda: server.open_contexts == 1)
+        pid = companion(r).pid
+        r.kill()
+        await r.until(lambda: r.log("stop draining"))
+        os.kill(pid, signal.SIGKILL)
+        await r.until(lambda: len(r.log("companion ready")) == 2)
+        (tmp_path / "go").touch()
+        assert await r.exit() == 75
+        fates = [each["fate"] for each in r.receipt()["resources"] if each["name"] == "inworld-pool"]
+        assert fates == ["forced", "closed"]
+        assert r.fates() == {job.job_id: "finished"}
+        await r.nothing_left()
+
+
+async def test_short_grace_while_the_broker_starts(run: Any, tmp_path: Path) -> None:
+    """Its share may be shorter than its start takes: nothing was open, so nothing was forced."""
+    async with InworldServer(api_key=KEY) as server:
+        r = await start(run, tmp_path, server, "--grace", "4")
+        await r.until(lambda: r.log("companion starting"))
+        r.kill()
+        assert await r.exit() == 0
+        assert resource(r)["fate"] == "closed" and r.receipt()["killed"] == []
+        await r.nothing_left()
+
+
 async def test_server_that_never_answers(run: Any, tmp_path: Path) -> None:
     """The close costs no more than its share, and is called forced."""
     async with InworldServer(api_key=KEY, faults=Faults(ignore_close=True)) as server:

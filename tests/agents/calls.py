@@ -125,6 +125,8 @@ def half_busy() -> float:
 def prewarm(process: JobProcess) -> None:
     if os.path.exists(os.environ["JOB_LOG"] + ".slow"):
         time.sleep(600)
+    if os.path.exists(os.environ["JOB_LOG"] + ".raise"):
+        raise RuntimeError("no model")
 
 
 if __name__ == "__main__":
