@@ -178,7 +178,7 @@ class App:
             async with asyncio.TaskGroup() as group:
                 helping = [
                     group.create_task(self._guarded(name, work), name=name)
-                    for name, work in self._helpers().items()
+                    for name, work in self._beside().items()
                 ]
                 fleet = group.create_task(self._run_workers())
                 watching = group.create_task(self._watch_readiness())
@@ -221,19 +221,19 @@ class App:
         self.record.seconds = now() - self._stop_at if self._stop_at else 0.0
         self.clock.advance(Phase.STOPPED)
 
-    def _helpers(self) -> dict[str, Coroutine[Any, Any, None]]:
+    def _beside(self) -> dict[str, Coroutine[Any, Any, None]]:
         """What runs beside the workers, to the end of the stop."""
-        helpers = {
+        beside = {
             "signals": self._listen(),
             "beats": self.watch.run(),
             "announcer": self.announcer.run(),
         }
         if self.companion is not None:
-            helpers["companion"] = self.companion.run()
-        return helpers
+            beside["companion"] = self.companion.run()
+        return beside
 
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Keep a fault of one helper from cancelling the workers beside it."""
+        """Keep a fault of one of them from cancelling the workers."""
         try:
             await work
         except Exception as error:

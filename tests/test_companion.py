@@ -81,7 +81,6 @@ async def test_an_unmodified_agent_speaks_through_the_pool(run: Any, tmp_path: P
         assert server.peak_contexts <= 5
 
 
-@pytest.mark.core
 async def test_sigterm_in_mid_speech(run: Any, tmp_path: Path) -> None:
     """The call goes on speaking to its end, through a pool that outlives the workers' fence."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:

@@ -1,4 +1,4 @@
-"""A fault of lastcall's own cuts no call: it is said, and becomes an ordinary stop with exit code 70."""
+"""Faults: one of lastcall's own cuts no call and becomes an ordinary stop; one of a job's start is told."""
 
 from __future__ import annotations
 
@@ -66,4 +66,23 @@ async def test_fault_beside_the_workers(run: Any, tmp_path: Path, place: str) ->
     assert receipt["outcome"] == "fault" and "sabotaged" in receipt["fault"]
     assert r.fates() == {job.job_id: "finished"}
     assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
+    await r.nothing_left()
+
+
+async def test_a_job_that_can_not_be_launched_is_failed(run: Any) -> None:
+    """No process can be had for it: the server hears so, while the worker lives on.
+
+    livekit-agents before 1.8 goes on trying for as long as the worker lives; there the deadline ends it.
+    """
+    r: Run = await run("run", "--grace", "20", AGENT)
+    await r.ready()
+    r.break_prewarm()
+    first = await r.dispatch("has the warm process", sleep=0.1)
+    await r.job_says(first.job_id, "ended")
+    job = await r.dispatch("has none")
+    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_FAILED", 40)
+    r.kill()
+    assert await r.exit() == 0
+    totals = r.receipt()["totals"]
+    assert (totals["finished"], totals["failed"], totals["lost"]) == (1, 1, 0)
     await r.nothing_left()

@@ -400,22 +400,6 @@ async def test_a_job_that_crashes_is_failed_not_lost(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_a_job_that_can_not_be_launched_is_failed(run: Any) -> None:
-    """No process can be had for it: the server hears so at once, while the worker lives on."""
-    r: Run = await run("run", "--grace", "20", AGENT)
-    await r.ready()
-    r.break_prewarm()
-    first = await r.dispatch("has the warm process", sleep=0.1)
-    await r.job_says(first.job_id, "ended")
-    job = await r.dispatch("has none")
-    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_FAILED", 40)
-    r.kill()
-    assert await r.exit() == 0
-    totals = r.receipt()["totals"]
-    assert (totals["finished"], totals["failed"], totals["lost"]) == (1, 1, 0)
-    await r.nothing_left()
-
-
 async def test_good_jobs_are_never_reported_failed(run: Any) -> None:
     """The forkserver's exit status is read once: without the lock about one good job in forty is FAILED."""
     r: Run = await run("run", "--grace", "40", AGENT, environment={"IDLE": "2"})
