@@ -85,8 +85,8 @@ async def test_a_stream_that_it_gives_up_frees_its_place() -> None:
     s.pair.orderly()
 
 
-async def heard(tts: Any, speaking: asyncio.Future[int]) -> int:
-    """Return what was heard. 1.3 tries again without the text, so there the utterance after that one counts."""
+async def heard(tts: inworld.TTS, speaking: asyncio.Future[float]) -> float:
+    """Return what was heard. 1.3 tries again without the text: there the utterance after that counts."""
     try:
         return await speaking
     except APIError:
