@@ -25,6 +25,7 @@ from worker.local.dispatch import DispatchServer
 
 ROOT = Path(__file__).parent.parent
 AGENT = str(ROOT / "tests" / "agents" / "calls.py")
+SAMPLE = str(ROOT / "worker" / "local" / "sample.py")
 RATE = 10.0
 
 
@@ -98,7 +99,7 @@ async def stall(runs: int, directory: Path) -> dict[str, float]:
     times = []
     for _ in range(runs):
         async with DispatchServer() as server:
-            process = start(supervised(AGENT, directory=directory), server.environment, directory)
+            process = start(supervised(SAMPLE, directory=directory), server.environment, directory)
             try:
                 await server.until(lambda: bool(server.available()), 60)
                 await asyncio.sleep(1.0)
@@ -199,7 +200,7 @@ async def main() -> None:
         figures["growth"] = await growth(directory)
         figures["stall"] = await stall(3, directory)
         async with DispatchServer() as server:
-            command = supervised("-w", "4", AGENT, directory=directory)
+            command = supervised("-w", "4", SAMPLE, directory=directory)
             figures["four"] = await idle(
                 command, lambda _pid: len(server.available()) == 4, 20, server.environment, directory
             )

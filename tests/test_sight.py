@@ -41,7 +41,6 @@ async def scrape(r: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
     return samples
 
 
-@pytest.mark.core
 async def test_metrics_say_what_happened(run: Any) -> None:
     """A job finished, one crashed, one runs, a worker was restarted, a reload done; and each slot's own."""
     r: Run = await run("run", "-w", "2", "--grace", "60", "--http", "127.0.0.1:0", AGENT)

@@ -74,7 +74,6 @@ async def exit_of(r: Run, terminal: Terminal, timeout: float = 30.0) -> int:
     return r.process.returncode
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("times", [1, 2, 3])
 async def test_ctrl_c(run: Any, tmp_path: Path, times: int) -> None:
     """Once drains; twice asks the jobs to shut down now; a third time kills."""

@@ -30,6 +30,7 @@ log = logging.getLogger("lastcall.worker")
 
 # Of the close share, what is kept back for reporting the ends of killed jobs and closing resources.
 TAIL = 5.0
+OTHERS_FIRST = 0.01
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -103,6 +104,9 @@ class Host:
         if self._drain_at is None:
             self._drain_at = now() + self.settings.drain
         await self._fence(engine)
+        # The other workers of the host fence in this very moment, and a process that ends takes its time of
+        # the processor: theirs first.
+        await asyncio.sleep(0.0 if self._killed else OTHERS_FIRST)
         await self.bell.until(
             lambda: not len(engine.jobs) or self._hurried,
             lambda: self._drain_at,
