@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,10 @@ import signal
 import sys
 
 from .dispatch import DispatchServer, Event
+
+# A newcomer may warm up for as long as a supervisor lets it; one that refuses is not asked in a tight loop.
+GREETING_TIMEOUT = 120.0
+GREETING_PAUSE = 0.1
 
 
 async def serve(*, port: int, rate: float, seconds: float, greet: bool) -> None:
@@ -47,12 +52,31 @@ async def serve(*, port: int, rate: float, seconds: float, greet: bool) -> None:
 async def dispatch_to_each(server: DispatchServer, newcomers: asyncio.Queue[Event]) -> None:
     """Dispatch one job to each newcomer, under the agent name that it registered."""
     number = 0
-    while True:
-        event = await newcomers.get()
-        number += 1
-        await server.dispatch(
-            f"call-{number}", agent_name=str(event.detail["agent_name"]), only=event.worker_id
-        )
+    async with asyncio.TaskGroup() as group:
+        while True:
+            event = await newcomers.get()
+            number += 1
+            group.create_task(greet_one(server, event, f"call-{number}"))
+
+
+async def greet_one(server: DispatchServer, newcomer: Event, room: str) -> None:
+    """Dispatch until the newcomer takes the job: it may be on hold at first, until it is warm."""
+    worker_id = newcomer.worker_id
+
+    def is_ready() -> bool:
+        peer = server.peers.get(worker_id)
+        return peer is None or peer.available
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GREETING_TIMEOUT):
+            while worker_id in server.peers:
+                await server.until(is_ready, GREETING_TIMEOUT)
+                done = await server.dispatch(
+                    room, agent_name=str(newcomer.detail["agent_name"]), only=worker_id
+                )
+                if done.outcome != "no_worker":
+                    return
+                await asyncio.sleep(GREETING_PAUSE)
 
 
 async def dispatch_stream(server: DispatchServer, rate: float, seconds: float) -> None:
