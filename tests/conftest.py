@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from tests.harness import Run
 from tests.left_out import pytest_collection_modifyitems, pytest_terminal_summary
 from tests.program import Program
+from tests.terminal import Terminal
 
 __all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
 
@@ -72,3 +73,11 @@ def run(tmp_path: Path) -> Starter:
 def program(tmp_path: Path) -> Program:
     """Return an opaque worker that a test can change."""
     return Program(tmp_path)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    """Return a terminal, for `run(…, terminal=terminal)`."""
+    made = Terminal()
+    yield made
+    made.hang_up()

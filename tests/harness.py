@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from tests.terminal import Terminal
 from worker.local.dispatch import Dispatched, DispatchServer, Event
 
 HERE = Path(__file__).parent
@@ -26,7 +27,10 @@ START = 40.0
 
 
 class Run:
-    """One `lastcall` process. Arguments are its command line; `livekit`: with a dispatch server beside it."""
+    """One `lastcall` process. Arguments are its command line; `livekit`: with a dispatch server beside it.
+
+    Nothing of the tester's own LiveKit or Inworld account reaches it.
+    """
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class Run:
         new_session: bool = True,
         prefix: Iterable[str] = (),
         cwd: Path | None = None,
+        terminal: Terminal | None = None,
     ) -> None:
         self.directory = directory
         self.token = secrets.token_hex(8)
@@ -56,23 +61,29 @@ class Run:
         self._new_session = new_session
         self._prefix = list(prefix)
         self._cwd = cwd
+        self._terminal = terminal
         self.process: subprocess.Popen[bytes]
 
     async def __aenter__(self) -> Run:
         self.job_log.touch()
-        environment = {**os.environ, "JOB_LOG": str(self.job_log), TOKEN: self.token}
+        foreign = ("LIVEKIT_", "INWORLD_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        environment |= {"JOB_LOG": str(self.job_log), TOKEN: self.token}
         if self.server is not None:
             await self.server.__aenter__()
             environment |= self.server.environment
         environment |= self._environment
         command = self._command or [*self._prefix, *LASTCALL, *self._options(), *self._tail()]
+        if self._terminal is not None:
+            command = [*self._terminal.leash, *command]
+        slave = None if self._terminal is None else self._terminal.slave
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(
                 command,
                 env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=self._stdout or out,
-                stderr=err,
+                stdin=slave or subprocess.DEVNULL,
+                stdout=slave or self._stdout or out,
+                stderr=slave or err,
                 start_new_session=self._new_session,
                 cwd=self._cwd,
             )
@@ -189,9 +200,14 @@ class Run:
         """Look again and again until the condition holds. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while not condition():
+            self._read_terminal()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not so within {timeout} s\n{self.logs()}")
             await asyncio.sleep(0.01)
+
+    def _read_terminal(self) -> bytes:
+        """Take what is there: a program that nobody reads from comes to a halt."""
+        return b"" if self._terminal is None else self._terminal.read()
 
     # -- what a test looks at -------------------------------------------------------------------------
 
@@ -221,6 +237,8 @@ class Run:
         return found
 
     def logs(self) -> str:
+        if self._terminal is not None:
+            return f"--- terminal\n{self._read_terminal()[-12000:].decode(errors='replace')}"
         return f"--- out\n{self.out.read_text()[-4000:]}\n--- err\n{self.err.read_text()[-8000:]}"
 
     def workers(self) -> list[psutil.Process]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
-import sys
-import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from supervisor.dev import ignored_by_git, is_source, remarks
-from tests.harness import LASTCALL, TOKEN, Run
-from tests.test_terminal import LEASH, Terminal, exit_of
+from tests.harness import Run
+from tests.terminal import Terminal
 
 AGENT_TEXT = """
 import asyncio, os, sys
@@ -32,31 +31,20 @@ if __name__ == "__main__":
 """
 
 
-async def start(run: Any, directory: Path, *arguments: str) -> tuple[Run, Terminal]:
-    import os
-
-    terminal = Terminal()
-    r: Run = await run(command=["true"], livekit=False)
-    r.process.wait()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LIVEKIT_")}
-    r.process = subprocess.Popen(
-        [sys.executable, "-c", LEASH, *LASTCALL, "dev", "--control", str(r.control), *arguments],
-        env={**environment, TOKEN: r.token, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent.parent)},
-        stdin=terminal.slave,
-        stdout=terminal.slave,
-        stderr=terminal.slave,
-        start_new_session=True,
-        cwd=directory,
+async def start(run: Any, terminal: Terminal, directory: Path, *arguments: str) -> Run:
+    control = str(directory / "c.sock")
+    r: Run = await run(
+        "dev", "--control", control, *arguments, terminal=terminal, livekit=False, cwd=directory
     )
-    return r, terminal
+    return r
 
 
-async def test_a_change_is_a_reload(run: Any, tmp_path: Path) -> None:
+async def test_a_change_is_a_reload(run: Any, terminal: Terminal, tmp_path: Path) -> None:
     """Edited while a call runs: the next call is on the new code, the first one ends on the old."""
     agent = tmp_path / "agent.py"
     agent.write_text(AGENT_TEXT)
-    r, terminal = await start(run, tmp_path, "--grace", "30", "agent.py")
-    before = termios.tcgetattr(terminal.slave)
+    r = await start(run, terminal, tmp_path, "--grace", "30", "agent.py")
+    before = terminal.attributes
     await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
     assert b"local dispatch server" in terminal.text
     agent.write_text(AGENT_TEXT.replace("VERSION = 1", "VERSION = 2"))
@@ -69,26 +57,22 @@ async def test_a_change_is_a_reload(run: Any, tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     await r.until(lambda: b"call 1 ends" in terminal.read() and b"call 2 ends" in terminal.read(), 20)
     terminal.type(b"\x03")
-    assert await exit_of(r, terminal) == 0, terminal.text
-    assert termios.tcgetattr(terminal.slave) == before
+    assert await r.exit() == 0, terminal.text
+    assert terminal.attributes == before
     await r.nothing_left()
-    terminal.close()
 
 
-async def test_ctrl_c_twice_ends_at_once(run: Any, tmp_path: Path) -> None:
+async def test_ctrl_c_twice_ends_at_once(run: Any, terminal: Terminal, tmp_path: Path) -> None:
     """The second kills: who develops does not wait."""
-    import asyncio
-
     (tmp_path / "agent.py").write_text(AGENT_TEXT)
-    r, terminal = await start(run, tmp_path, "--grace", "600", "agent.py")
+    r = await start(run, terminal, tmp_path, "--grace", "600", "agent.py")
     await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
     terminal.type(b"\x03")
     await r.until(lambda: b"stop draining" in terminal.read())
     await asyncio.sleep(0.4)  # two within 0.3 s are one
     terminal.type(b"\x03")
-    assert await exit_of(r, terminal, 10) == 75
+    assert await r.exit(10) == 75
     await r.nothing_left()
-    terminal.close()
 
 
 def test_what_git_ignores(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""`lastcall demo`, as a newcomer runs it: nothing configured, off a terminal and on one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tests.harness import Run
+from tests.terminal import Terminal
+
+TERM = {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+
+
+async def test_plain_lines(run: Any) -> None:
+    """Off a terminal: a line now and then, a stop by itself, one line of receipt that adds up."""
+    r: Run = await run("demo", "--seconds", "25", livekit=False)
+    assert await r.exit(90) == 0
+    text = r.out.read_text()
+    (receipt,) = re.findall(r"^receipt: .*$", text, re.MULTILINE)
+    assert "clean, exit code 0" in receipt
+    assert "processes left 0" in receipt
+    (numbers,) = re.findall(r"(\d+) started, (\d+) finished, (\d+) failed, (\d+) cut, (\d+) lost", receipt)
+    started, finished, *others = map(int, numbers)
+    assert started == finished > 0
+    assert others == [0, 0, 0]
+    assert re.search(r"^ +\d+ s  running: slot 0 ready \d+ jobs, slot 1 ", text, re.MULTILINE)
+    assert "Traceback" not in r.logs()
+    await r.nothing_left()
+
+
+async def test_ctrl_c_on_a_terminal(run: Any, terminal: Terminal) -> None:
+    """A live table until Ctrl-C, then the stop's phases and the receipt; the terminal is as it was."""
+    before = terminal.attributes
+    r: Run = await run("demo", terminal=terminal, livekit=False, environment=TERM)
+    await r.until(lambda: re.search(rb"[1-9]\d* finished", terminal.read()), 60)
+    terminal.type(b"\x03")
+    assert await r.exit(45) == 0
+    shown = terminal.read().decode()
+    stop = shown[shown.index("stop fencing") :]
+    assert stop.index("stop draining") < stop.index("stop sweeping") < stop.rindex("clean")
+    assert terminal.attributes == before
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
+    await r.nothing_left()
