@@ -259,7 +259,9 @@ class App:
             self._stop_reason = "wrong target"
             self.record.config_error = self.fleet.config_error
         else:
-            self._stop_reason = "gave up: every slot is quarantined"
+            self._stop_reason = (
+                f"gave up: every slot is quarantined; the last ended with: {self.fleet.last_exit}"
+            )
             self.record.gave_up = True
 
     async def _watch_readiness(self) -> None:

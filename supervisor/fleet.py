@@ -85,6 +85,11 @@ class Fleet:
         return self.shared.is_stopping
 
     @property
+    def last_exit(self) -> str:
+        """How a worker ended that was not asked to, of the first slot that had one; empty while none has."""
+        return next((slot.last_exit for slot in self.slots if slot.last_exit), "")
+
+    @property
     def config_error(self) -> str:
         return next((slot.config_error for slot in self.slots), "")
 

@@ -85,11 +85,11 @@ async def test_deadline(run: Any) -> None:
 
 async def test_dies_at_once(run: Any) -> None:
     """A worker that can't be kept up: back-off, quarantine, exit 69, and a receipt that says so."""
-    config = "/dev/stdin"
     r: Run = await run("run", "-w", "2", *_config(FAST), "--", "false", livekit=False)
-    assert config and await r.exit(20) == 69
+    assert await r.exit(20) == 69
     receipt = r.receipt()
     assert (receipt["outcome"], receipt["exit_code"]) == ("gave_up", 69)
+    assert receipt["reason"].endswith("exit code 1")
     assert len(r.log("slot quarantined")) == 2
     assert all(entry["delay"] == 0 for entry in r.log("slot backoff")[:1])
 

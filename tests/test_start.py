@@ -251,6 +251,7 @@ async def test_target_that_raises(run: Any, tmp_path: Path) -> None:
     assert traceback.count("Traceback") == 1
     assert "ValueError: no key" in traceback and "loading.py" not in traceback
     assert r.receipt()["outcome"] == "gave_up"
+    assert "failed to load" in r.receipt()["reason"]
     await r.nothing_left()
 
 
