@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -144,6 +145,32 @@ async def test_job_over_the_memory_limit_dies_alone(podman: Podman) -> None:
         assert server.jobs[good.job_id].status == "JS_SUCCESS"
         totals = container.receipt()["totals"]
         assert (totals["failed"], totals["finished"], totals["cut"]) == (1, 1, 0)
+
+
+async def test_health_before_and_beside_readiness(podman: Podman) -> None:
+    """No server yet, a hold, a crashed worker: a new container would mend none of it, so it is healthy."""
+    async with DispatchServer() as server:
+        server.refuse_connections = True
+        container = podman.start("health", options=options(server, LASTCALL_GRACE="40"))
+
+        def status() -> dict[str, Any]:
+            document: dict[str, Any] = json.loads(container.exec("lastcall", "status", "--json"))
+            return document
+
+        await container.until(lambda: container.events("supervisor started"))
+        await container.until(lambda: container.health() == 0)
+        assert status()["phase"] == "starting"
+        server.refuse_connections = False
+        await container.until(lambda: status()["phase"] == "running")
+        assert container.health() == 0
+        container.exec("lastcall", "hold")
+        assert status()["held"]
+        assert container.health() == 0
+        container.exec("lastcall", "release")
+        container.exec("kill", "-KILL", str(status()["slots"][0]["pid"]))
+        await container.until(lambda: container.events("slot failed"))
+        assert container.health() == 0
+        assert await stop(container, 40) == 0, container.logs()
 
 
 async def test_a_hung_supervisor_is_unhealthy(podman: Podman) -> None:
