@@ -34,6 +34,8 @@ from google.protobuf.message import DecodeError
 from livekit import api
 from livekit.protocol import agent, models
 
+from worker.clock import Bell
+
 REGISTER_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 3.0
 PING_INTERVAL = 10.0
@@ -139,7 +141,7 @@ class DispatchServer:
         self.hold_assignments = 0.0
         self._on_event = on_event
         self._random = random.Random(seed)
-        self._changed: set[asyncio.Future[None]] = set()
+        self._bell = Bell()
         self._runner: web.AppRunner | None = None
         self.app = web.Application()
         self.app.router.add_get("/agent", self._agent)
@@ -243,13 +245,7 @@ class DispatchServer:
     async def until(self, predicate: Callable[[], bool], timeout: float) -> None:
         """Wait until the predicate holds; it is looked at after every event. Raises TimeoutError."""
         async with asyncio.timeout(timeout):
-            while not predicate():
-                waiter = asyncio.get_running_loop().create_future()
-                self._changed.add(waiter)
-                try:
-                    await waiter
-                finally:
-                    self._changed.discard(waiter)
+            await self._bell.until(predicate)
 
     # -- one dispatch ---------------------------------------------------------------------------------
 
@@ -429,6 +425,4 @@ class DispatchServer:
             del self.events[: MAX_EVENTS // 10]
         if self._on_event is not None:
             self._on_event(event)
-        for waiter in self._changed:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._bell.ring()

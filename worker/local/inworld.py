@@ -26,6 +26,8 @@ from typing import Any
 
 from aiohttp import web
 
+from worker.clock import Bell
+
 from .inworld_connection import Connection
 from .inworld_settings import Codes, Event, Faults, Kind, Limits
 from .speech import Speech
@@ -72,7 +74,7 @@ class InworldServer:
         self._random = random.Random(seed)
         self._numbers = 0
         self._transports: set[asyncio.Transport] = set()
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._bell = Bell()
         self._runner: web.AppRunner | None = None
         self._app = web.Application()
         self._app.router.add_get(STREAM_PATH, self._bidirectional)
@@ -140,13 +142,7 @@ class InworldServer:
     async def until(self, predicate: Callable[[], object], timeout: float) -> None:
         """Wait until the predicate holds; it is looked at after every event. Raises TimeoutError."""
         async with asyncio.timeout(timeout):
-            while not predicate():
-                waiter = asyncio.get_running_loop().create_future()
-                self._waiting.add(waiter)
-                try:
-                    await waiter
-                finally:
-                    self._waiting.discard(waiter)
+            await self._bell.until(predicate)
 
     # -- requests -------------------------------------------------------------------------------------
 
@@ -267,9 +263,7 @@ class InworldServer:
             del self.events[: MAX_EVENTS // 10]
         if self._on_event is not None:
             self._on_event(event)
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._bell.ring()
 
 
 async def serve(server: InworldServer) -> None:
