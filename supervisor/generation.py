@@ -214,6 +214,7 @@ class Generation:
         except asyncio.CancelledError:
             if not self.shared.is_abandoned:
                 self.kill()  # the end of the whole stop; nothing may stay
+                launched.clear()
             raise
         await self._clean_up(launched)
 
@@ -253,8 +254,7 @@ class Generation:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        for relay in launched.relays:
-            relay.close()
+        launched.close()
         self.shared.known_pids.discard(child.pid)
         self._record_end(launched, child.status, swept, left)
         self._end()

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +52,18 @@ class Launched:
     control: socket.socket | None
     relays: tuple[Relay, Relay]
     mark: str
+    scratch: str
+
+    def close(self) -> None:
+        """Let go of our ends, and remove what the worker kept its sockets in."""
+        for relay in self.relays:
+            relay.close()
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove the directory of a worker that has ended: what was killed could not do so itself."""
+        if self.scratch:
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +94,7 @@ class Launcher:
         ours: list[int] = []
         theirs: dict[int, int] = {}
         control = None
+        scratch = ""
         try:
             null = high(os.open(os.devnull, os.O_RDONLY))
             out, out_write = pipe()
@@ -88,6 +103,7 @@ class Launcher:
             theirs = {0: null, 1: out_write, 2: err_write}
             argv = self.command
             if not self.is_opaque:
+                scratch = tempfile.mkdtemp(prefix="lastcall-")
                 control, far = socket.socketpair()
                 theirs[CONTROL_FD] = high(far.detach())
                 if self.lifeline is not None:
@@ -99,6 +115,7 @@ class Launcher:
                     "lifeline_fd": LIFELINE_FD if self.lifeline is not None else None,
                     "slot": slot,
                     "generation": generation,
+                    "scratch": scratch,
                 }
                 environment["LASTCALL_WORKER"] = json.dumps(settings)
                 environment.setdefault("PYTHONUNBUFFERED", "1")
@@ -116,6 +133,8 @@ class Launcher:
                 os.close(fd)
             if control is not None:
                 control.close()
+            if scratch:
+                os.rmdir(scratch)
             if isinstance(error, SpawnError):
                 raise
             raise SpawnError(f"no room for another worker: {error.strerror}") from error
@@ -124,7 +143,7 @@ class Launcher:
                 os.close(fd)
         prefix = _prefix(slot, generation) if self.prefixes else b""
         relays = (Relay(out, self.write_output, prefix), Relay(err, self.write_errors, prefix))
-        return Launched(child=child, control=control, relays=relays, mark=mark)
+        return Launched(child=child, control=control, relays=relays, mark=mark, scratch=scratch)
 
 
 def _prefix(slot: int, generation: int) -> bytes:

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -54,6 +56,7 @@ class Run:
         self.control = directory / "c.sock"
         self.server = DispatchServer() if livekit else None
         self.signalled_at = 0.0
+        self.tmp = Path(tempfile.mkdtemp(prefix="lc-"))  # short: there are limits to a socket's path
         self._arguments = list(arguments)
         self._environment = environment or {}
         self._command = command
@@ -68,7 +71,7 @@ class Run:
         self.job_log.touch()
         foreign = ("LIVEKIT_", "INWORLD_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-        environment |= {"JOB_LOG": str(self.job_log), TOKEN: self.token}
+        environment |= {"JOB_LOG": str(self.job_log), TOKEN: self.token, "TMPDIR": str(self.tmp)}
         if self.server is not None:
             await self.server.__aenter__()
             environment |= self.server.environment
@@ -97,6 +100,7 @@ class Run:
         self.process.wait(10)
         if self.server is not None:
             await self.server.__aexit__()
+        shutil.rmtree(self.tmp)
 
     def _options(self) -> list[str]:
         if self._arguments[:1] != ["run"]:
@@ -264,11 +268,17 @@ class Run:
         return found
 
     async def nothing_left(self, timeout: float = 0.5) -> None:
-        """Assert that no process of the run lives; the kernel may take a moment to clear what was killed."""
+        """Assert that no process of the run lives; the kernel may take a moment to clear what was killed.
+
+        Nor may a socket or a directory of the framework's be left, other than what livekit-agents makes for
+        each job and a job that is killed leaves.
+        """
         try:
             await self.until(lambda: not self.left(), timeout)
         except TimeoutError:
             raise AssertionError([(p.pid, _command(p)) for p in self.left()]) from None
+        files = [p for p in self.tmp.rglob("*") if p.is_socket() or p.name.startswith(("pymp-", "lastcall-"))]
+        assert not files
 
     def accepted_late(self) -> list[Event]:
         """Return the offers that were answered with yes after the first FULL that followed the signal."""

@@ -22,6 +22,7 @@ FLOORS = {
             "compat_jobs",
             "compat_process",
             "exposition",
+            "scratch",
         },
         {"control", "compat", "livekit_engine", "inworld"},
         {"host", "jobside"},

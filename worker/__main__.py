@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import uvloop
 
-from . import loading
+from . import loading, scratch
 from .clock import Bell
 from .errors import Incompatible, StartError, TargetError
 from .settings import Settings
@@ -50,6 +50,8 @@ def main() -> NoReturn:
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHERS)
     os.environ["LASTCALL_WORKER_PID"] = str(os.getpid())
+    if settings.scratch:
+        scratch.use(settings.scratch)
     bell = Bell()
     stopping = Stopping(bell)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -58,6 +60,7 @@ def main() -> NoReturn:
         code = _host(runner, settings, stopping, bell, sys.argv[1])
         # Nothing is left to do that an interpreter's end would do better: threads that livekit-agents never
         # ends would be joined, and 10 ms go by. Output is all that has to get out.
+        scratch.remove()
         _leave(code)
 
 

@@ -20,7 +20,7 @@ class Settings:
     `drain` and `close` are only what a worker uses until the supervisor sends better ones, and when it has
     lost the supervisor. `max_running` is the most jobs at a time, 0 for no limit. `output_fds` are the read
     ends of the worker's own standard output and error. `lifeline_fd` is only held, for as long as we live.
-    `hold`: seconds that a rehearsal keeps each job open.
+    `hold`: seconds that a rehearsal keeps each job open. `scratch`: for multiprocessing's sockets.
     """
 
     control_fd: int | None = None
@@ -35,6 +35,7 @@ class Settings:
     coloured: bool = False
     mock_room: bool = False
     hold: float = 0.0
+    scratch: str = ""
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Settings:
