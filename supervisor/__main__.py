@@ -24,6 +24,14 @@ from .errors import ConfigError, NotRunning, Refused, SupervisorError, UsageErro
 from .inbox import STOP_SIGNALS, Inbox, receive
 
 SUPERVISING = frozenset({"run", "demo", "dev"})
+# The first that fits counts.
+EXIT_CODES: dict[type[Exception], int] = {
+    UsageError: 2,
+    ConfigError: 78,
+    NotRunning: 69,
+    Refused: 1,
+    SupervisorError: 70,
+}
 
 
 def main() -> NoReturn:
@@ -31,8 +39,7 @@ def main() -> NoReturn:
     if SUPERVISING.intersection(sys.argv[1:2]):
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             _leave(runner.run(_supervise()))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
-    _leave(asyncio.run(_command(None)))
+    _leave(_ask())
 
 
 async def _supervise() -> int:
@@ -42,32 +49,41 @@ async def _supervise() -> int:
     """
     inbox = Inbox()
     with receive(asyncio.get_running_loop(), inbox):
-        return await _command(inbox)
+        try:
+            from . import cli
+
+            work = cli.read(sys.argv[1:], inbox)
+            return work if isinstance(work, int) else await work
+        except Exception as error:
+            return _explain(error)
 
 
-async def _command(inbox: Inbox | None) -> int:
-    from . import cli
+def _ask() -> int:
+    """Run a verb that does not supervise. Without a loop, which would keep the first Ctrl-C to itself.
 
+    And without Python's handler, whose exception an import may swallow: until a verb has something to put in
+    order, Ctrl-C just ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
     try:
-        return await cli.main(sys.argv[1:], inbox)
-    except UsageError as error:
-        return _complain(error, 2)
-    except ConfigError as error:
-        return _complain(error, 78)
-    except NotRunning as error:
-        return _complain(error, 69)
-    except Refused as error:
-        return _complain(error, 1)
-    except SupervisorError as error:
-        return _complain(error, 70)
-    except Exception:
-        traceback.print_exc()  # a fault of ours; the workers, if any, drain by themselves
-        return 70
+        from . import cli
+
+        code = cli.read(sys.argv[1:], None)
+        assert isinstance(code, int), "a verb that is to supervise, but is not listed as one"
+        return code
+    except Exception as error:
+        return _explain(error)
 
 
-def _complain(error: Exception, code: int) -> int:
-    print(f"lastcall: {error}", file=sys.stderr)
-    return code
+def _explain(error: Exception) -> int:
+    """Print what a user can mend in one line, anything else as the fault of ours that it is."""
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            print(f"lastcall: {error}", file=sys.stderr)
+            return code
+    traceback.print_exception(error)  # the workers, if any, drain by themselves
+    return 70
 
 
 def _leave(code: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,7 @@ def _status(
 def _watch(path: Path, as_json: bool) -> None:
     console = Console()
     document = control_api.ask(path, "status")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the cursor is to come back
     try:
         if as_json or not console.is_terminal:
             while True:

@@ -183,8 +183,11 @@ def _demo(
 deployment.register(app)
 
 
-async def main(arguments: list[str], inbox: Inbox | None) -> int:
-    """Run one verb and return the exit code. Raises UsageError, ConfigError and NotRunning."""
+def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any, int]:
+    """Run one verb and return its exit code, or, for one that supervises, what is to be awaited for it.
+
+    Raises UsageError, ConfigError and NotRunning.
+    """
     command: list[str] = []
     if "--" in arguments:
         # Taken apart here: click would join both sides, and the command's own flags must stay its own.
@@ -219,5 +222,5 @@ async def main(arguments: list[str], inbox: Inbox | None) -> int:
     except typer.Abort:
         return 130
     if session.work is not None:
-        return int(await session.work)
+        return session.work
     return 2 if asked_for_nothing else int(result or 0)

@@ -82,8 +82,8 @@ def _unit(
 def _interruptible() -> Iterator[None]:
     """Have a signal end a verb that blocks, after what it started has been taken down.
 
-    The loop that the command line runs in would take the first Ctrl-C for a reason to cancel a task, and
-    never get to it; SIGTERM would leave a supervisor behind.
+    Not add_signal_handler: there is no loop here, and the signal is to interrupt what blocks. By default
+    SIGTERM would leave a supervisor behind.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -159,6 +159,7 @@ def _doctor(
     as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
 ) -> int:
     """Check the surroundings: what would cut calls, and what to do about it. Exit 1 on a fail."""
+    # All of it before a signal is an exception: one that comes in the middle of an import may be swallowed.
     from .doctor import report
     from .doctor.checks import examine
     from .doctor.gather import gather

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness import LASTCALL, Run
+from tests.harness import LASTCALL, Run, lives
 from tests.program import Program, status
+from tests.terminal import Terminal
 
 
 def connect(r: Run) -> socket.socket:
@@ -97,6 +98,22 @@ async def test_watch_follows_and_ends_with_the_supervisor(run: Any, program: Pro
         r.kill()
         assert await r.exit() == 0
         assert await asyncio.to_thread(watching.wait, 10) == 0
+
+
+async def test_watch_on_a_terminal(run: Any, program: Program, terminal: Terminal) -> None:
+    """A table until Ctrl-C, one of them, and the terminal is as it was."""
+    r: Run = await run("run", *program.arguments, livekit=False)
+    await r.until(lambda: r.log("ready"))
+    before = terminal.attributes
+    command = ("status", "--watch", "--control", str(r.control))
+    watching: Run = await run(*command, livekit=False, terminal=terminal, environment={"TERM": "xterm"})
+    await watching.until(lambda: b"running" in terminal.read())
+    terminal.type(b"\x03")
+    assert await watching.exit() == 0
+    shown = terminal.read()
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l"), "the cursor is shown again"
+    assert terminal.attributes == before
+    assert lives(r.pid)
 
 
 async def test_control_path_that_is_a_file(run: Any, program: Program) -> None:

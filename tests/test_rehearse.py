@@ -55,6 +55,22 @@ def test_an_agent_whose_jobs_die_of_sigterm_fails() -> None:
     assert any("RuntimeError('no such room')" in warning for warning in verdict.warnings), verdict
 
 
+@pytest.mark.parametrize(
+    ("agent", "says"),
+    [
+        # It is told by the receipt, the exit code and the server that all is well.
+        ("hangs_up.py", "a SIGTERM handler of the agent's own shut it down"),
+        ("leaves.py", "its process ended before its time"),
+    ],
+)
+def test_an_agent_that_ends_its_own_calls_fails(agent: str, says: str) -> None:
+    """A call that the agent's own code ends at a SIGTERM is cut as well, however politely it is done."""
+    (scene,) = [scene for scene in SCENES if scene.name == "everybody"]
+    verdict = play.play(scene, str(HERE / "agents" / agent), workers=1)
+    assert verdict.was_played and verdict.exit_code == 0, (verdict.problems, verdict.output)
+    assert len(verdict.problems) == 2 and all(says in problem for problem in verdict.problems)
+
+
 def test_nothing_of_a_scene_stays() -> None:
     """An interrupted rehearsal leaves no process, neither of the agent nor of the server."""
     with pytest.raises(KeyboardInterrupt), Stage(SAMPLE, grace=30, settings={"mock_room": True}) as set_up:
@@ -103,6 +119,16 @@ def test_a_signal_ends_it_and_takes_everything_along(verb: str, number: signal.S
         process.wait(10)
 
 
+@pytest.mark.parametrize("after", [0.1, 0.15, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("verb", ["rehearse", "doctor"])
+def test_ctrl_c_while_it_starts(verb: str, after: float) -> None:
+    """The first one counts, however early: by our exit code, or as a death of it before we can have one."""
+    process = subprocess.Popen([*LASTCALL, verb, SAMPLE], stdout=subprocess.DEVNULL, start_new_session=True)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) in (130, -signal.SIGINT)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -130,6 +156,11 @@ def seen(**changes: Any) -> Seen:
         (PID, {"exit_code": None}, "the stop was not over after 40 s"),
         (PID, {"seconds": 32.5}, "the stop took 32.5 s with a grace of 30 s"),
         (PID, {"ends": {"a": "JS_FAILED"}}, "job a: reported as JS_FAILED, expected JS_SUCCESS: it was cut"),
+        (
+            PID,
+            {"ends": {"a": "JS_FAILED"}, "over": frozenset({"a"})},
+            "job a: reported as JS_FAILED, expected JS_SUCCESS: its shutdown callbacks did not end in time",
+        ),
         (PID, {"ends": {"a": "JS_RUNNING"}}, "job a: its end was never reported to the server"),
         (PID, {"late": ("a",)}, "job a: accepted after the stop had begun"),
         (PID, {"left": (7, 8)}, "2 processes left: 7, 8"),
@@ -151,6 +182,7 @@ def test_what_is_a_problem(scene: Scene, what: dict[str, Any], problem: str) -> 
 def test_lines_that_the_rehearsal_looks_for() -> None:
     """They are written by job processes, and looked for by a package that may not import theirs."""
     assert (jobside.HELD_IN_REHEARSAL, jobside.FAILED_IN_REHEARSAL) == (stage.BEGINS, play.FAILED)
+    assert (jobside.SHUTDOWN_IN_REHEARSAL, jobside.OVER_IN_REHEARSAL) == (play.SHUTDOWN, play.OVER)
 
 
 def test_what_is_none() -> None:
@@ -158,6 +190,10 @@ def test_what_is_none() -> None:
     assert judge(PID, seen()) == ([], [])
     assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_FAILED"}, seconds=6.5)) == ([], [])
     assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_SUCCESS"})) == ([], [])
+    cut = {"jobs": [{"id": "a", "fate": "cut"}]}
+    begun = frozenset({"a"})
+    assert judge(DEADLINE, seen(exit_code=75, ends={"a": "JS_SUCCESS"}, begun=begun, receipt=cut)) == ([], [])
+    assert judge(PID, seen(begun=begun, over=begun)) == ([], [])
     problems, warnings = judge(PID, seen(failures=("ValueError('x')",)))
     assert problems == [] and "ValueError('x')" in warnings[0]
 

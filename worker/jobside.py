@@ -17,12 +17,16 @@ from types import FrameType
 from typing import Any
 
 from . import compat_jobs, jobend
+from .clock import now
 from .stopping import SHIELDED, STOP_SIGNALS
 
 _PARENT = "LASTCALL_WORKER_PID"
-# The rehearsal looks for these lines in what the workers write.
+# The rehearsal looks for these lines in what the workers write. Warnings, not info: an agent may log from
+# warnings on.
 HELD_IN_REHEARSAL = "entrypoint begins in the rehearsal"
 FAILED_IN_REHEARSAL = "entrypoint failed in the rehearsal"
+SHUTDOWN_IN_REHEARSAL = "shutdown was asked for in the rehearsal"
+OVER_IN_REHEARSAL = "entrypoint is over in the rehearsal"
 
 log = logging.getLogger("lastcall.worker")
 
@@ -51,6 +55,13 @@ def unmask() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
 
 
+def has_handler() -> bool:
+    """Tell whether the agent has put a handler of its own for SIGTERM into this job process."""
+    if os.environ.get(_PARENT) == str(os.getpid()):
+        return False  # the thread executor: the handler is the worker's
+    return signal.getsignal(signal.SIGTERM) not in (_ignore, signal.SIG_IGN, signal.SIG_DFL)
+
+
 class Setup:
     """The worker's `setup_fnc`: ours, then the user's. Gives the job its end (`jobend`)."""
 
@@ -71,7 +82,7 @@ class Held:
     """A rehearsal's entrypoint: the user's for so many seconds, and the job held open until they are over.
 
     In a mock room the user's own may fail, wait for ever, or shut the job down for want of a caller; none of
-    these says anything about a stop.
+    these says anything about a stop. A shutdown by a signal handler of its own does, so each is told.
     """
 
     def __init__(self, user: Callable[[Any], Awaitable[None]], seconds: float) -> None:
@@ -80,8 +91,14 @@ class Held:
 
     async def __call__(self, context: Any) -> None:
         end = asyncio.get_running_loop().time() + self.seconds
-        log.warning(HELD_IN_REHEARSAL)  # not info: an agent may log from warnings on
-        shutdown, context.shutdown = context.shutdown, lambda *_, **__: None
+        which = {"held_job": context.job.id}
+        log.warning(HELD_IN_REHEARSAL, extra=which)
+
+        def asked(*_: object, **__: object) -> None:
+            extra = {**which, "held_at": now(), "has_handler": has_handler()}
+            log.warning(SHUTDOWN_IN_REHEARSAL, extra=extra)
+
+        shutdown, context.shutdown = context.shutdown, asked
         try:
             async with asyncio.timeout_at(end):
                 await self.user(context)
@@ -90,4 +107,5 @@ class Held:
         except Exception as error:
             log.warning(FAILED_IN_REHEARSAL, extra={"error": repr(error)})
         await asyncio.sleep(end - asyncio.get_running_loop().time())
+        log.warning(OVER_IN_REHEARSAL, extra=which)
         shutdown(reason="the rehearsal is over")

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 
 from .scenes import SCENES, Scene, Seen, Verdict, judge
-from .stage import Stage, StageError
+from .stage import BEGINS, Stage, StageError
 
 JOBS = 2
 JOBS_UP = 25.0
 OFFER_EVERY = 0.1
 FAILED = "entrypoint failed in the rehearsal"
+OVER = "entrypoint is over in the rehearsal"
+SHUTDOWN = "shutdown was asked for in the rehearsal"
 
 
 def rehearse(target: str, *, workers: int) -> Iterator[Verdict]:
@@ -74,11 +76,25 @@ def _stop(scene: Scene, stage: Stage) -> Seen:
 
     code = stage.wait_end(scene.patience, between)
     over_at = time.monotonic()
-    failures = (str(line.get("error", "")) for line in stage.log() if line.get("message") == FAILED)
+    said = list(stage.log())
+
+    def jobs(message: str) -> frozenset[str]:
+        return frozenset(str(line.get("held_job")) for line in said if line.get("message") == message)
+
+    failures = (str(line.get("error", "")) for line in said if line.get("message") == FAILED)
     return Seen(
         exit_code=code,
         seconds=over_at - stage.asked_at,
         ends=stage.ends(),
+        begun=jobs(BEGINS),
+        over=jobs(OVER),
+        hung_up=frozenset(
+            str(line.get("held_job"))
+            for line in said
+            if line.get("message") == SHUTDOWN
+            and line.get("has_handler")
+            and float(line.get("held_at", 0.0)) >= stage.asked_at
+        ),
         late=tuple(stage.accepted_late()),
         left=tuple(stage.processes()) if code is not None else (),
         receipt=stage.receipt(),

@@ -46,11 +46,18 @@ SCENES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What happened in a scene."""
+    """What happened in a scene.
+
+    `ends`: of each job, as the server was told. `begun` and `over`: whose entrypoint was, held to its time's
+    end. `hung_up`: jobs that a signal handler of the agent's own shut down.
+    """
 
     exit_code: int | None
     seconds: float
     ends: Mapping[str, str]
+    begun: frozenset[str] = frozenset()
+    over: frozenset[str] = frozenset()
+    hung_up: frozenset[str] = frozenset()
     late: tuple[str, ...] = ()
     left: tuple[int, ...] = ()
     receipt: Mapping[str, Any] = field(default_factory=dict)
@@ -85,12 +92,8 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
         problems.append(f"exit code {seen.exit_code}, expected {code} (receipt: {outcome})")
     if seen.exit_code is not None and seen.seconds > scene.grace + LATE:
         problems.append(f"the stop took {seen.seconds:.1f} s with a grace of {scene.grace:g} s")
-    for job, end in seen.ends.items():
-        if end == "JS_RUNNING":
-            problems.append(f"job {job}: its end was never reported to the server")
-        elif end != "JS_SUCCESS" and not scene.is_cut_short:
-            # One that was meant to be cut may be either: before 1.5 a polite end is reported as a good one.
-            problems.append(f"job {job}: reported as {end}, expected JS_SUCCESS: it was cut")
+    told = ((job, _what_happened(scene, seen, job, end)) for job, end in seen.ends.items())
+    problems += [f"job {job}: {what}" for job, what in told if what]
     problems += [f"job {job}: accepted after the stop had begun" for job in seen.late]
     if seen.left:
         problems.append(f"{len(seen.left)} processes left: {', '.join(map(str, seen.left))}")
@@ -98,3 +101,20 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
         f"the entrypoint failed in the mock room, no fault of a stop: {text}" for text in seen.failures
     ]
     return problems, warnings
+
+
+def _what_happened(scene: Scene, seen: Seen, job: str, end: str) -> str:
+    """Return what is wrong with the end of a job; empty: nothing."""
+    if end == "JS_RUNNING":
+        return "its end was never reported to the server"
+    if job in seen.hung_up:
+        return "a SIGTERM handler of the agent's own shut it down: the call was cut"
+    if end == "JS_SUCCESS":
+        # One that was meant to be cut may be reported so too: before 1.5 a polite end counts as a good one.
+        cut = {each["id"] for each in seen.receipt.get("jobs", ()) if each["fate"] == "cut"}
+        is_early = job in seen.begun - seen.over - cut
+        return "its process ended before its time, by a sys.exit or os._exit of its own?" if is_early else ""
+    if scene.is_cut_short:
+        return ""
+    how = "its shutdown callbacks did not end in time" if job in seen.over else "it was cut"
+    return f"reported as {end}, expected JS_SUCCESS: {how}"
