@@ -57,6 +57,8 @@ def _unit(
     options = {"--grace": None if grace is None else seconds(grace) if grace < float("inf") else "inf"}
     options |= {"--workers": workers, "--name": name, "--image": image, "--exec": program}  # type: ignore[dict-item]
     given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    if kind == "docker" and (os.path.isabs(target) or ".." in Path(target).parts):
+        raise UsageError(f"{target!r} would not be in the image; expected a path below the build's directory")
     service = Service(
         target=target,
         name=name or "lastcall",
@@ -130,6 +132,8 @@ def _rehearse(
         raise UsageError(f"--workers: got {workers}, expected 1 to 16")
     if junit is not None and not Path(junit).absolute().parent.is_dir():
         raise UsageError(f"--junit: no directory {str(Path(junit).absolute().parent)!r}; make it first")
+    if junit is not None and Path(junit).is_dir():
+        raise UsageError(f"--junit: {junit!r} is a directory; expected a file")
     verdicts = []
     with _interruptible():
         for verdict in rehearse(target, workers=workers):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from supervisor.doctor import checks, report
+from supervisor.doctor import checks, probe, report
 from supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
 from supervisor.doctor.gather import _http_problem, _own_unit
 from supervisor.doctor.probe import ask, token
@@ -58,6 +58,13 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         {"init": ("/sbin/tini", "--", "lastcall-x"), "in_container": True},
         "passes the signal on",
     ),
+    (
+        "pid 1",
+        "fail",
+        {"init": ("catatonit", "--", *SHELL), "init_children": (SHELL,)},
+        "below catatonit a shell",
+    ),
+    ("pid 1", "ok", {"init": ("tini", "sh"), "init_children": (("sh",),)}, "passes the signal on"),
     ("pid 1", "warn", {"init": ("supervisord",), "in_container": True}, "not known"),
     ("unit", "ok", {"unit": unit()}, "stops within 3630 s"),
     ("unit", "ok", {"unit": unit(TimeoutStopUSec="infinity")}, "stops within inf s"),
@@ -69,6 +76,10 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ),
     ("unit", "fail", {"unit": unit(TimeoutStopUSec="1min 30s", Type="exec")}, "systemd would cut calls"),
     ("unit", "fail", {"unit": unit(KillMode="process")}, "KillMode=process"),
+    ("unit", "fail", {"unit": unit(KillSignal="3")}, "KillSignal=3"),
+    ("unit", "ok", {"unit": unit(KillSignal="2")}, "stops within"),
+    ("unit", "fail", {"unit": unit(NotifyAccess="none")}, "NotifyAccess=none"),
+    ("unit", "warn", {"unit": unit(TimeoutStopUSec="1h", Type="exec")}, "0 s after grace is over"),
     ("unit", "fail", {"unit": unit(LoadState="not-found")}, "not loaded (not-found)"),
     ("kill timer", "fail", {"environment": {"K_SERVICE": "x"}, "grace": 60.0}, "Cloud Run kills after 10 s"),
     (
@@ -165,8 +176,47 @@ async def test_livekit_is_asked_as_a_worker_asks() -> None:
     gone = await asyncio.to_thread(ask, server.environment)
     assert gone is not None and "refused" in gone.error.lower()
     assert ask({}) is None
-    odd = ask({"LIVEKIT_URL": "example", "LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s"})
-    assert odd is not None and "expected wss://HOST" in odd.error
+    for url in ("example", "ws://[::1", "ws://user:password@?token=password"):
+        odd = ask({"LIVEKIT_URL": url, "LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s"})
+        assert odd is not None and odd.error and "password" not in odd.url + odd.error
+
+
+@pytest.mark.parametrize(
+    ("says", "error"),
+    [
+        (b"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: AAAA\r\n\r\n", "not to a WebSocket"),
+        (b"\x1b[2J\x00 no HTTP\r\n", "no HTTP"),
+        (b"HTTP/1.1 101 Swi", "no answer within"),  # and a byte now and then, for ever
+    ],
+)
+def test_livekit_that_is_no_livekit(says: bytes, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is there: one line in the end, in time, with nothing in it that a terminal would obey."""
+    monkeypatch.setattr(probe, "TIMEOUT", 2.0)
+    drip = f"""
+import socket, time
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+while True:
+    client, _ = server.accept()
+    client.recv(65536)
+    client.sendall({says!r})
+    try:
+        for _ in range({600 if error == "no answer within" else 0}):
+            time.sleep(0.2)
+            client.sendall(b"x")
+    except OSError:
+        pass
+    client.close()
+"""
+    with subprocess.Popen([sys.executable, "-c", drip], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = f"ws://127.0.0.1:{int(server.stdout.readline())}"
+            answer = ask({"LIVEKIT_URL": url, "LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s"})
+            assert answer is not None and answer.status == 0
+            assert error in answer.error and answer.error.isprintable()
+        finally:
+            server.kill()
 
 
 def test_token_is_what_livekit_verifies() -> None:
@@ -235,6 +285,9 @@ def test_surroundings_are_real(tmp_path: Path) -> None:
     assert findings["places"].verdict == "fail" and address in findings["places"].why
     assert findings["kill timer"].verdict == "fail" and "600 s" in findings["kill timer"].why
     assert findings["shield"].verdict == "warn"
+    for control in (__file__, f"/tmp/{'x' * 110}"):
+        _, findings = doctor("--http", "off", "--control", control, cwd=tmp_path)
+        assert findings["places"].verdict == "fail" and "control: /" in findings["places"].why
 
 
 def test_wrong_configuration_is_a_finding(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,13 +17,24 @@ import pytest
 
 from supervisor.rehearsal import play, report, stage
 from supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
-from supervisor.rehearsal.stage import Stage
+from supervisor.rehearsal.stage import Stage, StageError
 from tests.harness import HERE, LASTCALL
 from worker import jobside
+from worker.local.dispatch import DispatchServer
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
 SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
 FRAGILE = str(HERE / "agents" / "fragile.py")
+
+
+ELSEWHERE = """
+from livekit.agents import AgentServer, JobContext
+server = AgentServer(ws_url="{url}")
+
+@server.rtc_session()
+async def entrypoint(ctx: JobContext) -> None:
+    pass
+"""
 
 
 def rehearse(*arguments: str, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
@@ -117,6 +129,33 @@ def test_a_signal_ends_it_and_takes_everything_along(verb: str, number: signal.S
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(10)
+
+
+def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
+    """Its own exception, in the one line, and soon."""
+    agent = tmp_path / "agent.py"
+    agent.write_text("import os\nos.environ['SOME_KEY_OF_MINE']\n")
+    with (
+        pytest.raises(StageError, match=r"69 before it was ready.*KeyError: 'SOME_KEY_OF_MINE'"),
+        Stage(str(agent), grace=30, settings={}) as set_up,
+    ):
+        set_up.wait_ready()
+
+
+async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
+    """It registers where nobody dispatches for the rehearsal: said at once, and not by a timeout."""
+    async with DispatchServer() as server:
+        agent = tmp_path / "agent.py"
+        agent.write_text(ELSEWHERE.format(url=server.url))
+
+        def register() -> float:
+            with Stage(str(agent), grace=30, settings={}) as set_up:
+                began = time.monotonic()
+                with pytest.raises(StageError, match="registered with another server"):
+                    set_up.wait_ready()
+                return time.monotonic() - began
+
+        assert await asyncio.to_thread(register) < stage.READY / 2
 
 
 @pytest.mark.parametrize("after", [0.1, 0.15, 0.2, 0.3, 0.5])

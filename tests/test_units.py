@@ -135,6 +135,8 @@ def test_short_grace_is_said() -> None:
         (["docker", "a.py", "--name", "No Good"], "--name: got 'No Good'"),
         (["docker", "a.py", "--image", "x"], "--image: docker names no image"),
         (["compose", "a.py", "--image", "x y"], "--image: got 'x y'"),
+        (["docker", "/opt/a.py"], "'/opt/a.py' would not be in the image"),
+        (["docker", "../a.py"], "'../a.py' would not be in the image"),
         (["k8s", "a.py", "--exec", "/x"], "--exec: k8s starts what is in the image"),
         (["systemd", "a.py", "--exec", "lastcall"], "--exec: got 'lastcall', expected the absolute path"),
     ],
@@ -194,14 +196,16 @@ def test_entrypoint_turns_the_environment_into_a_command(tmp_path: Path) -> None
 
 
 def test_entrypoint_without_its_secret(tmp_path: Path) -> None:
-    """A secret's file that can't be read is a wrong configuration, by its name."""
-    done = subprocess.run(
-        [str(ROOT / "scripts/entrypoint"), "agent.py"],
-        env={"PATH": "/usr/bin:/bin", "LIVEKIT_API_KEY_FILE": str(tmp_path / "none")},
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    assert done.returncode == 78
-    assert "LIVEKIT_API_KEY_FILE" in done.stderr
+    """A secret's file that can't be read, or is empty, is a wrong configuration, by its name; one line."""
+    (tmp_path / "empty").write_text("\n")
+    for name in ("none", "empty"):
+        done = subprocess.run(
+            [str(ROOT / "scripts/entrypoint"), "agent.py"],
+            env={"PATH": "/usr/bin:/bin", "LIVEKIT_API_KEY_FILE": str(tmp_path / name)},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        assert done.returncode == 78
+        assert "LIVEKIT_API_KEY_FILE" in done.stderr and done.stderr.count("\n") == 1

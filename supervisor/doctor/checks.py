@@ -16,6 +16,8 @@ Check = Callable[[Facts], Finding | None]
 
 SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh", "busybox"})
 INITS = frozenset({"tini", "docker-init", "catatonit", "dumb-init", "podman-init", "s6-svscan"})
+# SIGTERM and SIGINT, by the numbers that systemctl shows.
+STOPS = frozenset({"15", "2"})
 HOSTS = frozenset({"systemd", "init", "launchd"})
 OLDEST, NEWEST = (1, 3, 12), (1, 8, 9)
 GIB = 1 << 30
@@ -80,6 +82,12 @@ def init(facts: Facts) -> Finding:
             do='start it in exec form: ENTRYPOINT ["lastcall-entrypoint"], or exec lastcall in the script',
         )
     if name in INITS:
+        for words in facts.init_children:
+            # A shell with nothing to run is that of somebody who looks around.
+            if len(words) > 1 and posixpath.basename(words[0]) in SHELLS:
+                why = f"below {name} a shell ({' '.join(words)[:60]}) gets SIGTERM, and does not pass it on"
+                do = f"exec lastcall in that script, or {name} with lastcall itself as its command"
+                return Finding(check="pid 1", verdict="fail", why=why, do=do)
         why = f"PID 1 is {name}: it passes the signal on; not needed, and no harm"
         return Finding(check="pid 1", verdict="ok", why=why)
     if name in HOSTS or not facts.in_container:
@@ -109,17 +117,38 @@ def unit(facts: Facts) -> Finding | None:
             why=f"{name} has KillMode={mode}: what does not end by itself stays for ever",
             do="KillMode=mixed",
         )
+    signal = values.get("KillSignal", "15")
+    if signal not in STOPS:
+        return Finding(
+            check="unit",
+            verdict="fail",
+            why=f"{name} has KillSignal={signal}: lastcall drains at SIGTERM (15) and SIGINT (2)",
+            do="KillSignal=SIGTERM, which is the default",
+        )
+    notifies = values.get("Type", "").startswith("notify")
+    if notifies and values.get("NotifyAccess") == "none":
+        return Finding(
+            check="unit",
+            verdict="fail",
+            why=f"{name} has Type={values['Type']} and NotifyAccess=none: systemd hears nothing",
+            do="NotifyAccess=main",
+        )
+    timers = Timers(grace=facts.grace)
     timeout = span(values.get("TimeoutStopUSec", "infinity"))
     if timeout < facts.grace:
-        is_extended = values.get("Type", "").startswith("notify")
+        is_extended = notifies
         return Finding(
             check="unit",
             verdict="warn" if is_extended else "fail",
             why=f"{name} has TimeoutStopSec={timeout:g}, grace is {seconds(facts.grace)} s"
             + ("; lastcall extends it while jobs live" if is_extended else ": systemd would cut calls"),
-            do=f"TimeoutStopSec={Timers(grace=facts.grace).kill_after}"
+            do=f"TimeoutStopSec={timers.kill_after}"
             + ("" if is_extended else ", or Type=notify; lastcall unit systemd prints both"),
         )
+    if timeout < timers.kill_after and not notifies:
+        after = timeout - facts.grace
+        why = f"{name} is killed {after:g} s after grace is over; {timers.margin} s would be safe"
+        return Finding(check="unit", verdict="warn", why=why, do=f"TimeoutStopSec={timers.kill_after}")
     return Finding(check="unit", verdict="ok", why=f"{name}: KillMode={mode}, stops within {timeout:g} s")
 
 

@@ -60,6 +60,8 @@ class Facts:
     http: str = "127.0.0.1:8080"
     pid: int = 2
     init: tuple[str, ...] = ("systemd",)
+    # The command lines of PID 1's own children.
+    init_children: tuple[tuple[str, ...], ...] = ()
     in_container: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     unit: Unit | None = None

@@ -10,7 +10,7 @@ import re
 import resource
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from .probe import ask
 from .trial import look
 
 SYSTEMCTL = 5.0
+# unix(7): sun_path holds 108 bytes, and ends with a zero.
+SOCKET_PATH = 107
 CGROUPS = Path("/sys/fs/cgroup")
 # cgroup v1 writes "no limit" as the largest page-aligned number.
 NO_LIMIT = 1 << 60
-PROPERTIES = ("LoadState", "KillMode", "TimeoutStopUSec", "Type")
+PROPERTIES = ("LoadState", "KillMode", "KillSignal", "TimeoutStopUSec", "Type", "NotifyAccess")
 
 
 def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | None) -> Facts:
@@ -48,6 +50,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         http=config.http,
         pid=os.getpid(),
         init=_init(),
+        init_children=tuple(_children(1)),
         in_container=_in_container(environment),
         environment=environment,
         unit=_unit(unit or _own_unit(_read("/proc/self/cgroup"))),
@@ -74,6 +77,12 @@ def _read(path: str | Path) -> str:
 def _init() -> tuple[str, ...]:
     words = tuple(word for word in _read("/proc/1/cmdline").split("\0") if word)
     return words or tuple(_read("/proc/1/comm").split())
+
+
+def _children(parent: int) -> Iterator[tuple[str, ...]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _read(entry / "stat").rpartition(")")[2].split()[1:2] == [str(parent)]:
+            yield tuple(word for word in _read(entry / "cmdline").split("\0") if word)
 
 
 def _in_container(environment: Mapping[str, str]) -> bool:
@@ -165,6 +174,11 @@ def _is_lastcall(address: str) -> bool:
 
 def _place_problems(config: Config) -> list[str]:
     problems = []
+    if config.control not in ("", "auto"):
+        if os.path.exists(config.control) and not Path(config.control).is_socket():
+            problems.append(f"control: {config.control} exists and is no socket")
+        elif len(os.fsencode(config.control)) > SOCKET_PATH:
+            problems.append(f"control: {config.control} has more than {SOCKET_PATH} bytes")
     if config.control == "auto":
         directory = configuration.runtime_directory()
         if directory.is_dir():

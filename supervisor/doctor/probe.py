@@ -12,49 +12,96 @@ import hmac
 import http.client
 import json
 import secrets
-import ssl
+import threading
 import time
 from collections.abc import Mapping
+from email.message import Message
 from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 from .facts import Answer
 
 TIMEOUT = 8.0
 VALID = 60
+# RFC 6455, section 1.3.
+GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 NAMES = ("LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET")
 
 
 def ask(environment: Mapping[str, str]) -> Answer | None:
-    """Return the server's answer; None when URL, key or secret are not given."""
+    """Return the server's answer; None when URL, key or secret are not given.
+
+    In a thread that is left to itself when its time is over: a resolver that hangs can't be told to stop, and
+    neither can a server that sends a byte a second.
+    """
     url, key, secret = (environment.get(name, "") for name in NAMES)
     if not (url and key and secret):
         return None
-    parts = urlsplit(url)
-    if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname:
-        return Answer(url=url, error="no URL of a LiveKit server; expected wss://HOST")
-    is_tls = parts.scheme in ("wss", "https")
+    answers: list[Answer] = []
+    asking = threading.Thread(target=lambda: answers.append(_ask(url, key, secret)), daemon=True)
+    asking.start()
+    asking.join(TIMEOUT)
+    return answers[0] if answers else Answer(url=_shown(url), error=f"no answer within {TIMEOUT:g} s")
+
+
+def _ask(url: str, key: str, secret: str) -> Answer:
+    shown = _shown(url)
     try:
-        make = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
-        connection = make(parts.hostname, parts.port, timeout=TIMEOUT)
-        try:
-            connection.request("GET", parts.path.rstrip("/") + "/agent", headers=_headers(key, secret))
-            answer = connection.getresponse()
-            return Answer(url=url, status=answer.status, skew_s=_skew(answer.getheader("Date")))
-        finally:
-            connection.close()
-    except (OSError, ssl.SSLError, http.client.HTTPException, ValueError) as error:
-        return Answer(url=url, error=str(error) or type(error).__name__)
+        parts = urlsplit(url)
+        if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname:
+            return Answer(url=shown, error="no URL of a LiveKit server; expected wss://HOST")
+        make: Any = http.client.HTTPConnection
+        if parts.scheme in ("wss", "https"):
+            make = http.client.HTTPSConnection
+        nonce = base64.b64encode(secrets.token_bytes(16)).decode()
+        at = (make, parts.hostname, parts.port)
+        path = parts.path.rstrip("/") + "/agent"
+        status, answer = _get(*at, path, _headers(key, secret, nonce))
+        if status == 101 and answer["Sec-WebSocket-Accept"] != _accepted(nonce):
+            return Answer(url=shown, error="it upgrades the connection, but not to a WebSocket")
+        # The answer to an upgrade has no date, any other has.
+        date = answer["Date"] or _get(*at, "/", {})[1]["Date"]
+        return Answer(url=shown, status=status, skew_s=_skew(date))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return Answer(url=shown, error=_plain(str(error) or type(error).__name__))
 
 
-def _headers(key: str, secret: str) -> dict[str, str]:
+def _get(make: Any, host: str, port: int | None, path: str, headers: dict[str, str]) -> tuple[int, Message]:
+    connection = make(host, port, timeout=TIMEOUT)
+    try:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers
+    finally:
+        connection.close()
+
+
+def _headers(key: str, secret: str, nonce: str) -> dict[str, str]:
     return {
         "Connection": "Upgrade",
         "Upgrade": "websocket",
         "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": base64.b64encode(secrets.token_bytes(16)).decode(),
+        "Sec-WebSocket-Key": nonce,
         "Authorization": f"Bearer {token(key, secret, time.time())}",
     }
+
+
+def _accepted(nonce: str) -> str:
+    return base64.b64encode(hashlib.sha1((nonce + GUID).encode()).digest()).decode()
+
+
+def _shown(url: str) -> str:
+    """Return the URL without what may be secret in it: user, password, query."""
+    bare = url.partition("?")[0].partition("#")[0]
+    scheme, slashes, rest = bare.rpartition("://")
+    authority, slash, path = rest.partition("/")
+    return _plain(f"{scheme}{slashes}{authority.rpartition('@')[2]}{slash}{path}")
+
+
+def _plain(text: str) -> str:
+    """Replace what a terminal would take for more than text."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def token(key: str, secret: str, now: float) -> str:

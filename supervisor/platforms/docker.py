@@ -72,7 +72,7 @@ services:
   agent:
     image: {json.dumps(service.image_or_default)}
     build: .
-    command: [{json.dumps(service.target)}]
+    command: [{json.dumps(service.target.replace("$", "$$"))}]
     # grace + {timers.margin} s; the default of 10 s cuts calls.
     stop_grace_period: {timers.kill_after}s
     stop_signal: SIGTERM

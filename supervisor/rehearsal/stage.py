@@ -27,6 +27,8 @@ TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
 SETTINGS = "LASTCALL_WORKER_REHEARSAL"
 SERVER_START = 20.0
 READY = 90.0
+# A worker that is registered, and not seen here for so long, is registered somewhere else.
+ELSEWHERE = 3.0
 LOOK = 0.02
 EX_CONFIG = 78
 # An agent that drops warnings does not say when its entrypoint begins; it is not waited for longer than this.
@@ -84,7 +86,9 @@ class Stage:
     def _start_supervisor(self, stack: contextlib.ExitStack, livekit: Mapping[str, str]) -> None:
         # Neither the user's options nor an env_file of theirs: a rehearsal reaches nothing beyond loopback.
         config = self.directory / "lastcall.toml"
-        config.touch()
+        config.write_text(
+            "[restart]\nintensity = 2\nbackoff = [0.1, 0.2]\n"
+        )  # what fails here will not mend itself
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LASTCALL_")}
         environment |= {**livekit, TOKEN: self._token, SETTINGS: json.dumps(self._settings)}
         command = [sys.executable, "-P", "-m", "supervisor", "run", self.target, "--http", "off"]
@@ -118,12 +122,13 @@ class Stage:
 
     def wait_ready(self) -> None:
         """Wait until every worker is registered here. Raises StageError, ConfigError for a wrong target."""
-        deadline = time.monotonic() + READY
+        deadline, ready_at = time.monotonic() + READY, 0.0
         while len(self.seen("registered")) < self._workers:
             self._pump(LOOK)
             if self._supervisor.poll() is not None:
                 self._explain_end()
-            if time.monotonic() > deadline:
+            ready_at = ready_at or (time.monotonic() if self._accepts() else 0.0)
+            if time.monotonic() > (ready_at + ELSEWHERE if ready_at else deadline):
                 raise StageError(self._why_not_ready())
         self._until(self._accepts, READY, "no worker accepts jobs although all have registered")
 
@@ -285,8 +290,9 @@ class Stage:
         return all(slot["state"] == "ready" for slot in document["slots"])
 
     def _explain_end(self) -> None:
+        receipt = self.receipt()
         last = (self.directory / "log").read_text(errors="replace").strip().splitlines()[-1:]
-        text = "".join(last).removeprefix("lastcall: ")
+        text = receipt.get("fault") or receipt.get("reason") or "".join(last).removeprefix("lastcall: ")
         if self._supervisor.returncode == EX_CONFIG:
             raise ConfigError(text)
         raise StageError(
@@ -299,7 +305,10 @@ class Stage:
                 "the worker registered with another server than the rehearsal's: its URL is set in code"
                 " (ws_url=, or load_dotenv(override=True)); let LIVEKIT_URL of the environment win"
             )
-        return f"no worker registered within {READY:.0f} s: {self.tail()[-500:]}"
+        return (
+            f"no worker registered within {READY:.0f} s; if its URL is set in code, let LIVEKIT_URL of the"
+            " environment win"
+        )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
