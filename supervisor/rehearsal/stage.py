@@ -86,9 +86,8 @@ class Stage:
     def _start_supervisor(self, stack: contextlib.ExitStack, livekit: Mapping[str, str]) -> None:
         # Neither the user's options nor an env_file of theirs: a rehearsal reaches nothing beyond loopback.
         config = self.directory / "lastcall.toml"
-        config.write_text(
-            "[restart]\nintensity = 2\nbackoff = [0.1, 0.2]\n"
-        )  # what fails here will not mend itself
+        # What fails to start here will not mend itself: it is not tried for long.
+        config.write_text("[restart]\nintensity = 2\nbackoff = [0.1, 0.2]\n")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LASTCALL_")}
         environment |= {**livekit, TOKEN: self._token, SETTINGS: json.dumps(self._settings)}
         command = [sys.executable, "-P", "-m", "supervisor", "run", self.target, "--http", "off"]
