@@ -135,3 +135,10 @@ async def cancel_at_each_tick(
         if done:
             return k
     raise AssertionError(f"not done after {most} turns")
+
+
+async def many(count: int, pool: Pair) -> None:
+    """Have so many callers speak at once; all must succeed."""
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        for _ in range(count):
+            group.create_task(pool.say())
