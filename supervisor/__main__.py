@@ -6,9 +6,20 @@ import signal
 # it. The verbs that do not supervise let it in again at once. SIGCHLD is read from a signalfd later, which
 # only works when every thread has it blocked, and threads inherit the mask of the one that starts them.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
+# Who is born with it ignored gets no exit status of any child: the kernel throws them away.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 import os
 import sys
+
+for _fd in range(3):
+    # Started with one of the three closed: the next descriptor that anybody opens would be taken for it.
+    try:
+        os.fstat(_fd)
+    except OSError:
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 if __name__ == "__main__" and not sys.flags.safe_path:
     # `python -m` puts the working directory first, where a worker.py of the user's would hide ours.

@@ -30,7 +30,7 @@ LOOK = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitStatus:
-    """How a process ended: an exit code, or the signal that killed it."""
+    """How a process ended: an exit code, or the signal that killed it; neither, if nobody could read it."""
 
     code: int | None
     signal: signal.Signals | None = None
@@ -39,6 +39,8 @@ class ExitStatus:
     def __str__(self) -> str:
         if self.signal is not None:
             return f"killed by {self.signal.name}"
+        if self.code is None:
+            return "ended, with a status that was lost"
         return f"exit code {self.code}"
 
 
@@ -92,7 +94,15 @@ class Reaper:
 
     def collect_one(self, pid: int) -> None:
         """Reap one child of ours, if it has ended; what a pidfd that became readable says."""
-        if pid in self._owners and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if pid not in self._owners:
+            return
+        try:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            # Reaped by nobody of ours, so all that is known is that it has ended.
+            self._owners.pop(pid)(ExitStatus(code=None))
+            return
+        if ended:
             self._reap(pid)
 
     def _reap(self, pid: int) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing.context
 import multiprocessing.popen_forkserver
 import multiprocessing.spawn
+import multiprocessing.util
 import os
 import socket
 import threading
@@ -17,17 +18,23 @@ from pathlib import Path
 from typing import Any
 
 # What of ours job processes unpickle; imported in the forkserver, before the user's path is set.
+# What multiprocessing makes of a status that it can't read.
+STATUS_LOST = 255
 PRELOADED = ("worker.jobside",)
 # Joins them, in front of the plugin, where the user's module has imported the plugin.
 PRELOADED_FOR = {"livekit.plugins.inworld": "worker.inworld.attached"}
 
 
 def lock_process_poll() -> None:
-    """Read a forkserver child's exit status once.
+    """Read a forkserver child's exit status once, and take no living process for an ended one.
 
     Two threads poll one process (the join thread and the loop's `is_alive`); both find the status pipe
     readable, the second reads end of file and takes it for exit code 255, and a job that ended well is
     reported failed. The lock lies around the read only: the join thread waits for hours.
+
+    End of file is also all there is when the forkserver itself has been killed, and the job lives on: its
+    channels would be closed on it, which ends it. Its own end is seen by a pidfd, opened by the first look
+    at it, which the join thread takes at once.
     """
     popen = multiprocessing.popen_forkserver.Popen
     original = popen.poll
@@ -36,18 +43,39 @@ def lock_process_poll() -> None:
     lock = threading.Lock()
 
     def poll(self: Any, flag: int = os.WNOHANG) -> int | None:
+        timeout = 0 if flag == os.WNOHANG else None
+        with lock:
+            watch(self)
         if self.returncode is None:
-            timeout = 0 if flag == os.WNOHANG else None
             if not wait_readable([self.sentinel], timeout):
                 return None
             with lock:
                 if self.returncode is None:
                     original(self, os.WNOHANG)
+                    if self.returncode == STATUS_LOST and not wait_readable([self.pidfd], 0):
+                        self.returncode = None
+            if self.returncode is None:  # alive, and its status will be told to nobody
+                if not wait_readable([self.pidfd], timeout):
+                    return None
+                self.returncode = STATUS_LOST
         code: int | None = self.returncode
         return code
 
+    def watch(self: Any) -> None:
+        if getattr(self, "pidfd", None) is None:
+            self.pidfd = _pidfd(self.pid)
+            multiprocessing.util.Finalize(self, os.close, (self.pidfd,))
+
     poll.is_locked = True  # type: ignore[attr-defined]  # a mark on our own function
     popen.poll = poll  # type: ignore[method-assign]  # that is the mend
+
+
+def _pidfd(pid: int) -> int:
+    """Return a descriptor that is readable once the process is gone; of one that is gone already, too."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return os.open(os.devnull, os.O_RDONLY)
 
 
 def preload_ours() -> None:

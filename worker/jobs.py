@@ -19,11 +19,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .clock import Bell, now
+
+# Longer names are clipped: a message to the supervisor has a bound, and a job is not refused for its name.
+MAX_NAME = 1024
 
 Fate = Literal["finished", "failed", "cut", "lost", "unassigned"]
 
@@ -45,6 +49,15 @@ class Job:
     cut_short: bool = False
     exit_code: int | None = None
     pidfd: int | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has, also when the loop was not there to hear of it yet."""
+        if self.pidfd is None:
+            return self.gone
+        looking = select.poll()
+        looking.register(self.pidfd, select.POLLIN)
+        return bool(looking.poll(0))
 
     @property
     def fate(self) -> Fate:
@@ -77,7 +90,12 @@ class Jobs:
         """Count a job from before the yes is sent."""
         record = self._jobs.get(job.id)
         if record is None:
-            record = Job(id=job.id, room=job.room.name, dispatch_id=job.dispatch_id, accepted_at=now())
+            record = Job(
+                id=job.id,
+                room=job.room.name[:MAX_NAME],
+                dispatch_id=job.dispatch_id[:MAX_NAME],
+                accepted_at=now(),
+            )
             self._jobs[job.id] = record
             self._tell_started(record)
         # The server may offer one job twice, when the first answer was too late for it.

@@ -159,14 +159,14 @@ class Engine:
             while len(self.jobs):
                 for job in unasked():
                     asked.add(job.id)
-                    if not compat.is_ending(job.executor):
+                    if not compat.is_ending(job.executor) and not job.has_ended:
                         job.cut_short = True
                         asking.append(group.create_task(self._ask(job.executor, kill_at)))
                 # A job whose process was still starting is asked as soon as it runs.
                 if not await self._bell.until(lambda: not len(self.jobs) or unasked(), lambda: kill_at):
                     break
             for job in self.jobs.running:
-                job.cut_short = True
+                job.cut_short = job.cut_short or not job.has_ended
                 compat.kill(job.executor)
             await self._bell.until(lambda: not self.jobs.running, lambda: give_up_at)
             for task in asking:

@@ -1,0 +1,131 @@
+"""What nobody plans beside a stop: a forkserver killed, a worker frozen, odd things of a launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness import AGENT, Run, lives
+
+pytestmark = pytest.mark.core
+
+
+def forkserver(r: Run) -> psutil.Process:
+    (worker,) = r.workers()
+    found = [p for p in worker.children() if "forkserver" in " ".join(p.cmdline())]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("first", ["killed", "stopped"])
+async def test_forkserver_killed_with_jobs(run: Any, first: str) -> None:
+    """The job lives on to its end, before a stop and in one; only its exit status is lost with it.
+
+    By itself livekit-agents closes the job's channels then, and the job ends in the middle.
+    """
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    server = forkserver(r)
+    if first == "stopped":
+        r.kill()
+        await r.until(lambda: r.log("stop draining"))
+    server.kill()
+    await r.until(lambda: not lives(server.pid))
+    await asyncio.sleep(1.0)  # time to end in
+    assert lives(note["pid"])
+    if first == "killed":
+        r.kill_all()
+    r.let_go()
+    await r.job_says(job.job_id, "ended")
+    await r.job_says(job.job_id, "callback")
+    assert await r.exit() == 0
+    assert r.receipt()["totals"]["cut"] == r.receipt()["totals"]["lost"] == 0
+    await r.nothing_left()
+
+
+async def test_forkserver_is_replaced_and_shielded(run: Any) -> None:
+    """Jobs after it are run by another, which a stop that reaches every process does not reach either."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    server = forkserver(r)
+    server.kill()
+    await r.until(lambda: not lives(server.pid))
+    # A process that was warm takes the first one; what is started for the next is of the new forkserver.
+    jobs = []
+    for _ in range(3):
+        await r.until(lambda: bool(r.livekit.available()), 30)
+        job = await r.dispatch(mode="hold")
+        await r.job_says(job.job_id, "started", 30)
+        jobs.append(job)
+    r.kill_all()
+    await r.until(lambda: r.log("stop draining"))
+    r.let_go()
+    assert await r.exit() == 0
+    for job in jobs[1:]:
+        assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
+    await r.nothing_left()
+
+
+async def test_worker_frozen_while_its_last_job_ends(run: Any) -> None:
+    """Long enough to be given up as stuck; when it goes on, the job has ended by itself and was not cut."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    (worker,) = r.workers()
+    r.kill()
+    await r.until(lambda: r.log("stop draining"))
+    worker.suspend()
+    r.let_go()
+    await r.until(lambda: not lives(note["pid"]))
+    await r.until(lambda: r.log("slot closing"), 20)  # it is silent, and its job is gone
+    worker.resume()
+    assert await r.exit() == 0
+    assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
+    assert r.fates() == {job.job_id: "finished"}
+    await r.nothing_left()
+
+
+async def test_started_with_signals_ignored(run: Any) -> None:
+    """A launcher's `trap '' CHLD` would throw away every exit status, another's the stop itself."""
+    prefix = ["sh", "-c", "trap '' CHLD TERM INT; exec \"$@\"", "sh"]
+    r: Run = await run("run", "--grace", "30", AGENT, prefix=prefix)
+    await r.ready()
+    job = await r.dispatch(sleep=1)
+    await r.job_says(job.job_id, "started")
+    r.kill()
+    assert await r.exit() == 0
+    assert r.receipt()["seconds"] < 15
+    assert "Traceback" not in r.logs()
+    await r.clean(job)
+
+
+async def test_started_with_standard_streams_closed(run: Any) -> None:
+    """No descriptor of ours takes the number of one of them, and the exit code is the stop's."""
+    prefix = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    r: Run = await run("run", "--grace", "30", AGENT, prefix=prefix)
+    await r.ready()
+    job = await r.dispatch(sleep=1)
+    await r.job_says(job.job_id, "started")
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_room_with_a_very_long_name(run: Any) -> None:
+    """A name is clipped in status and receipt; the job runs, and is counted once."""
+    r: Run = await run("run", "--grace", "30", AGENT)
+    await r.ready()
+    job = await r.dispatch("room" * 100_000, sleep=1)
+    await r.until(lambda: r.livekit.jobs[job.job_id].ended_at is not None)
+    r.kill(signal.SIGTERM)
+    assert await r.exit() == 0
+    assert r.receipt()["totals"]["finished"] == 1
+    assert r.receipt()["seconds"] < 15
+    await r.nothing_left()
