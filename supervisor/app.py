@@ -44,6 +44,7 @@ AGAIN_AFTER = 0.3
 PR_SET_DUMPABLE = 4
 AGAIN = "Ctrl-C again ends the drain, a third time kills"
 FLUSH = 0.5
+FENCE_FIRST = 0.005
 
 
 class App:
@@ -184,6 +185,9 @@ class App:
                 watching = group.create_task(self._watch_readiness())
                 group.create_task(self._guarded("operations", self.operations.run()))
                 await self._until_stop()
+                if not (self.fleet.launcher.is_opaque or self._kill_asked):
+                    # The workers have been told to fence, and need the processor for it: theirs first.
+                    await asyncio.sleep(FENCE_FIRST)
                 watching.cancel()
                 countdown = Countdown(
                     self.fleet,

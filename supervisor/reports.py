@@ -100,7 +100,7 @@ class Reports:
             self._log.warning("job " + fate, job_id=message["id"], seconds=message["seconds"])
 
     def _on_fenced(self, message: Message) -> None:
-        self.fenced_at = now()
+        self.fenced_at = float(message.get("at", now()))
         self.fence_reason = str(message.get("reason", ""))
         if self.beat is not None:
             self.beat = Beat(at=now(), registered=self.beat.registered)

@@ -103,10 +103,13 @@ class Host:
             log.error("worker is going down", extra={"reason": reason})
         if self._drain_at is None:
             self._drain_at = now() + self.settings.drain
-        await self._fence(engine)
-        # The other workers of the host fence in this very moment, and a process that ends takes its time of
-        # the processor: theirs first.
+        fenced_at = await self._fence(engine)
+        # The other workers of the host fence in this very moment. A process that ends takes its time of the
+        # processor, and so does a supervisor that hears of it: theirs first.
         await asyncio.sleep(0.0 if self._killed else OTHERS_FIRST)
+        # Said in any case: since the stop began the gate has refused, whatever the server knows.
+        reason = self.stopping.reason
+        self.control.say("fenced", reason=reason, jobs=len(engine.jobs), at=fenced_at)
         await self.bell.until(
             lambda: not len(engine.jobs) or self._hurried,
             lambda: self._drain_at,
@@ -129,14 +132,14 @@ class Host:
         clean = not engine.jobs.cut and not engine.jobs.lost and all(r.fate == "closed" for r in census)
         return 0 if clean else 75
 
-    async def _fence(self, engine: Engine) -> None:
+    async def _fence(self, engine: Engine) -> float:
+        """Tell the server, and return when that was done."""
         try:
             async with asyncio.timeout(1.0):
                 await engine.fence()
         except TimeoutError:
             log.warning("the server could not be told that the worker takes no more jobs")
-        # Said in any case: since the stop began the gate has refused, whatever the server knows.
-        self.control.say("fenced", reason=self.stopping.reason, jobs=len(engine.jobs))
+        return now()
 
     def _or_now(self, at: float) -> float:
         return now() if self._killed else at

@@ -16,7 +16,7 @@ major version (`v`) is an error. End of file is the death notice in both directi
 | beat | lag_ms, load, jobs, rss_bytes, registered, accepting, warm (a process waits for its first job) |
 | job_started | job {id, room, dispatch_id, pid or null, accepted_at}: accepted, and again once it runs |
 | job_ended | id, fate (finished, failed, cut, lost, unassigned), seconds |
-| fenced | reason: no offer is answered with yes from here on |
+| fenced | reason, at: no offer is answered with yes since then, by the monotonic clock |
 | drained | jobs left |
 | resource | name, fate (closed, forced, leaked), counts |
 | closed | nothing more to do, the process is about to exit |
