@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing.popen_forkserver
-from types import SimpleNamespace
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -62,21 +65,57 @@ def test_run_app_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 1
 
 
+class Child:
+    """What a multiprocessing Popen knows of its process."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.returncode: int | None = None
+        self.sentinel, write = os.pipe()
+        self.write: int | None = write
+
+    def close_write(self) -> None:
+        if self.write is not None:
+            os.close(self.write)
+            self.write = None
+
+
+@contextmanager
+def child() -> Iterator[Child]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        made = Child(process)
+        try:
+            yield made
+        finally:
+            process.kill()
+            made.close_write()
+            os.close(made.sentinel)
+
+
 def test_poll_is_locked_once() -> None:
     """Patching twice leaves one lock; before its process ends a poll says None."""
     compat_process.lock_process_poll()
-    first = multiprocessing.popen_forkserver.Popen.poll
+    first: Any = multiprocessing.popen_forkserver.Popen.poll
     compat_process.lock_process_poll()
     assert multiprocessing.popen_forkserver.Popen.poll is first
-    import os
+    with child() as popen:
+        assert first(popen) is None
+        popen.returncode = 7
+        assert first(popen) == 7
 
-    read, write = os.pipe()
-    popen: Any = SimpleNamespace(returncode=None, sentinel=read)
-    assert first(popen) is None
-    popen.returncode = 7
-    assert first(popen) == 7
-    os.close(read)
-    os.close(write)
+
+def test_end_of_file_is_no_end_of_a_process() -> None:
+    """Where the forkserver is gone the process itself is waited for; only its status is lost."""
+    compat_process.lock_process_poll()
+    poll: Any = multiprocessing.popen_forkserver.Popen.poll
+    with child() as popen:
+        assert poll(popen) is None
+        popen.close_write()
+        assert poll(popen) is None and popen.returncode is None
+        popen.process.kill()
+        popen.process.wait()
+        assert poll(popen, 0) == compat_process.STATUS_LOST
 
 
 @pytest.mark.parametrize("admitted", [True, False])

@@ -266,7 +266,9 @@ async def test_the_close_is_told_to_jobs_and_server() -> None:
 
 async def test_limits_hold_for_many_jobs() -> None:
     """40 connections with 10 contexts each, over 20 x 5: all are spoken, none is refused upstream."""
-    async with brokered(limits=Limits(connections=20, contexts=5)) as s:
+    # Each is there for a second: long enough that all places are taken at once, on a busy machine too.
+    limits, speech = Limits(connections=20, contexts=5), Speech(first_delay=1.0)
+    async with brokered(limits=limits, speech=speech) as s:
 
         async def live() -> None:
             async with s.job() as job:
