@@ -96,9 +96,10 @@ def child() -> Iterator[Child]:
 def test_poll_is_locked_once() -> None:
     """Patching twice leaves one lock; before its process ends a poll says None."""
     compat_process.lock_process_poll()
-    first: Any = multiprocessing.popen_forkserver.Popen.poll
+    popen_class: Any = multiprocessing.popen_forkserver.Popen
+    first = popen_class.poll
     compat_process.lock_process_poll()
-    assert multiprocessing.popen_forkserver.Popen.poll is first
+    assert popen_class.poll is first
     with child() as popen:
         assert first(popen) is None
         popen.returncode = 7
