@@ -92,10 +92,18 @@ async def test_worker_frozen_while_its_last_job_ends(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_started_with_signals_ignored(run: Any) -> None:
-    """A launcher's `trap '' CHLD` would throw away every exit status, another's the stop itself."""
-    prefix = ["sh", "-c", "trap '' CHLD TERM INT; exec \"$@\"", "sh"]
-    r: Run = await run("run", "--grace", "30", AGENT, prefix=prefix)
+@pytest.mark.parametrize(
+    "launch",
+    [
+        # It would throw away every exit status, and the stop itself.
+        "trap '' CHLD TERM INT; exec \"$@\"",
+        # No descriptor of ours may take the number of one of them.
+        'exec "$@" <&- >&- 2>&-',
+    ],
+)
+async def test_odd_launchers(run: Any, launch: str) -> None:
+    """Signals ignored, standard streams closed: the stop is as ever, and so is its exit code."""
+    r: Run = await run("run", "--grace", "30", AGENT, prefix=["sh", "-c", launch, "sh"])
     await r.ready()
     job = await r.dispatch(sleep=1)
     await r.job_says(job.job_id, "started")
@@ -103,18 +111,6 @@ async def test_started_with_signals_ignored(run: Any) -> None:
     assert await r.exit() == 0
     assert r.receipt()["seconds"] < 15
     assert "Traceback" not in r.logs()
-    await r.clean(job)
-
-
-async def test_started_with_standard_streams_closed(run: Any) -> None:
-    """No descriptor of ours takes the number of one of them, and the exit code is the stop's."""
-    prefix = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
-    r: Run = await run("run", "--grace", "30", AGENT, prefix=prefix)
-    await r.ready()
-    job = await r.dispatch(sleep=1)
-    await r.job_says(job.job_id, "started")
-    r.kill()
-    assert await r.exit() == 0
     await r.clean(job)
 
 

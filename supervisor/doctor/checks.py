@@ -136,14 +136,13 @@ def unit(facts: Facts) -> Finding | None:
     timers = Timers(grace=facts.grace)
     timeout = span(values.get("TimeoutStopUSec", "infinity"))
     if timeout < facts.grace:
-        is_extended = notifies
         return Finding(
             check="unit",
-            verdict="warn" if is_extended else "fail",
+            verdict="warn" if notifies else "fail",
             why=f"{name} has TimeoutStopSec={timeout:g}, grace is {seconds(facts.grace)} s"
-            + ("; lastcall extends it while jobs live" if is_extended else ": systemd would cut calls"),
+            + ("; lastcall extends it while jobs live" if notifies else ": systemd would cut calls"),
             do=f"TimeoutStopSec={timers.kill_after}"
-            + ("" if is_extended else ", or Type=notify; lastcall unit systemd prints both"),
+            + ("" if notifies else ", or Type=notify; lastcall unit systemd prints both"),
         )
     if timeout < timers.kill_after and not notifies:
         after = timeout - facts.grace

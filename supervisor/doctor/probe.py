@@ -7,6 +7,7 @@ answer of 101 is hung up on; a connection that never registers is offered nothin
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -15,9 +16,9 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from email.message import Message
 from email.utils import parsedate_to_datetime
-from typing import Any
 from urllib.parse import urlsplit
 
 from .facts import Answer
@@ -39,10 +40,19 @@ def ask(environment: Mapping[str, str]) -> Answer | None:
     if not (url and key and secret):
         return None
     answers: list[Answer] = []
-    asking = threading.Thread(target=lambda: answers.append(_ask(url, key, secret)), daemon=True)
+
+    def ask_twice() -> None:
+        answers.append(_ask(url, key, secret))
+        if answers[0].status == 101 and answers[0].skew_s is None:
+            # The answer to an upgrade need not have a date. Whatever becomes of this one, the first counts.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                _, headers = _get(url, "/", {})
+                answers.append(replace(answers[0], skew_s=_skew(headers["Date"])))
+
+    asking = threading.Thread(target=ask_twice, daemon=True)
     asking.start()
     asking.join(TIMEOUT)
-    return answers[0] if answers else Answer(url=_shown(url), error=f"no answer within {TIMEOUT:g} s")
+    return answers[-1] if answers else Answer(url=_shown(url), error=f"no answer within {TIMEOUT:g} s")
 
 
 def _ask(url: str, key: str, secret: str) -> Answer:
@@ -51,24 +61,22 @@ def _ask(url: str, key: str, secret: str) -> Answer:
         parts = urlsplit(url)
         if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname:
             return Answer(url=shown, error="no URL of a LiveKit server; expected wss://HOST")
-        make: Any = http.client.HTTPConnection
-        if parts.scheme in ("wss", "https"):
-            make = http.client.HTTPSConnection
         nonce = base64.b64encode(secrets.token_bytes(16)).decode()
-        at = (make, parts.hostname, parts.port)
         path = parts.path.rstrip("/") + "/agent"
-        status, answer = _get(*at, path, _headers(key, secret, nonce))
+        status, answer = _get(url, path, _headers(key, secret, nonce))
         if status == 101 and answer["Sec-WebSocket-Accept"] != _accepted(nonce):
             return Answer(url=shown, error="it upgrades the connection, but not to a WebSocket")
-        # The answer to an upgrade has no date, any other has.
-        date = answer["Date"] or _get(*at, "/", {})[1]["Date"]
-        return Answer(url=shown, status=status, skew_s=_skew(date))
+        return Answer(url=shown, status=status, skew_s=_skew(answer["Date"]))
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Answer(url=shown, error=_plain(str(error) or type(error).__name__))
 
 
-def _get(make: Any, host: str, port: int | None, path: str, headers: dict[str, str]) -> tuple[int, Message]:
-    connection = make(host, port, timeout=TIMEOUT)
+def _get(url: str, path: str, headers: dict[str, str]) -> tuple[int, Message]:
+    parts = urlsplit(url)
+    make = http.client.HTTPConnection
+    if parts.scheme in ("wss", "https"):
+        make = http.client.HTTPSConnection
+    connection = make(parts.hostname or "", parts.port, timeout=TIMEOUT)
     try:
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
