@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from email.message import Message
 from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 from .facts import Answer
@@ -73,7 +74,7 @@ def _ask(url: str, key: str, secret: str) -> Answer:
 
 def _get(url: str, path: str, headers: dict[str, str]) -> tuple[int, Message]:
     parts = urlsplit(url)
-    make = http.client.HTTPConnection
+    make: Any = http.client.HTTPConnection
     if parts.scheme in ("wss", "https"):
         make = http.client.HTTPSConnection
     connection = make(parts.hostname or "", parts.port, timeout=TIMEOUT)
