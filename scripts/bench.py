@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lastcall.worker.local.livekit_server import DispatchServer  # noqa: E402
 from scripts.pages import write_section  # noqa: E402
-from worker.local.dispatch import DispatchServer  # noqa: E402
 
 AGENT = str(ROOT / "worker" / "local" / "sample.py")
 LASTCALL = [str(Path(sys.executable).parent / "lastcall")]

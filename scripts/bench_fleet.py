@@ -18,10 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from lastcall.supervisor.views.control_socket import ask
+from lastcall.worker.local.livekit_server import DispatchServer
 from scripts.bench import children, idle, machine, rss_mb, start, summary, supervised, until
 from scripts.pages import write_section
-from supervisor.control_api import ask
-from worker.local.dispatch import DispatchServer
 
 ROOT = Path(__file__).parent.parent
 AGENT = str(ROOT / "tests" / "agents" / "calls.py")

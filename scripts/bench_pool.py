@@ -56,7 +56,7 @@ class OurSink:
 
 
 async def ours(url: str, key: str, streams: int, seconds: float) -> dict[str, Any]:
-    from worker.inworld.pool import InworldPool
+    from lastcall.worker.inworld.pool.pool import InworldPool
 
     created: list[float] = []
     async with InworldPool(url, key) as pool:
@@ -266,12 +266,12 @@ class Server:
 
 
 def inworld(*options: str) -> Server:
-    return Server("-m", "worker.local.inworld", "--pace", "instant", *options)
+    return Server("-m", "lastcall.worker.local.inworld_server", "--pace", "instant", *options)
 
 
 def broker(server: Server) -> Server:
     urls = ["--ws-url", server.url, "--base-url", server.where["base_url"]]
-    return Server("-m", "worker.inworld", *urls, INWORLD_API_KEY=server.key)
+    return Server("-m", "lastcall.worker.inworld", *urls, INWORLD_API_KEY=server.key)
 
 
 def run(python: str, kind: str, at: Server, streams: int, seconds: float) -> dict[str, Any]:

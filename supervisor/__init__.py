@@ -1,1 +1,1 @@
-"""The supervisor side of lastcall: runs workers and guarantees what happens when they are told to stop."""
+"""The supervisor: starts workers, keeps them up, and ends them without cutting a call."""

@@ -17,27 +17,27 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from worker.clock import now
-
-from . import config as configuration
-from . import control_api, health, logs, receipt
-from .announcer import Announcer
-from .companion import Companion, key_of
-from .config import Config
-from .errors import ConfigError, Exit, Refused
-from .fleet import Fleet
-from .inbox import Inbox, Received
-from .notify import Manager
-from .operations import Operations
-from .program import Program, environment_of
-from .reaper import Reaper
-from .receipt import Ledger, StopRecord
-from .shutdown import Countdown, PhaseClock, shut_down
-from .states import Phase
-from .status import View
-from .surroundings import Surroundings
-from .verbs import verbs
-from .watch import Watch
+from lastcall.supervisor import config as configuration
+from lastcall.supervisor import logs, receipt
+from lastcall.supervisor.config import Config
+from lastcall.supervisor.environment import Surroundings
+from lastcall.supervisor.errors import ConfigError, Exit, Refused
+from lastcall.supervisor.fleet.fleet import Fleet
+from lastcall.supervisor.fleet.operations import Operations
+from lastcall.supervisor.fleet.stalls import Watch
+from lastcall.supervisor.fleet.states import Phase
+from lastcall.supervisor.inworld_broker import Companion, key_of
+from lastcall.supervisor.processes.reaper import Reaper
+from lastcall.supervisor.program import Program, environment_of
+from lastcall.supervisor.receipt import Ledger, StopRecord
+from lastcall.supervisor.shutdown import Countdown, PhaseClock, shut_down
+from lastcall.supervisor.signals import Inbox, Received
+from lastcall.supervisor.views import control_socket, http
+from lastcall.supervisor.views.commands import verbs
+from lastcall.supervisor.views.sd_notify import Manager
+from lastcall.supervisor.views.service_manager import Announcer
+from lastcall.supervisor.views.status import View
+from lastcall.worker.base.clock import now
 
 # Two Ctrl-C this close together are one: terminals, wrappers and nervous fingers send duplicates.
 AGAIN_AFTER = 0.3
@@ -142,16 +142,16 @@ class App:
         )
 
     def _on_companion(self) -> None:
-        self.fleet.bell.ring()
+        self.fleet.changed.notify()
 
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self) -> Exit:
         """Run until a stop is over. Raises ConfigError for a wrong configuration or target."""
         async with AsyncExitStack() as stack:
-            http = await stack.enter_async_context(health.serve(self.config.http, self.view))
+            serving = await stack.enter_async_context(http.serve(self.config.http, self.view))
             table = verbs(self.fleet, self.operations, self.view, stop=self.stop, dump=self._dump)
-            control = await stack.enter_async_context(control_api.serve(self.config.control, table))
+            control = await stack.enter_async_context(control_socket.serve(self.config.control, table))
             self._reaper.start()
             stack.callback(self._reaper.close)
             what = self.config.target or " ".join(self.config.command)
@@ -161,7 +161,7 @@ class App:
                 target=what,
                 workers=self.config.workers,
                 grace=self.config.grace,
-                http=http,
+                http=serving,
                 control=str(control),
                 **receipt.versions(),
             )
@@ -249,7 +249,7 @@ class App:
         await self.fleet.run()
 
     async def _until_stop(self) -> None:
-        await self.fleet.bell.until(
+        await self.fleet.changed.until(
             lambda: (
                 self._stop_reason or self.fleet.is_quarantined or self.fleet.config_error or self.fleet.fault
             )
@@ -270,11 +270,11 @@ class App:
 
     async def _watch_readiness(self) -> None:
         while True:
-            await self.fleet.bell.until(lambda: self.fleet.accepts)
+            await self.fleet.changed.until(lambda: self.fleet.accepts)
             if self.clock.phase is Phase.STARTING:
                 self.clock.advance(Phase.RUNNING)
                 self.log.info("ready")
-            await self.fleet.bell.until(lambda: not self.fleet.accepts)
+            await self.fleet.changed.until(lambda: not self.fleet.accepts)
             if self._stop_reason:
                 return
             self.log.warning("not ready", reason=self.view.unready_because())
@@ -370,7 +370,7 @@ class App:
             return  # repeats change nothing
         self._stop_reason, self._stop_at = reason, at
         self.fleet.fence(reason)
-        self.fleet.bell.ring()
+        self.fleet.changed.notify()
         if self.companion is not None:
             self.companion.wake()
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from .budget import Shares
-from .errors import ConfigError, UsageError
+from lastcall.supervisor.errors import ConfigError, UsageError
+from lastcall.worker.base.budget import Shares
 
 PREFIX = "LASTCALL_"
 FILES = ("lastcall.toml", "pyproject.toml")

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any, Literal
 
-from .sink import Sink
+from lastcall.supervisor.processes.output_writer import Sink
 
 # structlog imports rich and pygments if it finds them, for tracebacks that are never drawn here: 5 MB of
 # resident memory in a process that lives for months. It does without when they can't be imported.

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import config as configuration
-from .companion import Companion, key_of
-from .config import Config
-from .errors import ConfigError
-from .launch import Launcher
-from .reaper import Reaper
+from lastcall.supervisor import config as configuration
+from lastcall.supervisor.config import Config
+from lastcall.supervisor.errors import ConfigError
+from lastcall.supervisor.inworld_broker import Companion, key_of
+from lastcall.supervisor.processes.launch import Launcher
+from lastcall.supervisor.processes.reaper import Reaper
 
 # What the supervisor itself stands on; a reload keeps the old value and says so.
 FIXED = ("http", "control", "log_format", "inworld")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
-from .errors import Exit
+from lastcall.supervisor.errors import Exit
 
 SCHEMA = 1
 

@@ -6,13 +6,12 @@ import asyncio
 import functools
 from typing import Any
 
-from worker.clock import now
-
-from .budget import Deadlines, Shares, plan
-from .companion import Companion
-from .fleet import Fleet
-from .receipt import StopRecord
-from .states import Phase
+from lastcall.supervisor.fleet.fleet import Fleet
+from lastcall.supervisor.fleet.states import Phase
+from lastcall.supervisor.inworld_broker import Companion
+from lastcall.supervisor.receipt import StopRecord
+from lastcall.worker.base.budget import Deadlines, Shares, plan
+from lastcall.worker.base.clock import now
 
 REPORT = 10.0
 
@@ -42,8 +41,8 @@ class Countdown:
 
     def _wake(self) -> None:
         for slot in self._fleet.slots:
-            slot.bell.ring()
-        self._fleet.bell.ring()
+            slot.changed.notify()
+        self._fleet.changed.notify()
 
 
 class PhaseClock:
@@ -88,7 +87,7 @@ async def shut_down(
             for slot in fleet.slots:
                 stops.create_task(slot.stop(countdown))
         # A slot's own task cleans up behind its worker; it ends by itself once that is done.
-        await fleet.bell.until(
+        await fleet.changed.until(
             lambda: not any(slot.is_alive for slot in fleet.slots),
             lambda: countdown.deadlines.end_at,
         )
@@ -107,7 +106,7 @@ async def _report(fleet: Fleet, countdown: Countdown, clock: PhaseClock, log: An
         if fleet.phase < Phase.SWEEPING:
             clock.advance(fleet.phase, jobs=len(fleet.ledger.running))
         due = said_at + REPORT
-        changed = await fleet.bell.until(
+        changed = await fleet.changed.until(
             lambda: clock.phase < fleet.phase < Phase.SWEEPING, functools.partial(float, due)
         )
         if not changed:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import Run
-from tests.left_out import pytest_collection_modifyitems, pytest_terminal_summary
-from tests.program import Program
-from tests.terminal import Terminal
+from tests.support.harness import Run, StartRun
+from tests.support.left_out import pytest_collection_modifyitems, pytest_terminal_summary
+from tests.support.program import Program
+from tests.support.terminal import Terminal
 
 __all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
 
@@ -52,7 +52,7 @@ class Starter:
         self._tmp_path = tmp_path
         self._count = 0
 
-    def bind(self, stack: AsyncExitStack) -> Callable[..., Any]:
+    def bind(self, stack: AsyncExitStack) -> StartRun:
         async def start(*arguments: str, **options: Any) -> Run:
             self._count += 1
             directory = self._tmp_path / str(self._count)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.harness import AGENT, Run, lives
+from tests.support.harness import AGENT, Run, StartRun, lives
 
 pytestmark = pytest.mark.core
 
@@ -22,7 +21,7 @@ def forkserver(r: Run) -> psutil.Process:
 
 
 @pytest.mark.parametrize("first", ["killed", "stopped"])
-async def test_forkserver_killed_with_jobs(run: Any, first: str) -> None:
+async def test_forkserver_killed_with_jobs(run: StartRun, first: str) -> None:
     """The job lives on to its end, before a stop and in one; only its exit status is lost with it.
 
     By itself livekit-agents closes the job's channels then, and the job ends in the middle.
@@ -49,7 +48,7 @@ async def test_forkserver_killed_with_jobs(run: Any, first: str) -> None:
     await r.nothing_left()
 
 
-async def test_forkserver_is_replaced_and_shielded(run: Any) -> None:
+async def test_forkserver_is_replaced_and_shielded(run: StartRun) -> None:
     """Jobs after it are run by another, which a stop that reaches every process does not reach either."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -72,7 +71,7 @@ async def test_forkserver_is_replaced_and_shielded(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_worker_frozen_while_its_last_job_ends(run: Any) -> None:
+async def test_worker_frozen_while_its_last_job_ends(run: StartRun) -> None:
     """Long enough to be given up as stuck; when it goes on, the job has ended by itself and was not cut."""
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
@@ -101,7 +100,7 @@ async def test_worker_frozen_while_its_last_job_ends(run: Any) -> None:
         'exec "$@" <&- >&- 2>&-',
     ],
 )
-async def test_odd_launchers(run: Any, launch: str) -> None:
+async def test_odd_launchers(run: StartRun, launch: str) -> None:
     """Signals ignored, standard streams closed: the stop is as ever, and so is its exit code."""
     r: Run = await run("run", "--grace", "30", AGENT, prefix=["sh", "-c", launch, "sh"])
     await r.ready()
@@ -114,7 +113,7 @@ async def test_odd_launchers(run: Any, launch: str) -> None:
     await r.clean(job)
 
 
-async def test_room_with_a_very_long_name(run: Any) -> None:
+async def test_room_with_a_very_long_name(run: StartRun) -> None:
     """A name is clipped in status and receipt; the job runs, and is counted once."""
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.ready()

@@ -8,8 +8,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.budget import Deadlines, Shares, plan
-from supervisor.intensity import JITTER, RestartPolicy, Restarts
+from lastcall.supervisor.fleet.restarts import JITTER, RestartPolicy, Restarts
+from lastcall.worker.base.budget import Deadlines, Shares, plan
 
 seconds = st.floats(min_value=0.001, max_value=10_000, allow_nan=False)
 shares = st.builds(Shares, fence=seconds, close=seconds, terminate=seconds, kill=seconds, companion=seconds)

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.harness import HERE, Run, lives
-from tests.program import status, verb
-from worker.local.inworld import Faults, InworldServer, Speech
+from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
+from tests.support.harness import HERE, Run, StartRun, lives
+from tests.support.program import status, verb
 
 SPEAKER = str(HERE / "agents" / "speaker.py")
 KEY = "the-real-key-of-the-account"
@@ -29,7 +29,7 @@ def configure(directory: Path, server: InworldServer, **more: Any) -> str:
     return str(path)
 
 
-async def start(run: Any, directory: Path, server: InworldServer, *arguments: str) -> Run:
+async def start(run: StartRun, directory: Path, server: InworldServer, *arguments: str) -> Run:
     path = configure(directory, server)
     environment = {"INWORLD_API_KEY": KEY, "LASTCALL_STOP__COMPANION": "3"}
     r: Run = await run("run", "--config", path, *arguments, SPEAKER, environment=environment)
@@ -38,7 +38,7 @@ async def start(run: Any, directory: Path, server: InworldServer, *arguments: st
 
 def companion(r: Run) -> psutil.Process:
     """Return the broker's process."""
-    (found,) = [p for p in psutil.Process(r.pid).children() if "worker.inworld" in p.cmdline()]
+    (found,) = [p for p in psutil.Process(r.pid).children() if "lastcall.worker.inworld" in p.cmdline()]
     return found
 
 
@@ -57,7 +57,7 @@ def closed_in_order(server: InworldServer) -> None:
 
 
 @pytest.mark.core
-async def test_an_unmodified_agent_speaks_through_the_pool(run: Any, tmp_path: Path) -> None:
+async def test_an_unmodified_agent_speaks_through_the_pool(run: StartRun, tmp_path: Path) -> None:
     """`inworld.TTS()` and nothing else; jobs share connections; the receipt agrees with the server."""
     async with InworldServer(api_key=KEY) as server:
         r = await start(run, tmp_path, server, "-w", "2", "--grace", "60")
@@ -81,7 +81,7 @@ async def test_an_unmodified_agent_speaks_through_the_pool(run: Any, tmp_path: P
         assert server.peak_contexts <= 5
 
 
-async def test_sigterm_in_mid_speech(run: Any, tmp_path: Path) -> None:
+async def test_sigterm_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
     """The call goes on speaking to its end, through a pool that outlives the workers' fence."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
@@ -97,7 +97,7 @@ async def test_sigterm_in_mid_speech(run: Any, tmp_path: Path) -> None:
         assert resource(r)["fate"] == "closed"
 
 
-async def test_deadline_in_mid_speech(run: Any, tmp_path: Path) -> None:
+async def test_deadline_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
     """A job that is cut has its contexts cancelled before their connection is closed."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
         r = await start(run, tmp_path, server, "--grace", "8")
@@ -113,7 +113,7 @@ async def test_deadline_in_mid_speech(run: Any, tmp_path: Path) -> None:
         await r.nothing_left()
 
 
-async def test_job_killed_in_mid_speech(run: Any, tmp_path: Path) -> None:
+async def test_job_killed_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
     """SIGKILL of a job: its contexts are cancelled upstream, and the others go on."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
@@ -129,7 +129,7 @@ async def test_job_killed_in_mid_speech(run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.core
-async def test_broker_killed(run: Any, tmp_path: Path) -> None:
+async def test_broker_killed(run: StartRun, tmp_path: Path) -> None:
     """Another stands in its place on the same port; the next job speaks; the key came along."""
     async with InworldServer(api_key=KEY) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
@@ -146,7 +146,7 @@ async def test_broker_killed(run: Any, tmp_path: Path) -> None:
         assert resource(r)["fate"] == "closed"
 
 
-async def test_supervisor_killed_in_mid_speech(run: Any, tmp_path: Path) -> None:
+async def test_supervisor_killed_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
     """The broker serves on until the last worker is gone, then closes in order by itself."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
@@ -161,7 +161,7 @@ async def test_supervisor_killed_in_mid_speech(run: Any, tmp_path: Path) -> None
         await r.nothing_left(10)
 
 
-async def test_broker_killed_in_a_stop(run: Any, tmp_path: Path) -> None:
+async def test_broker_killed_in_a_stop(run: StartRun, tmp_path: Path) -> None:
     """What it had open was cut, and the receipt says so, whatever its successor has to say of itself."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
@@ -182,7 +182,7 @@ async def test_broker_killed_in_a_stop(run: Any, tmp_path: Path) -> None:
         await r.nothing_left()
 
 
-async def test_short_grace_while_the_broker_starts(run: Any, tmp_path: Path) -> None:
+async def test_short_grace_while_the_broker_starts(run: StartRun, tmp_path: Path) -> None:
     """Its share may be shorter than its start takes: nothing was open, so nothing was forced."""
     async with InworldServer(api_key=KEY) as server:
         r = await start(run, tmp_path, server, "--grace", "4")
@@ -193,7 +193,7 @@ async def test_short_grace_while_the_broker_starts(run: Any, tmp_path: Path) -> 
         await r.nothing_left()
 
 
-async def test_server_that_never_answers(run: Any, tmp_path: Path) -> None:
+async def test_server_that_never_answers(run: StartRun, tmp_path: Path) -> None:
     """The close costs no more than its share, and is called forced."""
     async with InworldServer(api_key=KEY, faults=Faults(ignore_close=True)) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
@@ -210,7 +210,7 @@ async def test_server_that_never_answers(run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.core
-async def test_the_key_is_nowhere(run: Any, tmp_path: Path) -> None:
+async def test_the_key_is_nowhere(run: StartRun, tmp_path: Path) -> None:
     """Not in a log, the status, an argument, or the environment of any child."""
     async with InworldServer(api_key=KEY) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
@@ -230,7 +230,7 @@ async def test_the_key_is_nowhere(run: Any, tmp_path: Path) -> None:
         assert KEY not in shown + r.out.read_text() + r.err.read_text() + r.receipt_file.read_text()
 
 
-async def test_no_key(run: Any, tmp_path: Path) -> None:
+async def test_no_key(run: StartRun, tmp_path: Path) -> None:
     """Exit 78 and one line that says where one may be."""
     async with InworldServer(api_key=KEY) as server:
         path = configure(tmp_path, server)
@@ -239,7 +239,7 @@ async def test_no_key(run: Any, tmp_path: Path) -> None:
         assert "no API key: set INWORLD_API_KEY, or inworld.api_key_file" in r.err.read_text()
 
 
-async def test_reload_hands_over_a_new_key(run: Any, tmp_path: Path) -> None:
+async def test_reload_hands_over_a_new_key(run: StartRun, tmp_path: Path) -> None:
     """From api_key_file; new connections use it, the pool goes on."""
     async with InworldServer(api_key="old") as server:
         key_file = tmp_path / "key"
@@ -260,7 +260,7 @@ async def test_reload_hands_over_a_new_key(run: Any, tmp_path: Path) -> None:
         await r.clean(job)
 
 
-async def test_stop_while_the_broker_starts(run: Any, tmp_path: Path) -> None:
+async def test_stop_while_the_broker_starts(run: StartRun, tmp_path: Path) -> None:
     """At any moment of its start a stop is a clean one."""
     for delay in (0.0, 0.1, 0.3, 0.6):
         async with InworldServer(api_key=KEY) as server:

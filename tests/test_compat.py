@@ -14,9 +14,9 @@ import pytest
 from livekit.agents import AgentServer, JobRequest, WorkerOptions, cli
 from livekit.protocol import agent
 
+from lastcall.worker.base.errors import Incompatible
+from lastcall.worker.sdk import agent_server, child_processes
 from tests.agents.calls import entrypoint
-from worker import compat, compat_process
-from worker.errors import Incompatible
 
 pytestmark = pytest.mark.core
 
@@ -29,23 +29,24 @@ def server() -> AgentServer:
 
 def test_names_are_there() -> None:
     """What a stop can't do without exists before the server runs; a missing one is named."""
-    compat.need(server(), "_request_fnc", "_draining", "_update_worker_status", "_port", "_host")
-    with pytest.raises(Incompatible, match=rf"livekit-agents {compat.SDK_VERSION} has no AgentServer._nope"):
-        compat.need(server(), "_draining", "_nope")
+    agent_server.need(server(), "_request_fnc", "_draining", "_update_worker_status", "_port", "_host")
+    missing = rf"livekit-agents {agent_server.SDK_VERSION} has no AgentServer._nope"
+    with pytest.raises(Incompatible, match=missing):
+        agent_server.need(server(), "_draining", "_nope")
 
 
 def test_what_is_a_server() -> None:
     options = WorkerOptions(entrypoint_fnc=entrypoint)
-    made = compat.as_server(options)
-    assert isinstance(made, AgentServer) and compat.has_entrypoint(made)
-    assert not compat.has_entrypoint(AgentServer())
-    assert compat.as_server(entrypoint) is None
-    assert compat.agent_name(server()) == ""
+    made = agent_server.as_server(options)
+    assert isinstance(made, AgentServer) and agent_server.has_entrypoint(made)
+    assert not agent_server.has_entrypoint(AgentServer())
+    assert agent_server.as_server(entrypoint) is None
+    assert agent_server.agent_name(server()) == ""
 
 
 def test_ports_are_private() -> None:
     made = server()
-    compat.use_private_ports(made)
+    agent_server.use_private_ports(made)
     assert (made._port, made._host) == (0, "127.0.0.1")
 
 
@@ -60,7 +61,7 @@ def test_run_app_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     def record(value: Any) -> Any:
         seen.append(value)
 
-    compat.record_run_app(record)
+    agent_server.record_run_app(record)
     cli.run_app(server())
     assert len(seen) == 1
 
@@ -95,10 +96,10 @@ def child() -> Iterator[Child]:
 
 def test_poll_is_locked_once() -> None:
     """Patching twice leaves one lock; before its process ends a poll says None."""
-    compat_process.lock_process_poll()
+    child_processes.lock_process_poll()
     popen_class: Any = multiprocessing.popen_forkserver.Popen
     first = popen_class.poll
-    compat_process.lock_process_poll()
+    child_processes.lock_process_poll()
     assert popen_class.poll is first
     with child() as popen:
         assert first(popen) is None
@@ -108,7 +109,7 @@ def test_poll_is_locked_once() -> None:
 
 def test_end_of_file_is_no_end_of_a_process() -> None:
     """Where the forkserver is gone the process itself is waited for; only its status is lost."""
-    compat_process.lock_process_poll()
+    child_processes.lock_process_poll()
     poll: Any = multiprocessing.popen_forkserver.Popen.poll
     with child() as popen:
         assert poll(popen) is None
@@ -116,7 +117,7 @@ def test_end_of_file_is_no_end_of_a_process() -> None:
         assert poll(popen) is None and popen.returncode is None
         popen.process.kill()
         popen.process.wait()
-        assert poll(popen, 0) == compat_process.STATUS_LOST
+        assert poll(popen, 0) == child_processes.STATUS_LOST
 
 
 @pytest.mark.parametrize("admitted", [True, False])
@@ -130,7 +131,7 @@ async def test_the_gate(admitted: bool) -> None:
         seen.append(("admit", job.id, len(turns)))
         return admitted
 
-    compat.gate_requests(made, admit=admit, settle=lambda id, error: seen.append(("settle", id, error)))
+    agent_server.gate_requests(made, admit=admit, settle=lambda id, error: seen.append(("settle", id, error)))
 
     async def accept(_arguments: Any) -> None:
         seen.append("accept")
@@ -156,6 +157,6 @@ async def test_the_gate(admitted: bool) -> None:
 def test_announce_before_the_start_is_harmless() -> None:
     """A fence that comes before the server runs only sets the flag."""
     made = server()
-    asyncio.run(compat.announce(made, full=True))
+    asyncio.run(agent_server.announce(made, full=True))
     assert made._draining is True
-    assert compat.executors(made) == [] and not compat.is_connected(made)
+    assert agent_server.executors(made) == [] and not agent_server.is_connected(made)

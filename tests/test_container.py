@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.containers import Container, Podman
-from worker.local.dispatch import Dispatched, DispatchServer
+from lastcall.worker.local.livekit_server import Dispatched, DispatchServer
+from tests.support.containers import Container, Podman
 
 pytestmark = pytest.mark.container
 

@@ -9,13 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
-from tests.harness import LASTCALL, Run, lives
-from tests.program import Program, status
-from tests.terminal import Terminal
+from tests.support.harness import LASTCALL, Run, StartRun, lives
+from tests.support.program import Program, status
+from tests.support.terminal import Terminal
 
 
 def connect(r: Run) -> socket.socket:
@@ -25,7 +24,7 @@ def connect(r: Run) -> socket.socket:
     return sock
 
 
-async def test_socket_bears_garbage_and_slow_clients(run: Any, program: Program) -> None:
+async def test_socket_bears_garbage_and_slow_clients(run: StartRun, program: Program) -> None:
     """Nonsense, silence, an endless line and a client that never reads keep nobody else from an answer."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: r.log("ready"))
@@ -68,7 +67,7 @@ print(answer or "no answer")
 """
 
 
-async def test_stale_socket_is_taken_over_and_a_live_one_is_not(run: Any, program: Program) -> None:
+async def test_stale_socket_is_taken_over_and_a_live_one_is_not(run: StartRun, program: Program) -> None:
     """What a killed supervisor left is replaced; a second supervisor on a live socket gives up, with 78."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: r.log("ready"))
@@ -86,7 +85,7 @@ async def test_stale_socket_is_taken_over_and_a_live_one_is_not(run: Any, progra
     assert await second.exit() == 0
 
 
-async def test_watch_follows_and_ends_with_the_supervisor(run: Any, program: Program) -> None:
+async def test_watch_follows_and_ends_with_the_supervisor(run: StartRun, program: Program) -> None:
     """One document after the other, until there is no supervisor any more."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: r.log("ready"))
@@ -100,7 +99,7 @@ async def test_watch_follows_and_ends_with_the_supervisor(run: Any, program: Pro
         assert await asyncio.to_thread(watching.wait, 10) == 0
 
 
-async def test_watch_on_a_terminal(run: Any, program: Program, terminal: Terminal) -> None:
+async def test_watch_on_a_terminal(run: StartRun, program: Program, terminal: Terminal) -> None:
     """A table until Ctrl-C, one of them, and the terminal is as it was."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: r.log("ready"))
@@ -116,7 +115,7 @@ async def test_watch_on_a_terminal(run: Any, program: Program, terminal: Termina
     assert lives(r.pid)
 
 
-async def test_control_path_that_is_a_file(run: Any, program: Program) -> None:
+async def test_control_path_that_is_a_file(run: StartRun, program: Program) -> None:
     """A typo must not cost a file: exit 78, and it is still there."""
     precious = program.directory / "agent.py"
     precious.write_text("precious\n")
@@ -126,7 +125,7 @@ async def test_control_path_that_is_a_file(run: Any, program: Program) -> None:
     assert precious.read_text() == "precious\n"
 
 
-async def test_file_in_the_place_of_the_socket(run: Any, program: Program) -> None:
+async def test_file_in_the_place_of_the_socket(run: StartRun, program: Program) -> None:
     """What somebody has put where the socket was is not taken away at the end."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: r.log("ready"))
@@ -137,7 +136,7 @@ async def test_file_in_the_place_of_the_socket(run: Any, program: Program) -> No
     assert r.control.read_text() == "precious\n"
 
 
-async def test_other_users_are_refused(run: Any, program: Program) -> None:
+async def test_other_users_are_refused(run: StartRun, program: Program) -> None:
     """The mode keeps them out; where it was loosened, their credentials do."""
     if os.getuid() != 0:
         pytest.skip("only root can become another user")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from tests.harness import Run
-from tests.terminal import Terminal
+from tests.support.harness import Run, StartRun
+from tests.support.terminal import Terminal
 
 TERM = {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
 
 
-async def test_plain_lines(run: Any) -> None:
+async def test_plain_lines(run: StartRun) -> None:
     """Off a terminal: a line now and then, a stop by itself, one line of receipt that adds up."""
     r: Run = await run("demo", "--seconds", "25", livekit=False)
     assert await r.exit(90) == 0
@@ -28,7 +27,7 @@ async def test_plain_lines(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_ctrl_c_on_a_terminal(run: Any, terminal: Terminal) -> None:
+async def test_ctrl_c_on_a_terminal(run: StartRun, terminal: Terminal) -> None:
     """A live table until Ctrl-C, then the stop's phases and the receipt; the terminal is as it was."""
     before = terminal.attributes
     r: Run = await run("demo", terminal=terminal, livekit=False, environment=TERM)

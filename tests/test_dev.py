@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from supervisor.dev import ignored_by_git, is_source, remarks
-from tests.harness import Run
-from tests.terminal import Terminal
+from lastcall.supervisor.cli.dev import ignored_by_git, is_source, remarks
+from tests.support.harness import Run, StartRun
+from tests.support.terminal import Terminal
 
 AGENT_TEXT = """
 import asyncio, os, sys
@@ -31,7 +30,7 @@ if __name__ == "__main__":
 """
 
 
-async def start(run: Any, terminal: Terminal, directory: Path, *arguments: str) -> Run:
+async def start(run: StartRun, terminal: Terminal, directory: Path, *arguments: str) -> Run:
     control = str(directory / "c.sock")
     r: Run = await run(
         "dev", "--control", control, *arguments, terminal=terminal, livekit=False, cwd=directory
@@ -39,7 +38,7 @@ async def start(run: Any, terminal: Terminal, directory: Path, *arguments: str) 
     return r
 
 
-async def test_a_change_is_a_reload(run: Any, terminal: Terminal, tmp_path: Path) -> None:
+async def test_a_change_is_a_reload(run: StartRun, terminal: Terminal, tmp_path: Path) -> None:
     """Edited while a call runs: the next call is on the new code, the first one ends on the old."""
     agent = tmp_path / "agent.py"
     agent.write_text(AGENT_TEXT)
@@ -62,7 +61,7 @@ async def test_a_change_is_a_reload(run: Any, terminal: Terminal, tmp_path: Path
     await r.nothing_left()
 
 
-async def test_ctrl_c_twice_ends_at_once(run: Any, terminal: Terminal, tmp_path: Path) -> None:
+async def test_ctrl_c_twice_ends_at_once(run: StartRun, terminal: Terminal, tmp_path: Path) -> None:
     """The second kills: who develops does not wait."""
     (tmp_path / "agent.py").write_text(AGENT_TEXT)
     r = await start(run, terminal, tmp_path, "--grace", "600", "agent.py")

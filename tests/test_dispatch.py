@@ -13,7 +13,7 @@ import aiohttp
 from livekit import api
 from livekit.protocol import agent
 
-from worker.local.dispatch import DispatchServer
+from lastcall.worker.local.livekit_server import DispatchServer
 
 
 class FakeWorker:

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from supervisor.doctor import checks, probe, report
-from supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
-from supervisor.doctor.gather import _http_problem, _own_unit
-from supervisor.doctor.probe import ask, token
-from supervisor.doctor.trial import unshielded
-from tests.harness import LASTCALL, Run
+from lastcall.supervisor.doctor import checks, probe, report
+from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
+from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
+from lastcall.supervisor.doctor.probe import ask, token
+from lastcall.supervisor.doctor.trial import unshielded
+from lastcall.worker.local.livekit_server import DispatchServer
+from tests.support.harness import LASTCALL, Run, StartRun
 from tests.test_rehearse import SAMPLE
-from worker.local.dispatch import DispatchServer
 
 GOOD = Facts(
     target="agent.py",
@@ -334,7 +334,7 @@ def test_wrong_option_is_a_wrong_command_line(tmp_path: Path) -> None:
     assert "--grace: got 'soon'" in done.stderr and done.stderr.count("\n") == 1
 
 
-async def test_the_port_of_a_running_lastcall_is_its_own(run: Any, tmp_path: Path) -> None:
+async def test_the_port_of_a_running_lastcall_is_its_own(run: StartRun, tmp_path: Path) -> None:
     """Doctor in a container beside the supervisor finds its port in use by lastcall, which is well."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.harness import AGENT, Run
+from tests.support.harness import AGENT, Run, StartRun
 
 # Puts a fault into one place of the supervisor, then runs it as ever.
 SABOTAGE = """
 import asyncio, os, sys
 sys.argv = ["lastcall", *sys.argv[1:]]
-import supervisor.__main__ as program
-from supervisor import {module}
+import lastcall.__main__ as program
+from lastcall.supervisor.{room} import {module}
 
 async def broken(self, *_, **__):
     while not os.path.exists(os.environ["JOB_LOG"] + ".fault"):
@@ -26,18 +25,18 @@ async def broken(self, *_, **__):
 program.main()
 """
 PLACES = {
-    "watch": ("watch", "Watch.run"),
-    "operations": ("operations", "Operations.run"),
-    "announcer": ("announcer", "Announcer.run"),
+    "watch": ("fleet", "stalls", "Watch.run"),
+    "operations": ("fleet", "operations", "Operations.run"),
+    "announcer": ("views", "service_manager", "Announcer.run"),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-async def test_fault_beside_the_workers(run: Any, tmp_path: Path, place: str) -> None:
+async def test_fault_beside_the_workers(run: StartRun, tmp_path: Path, place: str) -> None:
     """The job ends by itself, the receipt names the fault."""
-    module, name = PLACES[place]
+    room, module, name = PLACES[place]
     program = tmp_path / "sabotage.py"
-    program.write_text(SABOTAGE.format(module=module, name=name))
+    program.write_text(SABOTAGE.format(room=room, module=module, name=name))
     r: Run = await run(
         command=[
             sys.executable,
@@ -69,7 +68,7 @@ async def test_fault_beside_the_workers(run: Any, tmp_path: Path, place: str) ->
     await r.nothing_left()
 
 
-async def test_a_job_that_can_not_be_launched_is_failed(run: Any) -> None:
+async def test_a_job_that_can_not_be_launched_is_failed(run: StartRun) -> None:
     """No process can be had for it: the server hears so, while the worker lives on.
 
     livekit-agents before 1.8 goes on trying for as long as the worker lives; there the deadline ends it.

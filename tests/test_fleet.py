@@ -8,16 +8,15 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.harness import LASTCALL, Run
-from tests.program import Program, status, ups, verb
+from tests.support.harness import LASTCALL, Run, StartRun
+from tests.support.program import Program, status, ups, verb
 
 
-async def test_reload_starts_the_new_before_it_stops_the_old(run: Any, program: Program) -> None:
+async def test_reload_starts_the_new_before_it_stops_the_old(run: StartRun, program: Program) -> None:
     """One after the other, each old one told to stop only when its successor has stayed up."""
     r: Run = await run("run", "-w", "3", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 3)
@@ -43,7 +42,7 @@ async def test_reload_starts_the_new_before_it_stops_the_old(run: Any, program: 
     await r.nothing_left()
 
 
-async def test_surge_bounds_how_many_start_at_a_time(run: Any, program: Program) -> None:
+async def test_surge_bounds_how_many_start_at_a_time(run: StartRun, program: Program) -> None:
     """max_surge = 2: the first slot alone, then two at a time."""
     program.configure("max_surge = 2\n")
     r: Run = await run("run", "-w", "5", *program.arguments, livekit=False)
@@ -64,7 +63,7 @@ async def test_surge_bounds_how_many_start_at_a_time(run: Any, program: Program)
 
 
 @pytest.mark.parametrize("how", ["broken", "missing"])
-async def test_broken_new_version(run: Any, program: Program, how: str) -> None:
+async def test_broken_new_version(run: StartRun, program: Program, how: str) -> None:
     """The old one keeps serving; the reason is in status, log and the exit code of the verb."""
     r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 2)
@@ -86,7 +85,7 @@ async def test_broken_new_version(run: Any, program: Program, how: str) -> None:
     await r.nothing_left()
 
 
-async def test_wrong_configuration_at_a_reload(run: Any, program: Program) -> None:
+async def test_wrong_configuration_at_a_reload(run: StartRun, program: Program) -> None:
     """One line that names the value; nothing is started."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 1)
@@ -98,7 +97,7 @@ async def test_wrong_configuration_at_a_reload(run: Any, program: Program) -> No
     assert await r.exit() == 0
 
 
-async def test_configuration_is_read_again(run: Any, program: Program) -> None:
+async def test_configuration_is_read_again(run: StartRun, program: Program) -> None:
     """A new size takes effect with the reload; what needs a restart is said."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 1)
@@ -111,7 +110,7 @@ async def test_configuration_is_read_again(run: Any, program: Program) -> None:
     assert await r.exit() == 0
 
 
-async def test_reload_while_the_old_still_drain(run: Any, program: Program) -> None:
+async def test_reload_while_the_old_still_drain(run: StartRun, program: Program) -> None:
     """Three generations of one slot at a time, each finishing at its own pace; a stop waits for all."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 1)
@@ -133,7 +132,7 @@ async def test_reload_while_the_old_still_drain(run: Any, program: Program) -> N
     await r.nothing_left()
 
 
-async def test_reload_during_a_reload(run: Any, program: Program) -> None:
+async def test_reload_during_a_reload(run: StartRun, program: Program) -> None:
     """The second reads everything afresh once the first is through; more than two are one."""
     r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 2)
@@ -147,7 +146,7 @@ async def test_reload_during_a_reload(run: Any, program: Program) -> None:
     await r.nothing_left()
 
 
-async def test_stop_during_a_reload(run: Any, program: Program) -> None:
+async def test_stop_during_a_reload(run: StartRun, program: Program) -> None:
     """The new one is taken along, whether or not it had become ready."""
     r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 2)
@@ -163,7 +162,7 @@ async def test_stop_during_a_reload(run: Any, program: Program) -> None:
     await r.nothing_left()
 
 
-async def test_reload_during_a_stop(run: Any, program: Program) -> None:
+async def test_reload_during_a_stop(run: StartRun, program: Program) -> None:
     """Is refused, in one line."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 1)
@@ -175,7 +174,7 @@ async def test_reload_during_a_stop(run: Any, program: Program) -> None:
     assert await r.exit() == 0
 
 
-async def test_scale_up_and_down(run: Any, program: Program) -> None:
+async def test_scale_up_and_down(run: StartRun, program: Program) -> None:
     """By the verb and by signals; the youngest goes first, and drains."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 1)
@@ -194,7 +193,7 @@ async def test_scale_up_and_down(run: Any, program: Program) -> None:
     await r.nothing_left()
 
 
-async def test_recycle(run: Any, program: Program) -> None:
+async def test_recycle(run: StartRun, program: Program) -> None:
     """One slot, by number; a number that is none is refused with those that are."""
     r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 2)
@@ -207,7 +206,7 @@ async def test_recycle(run: Any, program: Program) -> None:
     assert await r.exit() == 0
 
 
-async def test_drain_verb(run: Any, program: Program) -> None:
+async def test_drain_verb(run: StartRun, program: Program) -> None:
     """Is the stop."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 1)
@@ -226,7 +225,7 @@ async def test_verbs_without_a_supervisor(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1 and str(path) in done.stderr
 
 
-async def test_many_reloads_leave_nothing_behind(run: Any, program: Program) -> None:
+async def test_many_reloads_leave_nothing_behind(run: StartRun, program: Program) -> None:
     """Fifty in a row: as many processes and descriptors as before."""
     program.config.write_text("[reload]\nsettle = 0\n")
     r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
@@ -266,12 +265,12 @@ async def test_many_reloads_leave_nothing_behind(run: Any, program: Program) -> 
 )
 def test_why_recycle(limits: dict[str, int], reason: str) -> None:
     """A worker of 60 s, 7 jobs and 200 MB is due by each limit that it has reached, and by no other."""
-    from supervisor.config import Recycle
-    from supervisor.reports import Beat
-    from supervisor.states import SlotState
-    from supervisor.watch import why_recycle
+    from lastcall.supervisor.config import Recycle
+    from lastcall.supervisor.fleet.stalls import why_recycle
+    from lastcall.supervisor.fleet.states import SlotState
+    from lastcall.supervisor.fleet.worker_view import Beat
+    from lastcall.worker.base.clock import now
     from tests.test_states import generation_in
-    from worker.clock import now
 
     generation, _log = generation_in(SlotState.READY)
     generation.ready_at = now() - 60

@@ -14,10 +14,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.inworld import PATIENCE, Pair, pair, quick, until
-from tests.inworld_job import CONFIG, PATH, Job
-from worker.inworld.broker import Broker, listen
-from worker.local.inworld import Faults, Limits, Speech
+from lastcall.worker.inworld.broker.broker import Broker, listen
+from lastcall.worker.local.inworld_server import Faults, Limits, Speech
+from tests.support.inworld import PATIENCE, Pair, pair, quick, until
+from tests.support.inworld_job import CONFIG, PATH, Job
 
 TOKEN = "a-local-token"
 SPEAKING = Speech(pace="real-time")

@@ -8,13 +8,23 @@ import random
 
 import pytest
 
-from tests.inworld import CONFIG, PATIENCE, QUICK, Pair, cancel_at_each_tick, pair, quick, sockets, until
-from worker.clock import now
-from worker.inworld.census import Census
-from worker.inworld.errors import ConnectionLost, InworldError, PoolClosed
-from worker.inworld.pool import InworldPool
-from worker.inworld.stream import Stream
-from worker.local.inworld import Faults, InworldServer, Speech
+from lastcall.worker.base.clock import now
+from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.errors import ConnectionLost, InworldError, PoolClosed
+from lastcall.worker.inworld.pool.pool import InworldPool
+from lastcall.worker.inworld.pool.stream import Stream
+from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
+from tests.support.inworld import (
+    CONFIG,
+    PATIENCE,
+    QUICK,
+    Pair,
+    cancel_at_each_tick,
+    pair,
+    quick,
+    sockets,
+    until,
+)
 
 SPEAKING = Speech(pace="real-time")
 LONG = "This goes on and on. " * 40

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness import HERE, Run
-from worker.local.inworld import Event, Faults, InworldServer, Speech
+from lastcall.worker.local.inworld_server import Event, Faults, InworldServer, Speech
+from tests.support.harness import HERE, Run, StartRun
 
 pytestmark = pytest.mark.core
 
@@ -55,7 +55,7 @@ async def closed_in_order(server: InworldServer, r: Run, *, connections: int, co
     assert "Unclosed" not in r.logs()
 
 
-async def test_a_job_that_ends_by_itself(run: Any) -> None:
+async def test_a_job_that_ends_by_itself(run: StartRun) -> None:
     """It said everything; its connection is closed with a close frame, what it gave to `closing` before."""
     async with inworld() as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
@@ -71,7 +71,7 @@ async def test_a_job_that_ends_by_itself(run: Any) -> None:
         await r.clean(job)
 
 
-async def test_a_stop_in_mid_speech(run: Any) -> None:
+async def test_a_stop_in_mid_speech(run: StartRun) -> None:
     """Jobs run to their end and end in mid-speech: their contexts are cancelled, then all is closed.
 
     Wherever the TTS was made: at the user's module's import, in the setup function, in the entrypoint.
@@ -94,7 +94,7 @@ async def test_a_stop_in_mid_speech(run: Any) -> None:
         assert server.counts["cancel_requested"] == 6
 
 
-async def test_a_shutdown_callback_that_raises(run: Any) -> None:
+async def test_a_shutdown_callback_that_raises(run: StartRun) -> None:
     """livekit-agents then goes on with the end of the job; it is closed in order all the same."""
     async with inworld() as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
@@ -110,7 +110,7 @@ async def test_a_shutdown_callback_that_raises(run: Any) -> None:
         await r.clean(job)
 
 
-async def test_a_job_that_is_told_to_end(run: Any) -> None:
+async def test_a_job_that_is_told_to_end(run: StartRun) -> None:
     """Cut at the deadline, but it cooperates: closed in order all the same."""
     async with inworld() as server:
         r: Run = await run("run", "--grace", "8", AGENT, environment=environment(server))
@@ -124,7 +124,7 @@ async def test_a_job_that_is_told_to_end(run: Any) -> None:
         await r.nothing_left()
 
 
-async def test_the_thread_executor(run: Any) -> None:
+async def test_the_thread_executor(run: StartRun) -> None:
     """Jobs in threads of the worker: each closes what lives on its own loop, and no other's."""
     async with inworld() as server:
         env = environment(server, EXECUTOR="THREAD")
@@ -144,7 +144,7 @@ async def test_the_thread_executor(run: Any) -> None:
         await closed_in_order(server, r, connections=2, contexts=2)
 
 
-async def test_a_server_that_ignores_cancel_and_close(run: Any) -> None:
+async def test_a_server_that_ignores_cancel_and_close(run: StartRun) -> None:
     """The end of the job is bounded whatever the server does; contexts were cancelled before the close."""
     async with inworld(faults=Faults(cancel="ignored", ignore_close=True)) as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
@@ -174,7 +174,7 @@ def broker(server: InworldServer) -> dict[str, str]:
     )
 
 
-async def test_the_broker_by_its_address(run: Any) -> None:
+async def test_the_broker_by_its_address(run: StartRun) -> None:
     """Where the environment names a broker, a TTS without arguments uses it, made at whatever moment."""
     async with inworld() as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=broker(server))
@@ -189,7 +189,7 @@ async def test_the_broker_by_its_address(run: Any) -> None:
         await closed_in_order(server, r, connections=3, contexts=3)
 
 
-async def test_a_plugin_imported_late(run: Any) -> None:
+async def test_a_plugin_imported_late(run: StartRun) -> None:
     """By the entrypoint alone, long after our code came in: it goes to the broker and is closed as well."""
     async with inworld() as server:
         env = {**broker(server), "IMPORT_LATE": "1"}

@@ -17,12 +17,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.inworld import PATIENCE, until
-from tests.inworld_job import Job
-from worker.clock import now
-from worker.inworld.broker import listen
-from worker.local.inworld import Faults, InworldServer, Limits, Speech
-from worker.wire import Decoder, encode
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import Decoder, encode
+from lastcall.worker.inworld.broker.broker import listen
+from lastcall.worker.local.inworld_server import Faults, InworldServer, Limits, Speech
+from tests.support.inworld import PATIENCE, until
+from tests.support.inworld_job import Job
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-local-token"
@@ -59,7 +59,7 @@ class Companion:
         try:
             with open(log, "ab") as file:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "worker.inworld"],
+                    [sys.executable, "-P", "-m", "lastcall.worker.inworld"],
                     cwd=ROOT,
                     env={**self.environment, "PYTHONPATH": str(ROOT)},
                     stdout=file,
@@ -350,7 +350,7 @@ async def test_alone_it_says_where_and_ends_on_sigterm() -> None:
     async with InworldServer() as server:
         urls = ["--ws-url", server.ws_url, "--base-url", server.base_url]
         process = await asyncio.create_subprocess_exec(
-            *[sys.executable, "-m", "worker.inworld", *urls],
+            *[sys.executable, "-m", "lastcall.worker.inworld", *urls],
             cwd=ROOT,
             env={**os.environ, "INWORLD_API_KEY": server.api_key},
             stdout=subprocess.PIPE,
@@ -393,7 +393,7 @@ def test_alone_wrong_use_is_one_line(
 ) -> None:
     """It says what is missing, and what to do."""
     result = subprocess.run(
-        [sys.executable, "-m", "worker.inworld", *arguments],
+        [sys.executable, "-m", "lastcall.worker.inworld", *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from worker.local.inworld import Codes, Faults, InworldServer, Limits, Speech
+from lastcall.worker.local.inworld_server import Codes, Faults, InworldServer, Limits, Speech
 
 TIMEOUT = 10.0
 PATH = "tts/v1/voice:streamBidirectional"
@@ -334,7 +334,7 @@ async def test_plain_http() -> None:
 
 def test_by_itself() -> None:
     """It says where it serves on one line, and ends with its standard input."""
-    command = [sys.executable, "-m", "worker.local.inworld", "--key", "k"]
+    command = [sys.executable, "-m", "lastcall.worker.local.inworld_server", "--key", "k"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         where = json.loads(process.stdout.readline())

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.inworld import CONFIG, PATIENCE, pair, quick, until
-from worker.inworld.errors import InworldError
+from lastcall.worker.inworld.pool.errors import InworldError
+from tests.support.inworld import CONFIG, PATIENCE, pair, quick, until
 
 
 class Proxy:

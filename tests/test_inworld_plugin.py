@@ -1,4 +1,4 @@
-"""What the end of a job does to the installed Inworld plugin, in this process; and `worker.closing`."""
+"""What the end of a job does to the installed Inworld plugin, in this process; and `lastcall.closing`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import pytest
 from livekit.agents import APIConnectionError, utils
 from livekit.plugins import inworld
 
-import worker
-import worker.inworld
-from worker import compat_jobs, jobend
-from worker.clock import now
-from worker.inworld import plugin_compat
-from worker.inworld.attached import closer
-from worker.inworld.closer import Closer
-from worker.inworld.environment import broker_arguments
-from worker.local.inworld import Faults, InworldServer, Speech
-from worker.resources import Counts
+import lastcall
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.resources import Counts
+from lastcall.worker.inworld.plugin import private_names
+from lastcall.worker.inworld.plugin.arguments import broker_arguments
+from lastcall.worker.inworld.plugin.attached import closer
+from lastcall.worker.inworld.plugin.closer import Closer
+from lastcall.worker.job import teardown
+from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
+from lastcall.worker.sdk import job_process
 
 pytestmark = pytest.mark.core
 
@@ -206,7 +206,7 @@ async def test_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise OSError("no")
             closed.append(self.how)
 
-    monkeypatch.setattr(plugin_compat, "tts_class", lambda: TTS)
+    monkeypatch.setattr(private_names, "tts_class", lambda: TTS)
     mine = Closer()
     mine.attach({})
     mine.attach({})  # once is enough, twice is harmless
@@ -231,7 +231,7 @@ def test_a_tts_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         async def aclose(self) -> None:
             closed.append(asyncio.get_running_loop())
 
-    monkeypatch.setattr(plugin_compat, "tts_class", lambda: TTS)
+    monkeypatch.setattr(private_names, "tts_class", lambda: TTS)
     mine, tts = Closer(), TTS()
     mine.attach({})
 
@@ -274,16 +274,16 @@ def test_keyword_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_our_tts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`worker.inworld.TTS` is the plugin's where there is no broker, and uses it where there is one."""
-    tts = worker.inworld.TTS(api_key="key", voice="Dennis")
+    """`lastcall.inworld.TTS` is the plugin's where there is no broker, and uses it where there is one."""
+    tts = lastcall.inworld.TTS(api_key="key", voice="Dennis")
     assert isinstance(tts, inworld.TTS)
     assert (tts._ws_url, tts._authorization) == ("wss://api.inworld.ai/", "Basic key")
     for name, value in BROKER.items():
         monkeypatch.setenv(name, value)
-    tts = worker.inworld.TTS(api_key="key")
+    tts = lastcall.inworld.TTS(api_key="key")
     assert (tts._ws_url, tts._base_url) == ("ws://127.0.0.1:1/", "http://127.0.0.1:1/")
     assert tts._authorization == "Basic token"
-    tts = worker.inworld.TTS(api_key="key", ws_url="ws://elsewhere/")
+    tts = lastcall.inworld.TTS(api_key="key", ws_url="ws://elsewhere/")
     assert (tts._ws_url, tts._authorization) == ("ws://elsewhere/", "Basic key")
     assert broker_arguments({"LASTCALL_INWORLD_TOKEN": "token"}) == {}
 
@@ -292,13 +292,13 @@ def test_without_the_plugin() -> None:
     """Everything but the TTS works; that says in one line what to install."""
     code = (
         "import sys; sys.modules['livekit.plugins.inworld'] = None\n"
-        "import worker.inworld.attached\n"
-        "try:\n    worker.inworld.TTS\n"
+        "import lastcall, lastcall.worker.inworld.plugin.attached\n"
+        "try:\n    lastcall.inworld.TTS\n"
         "except ImportError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
     line = done.stdout.decode()
-    assert line.startswith("worker.inworld.TTS needs livekit-plugins-inworld") and line.count("\n") == 1
+    assert line.startswith("lastcall.inworld.TTS needs livekit-plugins-inworld") and line.count("\n") == 1
     assert "lastcall[inworld]" in line
 
 
@@ -331,7 +331,7 @@ class Closable:
 
 async def test_closing_is_in_order_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one first; one that hangs keeps neither the others nor ours from their turn; once."""
-    monkeypatch.setattr(jobend, "JOINED", 0.1)
+    monkeypatch.setattr(teardown, "JOINED", 0.1)
     order: list[str] = []
 
     async def ours(_deadline: float) -> Counts:
@@ -339,26 +339,26 @@ async def test_closing_is_in_order_and_bounded(monkeypatch: pytest.MonkeyPatch) 
         return {}
 
     ctx = Context()
-    jobend.begin(ctx.proc, {"ours": ours})
+    teardown.begin(ctx.proc, {"ours": ours})
     first = Closable("first", order)
-    assert worker.closing(ctx, first) is first
-    worker.closing(ctx, Closable("hangs", order, hangs=True))
-    worker.closing(ctx, Closable("last", order))
+    assert lastcall.closing(ctx, first) is first
+    lastcall.closing(ctx, Closable("hangs", order, hangs=True))
+    lastcall.closing(ctx, Closable("last", order))
     assert ctx.callbacks == []
     async with asyncio.timeout(TIMEOUT):
-        await jobend.end(ctx)
-        await jobend.end(ctx)
+        await teardown.end(ctx)
+        await teardown.end(ctx)
     assert order in (["last", "first", "ours"], ["last", "ours"])
     with pytest.raises(RuntimeError, match="Closable"):
-        worker.closing(ctx, first)
+        lastcall.closing(ctx, first)
 
 
 async def test_closing_outside_lastcall() -> None:
     """It is a shutdown callback like any other."""
     order: list[str] = []
     ctx = Context()
-    worker.closing(ctx, Closable("mine", order))
-    await jobend.end(ctx)
+    lastcall.closing(ctx, Closable("mine", order))
+    await teardown.end(ctx)
     assert order == []
     for callback in ctx.callbacks:
         await callback()
@@ -382,8 +382,8 @@ async def test_the_hook_at_the_end(monkeypatch: pytest.MonkeyPatch, how: str) ->
 
     http_context: Any = utils.http_context
     monkeypatch.setattr(http_context, "_close_http_ctx", close)
-    compat_jobs.at_job_end(end)
-    compat_jobs.at_job_end(end)
+    job_process.at_job_end(end)
+    job_process.at_job_end(end)
     await http_context._close_http_ctx()
     assert order == ["session"]
     ctx: Any = Context()

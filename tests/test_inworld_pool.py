@@ -11,14 +11,9 @@ import itertools
 
 import pytest
 
-from tests.inworld import PATIENCE, many, pair, quick, until
-from worker.inworld.errors import (
-    AcquireTimeout,
-    ContextError,
-    KeyRefused,
-    PoolClosed,
-)
-from worker.local.inworld import Faults, Limits
+from lastcall.worker.inworld.pool.errors import AcquireTimeout, ContextError, KeyRefused, PoolClosed
+from lastcall.worker.local.inworld_server import Faults, Limits
+from tests.support.inworld import PATIENCE, many, pair, quick, until
 
 LONG = "This goes on and on. " * 40
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker.inworld import idling, protocol
-from worker.inworld.backoff import Backoff
-from worker.inworld.errors import Malformed
-from worker.inworld.protocol import Action, Kind
-from worker.inworld.slots import Line
-from worker.inworld.splitting import split
-from worker.inworld.states import CONTEXT_TABLE, LINE_TABLE, ContextState, LineState
+from lastcall.worker.inworld.pool import idling, protocol
+from lastcall.worker.inworld.pool.backoff import Backoff
+from lastcall.worker.inworld.pool.errors import Malformed
+from lastcall.worker.inworld.pool.lifecycles import CONTEXT_TABLE, LINE_TABLE, ContextState, LineState
+from lastcall.worker.inworld.pool.places import Line
+from lastcall.worker.inworld.pool.protocol import Action, Kind
+from lastcall.worker.inworld.pool.splitting import split
 
 # A busy machine is no failure.
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from worker.inworld.slots import Hold, Line, Slots, Ticket
-from worker.inworld.states import LineState
+from lastcall.worker.inworld.pool.lifecycles import LineState
+from lastcall.worker.inworld.pool.places import Hold, Line, Slots, Ticket
 
 
 def consistent(slots: Slots, tickets: list[Ticket]) -> None:

@@ -6,18 +6,12 @@ import asyncio
 
 import pytest
 
-from tests.inworld import CONFIG, PATIENCE, many, pair, quick, until
-from worker.inworld.connection import MAX_UNSENT
-from worker.inworld.errors import (
-    ConnectionLost,
-    ContextError,
-    InworldError,
-    Overflow,
-    Silent,
-)
-from worker.inworld.protocol import Action, Kind, send_text
-from worker.inworld.states import LineState
-from worker.local.inworld import Faults, Speech
+from lastcall.worker.inworld.pool.connection import MAX_UNSENT
+from lastcall.worker.inworld.pool.errors import ConnectionLost, ContextError, InworldError, Overflow, Silent
+from lastcall.worker.inworld.pool.lifecycles import LineState
+from lastcall.worker.inworld.pool.protocol import Action, Kind, send_text
+from lastcall.worker.local.inworld_server import Faults, Speech
+from tests.support.inworld import CONFIG, PATIENCE, many, pair, quick, until
 
 LONG = "This goes on and on. " * 40
 

@@ -10,11 +10,11 @@ import pytest
 from livekit.agents import APIConnectOptions, APIError
 from livekit.plugins import inworld
 
-from tests.inworld import PATIENCE, until
+from lastcall.worker.inworld.broker.broker import listen
+from lastcall.worker.local.inworld_server import InworldServer, Speech
+from tests.support.inworld import PATIENCE, until
 from tests.test_inworld_broker import TOKEN, Setting, brokered
 from tests.test_inworld_companion import Companion, ws_url
-from worker.inworld.broker import listen
-from worker.local.inworld import InworldServer, Speech
 
 pytestmark = pytest.mark.core
 OPTIONS = APIConnectOptions(max_retry=3, retry_interval=0.1, timeout=5.0)

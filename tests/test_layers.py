@@ -1,96 +1,43 @@
-"""Who may import whom, and where foreign names may stand. Read from the imports."""
+"""Which module may import which, and where foreign names may stand. Read from the imports."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support.layers import ROOMS, SAME_NAME_ALLOWED, floors_of
+
 ROOT = Path(__file__).parent.parent
-
-FLOORS = {
-    "worker": [
-        {"errors", "clock", "wire", "settings"},
-        {
-            "stopping",
-            "shield",
-            "loading",
-            "resources",
-            "output",
-            "jobs",
-            "jobend",
-            "compat_jobs",
-            "compat_process",
-            "exposition",
-            "scratch",
-        },
-        {"control", "compat", "livekit_engine", "inworld"},
-        {"host", "jobside"},
-        {"__main__"},
-    ],
-    "worker.inworld": [
-        {
-            "environment",
-            "errors",
-            "states",
-            "timings",
-            "backoff",
-            "splitting",
-            "census",
-            "outbox",
-            "logs",
-            "alarm",
-        },
-        {"plugin_compat", "protocol", "slots", "idling", "dialling"},
-        {"closer", "tts", "context"},
-        {"attached", "connection", "stream"},
-        {"closing"},
-        {"pool", "passthrough"},
-        {"client"},
-        {"broker"},
-        {"companion"},
-        {"__main__"},
-    ],
-    "supervisor": [
-        {"errors", "states"},
-        {"config", "budget", "intensity", "receipt", "histogram"},
-        {
-            "inbox",
-            "process",
-            "reaper",
-            "channel",
-            "sink",
-            "relay",
-            "family",
-            "logs",
-            "launch",
-            "reports",
-            "notify",
-            "cgroup",
-            "surroundings",
-        },
-        {"stopper"},
-        {"generation", "companion", "program"},
-        {"slot"},
-        {"fleet"},
-        {"operations", "watch", "joined"},
-        {"status", "metrics", "health", "control_api", "table", "verbs"},
-        {"shutdown", "announcer"},
-        {"app"},
-        {"local", "demo", "dev"},
-        {"asking", "deployment"},
-        {"cli"},
-        {"__main__"},
-    ],
+# The modules of lastcall that use each foreign package; a module that is not listed may not import it.
+EDGES = {
+    "psutil": {"lastcall.supervisor.processes.descendants"},
+    "livekit": {
+        "lastcall.worker.sdk.agent_server",
+        "lastcall.worker.sdk.job_process",
+        "lastcall.worker.sdk.child_processes",
+        "lastcall.worker.inworld.plugin.private_names",
+        "lastcall.worker.local.livekit_server",
+        "lastcall.worker.local.sample",
+    },
 }
-# Folders of the supervisor's own that stand on a floor as one; what is in them is checked with them.
-FOLDERS = {"platforms": 2, "rehearsal": 8, "doctor": 8}
-# The status document is made from the countdown, which is a plain value of the floor above.
-EXCEPTIONS = {("supervisor", "status", "shutdown")}
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield each imported module's full name; relative ones are resolved."""
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> dict[str, Path]:
+    """Return every module of the package by its full name, `__init__` under the name of its package."""
+    links = [ROOT / "lastcall" / name for name in ("supervisor", "worker")]
+    paths = [*(ROOT / "lastcall").glob("*.py"), *(path for link in links for path in link.rglob("*.py"))]
+    return {name_of(path): path for path in paths}
+
+
+def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """Yield each imported module's full name, in functions too; relative imports are resolved."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -98,91 +45,99 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
-            if node.module is None or name in ("worker", "supervisor"):
-                yield from ((f"{name}.{alias.name}", node.lineno) for alias in node.names)
-            else:
-                yield name, node.lineno
+            for alias in node.names:
+                full = f"{name}.{alias.name}"
+                yield (full if full in known else name), node.lineno
 
 
-def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package.replace(".", "/")).glob("*.py"))
+def test_every_module_has_a_floor() -> None:
+    """The table of rooms lists every module and sub-package, and nothing that is not there."""
+    found = defaultdict(set)
+    for name, path in sources().items():
+        if name != "lastcall":
+            room, _, leaf = name.rpartition(".")
+            found[room].add(leaf)
+        if path.name == "__init__.py":
+            found[name] |= set()
+    assert set(found) == set(ROOMS)
+    for room, names in found.items():
+        assert names == set(floors_of(room)), room
 
 
-def within(package: str, name: str) -> str | None:
-    """Return the module or package directly in `package` that an imported name lies in."""
-    rest = name.removeprefix(package + ".")
-    return None if rest == name else rest.split(".")[0]
+def test_no_arrow_points_upwards() -> None:
+    """A module imports from its own floor and from lower ones, in its room and in every room around it."""
+    known = sources()
+    for module, path in known.items():
+        for name, line in imports(path, known):
+            if name not in known or path.name == "__init__.py":
+                continue
+            one, other = module.split("."), name.split(".")
+            depth = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+            if depth is None:
+                continue  # a package itself, whose __init__ imports nothing
+            floor = floors_of(".".join(one[:depth]))
+            assert floor[other[depth]] <= floor[one[depth]], f"{path}:{line} imports {name}"
 
 
-def test_folders_stand_on_their_floor() -> None:
-    """What is in a folder imports from below the folder's floor, or from beside itself."""
-    floor = FOLDERS | {name: n for n, names in enumerate(FLOORS["supervisor"]) for name in names}
-    found = {path.parent.name for path in (ROOT / "supervisor").glob("*/__init__.py")}
-    assert found == set(FOLDERS)
-    for folder, height in FOLDERS.items():
-        for path in (ROOT / "supervisor" / folder).glob("*.py"):
-            for name, line in imports(path):
-                package, *parts = name.split(".")
-                if package == "supervisor" and parts[0] != folder:
-                    assert floor[parts[0]] <= height, f"{path}:{line} imports {name}"
-
-
-def test_floors() -> None:
-    """A module imports only from its own floor and those below; every module has a floor."""
-    for package, floors in FLOORS.items():
-        floor = {name: n for n, names in enumerate(floors) for name in names}
-        found = {path.stem for path in modules(package)} - {"__init__"}
-        found |= {name.removeprefix(package + ".") for name in FLOORS if name.startswith(package + ".")}
-        assert found == set(floor), found ^ set(floor)
-        floor |= FOLDERS if package == "supervisor" else {}
-        for path in modules(package):
-            for name, line in imports(path):
-                module = within(package, name)
-                if module is None or path.stem == "__init__" or (package, path.stem, module) in EXCEPTIONS:
-                    continue
-                assert floor[module] <= floor[path.stem], f"{path.name}:{line} imports {name}"
-        for path in (path for inner in FLOORS if inner.startswith(package + ".") for path in modules(inner)):
-            for name, line in imports(path):
-                module = within(package, name)
-                if module is not None:
-                    own = within(package, ".".join(path.relative_to(ROOT).parts))
-                    assert own and floor[module] <= floor[own], f"{path.name}:{line} imports {name}"
-
-
-def test_no_cycles() -> None:
-    """Within each package the imports form no circle."""
-    for package in FLOORS:
-        graph = {
-            path.stem: {module for name, _ in imports(path) if (module := within(package, name))}
-            for path in modules(package)
-        }
-        order: list[str] = []
+def test_no_circles() -> None:
+    """In each room the imports among its modules and sub-packages form no circle."""
+    known = sources()
+    for room in ROOMS:
+        graph: dict[str, set[str]] = {leaf: set() for leaf in floors_of(room)}
+        prefix = room + "."
+        for module, path in known.items():
+            if not module.startswith(prefix) or path.name == "__init__.py":
+                continue
+            own = module.removeprefix(prefix).split(".")[0]
+            for name, _ in imports(path, known):
+                if name.startswith(prefix):
+                    graph[own].add(name.removeprefix(prefix).split(".")[0])
+        for leaf, below in graph.items():
+            below.discard(leaf)
         while graph:
-            free = [module for module, below in graph.items() if not below & graph.keys()]
-            assert free, f"a circle among {sorted(graph)}"
-            order += free
-            for module in free:
-                del graph[module]
-        assert len(order) == len(modules(package))
+            free = [leaf for leaf, below in graph.items() if not below & graph.keys()]
+            assert free, f"a circle among {sorted(graph)} of {room}"
+            for leaf in free:
+                del graph[leaf]
 
 
-def test_worker_never_imports_supervisor() -> None:
-    """Nor does the supervisor import livekit, or more of the worker than the wire, the clock and errors."""
-    for path in (ROOT / "worker").rglob("*.py"):
-        assert not any(name.split(".")[0] == "supervisor" for name, _ in imports(path)), path
-    for path in (ROOT / "supervisor").rglob("*.py"):
-        for name, line in imports(path):
-            assert name.split(".")[0] != "livekit", f"{path}:{line}"
-            if name.startswith("worker"):
-                assert name in ("worker.wire", "worker.clock", "worker.errors"), f"{path}:{line} {name}"
+def test_one_name_stands_for_one_module() -> None:
+    """No two modules or rooms share a name, but for a room and the main module in it."""
+    places = defaultdict(list)
+    for name in sources():
+        places[name.rpartition(".")[2]].append(name)
+    for leaf, names in places.items():
+        if leaf == "__main__" or leaf in SAME_NAME_ALLOWED:
+            continue
+        room, *inside = sorted(names, key=len)
+        assert inside in ([], [f"{room}.{leaf}"]), names
+
+
+def test_one_import_name() -> None:
+    """Nothing imports `worker` or `supervisor`; the supervisor imports of the worker's side only the base."""
+    known = sources()
+    files = [*known.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    for path in files:
+        for name, line in imports(path, known):
+            assert name.split(".")[0] not in ("worker", "supervisor"), f"{path}:{line}"
+    for module, path in known.items():
+        for name, line in imports(path, known):
+            if module.startswith("lastcall.worker"):
+                assert not name.startswith("lastcall.supervisor"), f"{path}:{line} imports {name}"
+            elif module.startswith("lastcall.supervisor") and name.startswith("lastcall.worker"):
+                # The demo runs the sample agent that lies beside the local servers.
+                base = name.startswith("lastcall.worker.base.") or name == "lastcall.worker.local"
+                assert base, f"{path}:{line} imports {name}"
 
 
 def test_one_edge_each() -> None:
-    """psutil, private livekit names and multiprocessing's private names stand in one module each."""
-    for path in [*(ROOT / "worker").rglob("*.py"), *(ROOT / "supervisor").rglob("*.py")]:
-        names = {name.split(".")[0] for name, _ in imports(path)}
-        if path.name != "family.py":
-            assert "psutil" not in names, path
-        edges = {"compat.py", "compat_jobs.py", "compat_process.py", "plugin_compat.py"}
-        if path.parent.name != "local" and path.name not in edges:
-            assert "livekit" not in names, path
+    """psutil and livekit are imported where the table says, and nowhere else."""
+    known = sources()
+    for package, allowed in EDGES.items():
+        found = {
+            module
+            for module, path in known.items()
+            for name, _ in imports(path, known)
+            if name.split(".")[0] == package
+        }
+        assert found == allowed, found ^ allowed

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.left_out import BIN
+from tests.support.left_out import BIN
 
 pytestmark = pytest.mark.lint
 

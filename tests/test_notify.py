@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
-from supervisor.notify import EXTEND_EVERY, EXTENSION, STATUS_EVERY, Herald, Manager, Snapshot
-from tests.harness import AGENT, Run
+from lastcall.supervisor.views.sd_notify import (
+    EXTEND_EVERY,
+    EXTENSION,
+    STATUS_EVERY,
+    Herald,
+    Manager,
+    Snapshot,
+)
+from tests.support.harness import AGENT, Run, StartRun
 from tests.test_opaque import DEAF, polite
 
 UP = Snapshot(is_ready=True, text="running")
@@ -163,7 +170,7 @@ time.sleep(600)
 """
 
 
-async def test_life_of_a_service(run: Any, listener: Listener) -> None:
+async def test_life_of_a_service(run: StartRun, listener: Listener) -> None:
     """READY, then STOPPING with its extension within grace, statuses with the seconds left; in that order."""
     r: Run = await run("run", "--grace", "20", *polite(1.0), livekit=False, environment=listener.environment)
     await r.until(lambda: "up" in r.out.read_text())
@@ -180,7 +187,7 @@ async def test_life_of_a_service(run: Any, listener: Listener) -> None:
     assert not listener.said("WATCHDOG")
 
 
-async def test_the_watchdog_starves_with_the_loop(run: Any, listener: Listener) -> None:
+async def test_the_watchdog_starves_with_the_loop(run: StartRun, listener: Listener) -> None:
     """Fed while the supervisor supervises, and still fed while it drains; a stopped process feeds nobody."""
     r: Run = await run(
         *("run", "--grace", "6", "--", sys.executable, "-c", DEAF),
@@ -195,7 +202,7 @@ async def test_the_watchdog_starves_with_the_loop(run: Any, listener: Listener) 
     assert await r.exit() == 75
 
 
-async def test_children_are_not_told_the_address(run: Any, listener: Listener) -> None:
+async def test_children_are_not_told_the_address(run: StartRun, listener: Listener) -> None:
     """No variable of the protocol reaches a worker, which would answer in the supervisor's name."""
     r: Run = await run(
         *("run", "--", sys.executable, "-c", SHOW),
@@ -212,7 +219,7 @@ async def test_children_are_not_told_the_address(run: Any, listener: Listener) -
     assert await r.exit() == 0
 
 
-async def test_ready_waits_for_every_worker(run: Any, listener: Listener) -> None:
+async def test_ready_waits_for_every_worker(run: StartRun, listener: Listener) -> None:
     """READY=1 comes when both workers have registered; the drain's status counts the jobs."""
     r: Run = await run("run", "-w", "2", "--grace", "40", AGENT, environment=listener.environment)
     await r.ready(1)
@@ -228,7 +235,7 @@ async def test_ready_waits_for_every_worker(run: Any, listener: Listener) -> Non
     await r.clean(job)
 
 
-async def test_stop_before_ready(run: Any, listener: Listener) -> None:
+async def test_stop_before_ready(run: StartRun, listener: Listener) -> None:
     """A service that is stopped while it starts says STOPPING and never READY."""
     r: Run = await run("run", AGENT, environment={**listener.environment, "LIVEKIT_URL": "ws://127.0.0.1:9"})
     await r.until(lambda: r.log("slot starting"))

@@ -12,12 +12,11 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.harness import LASTCALL, Run, lives
+from tests.support.harness import LASTCALL, Run, StartRun, lives
 
 PY = sys.executable
 # Prints a line when it handles SIGTERM, works for a while after it, and says how often it came.
@@ -56,7 +55,7 @@ def polite(after: float = 0.0) -> list[str]:
     return ["--", PY, "-c", POLITE.format(after=after)]
 
 
-async def test_one_sigterm_and_time(run: Any) -> None:
+async def test_one_sigterm_and_time(run: StartRun) -> None:
     """It gets exactly one SIGTERM, however often the supervisor does, and all the time it needs."""
     r: Run = await run("run", "--grace", "20", *polite(1.0), livekit=False)
     await r.until(lambda: "up" in r.out.read_text())
@@ -69,7 +68,7 @@ async def test_one_sigterm_and_time(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_deadline(run: Any) -> None:
+async def test_deadline(run: StartRun) -> None:
     """One that never ends is killed in time, which is a reason for 75."""
     r: Run = await run("run", "--grace", "2", "--", PY, "-c", DEAF, livekit=False)
     await r.until(lambda: "up" in r.out.read_text())
@@ -83,7 +82,7 @@ async def test_deadline(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_dies_at_once(run: Any) -> None:
+async def test_dies_at_once(run: StartRun) -> None:
     """A worker that can't be kept up: back-off, quarantine, exit 69, and a receipt that says so."""
     r: Run = await run("run", "-w", "2", *_config(FAST), "--", "false", livekit=False)
     assert await r.exit(20) == 69
@@ -103,21 +102,21 @@ def _config(text: str) -> list[str]:
     return ["--config", str(path)]
 
 
-async def test_exit_code_zero_is_a_failure_too(run: Any) -> None:
+async def test_exit_code_zero_is_a_failure_too(run: StartRun) -> None:
     """An exit nobody asked for is restarted, also when the program thought that all was well."""
     r: Run = await run("run", *_config(FAST), "--", "true", livekit=False)
     assert await r.exit(20) == 69
     assert {entry["reason"] for entry in r.log("slot failed")} == {"exit code 0"}
 
 
-async def test_no_such_program(run: Any) -> None:
+async def test_no_such_program(run: StartRun) -> None:
     """A command that can't be found is a wrong target."""
     r: Run = await run("run", "--", "no-such-program-here", livekit=False)
     assert await r.exit(10) == 78
     assert "'no-such-program-here'" in r.err.read_text()
 
 
-async def test_sigterm_during_backoff(run: Any) -> None:
+async def test_sigterm_during_backoff(run: StartRun) -> None:
     """Nothing runs, so nothing is waited for."""
     slow = "[restart]\nintensity = 50\nbackoff = [20, 20]\n"
     r: Run = await run("run", *_config(slow), "--", "false", livekit=False)
@@ -129,7 +128,7 @@ async def test_sigterm_during_backoff(run: Any) -> None:
     assert r.receipt()["outcome"] == "clean"
 
 
-async def test_restart_after_a_crash(run: Any) -> None:
+async def test_restart_after_a_crash(run: StartRun) -> None:
     """SIGKILL of the child: another one, at once."""
     r: Run = await run("run", *polite(), livekit=False)
     await r.until(lambda: "up" in r.out.read_text())
@@ -141,7 +140,7 @@ async def test_restart_after_a_crash(run: Any) -> None:
     assert await r.exit() == 0
 
 
-async def test_a_stubborn_grandchild(run: Any) -> None:
+async def test_a_stubborn_grandchild(run: StartRun) -> None:
     """What left the group and the session and ignores SIGTERM is swept, at a crash and at the stop."""
     script = (
         "import subprocess,sys,time\n"
@@ -161,7 +160,7 @@ async def test_a_stubborn_grandchild(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_adopted_orphans_are_reaped(run: Any) -> None:
+async def test_adopted_orphans_are_reaped(run: StartRun) -> None:
     """A hundred orphans end under us: none stays a zombie."""
     r: Run = await run("run", "--grace", "5", "--", PY, "-c", ORPHANS, livekit=False)
     await r.until(lambda: "up" in r.out.read_text())
@@ -171,7 +170,7 @@ async def test_adopted_orphans_are_reaped(run: Any) -> None:
 
 
 @pytest.mark.pid1
-async def test_as_pid_1(run: Any, tmp_path: Path) -> None:
+async def test_as_pid_1(run: StartRun, tmp_path: Path) -> None:
     """PID 1 of a namespace, with a hundred orphans: all reaped, SIGTERM drains, exit code passed on."""
     if not _can_unshare():
         pytest.skip("no new pid namespace can be made here")
@@ -192,7 +191,7 @@ async def test_as_pid_1(run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["closed", "never_read"])
-async def test_output_that_nobody_takes(run: Any, how: str) -> None:
+async def test_output_that_nobody_takes(run: StartRun, how: str) -> None:
     """Neither a closed nor a full standard output keeps a worker from working or a stop from ending."""
     shout = "import sys,signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
     shout += "n=0\nwhile True:\n    print('x'*1000); n+=1\n"
@@ -211,7 +210,7 @@ async def test_output_that_nobody_takes(run: Any, how: str) -> None:
             os.close(read)
 
 
-async def test_http(run: Any, tmp_path: Path) -> None:
+async def test_http(run: StartRun, tmp_path: Path) -> None:
     """/livez, /readyz, /status and /metrics, before, during and after."""
     r: Run = await run("run", "--http", "127.0.0.1:0", "--grace", "10", *polite(1.0), livekit=False)
     await r.until(lambda: r.log("slot ready"))
@@ -240,7 +239,7 @@ async def test_http(run: Any, tmp_path: Path) -> None:
     assert await r.exit() == 0
 
 
-async def test_status_without_a_supervisor(run: Any, tmp_path: Path) -> None:
+async def test_status_without_a_supervisor(run: StartRun, tmp_path: Path) -> None:
     """One line with the socket's path, exit 69."""
     path = str(tmp_path / "none.sock")
     arguments = ["status", "--control", path]
@@ -249,7 +248,7 @@ async def test_status_without_a_supervisor(run: Any, tmp_path: Path) -> None:
     assert path in r.err.read_text() and len(r.err.read_text().splitlines()) == 1
 
 
-async def test_control_socket_is_private(run: Any) -> None:
+async def test_control_socket_is_private(run: StartRun) -> None:
     """Mode 0600; garbage and silence harm nobody."""
     import socket
 
@@ -271,7 +270,7 @@ async def test_control_socket_is_private(run: Any) -> None:
     assert await r.exit() == 0
 
 
-async def test_other_signals(run: Any) -> None:
+async def test_other_signals(run: StartRun) -> None:
     """What can't be done with an opaque worker, or not now, is said and ends nothing."""
     r: Run = await run("run", *polite(), livekit=False)
     await r.until(lambda: "up" in r.out.read_text() and r.log("slot ready"))

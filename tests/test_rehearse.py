@@ -15,12 +15,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from supervisor.rehearsal import play, report, stage
-from supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
-from supervisor.rehearsal.stage import Stage, StageError
-from tests.harness import HERE, LASTCALL
-from worker import jobside
-from worker.local.dispatch import DispatchServer
+from lastcall.supervisor.rehearsal import drill_report, play, stage
+from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
+from lastcall.supervisor.rehearsal.stage import Stage, StageError
+from lastcall.worker.job import setup
+from lastcall.worker.local.livekit_server import DispatchServer
+from tests.support.harness import HERE, LASTCALL
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
 SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
@@ -220,8 +220,8 @@ def test_what_is_a_problem(scene: Scene, what: dict[str, Any], problem: str) -> 
 
 def test_lines_that_the_rehearsal_looks_for() -> None:
     """They are written by job processes, and looked for by a package that may not import theirs."""
-    assert (jobside.HELD_IN_REHEARSAL, jobside.FAILED_IN_REHEARSAL) == (stage.BEGINS, play.FAILED)
-    assert (jobside.SHUTDOWN_IN_REHEARSAL, jobside.OVER_IN_REHEARSAL) == (play.SHUTDOWN, play.OVER)
+    assert (setup.HELD_IN_REHEARSAL, setup.FAILED_IN_REHEARSAL) == (stage.BEGINS, play.FAILED)
+    assert (setup.SHUTDOWN_IN_REHEARSAL, setup.OVER_IN_REHEARSAL) == (play.SHUTDOWN, play.OVER)
 
 
 def test_what_is_none() -> None:
@@ -240,8 +240,8 @@ def test_what_is_none() -> None:
 def test_junit_takes_whatever_workers_write() -> None:
     """Characters that XML can't hold do not break a pipeline's parser."""
     verdict = Verdict(scene=PID, seconds=1.0, problems=("it was cut <&>",), output="a\x00b\x1b[31m\ufffe")
-    root = ElementTree.fromstring(report.junit("a.py", [verdict]))
+    root = ElementTree.fromstring(drill_report.junit("a.py", [verdict]))
     (failure,) = root.iter("failure")
     assert failure.get("message") == "it was cut <&>"
-    assert "FAIL" in report.line(verdict) and "it was cut" in report.line(verdict)
-    assert os.linesep not in report.line(Verdict(scene=PID, seconds=1.0, problems=()))
+    assert "FAIL" in drill_report.line(verdict) and "it was cut" in drill_report.line(verdict)
+    assert os.linesep not in drill_report.line(Verdict(scene=PID, seconds=1.0, problems=()))

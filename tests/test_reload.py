@@ -8,20 +8,19 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.harness import AGENT, Run, lives
-from tests.program import status, verb
-from tests.stream import Stream
+from tests.support.harness import AGENT, Run, StartRun, lives
+from tests.support.program import status, verb
+from tests.support.stream import Stream
 
 IDLE = {"IDLE": "3"}
 
 
 @pytest.mark.core
-async def test_reload_under_a_stream(run: Any) -> None:
+async def test_reload_under_a_stream(run: StartRun) -> None:
     """None lost, none without a worker; the new ones start one at a time, and first."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
     await r.ready(2)
@@ -51,7 +50,7 @@ async def _least_available(r: Run, least: list[int]) -> None:
 
 
 @pytest.mark.core
-async def test_long_jobs_outlive_the_reload(run: Any) -> None:
+async def test_long_jobs_outlive_the_reload(run: StartRun) -> None:
     """A job goes on in its old generation for as long as it likes, and a stop waits for it there."""
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
@@ -71,7 +70,7 @@ async def test_long_jobs_outlive_the_reload(run: Any) -> None:
     assert r.fates() == {job.job_id: "finished"}
 
 
-async def test_scale_down_under_a_stream(run: Any) -> None:
+async def test_scale_down_under_a_stream(run: StartRun) -> None:
     """The one that goes finishes its jobs; the ones that stay take the rest."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
     await r.ready(2)
@@ -86,7 +85,7 @@ async def test_scale_down_under_a_stream(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_recycle_under_a_stream(run: Any, tmp_path: Path) -> None:
+async def test_recycle_under_a_stream(run: StartRun, tmp_path: Path) -> None:
     """After so many jobs a worker is replaced, never in the middle of one."""
     config = tmp_path / "lastcall.toml"
     config.write_text("[recycle]\nmax_jobs = 6\n[stall]\nbeat = 0.3\n")
@@ -102,7 +101,7 @@ async def test_recycle_under_a_stream(run: Any, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
-async def test_hold_under_a_stream(run: Any) -> None:
+async def test_hold_under_a_stream(run: StartRun) -> None:
     """While one of two supervisors' worth of workers is held the server sees it full; released, it serves."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
     await r.ready(2)
@@ -125,7 +124,7 @@ async def test_hold_under_a_stream(run: Any) -> None:
     await r.clean(job)
 
 
-async def test_hold_lasts_over_a_reload(run: Any) -> None:
+async def test_hold_lasts_over_a_reload(run: StartRun) -> None:
     """A worker that starts during a hold is held from its first moment on."""
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
@@ -143,7 +142,7 @@ async def test_hold_lasts_over_a_reload(run: Any) -> None:
 
 
 @pytest.mark.core
-async def test_cap_is_exact_under_simultaneous_offers(run: Any, tmp_path: Path) -> None:
+async def test_cap_is_exact_under_simultaneous_offers(run: StartRun, tmp_path: Path) -> None:
     """Of ten offers at once two are taken; when one ends there is room for one, and the server knows."""
     config = tmp_path / "lastcall.toml"
     config.write_text("[jobs]\nmax_running = 2\n")
@@ -165,7 +164,7 @@ async def test_cap_is_exact_under_simultaneous_offers(run: Any, tmp_path: Path) 
     await r.nothing_left()
 
 
-async def test_new_generation_killed_while_it_warms(run: Any) -> None:
+async def test_new_generation_killed_while_it_warms(run: StartRun) -> None:
     """The reload fails with the reason, the old one keeps serving."""
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
@@ -181,7 +180,7 @@ async def test_new_generation_killed_while_it_warms(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_new_generation_that_never_warms(run: Any, tmp_path: Path) -> None:
+async def test_new_generation_that_never_warms(run: StartRun, tmp_path: Path) -> None:
     """No process of it gets ready for a job: given up after start.timeout, and the old one serves."""
     config = tmp_path / "lastcall.toml"
     config.write_text("[start]\ntimeout = 8\n")
@@ -198,7 +197,7 @@ async def test_new_generation_that_never_warms(run: Any, tmp_path: Path) -> None
     await r.nothing_left()
 
 
-async def test_broken_target_at_a_reload(run: Any, tmp_path: Path) -> None:
+async def test_broken_target_at_a_reload(run: StartRun, tmp_path: Path) -> None:
     """The code on disk no longer loads: the old one keeps serving, and the reason is the user's own error."""
     target = tmp_path / "app.py"
     target.write_text(Path(AGENT).read_text())
@@ -213,7 +212,7 @@ async def test_broken_target_at_a_reload(run: Any, tmp_path: Path) -> None:
     assert await r.exit() == 0
 
 
-async def test_worker_signalled_alone_is_replaced_at_once(run: Any) -> None:
+async def test_worker_signalled_alone_is_replaced_at_once(run: StartRun) -> None:
     """A SIGTERM to one worker's pid: another takes over while the jobs of the first go on to their end."""
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
@@ -233,7 +232,7 @@ async def test_worker_signalled_alone_is_replaced_at_once(run: Any) -> None:
 
 
 @pytest.mark.core
-async def test_worker_that_lost_its_server_for_good(run: Any) -> None:
+async def test_worker_that_lost_its_server_for_good(run: StartRun) -> None:
     """It gives up, another takes its place when the server is back, its job is kept to its end."""
     r: Run = await run("run", "--grace", "60", AGENT, environment={"MAX_RETRY": "1"})
     await r.ready()

@@ -7,14 +7,13 @@ import json
 import re
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.harness import AGENT, Run
-from tests.program import status, verb
+from tests.support.harness import AGENT, Run, StartRun
+from tests.support.program import status, verb
 
 ROOT = Path(__file__).parent.parent
 DASHBOARD = ROOT / "scripts" / "deploy" / "grafana.json"
@@ -40,7 +39,7 @@ async def scrape(r: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
     return samples
 
 
-async def test_metrics_say_what_happened(run: Any) -> None:
+async def test_metrics_say_what_happened(run: StartRun) -> None:
     """A job finished, one crashed, one runs, a worker was restarted, a reload done; and each slot's own."""
     r: Run = await run("run", "-w", "2", "--grace", "60", "--http", "127.0.0.1:0", AGENT)
     await r.ready(2)
@@ -79,7 +78,7 @@ async def test_metrics_say_what_happened(run: Any) -> None:
     assert await r.exit() == 0
 
 
-async def test_status_while_it_stops(run: Any) -> None:
+async def test_status_while_it_stops(run: StartRun) -> None:
     """The document is of its schema in a stop as well, and says why and how long."""
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
@@ -96,7 +95,7 @@ async def test_status_while_it_stops(run: Any) -> None:
     assert await r.exit() == 0
 
 
-async def exported(run: Any) -> set[str]:
+async def exported(run: StartRun) -> set[str]:
     r: Run = await run("run", "--http", "127.0.0.1:0", "--", "sleep", "600", livekit=False)
     await r.until(lambda: r.log("ready"))
     names = set(await scrape(r))
@@ -105,7 +104,7 @@ async def exported(run: Any) -> set[str]:
     return names
 
 
-async def test_dashboard_alerts_and_page_name_what_there_is(run: Any) -> None:
+async def test_dashboard_alerts_and_page_name_what_there_is(run: StartRun) -> None:
     """Every name that they use is exported; every name that is exported is on the page."""
     names = await exported(run)
     known = names | {"lastcall_worker_loop_lag_seconds", "lastcall_worker_last_beat_seconds"}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.harness import AGENT, Run, lives
-from tests.program import status
+from tests.support.harness import AGENT, Run, StartRun, lives
+from tests.support.program import status
 
 CONFIG = "[stall]\nbeat = 0.3\nmisses = 4\ngrace = {grace}\n"
 
@@ -22,7 +21,7 @@ def config(tmp_path: Path, grace: float) -> str:
 
 
 @pytest.mark.core
-async def test_endless_loop(run: Any, tmp_path: Path) -> None:
+async def test_endless_loop(run: StartRun, tmp_path: Path) -> None:
     """The stack is in the log, another worker serves, the job of the stuck one ends by itself first."""
     r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 30), AGENT)
     await r.ready()
@@ -46,7 +45,7 @@ async def test_endless_loop(run: Any, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
-async def test_stopped_worker(run: Any, tmp_path: Path) -> None:
+async def test_stopped_worker(run: StartRun, tmp_path: Path) -> None:
     """SIGSTOP: no stack can be had, the log says why; replaced, killed after its grace, nothing left."""
     r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 1), AGENT)
     await r.ready()
@@ -65,7 +64,7 @@ async def test_stopped_worker(run: Any, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
-async def test_worker_that_recovers(run: Any, tmp_path: Path) -> None:
+async def test_worker_that_recovers(run: StartRun, tmp_path: Path) -> None:
     """Continued before another has taken over, it is kept, and nothing is cut."""
     r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 30), AGENT)
     await r.ready()
@@ -85,7 +84,7 @@ async def test_worker_that_recovers(run: Any, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
-async def test_stopped_supervisor_blames_nobody(run: Any, tmp_path: Path) -> None:
+async def test_stopped_supervisor_blames_nobody(run: StartRun, tmp_path: Path) -> None:
     """SIGSTOP of the supervisor for longer than a stall takes: no worker is found stuck."""
     import asyncio
 
@@ -101,7 +100,7 @@ async def test_stopped_supervisor_blames_nobody(run: Any, tmp_path: Path) -> Non
     assert await r.exit() == 0
 
 
-async def test_stop_of_an_idle_stuck_worker(run: Any, tmp_path: Path) -> None:
+async def test_stop_of_an_idle_stuck_worker(run: StartRun, tmp_path: Path) -> None:
     """It has no job to wait for, so the stop does not spend its grace on it, and says that it was killed."""
     r: Run = await run("run", "--grace", "600", "--config", config(tmp_path, 30), AGENT)
     await r.ready()

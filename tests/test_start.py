@@ -8,11 +8,10 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.harness import AGENT, Run
+from tests.support.harness import AGENT, Run, StartRun
 
 
 def handles_signals(pid: int) -> bool:
@@ -29,7 +28,7 @@ def handles_signals(pid: int) -> bool:
 
 @pytest.mark.core
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0])
-async def test_sigterm_while_starting(run: Any, delay: float) -> None:
+async def test_sigterm_while_starting(run: StartRun, delay: float) -> None:
     """From the first line of the program on a stop is a clean stop, and quick."""
     r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
     await r.until(lambda: handles_signals(r.pid))
@@ -43,7 +42,7 @@ async def test_sigterm_while_starting(run: Any, delay: float) -> None:
 
 
 @pytest.mark.core
-async def test_unreachable_livekit_server(run: Any) -> None:
+async def test_unreachable_livekit_server(run: StartRun) -> None:
     """The worker never registers: not ready, and a stop is clean and quick."""
     nowhere = {"LIVEKIT_URL": "ws://127.0.0.1:9", "LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s" * 32}
     r: Run = await run("run", "--grace", "30", AGENT, livekit=False, environment=nowhere)
@@ -55,7 +54,7 @@ async def test_unreachable_livekit_server(run: Any) -> None:
 
 
 @pytest.mark.core
-async def test_no_livekit_url(run: Any) -> None:
+async def test_no_livekit_url(run: StartRun) -> None:
     """livekit-agents' own error is reported in one line, and the slot backs off; a stop then is clean."""
     empty = {"LIVEKIT_URL": "", "LIVEKIT_API_KEY": "", "LIVEKIT_API_SECRET": ""}
     r: Run = await run("run", "--grace", "30", AGENT, livekit=False, environment=empty)
@@ -67,7 +66,7 @@ async def test_no_livekit_url(run: Any) -> None:
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.05, 0.3])
-async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(run: Any, delay: float) -> None:
+async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(run: StartRun, delay: float) -> None:
     """What is said to a worker that can't hear yet is said again: it never registers, and ends by itself."""
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.until(lambda: r.log("slot starting"))
@@ -81,7 +80,7 @@ async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(run: Any, d
 
 
 @pytest.mark.core
-async def test_logs_are_livekits_own(run: Any) -> None:
+async def test_logs_are_livekits_own(run: StartRun) -> None:
     """JSON lines with the extra fields, from the worker and from its job processes."""
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.ready()
@@ -97,7 +96,7 @@ async def test_logs_are_livekits_own(run: Any) -> None:
 
 
 @pytest.mark.core
-async def test_stack_dump(run: Any) -> None:
+async def test_stack_dump(run: StartRun) -> None:
     """SIGUSR2: the worker writes where its main thread is, and lives on."""
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.ready()
@@ -110,9 +109,9 @@ async def test_stack_dump(run: Any) -> None:
 
 
 @pytest.mark.core
-async def test_dump_verb(run: Any) -> None:
+async def test_dump_verb(run: StartRun) -> None:
     """The same by a verb, for one slot; a slot that there is none of is refused."""
-    from tests.program import verb
+    from tests.support.program import verb
 
     r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
     await r.ready(2)
@@ -123,11 +122,11 @@ async def test_dump_verb(run: Any) -> None:
     assert await r.exit() == 0
 
 
-async def test_worker_alone(run: Any) -> None:
-    """`python -m worker` without a supervisor: a group SIGTERM drains, the job ends, exit 0."""
+async def test_worker_alone(run: StartRun) -> None:
+    """`python -m lastcall.worker` without a supervisor: a group SIGTERM drains, the job ends, exit 0."""
     import sys
 
-    command = [sys.executable, "-m", "worker", AGENT]
+    command = [sys.executable, "-m", "lastcall.worker", AGENT]
     r: Run = await run(command=command, environment={"LASTCALL_GRACE": "30"})
     await r.ready()
     job = await r.dispatch(sleep=2)
@@ -167,7 +166,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "target", ["app.py:server", "app.py:factory", "app:server", "app:factory", "main.py", "worker.py"]
 )
-async def test_forms_of_target(run: Any, tmp_path: Path, target: str) -> None:
+async def test_forms_of_target(run: StartRun, tmp_path: Path, target: str) -> None:
     """A job runs and ends with each form; the file may be called worker.py and have modules beside it."""
     write(tmp_path, "app.py", SERVER_TEXT)
     write(tmp_path, "helper.py", "WHY = 'helped'\n")
@@ -183,7 +182,7 @@ async def test_forms_of_target(run: Any, tmp_path: Path, target: str) -> None:
     await r.nothing_left()
 
 
-async def test_package_beside_the_target(run: Any, tmp_path: Path) -> None:
+async def test_package_beside_the_target(run: StartRun, tmp_path: Path) -> None:
     """A target in one folder imports a package that stands beside it, whatever the working directory."""
     write(tmp_path, "src/calls/__init__.py", "LENGTH = 0.1\n")
     target = write(
@@ -216,7 +215,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-async def test_wrong_target(run: Any, tmp_path: Path, case: str) -> None:
+async def test_wrong_target(run: StartRun, tmp_path: Path, case: str) -> None:
     """Exit 78 within the import time of livekit-agents, one line that says what to do, no traceback."""
     target, text, expected = WRONG[case]
     if text:
@@ -230,16 +229,16 @@ async def test_wrong_target(run: Any, tmp_path: Path, case: str) -> None:
     await r.nothing_left()
 
 
-async def test_hidden_import_is_refused(run: Any, tmp_path: Path) -> None:
-    """A target that imports its own worker.py would be given ours: exit 78, and what to rename."""
-    write(tmp_path, "worker.py", "x = 1\n")
-    write(tmp_path, "app.py", AGENT_TEXT.replace("import asyncio\n", "import asyncio\nimport worker\n", 1))
+async def test_own_lastcall_is_refused(run: StartRun, tmp_path: Path) -> None:
+    """An agent with a lastcall.py of its own would be given ours: exit 78, and what to rename."""
+    write(tmp_path, "lastcall.py", "x = 1\n")
+    write(tmp_path, "app.py", AGENT_TEXT)
     r: Run = await run("run", "app.py", cwd=tmp_path, livekit=False)
     assert await r.exit(20) == 78
-    assert "rename 'worker.py'" in r.err.read_text()
+    assert "rename 'lastcall.py'" in r.err.read_text()
 
 
-async def test_target_that_raises(run: Any, tmp_path: Path) -> None:
+async def test_target_that_raises(run: StartRun, tmp_path: Path) -> None:
     """Any other exception is a failed start: their traceback once, back-off, and in the end exit 69."""
     write(tmp_path, "app.py", "def fail():\n    raise ValueError('no key')\n\nfail()\n")
     config = write(tmp_path, "lastcall.toml", "[restart]\nintensity = 2\nbackoff = [0.05, 0.1]\n")
@@ -249,13 +248,13 @@ async def test_target_that_raises(run: Any, tmp_path: Path) -> None:
     assert len(failures) == 1
     traceback = failures[0]["traceback"]
     assert traceback.count("Traceback") == 1
-    assert "ValueError: no key" in traceback and "loading.py" not in traceback
+    assert "ValueError: no key" in traceback and "target.py" not in traceback
     assert r.receipt()["outcome"] == "gave_up"
     assert "failed to load" in r.receipt()["reason"]
     await r.nothing_left()
 
 
-async def test_receipt_to_what_is_no_file(run: Any, tmp_path: Path) -> None:
+async def test_receipt_to_what_is_no_file(run: StartRun, tmp_path: Path) -> None:
     """A pipe gets the receipt written into it; it is not replaced by a file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -283,7 +282,7 @@ CONFIGURATION = {
 
 
 @pytest.mark.parametrize("case", CONFIGURATION)
-async def test_wrong_configuration(run: Any, tmp_path: Path, case: str) -> None:
+async def test_wrong_configuration(run: StartRun, tmp_path: Path, case: str) -> None:
     """Exit 78 within two seconds and one line: the value, what was expected, the nearest right name."""
     text, expected = CONFIGURATION[case]
     config = write(tmp_path, "lastcall.toml", text)
@@ -307,7 +306,7 @@ COMMAND_LINES = {
 
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
-async def test_wrong_command_line(run: Any, case: str) -> None:
+async def test_wrong_command_line(run: StartRun, case: str) -> None:
     """Exit 2 and one line."""
     arguments, expected = COMMAND_LINES[case]
     r: Run = await run(*arguments, command=[*_python(), *arguments], livekit=False)
@@ -316,7 +315,7 @@ async def test_wrong_command_line(run: Any, case: str) -> None:
     assert len(r.err.read_text().splitlines()) == 1
 
 
-async def test_busy_http_port(run: Any) -> None:
+async def test_busy_http_port(run: StartRun) -> None:
     """Exit 78 and one line; nothing was started."""
     import socket
 
@@ -329,7 +328,7 @@ async def test_busy_http_port(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_unknown_variable_is_a_warning(run: Any) -> None:
+async def test_unknown_variable_is_a_warning(run: StartRun) -> None:
     """A misspelt LASTCALL_ variable is named with the nearest right one; what Kubernetes injects is not."""
     environment = {"LASTCALL_GRASE": "3", "LASTCALL_SERVICE_HOST": "10.0.0.1", "LASTCALL_PORT": "tcp://x"}
     r: Run = await run("run", "--", "sleep", "100", livekit=False, environment=environment)
@@ -341,7 +340,7 @@ async def test_unknown_variable_is_a_warning(run: Any) -> None:
 
 
 def _python() -> list[str]:
-    from tests.harness import LASTCALL
+    from tests.support.harness import LASTCALL
 
     assert os.path.exists(LASTCALL[0])
     return LASTCALL

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from supervisor.config import Config
-from supervisor.errors import TransitionError
-from supervisor.generation import Generation, Shared
-from supervisor.histogram import Histogram
-from supervisor.receipt import Ledger, StopRecord
-from supervisor.states import ALIVE, PHASE_OF, SLOT_TABLE, Phase, SlotEvent, SlotState
-from worker.clock import Bell
+from lastcall.supervisor.config import Config
+from lastcall.supervisor.errors import TransitionError
+from lastcall.supervisor.fleet.generation import Generation, Shared
+from lastcall.supervisor.fleet.histogram import Histogram
+from lastcall.supervisor.fleet.states import ALIVE, PHASE_OF, SLOT_TABLE, Phase, SlotEvent, SlotState
+from lastcall.supervisor.receipt import Ledger, StopRecord
+from lastcall.worker.base.condition import Condition
 
 
 class Silent:
@@ -48,7 +48,7 @@ def generation_in(state: SlotState) -> tuple[Generation, Silent]:
         drain_seconds=Histogram([1.0]),
     )
     launcher: Any = None  # no process is started here
-    generation = Generation(0, 1, launcher=launcher, shared=shared, bell=Bell(), state=state)
+    generation = Generation(0, 1, launcher=launcher, shared=shared, changed=Condition(), state=state)
     return generation, log
 
 

@@ -6,16 +6,15 @@ import asyncio
 import os
 import signal
 import time
-from typing import Any
 
 import pytest
 
-from tests.harness import AGENT, Run, lives
+from tests.support.harness import AGENT, Run, StartRun, lives
 
 pytestmark = pytest.mark.core
 
 
-async def test_sigterm_to_the_supervisor(run: Any) -> None:
+async def test_sigterm_to_the_supervisor(run: StartRun) -> None:
     """Two workers with jobs: both are FULL at once, the jobs end by themselves, the receipt lists them."""
     r: Run = await run("run", "-w", "2", "--grace", "40", AGENT)
     await r.ready(2)
@@ -33,7 +32,7 @@ async def test_sigterm_to_the_supervisor(run: Any) -> None:
     assert r.receipt()["totals"]["finished"] == 4
 
 
-async def test_sigterm_to_the_process_groups(run: Any) -> None:
+async def test_sigterm_to_the_process_groups(run: StartRun) -> None:
     """What cuts every job of a bare worker: the signal reaches forkserver and jobs as well."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -44,7 +43,7 @@ async def test_sigterm_to_the_process_groups(run: Any) -> None:
     await r.clean(job)
 
 
-async def test_sigterm_to_every_process(run: Any) -> None:
+async def test_sigterm_to_every_process(run: StartRun) -> None:
     """A stop of the whole cgroup, as systemd's default KillMode sends it."""
     r: Run = await run("run", "-w", "2", "--grace", "40", AGENT)
     await r.ready(2)
@@ -59,7 +58,7 @@ async def test_sigterm_to_every_process(run: Any) -> None:
 
 
 @pytest.mark.parametrize("pause", [0.01, 0.2, 2.0])
-async def test_sigterm_twice(run: Any, pause: float) -> None:
+async def test_sigterm_twice(run: StartRun, pause: float) -> None:
     """A second SIGTERM, to everybody, changes nothing."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -73,7 +72,7 @@ async def test_sigterm_twice(run: Any, pause: float) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN])
-async def test_other_signals_to_every_process(run: Any, number: signal.Signals) -> None:
+async def test_other_signals_to_every_process(run: StartRun, number: signal.Signals) -> None:
     """What means something to the supervisor means nothing to a worker or a job, and cuts nothing."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -91,7 +90,7 @@ async def test_other_signals_to_every_process(run: Any, number: signal.Signals) 
     await r.clean(job)
 
 
-async def test_sigint_without_a_terminal(run: Any) -> None:
+async def test_sigint_without_a_terminal(run: StartRun) -> None:
     """Nomad and Fly send SIGINT: it drains as SIGTERM does, also when it comes again."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -105,7 +104,7 @@ async def test_sigint_without_a_terminal(run: Any) -> None:
     assert r.receipt()["reason"] == "SIGINT"
 
 
-async def test_sigterm_while_the_loop_is_half_busy(run: Any) -> None:
+async def test_sigterm_while_the_loop_is_half_busy(run: StartRun) -> None:
     """Callbacks that fill half of the worker's loop delay the fence by milliseconds, not for ever."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -116,7 +115,7 @@ async def test_sigterm_while_the_loop_is_half_busy(run: Any) -> None:
     await r.clean(job)
 
 
-async def test_sigterm_while_request_fnc_blocks_the_loop(run: Any) -> None:
+async def test_sigterm_while_request_fnc_blocks_the_loop(run: StartRun) -> None:
     """A blocked loop has not seen the signal when its accept() comes; the gate makes it look first."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -135,7 +134,7 @@ async def test_sigterm_while_request_fnc_blocks_the_loop(run: Any) -> None:
     assert [e.job_id for e in r.events("accepted")] == [first.job_id]
 
 
-async def test_offer_unanswered_at_the_fence_is_refused(run: Any) -> None:
+async def test_offer_unanswered_at_the_fence_is_refused(run: StartRun) -> None:
     """The user's request_fnc accepts after the fence: the server hears no, at once."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -149,7 +148,7 @@ async def test_offer_unanswered_at_the_fence_is_refused(run: Any) -> None:
     await r.clean()
 
 
-async def test_job_between_availability_and_assignment(run: Any) -> None:
+async def test_job_between_availability_and_assignment(run: StartRun) -> None:
     """The yes was sent before the signal, the assignment comes after it: the job runs to its end."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -163,7 +162,7 @@ async def test_job_between_availability_and_assignment(run: Any) -> None:
     assert r.fates() == {job.job_id: "finished"}
 
 
-async def test_assignment_that_never_comes(run: Any) -> None:
+async def test_assignment_that_never_comes(run: StartRun) -> None:
     """An accepted offer that the server gave up is no job: the stop waits as long as livekit does."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -178,7 +177,7 @@ async def test_assignment_that_never_comes(run: Any) -> None:
     await r.clean()
 
 
-async def test_idle_worker(run: Any) -> None:
+async def test_idle_worker(run: StartRun) -> None:
     """Nothing to drain: the fence is told all the same, and the end comes at once."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -190,7 +189,7 @@ async def test_idle_worker(run: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sleep", "swallow", "block"])
-async def test_deadline_shorter_than_the_job(run: Any, mode: str) -> None:
+async def test_deadline_shorter_than_the_job(run: StartRun, mode: str) -> None:
     """Whatever a job does, the stop ends within its grace, the job's end is reported, and the code is 75."""
     r: Run = await run("run", "--grace", "8", AGENT)
     await r.ready()
@@ -211,7 +210,7 @@ async def test_deadline_shorter_than_the_job(run: Any, mode: str) -> None:
     await r.nothing_left()
 
 
-async def test_deadline_before_the_job_has_a_process(run: Any) -> None:
+async def test_deadline_before_the_job_has_a_process(run: StartRun) -> None:
     """A job whose process is still starting when the grace is over is cut, and the server hears of it."""
     r: Run = await run("run", "--grace", "6", AGENT)
     await r.ready()
@@ -227,7 +226,7 @@ async def test_deadline_before_the_job_has_a_process(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_second_answer_to_an_offer(run: Any) -> None:
+async def test_second_answer_to_an_offer(run: StartRun) -> None:
     """A request_fnc that accepts twice has one job; the stop waits for it to its end."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -243,7 +242,7 @@ async def test_second_answer_to_an_offer(run: Any) -> None:
     assert r.receipt()["totals"]["unassigned"] == 0
 
 
-async def test_request_fnc_that_does_not_return(run: Any) -> None:
+async def test_request_fnc_that_does_not_return(run: StartRun) -> None:
     """What request_fnc still does when its job is over does not hold up the end."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -254,7 +253,7 @@ async def test_request_fnc_that_does_not_return(run: Any) -> None:
     await r.clean(job)
 
 
-async def test_child_that_a_job_forked(run: Any) -> None:
+async def test_child_that_a_job_forked(run: StartRun) -> None:
     """It holds the job's pipes for longer than the job: the job is over all the same, the child is swept."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -266,7 +265,7 @@ async def test_child_that_a_job_forked(run: Any) -> None:
     assert not lives(child)
 
 
-async def test_worker_killed_with_jobs(run: Any) -> None:
+async def test_worker_killed_with_jobs(run: StartRun) -> None:
     """SIGKILL of a worker: its jobs are lost and counted, another is started, the stop later is clean."""
     r: Run = await run("run", "--grace", "20", AGENT)
     await r.ready()
@@ -285,7 +284,7 @@ async def test_worker_killed_with_jobs(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_supervisor_killed_with_jobs(run: Any) -> None:
+async def test_supervisor_killed_with_jobs(run: StartRun) -> None:
     """SIGKILL of the supervisor: each worker drains by itself, its jobs' prints included, and ends."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -298,7 +297,7 @@ async def test_supervisor_killed_with_jobs(run: Any) -> None:
     assert r.accepted_late() == []
 
 
-async def test_supervisor_stopped_and_continued(run: Any) -> None:
+async def test_supervisor_stopped_and_continued(run: StartRun) -> None:
     """SIGSTOP and SIGCONT of the supervisor harm nobody; a SIGTERM in between takes effect afterwards."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -312,7 +311,7 @@ async def test_supervisor_stopped_and_continued(run: Any) -> None:
     await r.clean(job)
 
 
-async def test_programs_that_jobs_left_behind(run: Any) -> None:
+async def test_programs_that_jobs_left_behind(run: StartRun) -> None:
     """A program in a session of its own that ignores SIGTERM: swept, counted, no reason for 75."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -326,7 +325,7 @@ async def test_programs_that_jobs_left_behind(run: Any) -> None:
     assert not lives(child)
 
 
-async def test_programs_of_a_crashed_worker(run: Any) -> None:
+async def test_programs_of_a_crashed_worker(run: StartRun) -> None:
     """The same, when the worker is killed: swept at once, while the slot lives on."""
     r: Run = await run("run", "-w", "2", "--grace", "40", AGENT)
     await r.ready(2)
@@ -342,7 +341,7 @@ async def test_programs_of_a_crashed_worker(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_programs_of_a_job_can_be_stopped(run: Any) -> None:
+async def test_programs_of_a_job_can_be_stopped(run: StartRun) -> None:
     """The shield ends at exec: what a job starts is ended by SIGTERM as ever."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -353,7 +352,7 @@ async def test_programs_of_a_job_can_be_stopped(run: Any) -> None:
     assert await r.exit() == 0
 
 
-async def test_connection_cut_during_the_drain(run: Any) -> None:
+async def test_connection_cut_during_the_drain(run: StartRun) -> None:
     """The worker reconnects while its job goes on, and takes nothing new."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -374,7 +373,7 @@ async def test_connection_cut_during_the_drain(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_sigquit_kills_at_once(run: Any) -> None:
+async def test_sigquit_kills_at_once(run: StartRun) -> None:
     """Nothing is waited for; the receipt says what was cut."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
@@ -388,7 +387,7 @@ async def test_sigquit_kills_at_once(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_a_job_that_crashes_is_failed_not_lost(run: Any) -> None:
+async def test_a_job_that_crashes_is_failed_not_lost(run: StartRun) -> None:
     """Its process ends with an error: reported so to the server, counted so, no reason for 75."""
     r: Run = await run("run", "--grace", "20", AGENT)
     await r.ready()
@@ -400,7 +399,7 @@ async def test_a_job_that_crashes_is_failed_not_lost(run: Any) -> None:
     await r.nothing_left()
 
 
-async def test_good_jobs_are_never_reported_failed(run: Any) -> None:
+async def test_good_jobs_are_never_reported_failed(run: StartRun) -> None:
     """The forkserver's exit status is read once: without the lock about one good job in forty is FAILED."""
     r: Run = await run("run", "--grace", "40", AGENT, environment={"IDLE": "2"})
     await r.ready()

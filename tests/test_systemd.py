@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from supervisor.platforms import systemd
-from supervisor.platforms.service import Service
-from tests.left_out import SUITES
-from tests.machine import LASTCALL, Machine, Unit
-from worker.local.dispatch import Dispatched, DispatchServer
+from lastcall.supervisor.deploy import systemd
+from lastcall.supervisor.deploy.service import Service
+from lastcall.worker.local.livekit_server import Dispatched, DispatchServer
+from tests.support.left_out import SUITES
+from tests.support.machine import LASTCALL, Machine, Unit
 
 pytestmark = pytest.mark.systemd
 

@@ -6,16 +6,15 @@ import asyncio
 import os
 import signal
 import time
-from typing import Any
 
 import pytest
 
-from tests.harness import AGENT, Run
-from tests.terminal import Terminal
+from tests.support.harness import AGENT, Run, StartRun
+from tests.support.terminal import Terminal
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-async def test_ctrl_c(run: Any, terminal: Terminal, times: int) -> None:
+async def test_ctrl_c(run: StartRun, terminal: Terminal, times: int) -> None:
     """Once drains; twice asks the jobs to shut down now; a third time kills."""
     r: Run = await run("run", "--grace", "60", AGENT, terminal=terminal)
     await r.ready()
@@ -46,7 +45,7 @@ async def test_ctrl_c(run: Any, terminal: Terminal, times: int) -> None:
     await r.nothing_left()
 
 
-async def test_duplicate_ctrl_c_is_one(run: Any, terminal: Terminal) -> None:
+async def test_duplicate_ctrl_c_is_one(run: StartRun, terminal: Terminal) -> None:
     """Two within 0.3 s are one: terminals and wrappers send duplicates."""
     r: Run = await run("run", "--grace", "30", AGENT, terminal=terminal)
     await r.ready()
@@ -59,7 +58,7 @@ async def test_duplicate_ctrl_c_is_one(run: Any, terminal: Terminal) -> None:
     assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
 
 
-async def test_closed_terminal(run: Any, terminal: Terminal) -> None:
+async def test_closed_terminal(run: StartRun, terminal: Terminal) -> None:
     """The window is closed in the middle of a call: SIGHUP drains, and output to nowhere harms nobody."""
     r: Run = await run("run", "--grace", "30", AGENT, terminal=terminal)
     await r.ready()

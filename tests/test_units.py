@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from supervisor.errors import UsageError
-from supervisor.platforms import docker, k8s, systemd
-from supervisor.platforms.service import Service, Timers, is_target
-from supervisor.platforms.tree import BY_HAND, shipped
-from tests.harness import LASTCALL
+from lastcall.supervisor.deploy import docker, k8s, systemd
+from lastcall.supervisor.deploy.service import Service, Timers, is_target
+from lastcall.supervisor.deploy.tree import BY_HAND, shipped
+from lastcall.supervisor.errors import UsageError
+from tests.support.harness import LASTCALL
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "scripts" / "deploy"

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.clock import Bell, now
-from worker.errors import WireError
-from worker.resources import Counts, Resources
-from worker.settings import Settings
-from worker.shield import unshielded
-from worker.stopping import SHIELDED
-from worker.wire import MAX_LINE, Decoder, decode, encode
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.errors import WireError
+from lastcall.worker.base.resources import Counts, Resources
+from lastcall.worker.base.settings import Settings
+from lastcall.worker.base.stopping import SHIELDED
+from lastcall.worker.base.wire import MAX_LINE, Decoder, decode, encode
+from lastcall.worker.shield import unshielded
 
 values = st.dictionaries(st.text(max_size=5).filter(lambda k: k not in ("type", "v")), st.text(max_size=20))
 
@@ -46,35 +47,35 @@ def test_wire_is_bounded() -> None:
 
 
 async def test_bell_follows_a_deadline_that_moves() -> None:
-    """Whoever waits sees the new deadline at the next ring, and the predicate at each."""
-    bell = Bell()
+    """Whoever waits sees the new deadline at the next notification, and the predicate at each."""
+    changed = Condition()
     deadline = [now() + 60.0]
-    waiting = asyncio.create_task(bell.until(lambda: False, lambda: deadline[0]))
+    waiting = asyncio.create_task(changed.until(lambda: False, lambda: deadline[0]))
     await asyncio.sleep(0)
     deadline[0] = now()
-    bell.ring()
+    changed.notify()
     async with asyncio.timeout(5):
         assert await waiting is False
 
 
-async def test_bell_loses_no_wakeup() -> None:
-    """Many waiters are all woken, each by the ring that made its predicate hold; cancelled ones leave."""
-    bell = Bell()
+async def test_condition_loses_no_wakeup() -> None:
+    """Each of many waiters is woken once its predicate holds; a cancelled one leaves nothing behind."""
+    changed = Condition()
     state: list[int] = []
 
     async def reaches(n: int) -> bool:
-        return await bell.until(lambda: len(state) > n)
+        return await changed.until(lambda: len(state) > n)
 
     waiters = [asyncio.create_task(reaches(n)) for n in range(50)]
     await asyncio.sleep(0)
     waiters[10].cancel()
     for n in range(50):
         state.append(n)
-        bell.ring()
+        changed.notify()
     async with asyncio.timeout(5):
         results = await asyncio.gather(*waiters, return_exceptions=True)
     assert [r for r in results if r is not True] == [results[10]]
-    assert not bell._waiters
+    assert not changed._waiters
 
 
 async def test_resources_close_in_reverse_once_and_bounded() -> None:
@@ -151,7 +152,7 @@ def test_shield_loses_no_signal() -> None:
         "import asyncio, signal\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})\n"
         "import os; os.kill(os.getpid(), signal.SIGTERM)\n"
-        "from worker.shield import raise_shield\n"
+        "from lastcall.worker.shield import raise_shield\n"
         "loop = asyncio.new_event_loop()\n"
         "raise_shield(loop)\n"
         "print(signal.SIGTERM in signal.sigpending())\n"
@@ -162,10 +163,10 @@ def test_shield_loses_no_signal() -> None:
 
 
 def test_worker_alone_says_its_usage() -> None:
-    """`python -m worker` without a target: exit 2 and one line; a wrong one: exit 78."""
-    command = [sys.executable, "-m", "worker"]
+    """`python -m lastcall.worker` without a target: exit 2 and one line; a wrong one: exit 78."""
+    command = [sys.executable, "-m", "lastcall.worker"]
     done = subprocess.run(command, capture_output=True, check=False, timeout=20)
-    assert done.returncode == 2 and b"usage: python -m worker TARGET" in done.stderr
+    assert done.returncode == 2 and b"usage: python -m lastcall.worker TARGET" in done.stderr
     done = subprocess.run([*command, "none.py"], capture_output=True, check=False, timeout=20, cwd="/")
     assert done.returncode == 78 and done.stderr.startswith(b"lastcall: no file 'none.py'")
     assert os.getcwd()

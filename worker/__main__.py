@@ -1,4 +1,4 @@
-"""`python -m worker TARGET`: host one agent, with or without a supervisor."""
+"""`python -m lastcall.worker TARGET`: host one agent, with or without a supervisor."""
 
 import signal
 
@@ -10,27 +10,23 @@ if __name__ == "__main__":
         if signal.getsignal(_number) is signal.SIG_DFL:
             signal.signal(_number, lambda *_: None)
 
-import os
-import sys
-
-if __name__ == "__main__" and not sys.flags.safe_path:
-    # `python -m` puts the working directory first, where a worker.py of the user's would hide ours.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
 import asyncio
 import faulthandler
+import os
+import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import uvloop
 
-from . import loading, scratch
-from .clock import Bell
-from .errors import Incompatible, StartError, TargetError
-from .settings import Settings
-from .stopping import OTHERS, Stopping
+from lastcall.worker import scratch
+from lastcall.worker import target as loading
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.errors import Incompatible, StartError, TargetError
+from lastcall.worker.base.settings import Settings
+from lastcall.worker.base.stopping import OTHERS, Stopping
 
 if TYPE_CHECKING:
-    from .host import Host
+    from lastcall.worker.host import Host
 
 EX_FAILED = 1
 EX_USAGE = 2
@@ -40,7 +36,7 @@ EX_CONFIG = 78
 def main() -> NoReturn:
     """Run the worker and end the process with its exit code."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: python -m worker TARGET", file=sys.stderr)
+        print("usage: python -m lastcall.worker TARGET", file=sys.stderr)
         raise SystemExit(EX_USAGE)
     settings = Settings.take(os.environ)
     for fd in (*settings.output_fds, settings.control_fd, settings.lifeline_fd):
@@ -52,22 +48,24 @@ def main() -> NoReturn:
     os.environ["LASTCALL_WORKER_PID"] = str(os.getpid())
     if settings.scratch:
         scratch.use(settings.scratch)
-    bell = Bell()
-    stopping = Stopping(bell)
+    changed = Condition()
+    stopping = Stopping(changed)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         # The target is loaded before the loop runs, as it would be in a program of its own. The signals stay
         # blocked until then: uvloop forgets what its handlers received before it ran, the kernel does not.
-        code = _host(runner, settings, stopping, bell, sys.argv[1])
+        code = _host(runner, settings, stopping, changed, sys.argv[1])
         # Nothing is left to do that an interpreter's end would do better: threads that livekit-agents never
         # ends would be joined, and 10 ms go by. Output is all that has to get out.
         scratch.remove()
         _leave(code)
 
 
-def _host(runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: Bell, target: str) -> int:
-    from .host import Host
+def _host(
+    runner: asyncio.Runner, settings: Settings, stopping: Stopping, changed: Condition, target: str
+) -> int:
+    from lastcall.worker.host import Host
 
-    host = Host(settings, stopping, bell)
+    host = Host(settings, stopping, changed)
     host.control.say("hello", pid=os.getpid())
     try:
         _load(host, runner.get_loop(), target)
@@ -86,31 +84,31 @@ def _host(runner: asyncio.Runner, settings: Settings, stopping: Stopping, bell: 
 
 def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     target = loading.parse(text)
-    from . import compat, compat_process
-    from .shield import raise_shield
+    from lastcall.worker.sdk import agent_server, child_processes
+    from lastcall.worker.shield import raise_shield
 
     raise_shield(loop)
-    compat_process.lock_process_poll()
-    compat_process.preload_ours()
-    compat_process.keep_interrupt_handler()
-    compat_process.end_log_pipes()
-    from .inworld import attached  # noqa: F401  # in place before the target imports the plugin
+    child_processes.lock_process_poll()
+    child_processes.preload_ours()
+    child_processes.keep_interrupt_handler()
+    child_processes.end_log_pipes()
+    from lastcall.worker.inworld.plugin import attached  # noqa: F401  # in place before the target imports the plugin
 
-    server = loading.load(target, record=compat.record_run_app, classify=compat.as_server)
-    if not compat.has_entrypoint(server):
+    server = loading.load(target, record=agent_server.record_run_app, classify=agent_server.as_server)
+    if not agent_server.has_entrypoint(server):
         raise TargetError(
             f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run"
         )
-    compat.set_up_logging(server, coloured=host.settings.coloured)
-    compat.use_private_ports(server)
-    compat.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
-    from .jobside import Held, Setup
+    agent_server.set_up_logging(server, coloured=host.settings.coloured)
+    agent_server.use_private_ports(server)
+    agent_server.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
+    from lastcall.worker.job.setup import Held, Setup
 
     server.setup_fnc = Setup(server.setup_fnc)
     if host.settings.hold:
-        compat.wrap_entrypoint(server, lambda user: Held(user, host.settings.hold))
+        agent_server.wrap_entrypoint(server, lambda user: Held(user, host.settings.hold))
     host.adopt(server)
-    host.control.say("loaded", agent_name=compat.agent_name(server), sdk=compat.SDK_VERSION)
+    host.control.say("loaded", agent_name=agent_server.agent_name(server), sdk=agent_server.SDK_VERSION)
 
 
 def _fault(host: "Host", code: int, error: BaseException, traceback: str) -> int:

@@ -16,15 +16,16 @@ import os
 import socket
 from typing import Any
 
-from . import exposition, output
-from .clock import Bell, now
-from .control import Control
-from .inworld.attached import closer
-from .livekit_engine import Engine
-from .resources import Resources
-from .settings import Settings
-from .stopping import Stopping, stop_on_signals
-from .wire import Message
+from lastcall.worker import exposition, orphan_output
+from lastcall.worker.base.channel import Control
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.resources import Resources
+from lastcall.worker.base.settings import Settings
+from lastcall.worker.base.stopping import Stopping, stop_on_signals
+from lastcall.worker.base.wire import Message
+from lastcall.worker.engine import Engine
+from lastcall.worker.inworld.plugin.attached import closer
 
 log = logging.getLogger("lastcall.worker")
 
@@ -37,10 +38,10 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 class Host:
     """Owns the engine, the control connection and the stop of one worker process."""
 
-    def __init__(self, settings: Settings, stopping: Stopping, bell: Bell) -> None:
+    def __init__(self, settings: Settings, stopping: Stopping, changed: Condition) -> None:
         self.settings = settings
         self.stopping = stopping
-        self.bell = bell
+        self.changed = changed
         self.resources = Resources()
         self._hurried = False
         self._killed = False
@@ -57,7 +58,7 @@ class Host:
         """Take the loaded AgentServer; nothing of it runs yet."""
         self.engine = Engine(
             server,
-            bell=self.bell,
+            changed=self.changed,
             must_refuse=lambda: self.stopping.is_set or self._asked_hold,
             report=self._report,
             mock_room=self.settings.mock_room,
@@ -86,7 +87,7 @@ class Host:
                     group.create_task(engine.keep_told()),
                     group.create_task(self._tell_of_changes(engine)),
                 ]
-                await self.bell.until(lambda: self.stopping.is_set or engine.is_lost)
+                await self.changed.until(lambda: self.stopping.is_set or engine.is_lost)
                 for task in telling:
                     task.cancel()
             code = await self._stop(engine)
@@ -110,7 +111,7 @@ class Host:
         # Said in any case: since the stop began the gate has refused, whatever the server knows.
         reason = self.stopping.reason
         self.control.say("fenced", reason=reason, jobs=len(engine.jobs), at=fenced_at)
-        await self.bell.until(
+        await self.changed.until(
             lambda: not len(engine.jobs) or self._hurried,
             lambda: self._drain_at,
         )
@@ -168,17 +169,17 @@ class Host:
             self._beat()
         elif kind == "metrics":
             self.control.say("metrics", id=message["id"], text=exposition.text())
-        self.bell.ring()
+        self.changed.notify()
 
     def _on_lost(self) -> None:
-        output.drain_forever(self.settings.output_fds)
+        orphan_output.drain_forever(self.settings.output_fds)
         self.stopping.begin("supervisor lost")
 
     async def _tell_of_changes(self, engine: Engine) -> None:
         """Beat out of turn when the supervisor is waiting for what has just changed."""
         while True:
             told = (engine.accepts, engine.is_warm)
-            await self.bell.until(lambda told=told: (engine.accepts, engine.is_warm) != told)  # type: ignore[misc]
+            await self.changed.until(lambda told=told: (engine.accepts, engine.is_warm) != told)  # type: ignore[misc]
             self._beat()
 
     # -- what the supervisor hears --------------------------------------------------------------------
@@ -210,7 +211,7 @@ class Host:
             warm=engine.is_warm,
         )
         if engine.is_lost:
-            self.bell.ring()
+            self.changed.notify()
 
 
 def _rss() -> int:

@@ -24,7 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .clock import Bell, now
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
 
 # Longer names are clipped: a message to the supervisor has a bound, and a job is not refused for its name.
 MAX_NAME = 1024
@@ -69,9 +70,9 @@ class Job:
 class Jobs:
     """The register of accepted and running jobs; `report` hears of each beginning and end."""
 
-    def __init__(self, bell: Bell, report: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(self, changed: Condition, report: Callable[[str, dict[str, Any]], None]) -> None:
         self._jobs: dict[str, Job] = {}
-        self._bell = bell
+        self._changed = changed
         self._report = report
         self.cut = 0
         self.lost = 0
@@ -173,7 +174,7 @@ class Jobs:
         seconds = round(now() - record.accepted_at, 3)
         ended = {"id": record.id, "fate": fate, "seconds": seconds, "exit_code": record.exit_code}
         self._report("job_ended", ended)
-        self._bell.ring()
+        self._changed.notify()
 
     def _tell_started(self, record: Job) -> None:
         job = {
@@ -184,4 +185,4 @@ class Jobs:
             "accepted_at": record.accepted_at,
         }
         self._report("job_started", {"job": job})
-        self._bell.ring()
+        self._changed.notify()

@@ -10,7 +10,7 @@ survives fork and exec, so the last covers forkserver, jobs and inference proces
 instruction, on every version. livekit-agents starts processes with `run_in_executor(None, proc.start)`:
 the loop's default executor is ours to set.
 
-Cost: the mask is inherited by whatever a job starts, too. `worker.jobside` trades it for a handler that
+Cost: the mask is inherited by whatever a job starts, too. `job.setup` trades it for a handler that
 does nothing, which exec resets, once the job process is up.
 """
 
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-from .stopping import OTHERS, SHIELDED, STOP_SIGNALS
+from lastcall.worker.base.stopping import OTHERS, SHIELDED, STOP_SIGNALS
 
 
 def raise_shield(loop: asyncio.AbstractEventLoop) -> None:

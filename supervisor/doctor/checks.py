@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from supervisor.platforms.service import MARGIN, Timers, seconds
-
-from .facts import Facts, Finding, Verdict
+from lastcall.supervisor.deploy.service import MARGIN, Timers, seconds
+from lastcall.supervisor.doctor.facts import Facts, Finding, Verdict
 
 Check = Callable[[Facts], Finding | None]
 

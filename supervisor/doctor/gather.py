@@ -15,13 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from supervisor import config as configuration
-from supervisor.config import Config
-from supervisor.errors import ConfigError, UsageError
-
-from .facts import Facts, Unit
-from .probe import ask
-from .trial import look
+from lastcall.supervisor import config as configuration
+from lastcall.supervisor.config import Config
+from lastcall.supervisor.doctor.facts import Facts, Unit
+from lastcall.supervisor.doctor.probe import ask
+from lastcall.supervisor.doctor.trial import look
+from lastcall.supervisor.errors import ConfigError, UsageError
 
 SYSTEMCTL = 5.0
 # unix(7): sun_path holds 108 bytes, and ends with a zero.

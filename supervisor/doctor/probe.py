@@ -22,7 +22,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from .facts import Answer
+from lastcall.supervisor.doctor.facts import Answer
 
 TIMEOUT = 8.0
 VALID = 60

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .facts import Finding
+from lastcall.supervisor.doctor.facts import Finding
 
 SCHEMA = 1
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}

@@ -7,11 +7,10 @@ import signal
 import time
 from pathlib import Path
 
-from supervisor import control_api
-from supervisor.errors import ConfigError
-from supervisor.rehearsal.stage import Stage, StageError
-
-from .facts import Trial
+from lastcall.supervisor.doctor.facts import Trial
+from lastcall.supervisor.errors import ConfigError
+from lastcall.supervisor.rehearsal.stage import Stage, StageError
+from lastcall.supervisor.views import control_socket
 
 GRACE = 10.0
 WARM = 10.0
@@ -24,7 +23,7 @@ def look(target: str) -> Trial:
     try:
         with Stage(target, grace=GRACE, settings={"mock_room": True}) as stage:
             stage.wait_ready()
-            document = control_api.ask(stage.directory / "control", "status")
+            document = control_socket.ask(stage.directory / "control", "status")
             ours = {stage.pid, *(slot["pid"] for slot in document["slots"])}
             due = time.monotonic() + WARM
             while not (others := _framework(stage, ours)) and time.monotonic() < due:

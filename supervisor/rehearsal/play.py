@@ -6,8 +6,8 @@ import signal
 import time
 from collections.abc import Iterator
 
-from .scenes import SCENES, Scene, Seen, Verdict, judge
-from .stage import BEGINS, Stage, StageError
+from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
+from lastcall.supervisor.rehearsal.stage import BEGINS, Stage, StageError
 
 JOBS = 2
 JOBS_UP = 25.0

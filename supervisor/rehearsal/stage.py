@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from supervisor import control_api
-from supervisor.errors import ConfigError, NotRunning, SupervisorError
+from lastcall.supervisor.errors import ConfigError, NotRunning, SupervisorError
+from lastcall.supervisor.views import control_socket
 
 TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
 SETTINGS = "LASTCALL_WORKER_REHEARSAL"
@@ -71,7 +71,7 @@ class Stage:
 
     def _start_server(self, stack: contextlib.ExitStack) -> dict[str, str]:
         self._server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "worker.local.driven"],
+            [sys.executable, "-P", "-m", "lastcall.worker.local.driven"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -90,7 +90,7 @@ class Stage:
         config.write_text("[restart]\nintensity = 2\nbackoff = [0.1, 0.2]\n")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LASTCALL_")}
         environment |= {**livekit, TOKEN: self._token, SETTINGS: json.dumps(self._settings)}
-        command = [sys.executable, "-P", "-m", "supervisor", "run", self.target, "--http", "off"]
+        command = [sys.executable, "-P", "-m", "lastcall", "run", self.target, "--http", "off"]
         command += ["--config", str(config), "--log-format", "json"]
         command += ["--workers", str(self._workers), "--grace", str(self._grace)]
         command += [
@@ -283,7 +283,7 @@ class Stage:
 
     def _accepts(self) -> bool:
         try:
-            document = control_api.ask(self.directory / "control", "status")
+            document = control_socket.ask(self.directory / "control", "status")
         except NotRunning:
             return False
         return all(slot["state"] == "ready" for slot in document["slots"])

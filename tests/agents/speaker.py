@@ -18,7 +18,7 @@ from typing import Any
 
 from livekit.agents import JobContext, JobExecutorType, JobProcess, WorkerOptions, cli
 
-import worker
+import lastcall
 from tests.agents.calls import note
 
 IMPORT_LATE = "IMPORT_LATE" in os.environ
@@ -68,7 +68,7 @@ async def entrypoint(ctx: JobContext) -> None:
     here = {"module": lambda: tts, "setup": lambda: ctx.proc.userdata["tts"], "job": make}
     speaker = here[spec.get("tts", "job")]()
     note(ctx, "started", ws_url=speaker._ws_url)
-    worker.closing(ctx, Extra(ctx))
+    lastcall.closing(ctx, Extra(ctx))
 
     async def callback() -> None:
         note(ctx, "callback")

@@ -9,7 +9,7 @@ __all__ = ["TTS"]
 
 def __getattr__(name: str) -> Any:
     if name == "TTS":
-        from .tts import TTS
+        from lastcall.worker.inworld.plugin.tts import TTS
 
         return TTS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m worker.inworld`: the broker, alone or as the supervisor's companion."""
+"""`python -m lastcall.worker.inworld`: the broker, alone or as the supervisor's companion."""
 
 import signal
 
@@ -17,10 +17,16 @@ from typing import NoReturn
 
 import uvloop
 
-from . import logs
-from .broker import Broker, listen
-from .companion import INWORLD_URL, INWORLD_WS_URL, Companion, Settings, forbid_dumps
-from .environment import TOKEN, URL, WS_URL
+from lastcall.worker.inworld.broker import json_log
+from lastcall.worker.inworld.broker.broker import Broker, listen
+from lastcall.worker.inworld.broker.supervised import (
+    INWORLD_URL,
+    INWORLD_WS_URL,
+    Companion,
+    Settings,
+    forbid_dumps,
+)
+from lastcall.worker.inworld.plugin.arguments import TOKEN, URL, WS_URL
 
 EX_CONFIG = 78
 
@@ -28,7 +34,7 @@ EX_CONFIG = 78
 def main() -> NoReturn:
     """Run the broker and end with its exit code."""
     forbid_dumps()
-    logs.set_up()
+    json_log.set_up()
     # As in a worker: the one signal without a loop handler shows where a loop that runs none is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
     settings = Settings.take(os.environ)
@@ -52,7 +58,7 @@ def main() -> NoReturn:
 def alone(arguments: list[str]) -> Settings:
     """Return the settings of a process without a supervisor; its own socket is made here."""
     parser = argparse.ArgumentParser(
-        prog="python -m worker.inworld",
+        prog="python -m lastcall.worker.inworld",
         description="Share one pool of Inworld connections among the processes of this machine. "
         "Needs INWORLD_API_KEY; LASTCALL_INWORLD_TOKEN is the token, if set. Prints where it serves.",
     )

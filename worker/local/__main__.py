@@ -1,4 +1,4 @@
-"""`python -m worker.local`: the local dispatch server, with a stream of dispatches if wanted.
+"""`python -m lastcall.worker.local`: the local dispatch server, with a stream of dispatches if wanted.
 
 It prints one JSON line when it serves, {"url", "environment"}, then one line per dispatch that found no
 worker; it ends on SIGTERM, SIGINT, or the end of its standard input.
@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 
-from .dispatch import DispatchServer, Event
+from lastcall.worker.local.livekit_server import DispatchServer, Event
 
 # A newcomer may warm up for as long as a supervisor lets it; one that refuses is not asked in a tight loop.
 GREETING_TIMEOUT = 120.0
@@ -93,7 +93,7 @@ async def dispatch_stream(server: DispatchServer, rate: float, seconds: float) -
 
 def main() -> None:
     """Read the command line and serve."""
-    parser = argparse.ArgumentParser(prog="python -m worker.local", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lastcall.worker.local", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.add_argument("--rate", type=float, default=0.0, help="dispatches a second; 0: none")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long a job lasts")

@@ -1,4 +1,4 @@
-"""`python -m worker.local.driven`: the local dispatch server, driven line by line from outside.
+"""`python -m lastcall.worker.local.driven`: the local dispatch server, driven line by line from outside.
 
     out   {"url": …, "environment": {…}}                        first, when it serves
     out   {"at", "kind", "worker_id", "job_id", "detail"}       each event, as it happens
@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import asdict
 
-from .dispatch import DispatchServer, Event
+from lastcall.worker.local.livekit_server import DispatchServer, Event
 
 MAX_LINE = 64 * 1024
 

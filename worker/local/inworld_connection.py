@@ -20,8 +20,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from .inworld_settings import Faults, Kind, Limits
-from .speech import Speech
+from lastcall.worker.local.inworld_settings import Faults, Kind, Limits
+from lastcall.worker.local.speech import Speech
 
 # How often a connection that was told to stop reading looks whether it may read again.
 RELUCTANCE = 0.02

@@ -1,0 +1,107 @@
+"""The `lastcall` command, also as `python -m lastcall`."""
+
+import signal
+
+# First of all, and before any import that takes time: a stop that comes now waits until somebody can handle
+# it. The verbs that do not supervise let it in again at once. SIGCHLD is read from a signalfd later, which
+# only works when every thread has it blocked, and threads inherit the mask of the one that starts them.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
+# Who is born with it ignored gets no exit status of any child: the kernel throws them away.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+import os
+import sys
+
+for _fd in range(3):
+    # Started with one of the three closed: the next descriptor that anybody opens would be taken for it.
+    try:
+        os.fstat(_fd)
+    except OSError:
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+import asyncio
+import traceback
+from typing import NoReturn
+
+import uvloop
+
+from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, SupervisorError, UsageError
+from lastcall.supervisor.signals import STOP_SIGNALS, Inbox, receive
+
+SUPERVISING = frozenset({"run", "demo", "dev"})
+# The first that fits counts.
+EXIT_CODES: dict[type[Exception], int] = {
+    UsageError: 2,
+    ConfigError: 78,
+    NotRunning: 69,
+    Refused: 1,
+    SupervisorError: 70,
+}
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with its exit code."""
+    if SUPERVISING.intersection(sys.argv[1:2]):
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            _leave(runner.run(_supervise()))
+    _leave(_ask())
+
+
+async def _supervise() -> int:
+    """Let the signals in once their handlers stand, then import the rest.
+
+    In the running loop, because uvloop forgets what its handlers received before it ran.
+    """
+    inbox = Inbox()
+    with receive(asyncio.get_running_loop(), inbox):
+        try:
+            from lastcall.supervisor.cli import run
+
+            work = run.read(sys.argv[1:], inbox)
+            return work if isinstance(work, int) else await work
+        except Exception as error:
+            return _explain(error)
+
+
+def _ask() -> int:
+    """Run a verb that does not supervise. Without a loop, which would keep the first Ctrl-C to itself.
+
+    And without Python's handler, whose exception an import may swallow: until a verb has something to put in
+    order, Ctrl-C just ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
+    try:
+        from lastcall.supervisor.cli import run
+
+        code = run.read(sys.argv[1:], None)
+        assert isinstance(code, int), "a verb that is to supervise, but is not listed as one"
+        return code
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print what a user can mend in one line, anything else as the fault of ours that it is."""
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            print(f"lastcall: {error}", file=sys.stderr)
+            return code
+    traceback.print_exception(error)  # the workers, if any, drain by themselves
+    return 70
+
+
+def _leave(code: int) -> NoReturn:
+    """End without the interpreter's own end: it would wait for a thread that may hang in a write for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Refuse to build from a tree that has lost its links: the wheel would lack most of lastcall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class LinksHook(BuildHookInterface):  # type: ignore[type-arg, misc]  # hatchling ships no types for it
+    """Runs in front of each build, of an editable install too."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Look at the two links. Raises SystemExit with one line where one is no directory."""
+        for name in ("supervisor", "worker"):
+            link = Path(self.root) / "lastcall" / name
+            if not link.is_dir():
+                raise SystemExit(
+                    f"lastcall/{name} is no directory, expected a link to ../{name}: unpacking a zip loses"
+                    f" links; clone the repository, or make the link with: ln -sfn ../{name} lastcall/{name}"
+                )

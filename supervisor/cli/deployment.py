@@ -1,0 +1,180 @@
+"""The verbs about where lastcall runs: `unit`, `doctor` and `rehearse`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from lastcall.supervisor.errors import UsageError
+
+KINDS = ("systemd", "docker", "compose", "k8s")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command("unit")(_unit)
+    app.command("doctor")(_doctor)
+    app.command("rehearse")(_rehearse)
+
+
+def _unit(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="systemd, docker, compose or k8s.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
+    grace: Annotated[
+        float | None, typer.Option(metavar="S", help="What a whole stop may take.  [3600]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", metavar="N", help="Workers to keep up.  [1]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the service.  [lastcall]")] = None,
+    image: Annotated[str | None, typer.Option(help="For compose and k8s.  [NAME:latest]")] = None,
+    program: Annotated[
+        str | None,
+        typer.Option("--exec", metavar="PATH", help="For systemd: the lastcall to start.  [this one]"),
+    ] = None,
+) -> None:
+    """Print a unit, Dockerfile, compose file or manifests whose kill timers fit the grace."""
+    from lastcall.supervisor.deploy import docker, k8s, systemd
+    from lastcall.supervisor.deploy.service import GRACE, Service, Timers, seconds
+
+    if kind not in KINDS:
+        raise UsageError(f"{kind!r} is no kind of unit: expected {', '.join(KINDS)}")
+    if image is not None and kind not in ("compose", "k8s"):
+        raise UsageError(f"--image: {kind} names no image; leave it out")
+    if program is not None and kind != "systemd":
+        raise UsageError(f"--exec: {kind} starts what is in the image; leave it out")
+    options = {"--grace": None if grace is None else seconds(grace) if grace < float("inf") else "inf"}
+    options |= {"--workers": workers, "--name": name, "--image": image, "--exec": program}  # type: ignore[dict-item]
+    given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    if kind == "docker" and (os.path.isabs(target) or ".." in Path(target).parts):
+        raise UsageError(f"{target!r} would not be in the image; expected a path below the build's directory")
+    service = Service(
+        target=target,
+        name=name or "lastcall",
+        image=image or "",
+        program=_program(program) if kind == "systemd" else "lastcall",
+        directory=os.getcwd(),
+        workers=1 if workers is None else workers,
+        timers=Timers(grace=GRACE if grace is None else grace),
+        printed_by=shlex.join(["lastcall", "unit", kind, target, *given]),
+    )
+    render = {
+        "systemd": systemd.unit,
+        "docker": docker.dockerfile,
+        "compose": docker.compose,
+        "k8s": k8s.stream,
+    }
+    print(render[kind](service), end="")
+    if service.timers.warning:
+        print(f"lastcall: {service.timers.warning}", file=sys.stderr)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have a signal end a verb that blocks, after what it started has been taken down.
+
+    Not add_signal_handler: there is no loop here, and the signal is to interrupt what blocks. By default
+    SIGTERM would leave a supervisor behind.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as error:
+        raise typer.Exit(int(error.code or 0)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _program(given: str | None) -> str:
+    """Return the absolute path of the lastcall that the unit starts."""
+    if given is not None:
+        if not os.path.isabs(given) or "\n" in given:
+            raise UsageError(f"--exec: got {given!r}, expected the absolute path of a lastcall")
+        return given
+    beside = Path(sys.executable).parent / "lastcall"
+    found = str(beside) if beside.is_file() else shutil.which("lastcall")
+    if found is None:
+        raise UsageError("--exec: no lastcall beside this Python or in PATH; give its absolute path")
+    return os.path.abspath(found)
+
+
+def _rehearse(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
+    workers: Annotated[int, typer.Option("--workers", "-w", metavar="N", help="Workers to stop.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML as well.")] = None,
+) -> int:
+    """Stop your agent as each platform would while jobs run. Exit 1 when a job was cut or anything is left.
+
+    Jobs run in a mock room, dispatched by a local server, and are held open for the drill; nothing beyond
+    this machine is reached as long as the agent takes LIVEKIT_URL from the environment.
+    """
+    from lastcall.supervisor.rehearsal import drill_report
+    from lastcall.supervisor.rehearsal.play import rehearse
+
+    if not 1 <= workers <= 16:
+        raise UsageError(f"--workers: got {workers}, expected 1 to 16")
+    if junit is not None and not Path(junit).absolute().parent.is_dir():
+        raise UsageError(f"--junit: no directory {str(Path(junit).absolute().parent)!r}; make it first")
+    if junit is not None and Path(junit).is_dir():
+        raise UsageError(f"--junit: {junit!r} is a directory; expected a file")
+    verdicts = []
+    with _interruptible():
+        for verdict in rehearse(target, workers=workers):
+            verdicts.append(verdict)
+            if not as_json:
+                print(drill_report.line(verdict), flush=True)
+    if as_json:
+        print(json.dumps(drill_report.document(target, verdicts), indent=2))
+    if junit is not None:
+        Path(junit).write_text(drill_report.junit(target, verdicts))
+    return 0 if all(verdict.is_good for verdict in verdicts) else 1
+
+
+def _doctor(
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="A worker of it is started, looked at and stopped.")
+    ] = None,
+    workers: Annotated[str | None, typer.Option("--workers", "-w", metavar="N", help="As for run.")] = None,
+    grace: Annotated[str | None, typer.Option(metavar="SECONDS", help="As for run.")] = None,
+    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="As for run.")] = None,
+    control: Annotated[str | None, typer.Option(metavar="PATH", help="As for run.")] = None,
+    receipt: Annotated[str | None, typer.Option(metavar="FILE", help="As for run.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="As for run.")] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="NAME", help="systemd unit to look at.  [the one doctor runs in]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+) -> int:
+    """Check the surroundings: what would cut calls, and what to do about it. Exit 1 on a fail."""
+    # All of it before a signal is an exception: one that comes in the middle of an import may be swallowed.
+    from lastcall.supervisor.doctor import report
+    from lastcall.supervisor.doctor.checks import examine
+    from lastcall.supervisor.doctor.gather import gather
+
+    options = {"target": target, "workers": workers, "grace": grace}
+    options |= {"http": http, "control": control, "receipt": receipt}
+    with _interruptible():
+        findings = examine(gather(options, config_file=config, unit=unit))
+    document = report.document(findings)
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        print("\n".join(map(report.line, findings)))
+    return 0 if document["ok"] else 1

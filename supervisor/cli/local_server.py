@@ -1,0 +1,59 @@
+"""The local servers, each as a process beside a demo or a dev run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lastcall.supervisor.errors import SupervisorError
+
+START = 15.0
+END = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalServer:
+    """A running one, and what it said of itself: its addresses, the variables that point at it."""
+
+    pid: int
+    where: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(self.where["environment"])
+
+
+@asynccontextmanager
+async def local_server(module: str, arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
+    """Run `python -m MODULE` for as long as the block runs. Raises SupervisorError if it won't.
+
+    It is a process of its own, which ends with its standard input, so that it can't outlive us.
+    """
+    process = await asyncio.to_thread(
+        subprocess.Popen,
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        async with asyncio.timeout(START):
+            line = await asyncio.to_thread(process.stdout.readline)
+        if not line:
+            raise SupervisorError(f"{module} did not start; its own message is above")
+        yield LocalServer(pid=process.pid, where=json.loads(line))
+    finally:
+        process.stdin.close()
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END)
+        process.kill()
+        process.stdout.close()

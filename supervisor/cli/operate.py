@@ -1,0 +1,171 @@
+"""The verbs that talk to a running supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from lastcall.supervisor.cli.tables import status_table
+from lastcall.supervisor.errors import NotRunning, Refused
+from lastcall.supervisor.views import control_socket
+
+REFRESH = 0.5
+LOOK_AGAIN = 0.1
+
+Control = Annotated[str, typer.Option("--control", metavar="PATH", help="Control socket of the supervisor.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Return when it is done; non-zero if it failed.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    for name, verb in VERBS.items():
+        app.command(name)(verb)
+
+
+def _socket(control: str) -> Path:
+    if control == "auto":
+        control = os.environ.get("LASTCALL_CONTROL", "auto")
+    return control_socket.find(control)
+
+
+def _status(
+    control: Control = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole document as JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
+) -> None:
+    """Show what a running supervisor does."""
+    path = _socket(control)
+    if watch:
+        _watch(path, as_json)
+        return
+    document = control_socket.ask(path, "status")
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        Console().print(status_table(document))
+
+
+def _watch(path: Path, as_json: bool) -> None:
+    console = Console()
+    document = control_socket.ask(path, "status")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the cursor is to come back
+    try:
+        if as_json or not console.is_terminal:
+            while True:
+                print(json.dumps(document), flush=True)
+                time.sleep(REFRESH)
+                document = control_socket.ask(path, "status")
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(status_table(document), refresh=True)
+                time.sleep(REFRESH)
+                document = control_socket.ask(path, "status")
+    except KeyboardInterrupt:
+        return
+    except NotRunning:
+        console.print("the supervisor has ended")
+
+
+def _drain(control: Control = "auto", wait: Wait = False) -> None:
+    """Stop: as SIGTERM does."""
+    path = _socket(control)
+    control_socket.ask(path, "drain")
+    if not wait:
+        return
+    said = -1
+    while True:
+        try:
+            document = control_socket.ask(path, "status")
+        except NotRunning:
+            print("stopped; the receipt says how it went")
+            return
+        jobs = sum(len(slot["jobs"]) for slot in document["slots"])
+        if jobs != said:
+            said = jobs
+            left = document["grace_left_s"] or 0
+            print(f"{document['phase']}: {jobs} jobs, {left:.0f} s left", flush=True)
+        time.sleep(LOOK_AGAIN)
+
+
+def _hold(control: Control = "auto") -> None:
+    """Accept no new jobs until released; running ones go on."""
+    control_socket.ask(_socket(control), "hold")
+
+
+def _release(control: Control = "auto") -> None:
+    """End a hold."""
+    control_socket.ask(_socket(control), "release")
+
+
+def _reload(control: Control = "auto", wait: Wait = False) -> None:
+    """Roll to the code and configuration that are there now.
+
+    A new worker is started beside each old one, which drains only when the new one has registered and is
+    warm. One that does not become ready is taken down, and the old one keeps serving.
+    """
+    _operate(_socket(control), wait, "reload")
+
+
+def _recycle(
+    slot: Annotated[int, typer.Argument(metavar="SLOT", help="The number of the slot.")],
+    control: Control = "auto",
+    wait: Wait = False,
+) -> None:
+    """Replace the worker of one slot, without a gap."""
+    _operate(_socket(control), wait, "recycle", slot=slot)
+
+
+def _scale(
+    workers: Annotated[int, typer.Argument(metavar="N", help="How many workers there shall be.")],
+    control: Control = "auto",
+    wait: Wait = False,
+) -> None:
+    """Have N workers: start more, or drain the least busy."""
+    _operate(_socket(control), wait, "scale", workers=workers)
+
+
+def _dump(
+    slot: Annotated[int | None, typer.Argument(metavar="SLOT", help="Only this slot.")] = None,
+    control: Control = "auto",
+) -> None:
+    """Have workers write where their main thread is."""
+    answer = control_socket.ask(_socket(control), "dump", **({} if slot is None else {"slot": slot}))
+    print("written to standard error by slot " + ", ".join(map(str, answer["slots"])))
+
+
+def _operate(path: Path, wait: bool, verb: str, **arguments: Any) -> None:
+    operation = control_socket.ask(path, verb, **arguments)
+    if not wait:
+        print(f"{verb} has begun, operation {operation['id']}; lastcall status shows it")
+        return
+    said = -1
+    while operation["state"] == "running":
+        if operation["done"] != said:
+            said = operation["done"]
+            print(f"{verb}: {said} of {operation['of']} done", flush=True)
+        time.sleep(LOOK_AGAIN)
+        operation = control_socket.ask(path, "operation", id=operation["id"])
+    if operation["state"] == "failed":
+        raise Refused(f"{verb} failed: {operation['reason']}")
+    print(f"{verb}: {operation['done']} of {operation['of']} done", flush=True)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "status": _status,
+    "drain": _drain,
+    "hold": _hold,
+    "release": _release,
+    "reload": _reload,
+    "recycle": _recycle,
+    "scale": _scale,
+    "dump": _dump,
+}

@@ -1,0 +1,226 @@
+"""The command line: what `lastcall --help` says, and nothing that does not work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lastcall.supervisor import config as configuration
+from lastcall.supervisor.cli import deployment
+from lastcall.supervisor.errors import ConfigError, UsageError
+from lastcall.supervisor.signals import Inbox
+
+# typer's newer versions carry a click of their own, so the class is taken from what typer exports.
+CommandLineError: Any = typer.BadParameter.__base__
+
+HELP = "Run LiveKit agent workers so that a stop cuts no call."
+
+RUN_HELP = """Run workers under supervision.
+
+TARGET is path.py, path.py:attr or module:attr; attr is an AgentServer, a WorkerOptions, or a function that
+returns one. After -- any command is run as an opaque worker: it gets SIGTERM, the deadline and the sweep.
+
+SIGTERM (or SIGINT, or one Ctrl-C) stops: no new dispatch is accepted, running jobs end by themselves within
+the grace, everything is closed, and a receipt says how it went. Repeats change nothing. Exit codes: 0 clean,
+75 a job was cut or something forced, 69 gave up, 78 wrong configuration or target, 70 a fault of lastcall.
+"""
+
+
+class _Session:
+    """What a verb is given beside its options, and what it wants to have run in the loop afterwards."""
+
+    def __init__(self, inbox: Inbox | None, command: list[str]) -> None:
+        self.inbox = inbox
+        self.command = command
+        self.work: Coroutine[Any, Any, int] | None = None
+
+
+app = typer.Typer(
+    help=HELP,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lastcall.supervisor.receipt import versions
+
+        print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print versions and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Have the verbs share one root."""
+
+
+@app.command("run", help=RUN_HELP)
+def _run(
+    context: typer.Context,
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option("--workers", "-w", metavar="N", help="Workers to keep up.  [1]")
+    ] = None,
+    grace: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="What a whole stop may take.  [3600]")
+    ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="For /livez /readyz /status /metrics, or off.  [127.0.0.1:8080]"
+        ),
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Control socket.  [auto: in a directory of the user's own]"),
+    ] = None,
+    receipt: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where to write the receipt, besides the log.")
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="auto, json or console.  [auto]")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Configuration.  [lastcall.toml, or [tool.lastcall] of pyproject.toml]"
+        ),
+    ] = None,
+) -> None:
+    session: _Session = context.obj
+    flags: dict[str, Any] = {
+        "target": target,
+        "workers": workers,
+        "grace": grace,
+        "http": http,
+        "control": control,
+        "receipt": receipt,
+        "log_format": log_format,
+        "command": session.command or None,
+    }
+    if target and session.command:
+        raise UsageError(f"both a target ({target!r}) and a command after --; expected one of them")
+    loaded = configuration.load(flags, os.environ, file=config)
+    if loaded.target and loaded.command:
+        raise ConfigError("both target and command are configured; expected one of them")
+    if not loaded.target and not loaded.command:
+        raise UsageError(
+            "nothing to run: expected TARGET (path.py, path.py:attr or module:attr), or -- CMD ARG…"
+        )
+    from lastcall.supervisor.app import App
+    from lastcall.supervisor.environment import surroundings
+
+    def reread() -> configuration.Config:
+        return configuration.load(flags, os.environ, file=config)
+
+    assert session.inbox is not None
+    session.work = App(loaded, session.inbox, surroundings(), reread=reread).run()
+
+
+@app.command("dev")
+def _dev(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
+    grace: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="What a stop, and an old worker, may take.  [10]")
+    ] = None,
+    env_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="KEY=value lines for the worker, read at each reload.")
+    ] = None,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="For /status and the like, or off.  [a free port]")
+    ] = None,
+    control: Annotated[str | None, typer.Option(metavar="PATH", help="Control socket.  [auto]")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Configuration.")] = None,
+) -> None:
+    """Develop: one worker, replaced whenever a source file here changes.
+
+    A running call finishes on the old code. Without LIVEKIT_URL a local dispatch server is used, which sends
+    each new worker one call in a mock room. Ctrl-C drains briefly, a second one kills.
+    """
+    from lastcall.supervisor.cli.dev import defaults, dev
+
+    flags = {"target": target, "grace": grace, "env_file": env_file, "http": http, "control": control}
+
+    def load() -> configuration.Config:
+        return configuration.load(flags, os.environ, file=config, defaults=defaults())
+
+    session: _Session = context.obj
+    assert session.inbox is not None
+    session.work = dev(session.inbox, load, directory=Path.cwd().resolve())
+
+
+@app.command("demo")
+def _demo(
+    context: typer.Context,
+    seconds: Annotated[float | None, typer.Option(help="Stop by itself after so many seconds.")] = None,
+    workers: Annotated[int, typer.Option("--workers", "-w", help="Workers to run.")] = 2,
+    rate: Annotated[float, typer.Option(help="Dispatches a second.")] = 1.0,
+) -> None:
+    """Show it: local servers, a sample agent, calls flowing. Ctrl-C shows the whole stop."""
+    from lastcall.supervisor.cli.demo import demo
+
+    session: _Session = context.obj
+    assert session.inbox is not None
+    if workers < 1 or not 0 < rate < 1000 or (seconds is not None and not 0 < seconds < float("inf")):
+        raise UsageError("--workers, --rate and --seconds: expected more than 0, and a rate below 1000")
+    session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
+
+
+deployment.register(app)
+
+
+def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any, int]:
+    """Run one verb and return its exit code, or, for one that supervises, what is to be awaited for it.
+
+    Raises UsageError, ConfigError and NotRunning.
+    """
+    command: list[str] = []
+    if "--" in arguments:
+        # Taken apart here: click would join both sides, and the command's own flags must stay its own.
+        at = arguments.index("--")
+        arguments, command = arguments[:at], arguments[at + 1 :]
+        if not command:
+            raise UsageError("no command after --; expected -- CMD ARG…")
+    asked_for_nothing = not arguments
+    if asked_for_nothing:
+        arguments = ["--help"]
+    if arguments[0] not in (
+        "run",
+        "demo",
+        "dev",
+    ):  # rich, which the others need, costs a supervisor megabytes
+        from lastcall.supervisor.cli import operate
+
+        operate.add_to(app)
+    root = typer.main.get_command(app)
+    session = _Session(inbox, command)
+    try:
+        result = root.main(
+            args=arguments,
+            prog_name="lastcall",
+            standalone_mode=False,
+            obj=session,
+        )
+    except CommandLineError as error:
+        message = error.format_message().rstrip(".")
+        end = "" if message.endswith("?") else "."
+        raise UsageError(f"{message}{end} See lastcall --help.") from None
+    except typer.Abort:
+        return 130
+    if session.work is not None:
+        return session.work
+    return 2 if asked_for_nothing else int(result or 0)

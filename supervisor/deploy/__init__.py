@@ -1,0 +1,1 @@
+"""Units, images and manifests, rendered from one description of the service."""

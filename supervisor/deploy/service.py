@@ -1,0 +1,135 @@
+"""The service that every artefact describes: one value, and the timers that all of them are derived from.
+
+    signal                                                  end of grace     the platform's SIGKILL
+    |-- preStop -->|-- grace (fence, drain, …, sweep) ------------>|-- margin -->|
+                   SIGTERM reaches the supervisor
+
+Only Kubernetes has a preStop, and counts it. Nothing here reads the machine; the verb does.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+from dataclasses import dataclass, field
+
+from lastcall.supervisor.config import Start
+from lastcall.supervisor.errors import UsageError
+from lastcall.worker.base.budget import Shares
+
+MARGIN = 30
+GRACE = 3600.0
+# A job's shutdown callbacks run 15 s after it was asked to end, and the last 5 s of the share aren't its own.
+CALLBACKS_NEED = 18.0
+
+NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")
+IMAGE = re.compile(r"[A-Za-z0-9][\w.\-/:@]*")
+HIDDEN = ("/tmp", "/var/tmp")
+HOMES = ("/home", "/root", "/run/user")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timers:
+    """Seconds. Every kill timer that lastcall prints is one of these properties."""
+
+    grace: float = GRACE
+    pre_stop: int = 0
+    margin: int = MARGIN
+
+    @property
+    def kill_after(self) -> int:
+        """From SIGTERM to the platform's SIGKILL."""
+        return math.ceil(self.grace) + self.margin
+
+    @property
+    def pod_kill_after(self) -> int:
+        """The same on Kubernetes, whose clock starts before preStop."""
+        return self.pre_stop + self.kill_after
+
+    @property
+    def close_share(self) -> float:
+        """What jobs that outlast the drain have to end in, before the shares are configured otherwise."""
+        return Shares().within(self.grace).close
+
+    @property
+    def warning(self) -> str:
+        """A line when grace is too short for jobs that are cut to end well; else empty."""
+        if self.close_share >= CALLBACKS_NEED:
+            return ""
+        return (
+            f"a grace of {seconds(self.grace)} s leaves a job that has to be cut {self.close_share:.0f} s,"
+            f" less than {CALLBACKS_NEED:.0f} s: its shutdown callbacks may not run"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What is to be run, and where from. Raises UsageError for a value that no platform would take."""
+
+    target: str
+    name: str = "lastcall"
+    image: str = ""
+    program: str = "/usr/local/bin/lastcall"
+    directory: str = "/"
+    workers: int = 1
+    timers: Timers = field(default_factory=Timers)
+    # The command that prints the artefact; its first line, so that a file says where it came from.
+    printed_by: str = ""
+
+    def __post_init__(self) -> None:
+        if not is_target(self.target):
+            raise UsageError(f"{self.target!r} is no target: expected path.py, path.py:attr or module:attr")
+        if not NAME.fullmatch(self.name):
+            raise UsageError(
+                f"--name: got {self.name!r}, expected a-z, 0-9 and -, at most 53, as Kubernetes wants names"
+            )
+        if self.image and not IMAGE.fullmatch(self.image):
+            raise UsageError(f"--image: got {self.image!r}, expected an image reference, as in agent:1.4")
+        if self.workers < 1:
+            raise UsageError(f"--workers: got {self.workers}, expected 1 or more")
+        if not 0 < self.timers.grace <= 10_000_000:
+            raise UsageError(f"--grace: got {self.timers.grace:g}, expected more than 0 and at most 10000000")
+
+    @property
+    def image_or_default(self) -> str:
+        return self.image or f"{self.name}:latest"
+
+    @property
+    def target_file(self) -> str:
+        """The absolute path of the target's file, or nothing for a module."""
+        head = self.target.partition(":")[0]
+        return posixpath.normpath(posixpath.join(self.directory, head)) if head.endswith(".py") else ""
+
+    @property
+    def start_timeout(self) -> int:
+        """Seconds until every worker has registered, or has been given up."""
+        start = Start()
+        return math.ceil(start.timeout + start.stagger * (self.workers - 1)) + MARGIN
+
+    @property
+    def header(self) -> str:
+        """The first comment lines of every artefact."""
+        lines = [f"# {self.printed_by}"] if self.printed_by else []
+        if self.timers.warning:
+            lines.append(f"# Note: {self.timers.warning}.")
+        return "".join(line + "\n" for line in lines)
+
+
+def is_target(text: str) -> bool:
+    """Tell whether the text has one of TARGET's three forms; whether it exists is asked where it runs."""
+    head, colon, attribute = text.partition(":")
+    if "\n" in text or (colon and not attribute.isidentifier()):
+        return False
+    if head.endswith(".py"):
+        return head != ".py"
+    return bool(colon) and all(part.isidentifier() for part in head.split("."))
+
+
+def is_below(path: str, roots: tuple[str, ...]) -> bool:
+    return any(path == root or path.startswith(root + "/") for root in roots)
+
+
+def seconds(value: float) -> str:
+    """Write a number of seconds as an option takes it, never as 3.6e+03."""
+    return str(int(value)) if value == int(value) else str(value)

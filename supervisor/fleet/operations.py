@@ -1,0 +1,222 @@
+"""What an operator asks of a running supervisor beside a stop: reload, recycle, scale.
+
+Each runs in the background and has a record; whoever asked may look at it until it is done. Replacements
+that are asked for, or due, share `max_surge`, so that no more workers start at a time than the host was
+meant to bear; those that make up for a lost or stalled worker do not wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lastcall.supervisor.config import Config
+from lastcall.supervisor.errors import ConfigError, Refused
+from lastcall.supervisor.fleet.fleet import Fleet, pick_victims
+from lastcall.supervisor.fleet.slot import Slot
+from lastcall.supervisor.processes.launch import Launcher
+from lastcall.worker.base.clock import now
+
+KEPT = 16
+
+
+@dataclass(slots=True, kw_only=True)
+class Operation:
+    """One thing asked for. `done` of `of` slots have been dealt with."""
+
+    id: int
+    verb: str
+    state: Literal["running", "done", "failed"] = "running"
+    reason: str = ""
+    done: int = 0
+    of: int = 0
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Program = tuple[Config, Launcher]
+Work = Coroutine[Any, Any, str]
+
+
+class Operations:
+    """Runs operations on one fleet; `program` reads what a reload is to start, and may raise ConfigError.
+
+    None needs to be told of a stop: the slots that it waits for end in it, and say so.
+    """
+
+    def __init__(self, fleet: Fleet, *, program: Callable[[], Program], log: Any) -> None:
+        self.recent: deque[Operation] = deque(maxlen=KEPT)
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.on_reload: Callable[[int], None] = lambda _by: None
+        self._fleet = fleet
+        self._program = program
+        self._log = log
+        self._ids = 0
+        self._group: asyncio.TaskGroup | None = None
+        self._reloading = asyncio.Lock()
+        self._scaling = asyncio.Lock()
+        self._queued_reload: Operation | None = None
+        self._surge = asyncio.Semaphore(fleet.config.reload.max_surge)
+
+    async def run(self) -> None:
+        """Own the tasks of all operations, until a stop has begun and they have seen it."""
+        async with asyncio.TaskGroup() as self._group:
+            await self._fleet.changed.until(lambda: self._fleet.is_stopping)
+
+    # -- what may be asked for ------------------------------------------------------------------------
+
+    def reload(self) -> Operation:
+        """Replace every worker by one of the code and configuration that are there now. Raises Refused."""
+        if self._queued_reload is not None:
+            return self._queued_reload  # it has not begun, and will read everything afresh when it does
+        operation = self._begin("reload", of=len(self._fleet.slots))
+        self._queued_reload = operation
+        self._do(operation, self._reload(operation))
+        return operation
+
+    def recycle(self, number: int, reason: str = "recycle") -> Operation:
+        """Replace the worker of one slot by one of the same program. Raises Refused."""
+        slot = self._fleet.slot(number)
+        if slot is None:
+            known = ", ".join(str(slot.number) for slot in self._fleet.slots)
+            raise Refused(f"there is no slot {number}; expected one of {known}")
+        operation = self._begin("recycle", of=1)
+        self._do(operation, self._recycle(operation, slot, reason))
+        return operation
+
+    def scale(self, workers: int) -> Operation:
+        """Have so many workers: start more, or drain some. Raises Refused."""
+        if not 1 <= workers <= 1000:
+            raise Refused(f"{workers} workers; expected 1 to 1000 (hold pauses them all, drain stops)")
+        operation = self._begin("scale", of=abs(workers - self.wanted))
+        self._do(operation, self._scale(operation, workers))
+        return operation
+
+    @property
+    def wanted(self) -> int:
+        """How many slots there are, not counting those that are being taken away."""
+        return sum(not slot.is_stopping for slot in self._fleet.slots)
+
+    def find(self, id: int) -> Operation:
+        """Return a recent operation. Raises Refused when it is too long ago, or never was."""
+        for operation in self.recent:
+            if operation.id == id:
+                return operation
+        raise Refused(f"no operation {id} among the last {KEPT}")
+
+    # -- how it is done -------------------------------------------------------------------------------
+
+    def _begin(self, verb: str, *, of: int) -> Operation:
+        if self._fleet.is_stopping or self._group is None:
+            raise Refused(f"{verb}: the supervisor is stopping")
+        self._ids += 1
+        operation = Operation(id=self._ids, verb=verb, of=of)
+        self.recent.append(operation)
+        return operation
+
+    def _do(self, operation: Operation, work: Work) -> None:
+        assert self._group is not None
+        self._group.create_task(self._follow(operation, work), name=f"{operation.verb}-{operation.id}")
+
+    async def _follow(self, operation: Operation, work: Work) -> None:
+        self._log.info(operation.verb + " begins", operation=operation.id, slots=operation.of)
+        began = now()
+        try:
+            operation.reason = await work
+        except Exception as error:  # a fault of ours in an operation must not take the workers with it
+            operation.reason = f"fault in lastcall: {error!r}"
+            self._log.error("fault in lastcall", operation=operation.id, exc_info=True)
+        operation.state = "failed" if operation.reason else "done"
+        self.counts[operation.verb, operation.state] += 1
+        seconds = round(now() - began, 3)
+        if operation.reason:
+            self._log.error(
+                operation.verb + " failed", operation=operation.id, reason=operation.reason, seconds=seconds
+            )
+        else:
+            self._log.info(operation.verb + " done", operation=operation.id, seconds=seconds)
+        self._fleet.changed.notify()
+
+    async def _reload(self, operation: Operation) -> str:
+        async with self._reloading:
+            self._queued_reload = None
+            self.on_reload(1)
+            try:
+                return await self._roll(operation)
+            finally:
+                self.on_reload(-1)
+
+    async def _roll(self, operation: Operation) -> str:
+        try:
+            config, launcher = self._program()
+        except ConfigError as error:
+            return str(error)
+        slots = [slot for slot in self._fleet.slots if not slot.is_stopping]
+        operation.of = len(slots)
+        if not slots:
+            return "the supervisor is stopping"
+        wanted, before = self.wanted, self._fleet.config.workers
+        # One slot goes first: if the new program is no good, it is the only one that has tried it.
+        why = await self._replace(operation, slots[0], launcher, "reload")
+        if why:
+            return f"the old program keeps serving: {why}"
+        self._fleet.commit(config, launcher)
+        async with asyncio.TaskGroup() as group:
+            rest = [
+                group.create_task(self._replace(operation, slot, launcher, "reload")) for slot in slots[1:]
+            ]
+        reasons = [task.result() for task in rest if task.result()]
+        if config.workers != before and wanted == before:
+            operation.of += abs(config.workers - wanted)
+            await self._resize(operation, config.workers)
+        return "; ".join(reasons)
+
+    async def _recycle(self, operation: Operation, slot: Slot, reason: str) -> str:
+        if slot.is_stopping:
+            return f"slot {slot.number} is being taken away"
+        return await self._replace(operation, slot, self._fleet.launcher, reason)
+
+    async def _replace(self, operation: Operation, slot: Slot, launcher: Launcher, reason: str) -> str:
+        async with self._surge:
+            if slot.is_stopping:
+                return ""  # scaled away meanwhile
+            why = await slot.replace(reason, launcher)
+        operation.done += not why
+        return f"slot {slot.number}: {why}" if why else ""
+
+    async def _scale(self, operation: Operation, workers: int) -> str:
+        async with self._scaling:
+            operation.of = abs(workers - self.wanted)
+            return await self._resize(operation, workers)
+
+    async def _resize(self, operation: Operation, workers: int) -> str:
+        more = workers - self.wanted
+        for _ in range(more):
+            async with self._surge:
+                slot = await self._fleet.grow()
+                if slot is None:
+                    return "the supervisor is stopping"
+                why = await _first_start(slot)
+            if why:
+                return f"slot {slot.number}: {why}"
+            operation.done += 1
+        victims = pick_victims(self._fleet.slots, -more) if more < 0 else []
+        async with asyncio.TaskGroup() as group:
+            for victim in victims:
+                group.create_task(self._shrink(operation, victim))
+        return ""
+
+    async def _shrink(self, operation: Operation, slot: Slot) -> None:
+        await self._fleet.shrink(slot, "scaled down")
+        operation.done += 1
+
+
+async def _first_start(slot: Slot) -> str:
+    """Wait until a new slot's worker has taken up its work; return why it has not."""
+    first = slot.current
+    await slot.changed.until(lambda: first.is_usable or first.ended or (first.is_opaque and first.was_ready))
+    return first.last_exit if first.ended else ""

@@ -1,0 +1,161 @@
+"""Watches the beats: whose loop is stuck, and whose time has come.
+
+A worker beats every `[stall] beat` seconds. One that has missed `misses` of them is stalled: what can be
+seen of it is logged, a replacement is started, and it is let go once that has taken over, its jobs with time
+to end. A supervisor that was itself stopped, or starved, finds every beat late and none of the workers to
+blame: a look that comes late by more than a beat judges nobody, and the sockets are read before anyone is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from lastcall.supervisor.config import Recycle
+from lastcall.supervisor.fleet.fleet import Fleet
+from lastcall.supervisor.fleet.generation import Generation
+from lastcall.supervisor.fleet.operations import Operations
+from lastcall.supervisor.fleet.slot import Slot
+from lastcall.supervisor.fleet.states import SlotEvent, SlotState
+from lastcall.supervisor.processes import descendants
+from lastcall.worker.base.clock import now
+
+# A replacement that did not come about is tried again after so many seconds.
+TRY_AGAIN = 60.0
+# Turns of the loop in which whatever has arrived is read.
+READ_TURNS = 3
+AGE_JITTER = 0.1
+LOOKED_AT = frozenset({SlotState.READY, SlotState.DRAINING, SlotState.CLOSING})
+
+
+class Watch:
+    """Looks at every generation that beats, as seldom as it can."""
+
+    def __init__(self, fleet: Fleet, operations: Operations, *, log: Any) -> None:
+        self.stalls = 0
+        self._fleet = fleet
+        self._operations = operations
+        self._log = log
+        self._not_before: dict[int, float] = {}
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with asyncio.TaskGroup() as self._group:
+            while True:
+                await self._fleet.changed.until(lambda: any(self._beating()))
+                due = self._next_look()
+                await asyncio.sleep(max(0.0, due - now()))
+                if now() - due > self._fleet.config.stall.beat:
+                    continue  # we are late ourselves
+                for _ in range(READ_TURNS):
+                    await asyncio.sleep(0)
+                self._look()
+
+    def _beating(self) -> list[Generation]:
+        """Return the generations that owe a beat."""
+        return [
+            generation
+            for generation in self._fleet.generations
+            if generation.reports.beat is not None and generation.state in LOOKED_AT
+        ]
+
+    def _next_look(self) -> float:
+        stall = self._fleet.config.stall
+        patience = stall.beat * stall.misses
+        beating = self._beating()
+        if any(generation.is_silent for generation in beating):
+            return now() + stall.beat  # the processes of its jobs tell nobody when they end
+        dues = [g.reports.beat.at + patience for g in beating if g.reports.beat is not None]
+        return max(min(dues, default=now() + patience), now() + stall.beat)
+
+    def _look(self) -> None:
+        stall = self._fleet.config.stall
+        for slot in list(self._fleet.slots):
+            for generation in slot.generations:
+                beat = generation.reports.beat
+                if beat is None or generation.state not in LOOKED_AT:
+                    continue
+                if now() - beat.at >= stall.beat * stall.misses:
+                    self._found_silent(slot, generation)
+                elif generation is slot.current and not self._fleet.is_stopping:
+                    self._recycle_if_due(slot, generation)
+
+    # -- stuck ----------------------------------------------------------------------------------------
+
+    def _found_silent(self, slot: Slot, generation: Generation) -> None:
+        if not generation.is_silent:
+            generation.is_silent = True
+            self.stalls += 1
+            self._show(generation)
+            if generation.state is SlotState.READY:
+                assert generation.reports.beat is not None
+                generation.change(SlotEvent.STALL, last_beat_s=round(now() - generation.reports.beat.at, 1))
+                if not self._fleet.is_stopping:
+                    self._group.create_task(self._replace(slot, generation), name=f"stalled-{slot.number}")
+        generation.changed.notify()
+
+    def _show(self, generation: Generation) -> None:
+        """Have the stuck loop's stack written, or say why there is none."""
+        assert generation.pid is not None
+        state, where = descendants.look_at(generation.pid)
+        if state == "stopped":
+            self._log.warning(
+                "worker is stopped: no stack to show", slot=generation.slot, pid=generation.pid, state=state
+            )
+            return
+        self._log.warning(
+            "worker does not beat: its stack follows on its standard error",
+            slot=generation.slot,
+            pid=generation.pid,
+            state=state,
+            waits_in=where,
+        )
+        generation.dump()
+
+    async def _replace(self, slot: Slot, stalled: Generation) -> None:
+        why = await slot.replace(
+            "stalled", self._fleet.launcher, is_wanted=lambda: stalled.is_silent and not stalled.ended
+        )
+        if not why or self._fleet.is_stopping or stalled.ended:
+            return
+        if not stalled.is_silent:
+            self._log.info("worker beats again and is kept", slot=slot.number)
+            return
+        # Nothing better can be had. It is ended all the same, and the slot's back-off does the rest.
+        self._log.error("stalled worker could not be replaced", slot=slot.number, reason=why)
+        due = now() + self._fleet.config.stall.grace
+        await slot.changed.until(
+            lambda: stalled.ended or not stalled.is_silent or not stalled.has_living_jobs(), lambda: due
+        )
+        if stalled.is_silent and not stalled.ended and not self._fleet.is_stopping:
+            stalled.change(SlotEvent.KILL, reason="stalled")
+            stalled.kill()
+
+    # -- due ------------------------------------------------------------------------------------------
+
+    def _recycle_if_due(self, slot: Slot, generation: Generation) -> None:
+        reason = why_recycle(self._fleet.config.recycle, generation, self._age_factor(generation))
+        if not reason or now() < self._not_before.get(slot.number, 0.0):
+            return
+        self._not_before[slot.number] = now() + TRY_AGAIN
+        self._operations.recycle(slot.number, reason)
+
+    def _age_factor(self, generation: Generation) -> float:
+        """Spread the ages of workers that were started together; the same each time for one worker."""
+        seed = f"{generation.slot}:{generation.number}:{generation.ready_at}"
+        return 1 - AGE_JITTER * random.Random(seed).random()
+
+
+def why_recycle(limits: Recycle, generation: Generation, age_factor: float = 1.0) -> str:
+    """Return which limit a worker has reached, or nothing."""
+    beat = generation.reports.beat
+    if generation.ready_at is None or beat is None:
+        return ""
+    if limits.max_age and now() - generation.ready_at >= limits.max_age * age_factor:
+        return f"recycle: older than {limits.max_age:g} s"
+    if limits.max_jobs and generation.reports.jobs_started >= limits.max_jobs:
+        return f"recycle: {generation.reports.jobs_started} jobs"
+    if limits.max_rss_mb and beat.rss_bytes >= limits.max_rss_mb * 1_000_000:
+        return f"recycle: {beat.rss_bytes // 1_000_000} MB"
+    return ""

@@ -1,1 +1,0 @@
-"""What each platform is told so that its kill timer never comes before the end of grace."""

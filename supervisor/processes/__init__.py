@@ -1,0 +1,1 @@
+"""One edge of the operating system each: children, their output, their descendants, their end."""

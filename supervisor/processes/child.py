@@ -1,0 +1,107 @@
+"""One child process: started by posix_spawn in a session of its own, signalled and watched by its pidfd.
+
+posix_spawn and not fork: the supervisor has threads, and the child's signal mask and dispositions are part
+of the call, so that there is no instant in which they are wrong. The pidfd makes signalling safe against a
+pid that has been given to somebody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
+
+# Above every number that a child is given, so that no dup2 in the child overwrites one still needed.
+HIGH_FD = 64
+
+
+def high(fd: int) -> int:
+    """Move a descriptor above the numbers that children use; it is not inheritable."""
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
+    os.close(fd)
+    return moved
+
+
+def pipe() -> tuple[int, int]:
+    """Return read and write end of a pipe, both out of the way of children's descriptors."""
+    read, write = os.pipe()
+    return high(read), high(write)
+
+
+class Child:
+    """A running or ended child. `status` is None while it runs."""
+
+    def __init__(self, pid: int, reaper: Reaper, on_exit: Callable[[ExitStatus], None]) -> None:
+        self.pid = pid
+        self.status: ExitStatus | None = None
+        self._reaper = reaper
+        self._on_exit = on_exit
+        self._pidfd: int | None = None
+        reaper.own(pid, self._ended)
+        with contextlib.suppress(OSError):  # a kernel without pidfds: SIGCHLD alone has to do
+            self._pidfd = os.pidfd_open(pid)
+        if self._pidfd is not None:
+            asyncio.get_running_loop().add_reader(self._pidfd, reaper.collect_one, pid)
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal the process itself; nothing happens when it has ended."""
+        if self.status is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+            else:
+                os.kill(self.pid, number)  # not reaped yet, so the pid is still its own
+
+    def _ended(self, status: ExitStatus) -> None:
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+        self.status = status
+        self._on_exit(status)
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    blocked: Iterable[signal.Signals],
+    reaper: Reaper,
+    on_exit: Callable[[ExitStatus], None],
+) -> Child:
+    """Start a program in its own session, with exactly these descriptors (child's number: ours).
+
+    `blocked` is the child's whole signal mask. Raises SpawnError when there is no such program, or it may
+    not be run, or the system has no room for it.
+    """
+    path = shutil.which(argv[0], path=environment.get("PATH", os.defpath))
+    if path is None:
+        raise SpawnError(
+            f"{argv[0]!r} is no program that can be run: no such file in PATH, or not executable"
+        )
+    actions: list[tuple[int, int, int]] = []
+    for number, fd in sorted(descriptors.items()):
+        actions.append((os.POSIX_SPAWN_DUP2, fd, number))
+    try:
+        pid = os.posix_spawn(
+            path,
+            list(argv),
+            dict(environment),
+            file_actions=actions,
+            setsid=True,
+            setsigmask=list(blocked),
+            # Python ignores these two; a program that expects the default would not end on a broken pipe.
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+        )
+    except OSError as error:
+        raise SpawnError(f"{argv[0]!r} can't be started: {error.strerror}") from error
+    return Child(pid, reaper, on_exit)

@@ -1,0 +1,151 @@
+"""How a worker is started: its command, environment and descriptors.
+
+    child's number   what
+    0                /dev/null
+    1, 2             pipes that the supervisor reads
+    3                its end of the control socketpair
+    4, 5             read ends of its own 1 and 2, for when the supervisor is gone
+    6                the lifeline, if there is a companion
+
+An opaque worker gets the first two rows only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.processes.child import Child, high, pipe, spawn
+from lastcall.supervisor.processes.descendants import MARK, mark_of
+from lastcall.supervisor.processes.output_reader import Relay
+from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
+from lastcall.supervisor.signals import SHIELDED
+
+CONTROL_FD = 3
+OUTPUT_FDS = (4, 5)
+LIFELINE_FD = 6
+# Of a terminal: cyan, yellow, magenta, green, blue; not red, which is for what is wrong.
+COLOURS = (36, 33, 35, 32, 34)
+# Meant for the supervisor alone: whoever inherits one would answer in its name.
+NOT_INHERITED = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Launched:
+    """A started worker and our ends of what connects us. `control` is None for an opaque one."""
+
+    child: Child
+    control: socket.socket | None
+    relays: tuple[Relay, Relay]
+    mark: str
+    scratch: str
+
+    def close(self) -> None:
+        """Let go of our ends, and remove what the worker kept its sockets in."""
+        for relay in self.relays:
+            relay.close()
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove the directory of a worker that has ended: what was killed could not do so itself."""
+        if self.scratch:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """Starts workers that are all alike."""
+
+    target: str
+    command: Sequence[str]
+    supervisor_id: str
+    environment: Mapping[str, str]
+    settings: Mapping[str, object]
+    reaper: Reaper
+    prefixes: bool
+    # A pipe's end that workers hold for as long as they live; the companion has the other.
+    lifeline: int | None
+    write_output: Callable[[bytes], None]
+    write_errors: Callable[[bytes], None]
+
+    @property
+    def is_opaque(self) -> bool:
+        return bool(self.command)
+
+    def start(self, slot: int, generation: int, on_exit: Callable[[ExitStatus], None]) -> Launched:
+        """Start one worker. Raises SpawnError."""
+        mark = mark_of(self.supervisor_id, slot, generation)
+        environment = {k: v for k, v in self.environment.items() if k not in NOT_INHERITED}
+        environment[MARK] = mark
+        ours: list[int] = []
+        theirs: dict[int, int] = {}
+        control = None
+        scratch = ""
+        try:
+            null = high(os.open(os.devnull, os.O_RDONLY))
+            out, out_write = pipe()
+            err, err_write = pipe()
+            ours += [out, err]
+            theirs = {0: null, 1: out_write, 2: err_write}
+            argv = self.command
+            if not self.is_opaque:
+                scratch = tempfile.mkdtemp(prefix="lastcall-")
+                control, far = socket.socketpair()
+                theirs[CONTROL_FD] = high(far.detach())
+                if self.lifeline is not None:
+                    theirs[LIFELINE_FD] = high(os.dup(self.lifeline))
+                settings = {
+                    **self.settings,
+                    "control_fd": CONTROL_FD,
+                    "output_fds": OUTPUT_FDS,
+                    "lifeline_fd": LIFELINE_FD if self.lifeline is not None else None,
+                    "slot": slot,
+                    "generation": generation,
+                    "scratch": scratch,
+                }
+                environment["LASTCALL_WORKER"] = json.dumps(settings)
+                environment.setdefault("PYTHONUNBUFFERED", "1")
+                argv = [sys.executable, "-P", "-m", "lastcall.worker", self.target]
+            child = spawn(
+                argv,
+                environment=environment,
+                descriptors=theirs if self.is_opaque else theirs | dict(zip(OUTPUT_FDS, ours, strict=True)),
+                blocked=() if self.is_opaque else SHIELDED,
+                reaper=self.reaper,
+                on_exit=on_exit,
+            )
+        except (OSError, SpawnError) as error:
+            for fd in ours:
+                os.close(fd)
+            if control is not None:
+                control.close()
+            if scratch:
+                os.rmdir(scratch)
+            if isinstance(error, SpawnError):
+                raise
+            raise SpawnError(f"no room for another worker: {error.strerror}") from error
+        finally:
+            for fd in theirs.values():
+                os.close(fd)
+        prefix = _prefix(slot, generation) if self.prefixes else b""
+        relays = (Relay(out, self.write_output, prefix), Relay(err, self.write_errors, prefix))
+        return Launched(child=child, control=control, relays=relays, mark=mark, scratch=scratch)
+
+
+def _prefix(slot: int, generation: int) -> bytes:
+    colour = COLOURS[slot % len(COLOURS)]
+    return f"\x1b[{colour}m{slot}.{generation} |\x1b[0m ".encode()

@@ -1,0 +1,1 @@
+"""What is shown of a running supervisor, and over which sockets it can be asked."""

@@ -1,0 +1,66 @@
+"""HTTP for probes and scrapes: /livez, /readyz, /status, /metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from lastcall.supervisor.errors import ConfigError
+from lastcall.supervisor.views.metrics import CONTENT_TYPE, Metrics
+from lastcall.supervisor.views.status import View
+
+
+@asynccontextmanager
+async def serve(address: str, view: View) -> AsyncIterator[str]:
+    """Serve on HOST:PORT for as long as the block runs; "off" serves nothing.
+
+    Yields the address in use. Raises ConfigError when it is taken or does not exist.
+    """
+    if address == "off":
+        yield address
+        return
+    host, _, port = address.rpartition(":")
+    runner = web.AppRunner(_app(view), access_log=None, handle_signals=False, shutdown_timeout=0.2)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host.strip("[]"), int(port)).start()
+        except OSError as error:
+            raise ConfigError(
+                f"http: {address} can't be used: {error.strerror or error};"
+                " give another HOST:PORT by --http, or --http off"
+            ) from error
+        yield f"{host}:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def _app(view: View) -> web.Application:
+    metrics = Metrics(view)
+
+    async def livez(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")  # that this is answered at all is the answer
+
+    async def readyz(_: web.Request) -> web.Response:
+        reason = view.unready_because()
+        return web.Response(status=503 if reason else 200, text=(reason or "ok") + "\n")
+
+    async def status(_: web.Request) -> web.Response:
+        return web.json_response(view.document(), dumps=lambda value: json.dumps(value, indent=2))
+
+    async def scrape(_: web.Request) -> web.Response:
+        return web.Response(body=await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    app = web.Application()
+    app.add_routes(
+        [
+            web.get("/livez", livez),
+            web.get("/readyz", readyz),
+            web.get("/status", status),
+            web.get("/metrics", scrape),
+        ]
+    )
+    return app

@@ -1,0 +1,167 @@
+"""`lastcall_*` metrics, collected from the live state at each scrape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+
+from lastcall.supervisor.fleet.states import SlotState
+from lastcall.supervisor.processes import descendants
+from lastcall.supervisor.views.status import View
+from lastcall.supervisor.views.worker_metrics import Joined
+from lastcall.worker.base.clock import now
+
+LABELS = ["slot", "generation"]
+# How long a scrape waits for the workers, seconds.
+WORKERS = 0.3
+POOL_GAUGES = {
+    "connections": "Connections to Inworld that are open.",
+    "contexts": "Contexts that Inworld counts.",
+    "waiters": "Creates that wait for capacity.",
+}
+# Since the broker of this moment was started.
+POOL_COUNTERS = {
+    "granted": "Contexts that were given capacity.",
+    "wait_seconds": "Time that creates have waited for capacity.",
+    "refusals": "Connections that Inworld refused.",
+    "retries": "Dials and creates that were tried again.",
+}
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Collector:
+    """Turns the state into metric families; nothing is counted twice because nothing is kept here."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._slots()
+        yield from self._jobs()
+        yield from self._operations()
+        yield from self._pool()
+        view = self._view
+        stopping = float(view.countdown is not None)
+        yield GaugeMetricFamily("lastcall_stopping", "1 while a stop is under way.", value=stopping)
+        left = view.countdown.grace_left if view.countdown is not None else 0.0
+        yield GaugeMetricFamily(
+            "lastcall_grace_left_seconds", "What is left of the stop's budget; 0 without a stop.", value=left
+        )
+        yield GaugeMetricFamily(
+            "lastcall_resident_memory_bytes",
+            "Resident memory of the supervisor.",
+            value=descendants.rss_bytes(),
+        )
+
+    def _slots(self) -> Iterator[Metric]:
+        fleet = self._view.fleet
+        generations = list(fleet.generations)
+        states = Counter(generation.state for generation in generations)
+        slots = GaugeMetricFamily(
+            "lastcall_slots", "Workers by state, those on their way out included.", labels=["state"]
+        )
+        for state in SlotState:
+            slots.add_metric([state.value], states[state])
+        yield slots
+        restarts = CounterMetricFamily(
+            "lastcall_restarts", "Restarts by how the one before ended.", labels=["slot", "reason"]
+        )
+        for slot in fleet.slots:
+            for reason, count in slot.restarts.items() or (("exited", 0),):
+                restarts.add_metric([str(slot.number), reason], count)
+        yield restarts
+        lag = GaugeMetricFamily(
+            "lastcall_worker_loop_lag_seconds", "How late the worker's event loop last was.", labels=LABELS
+        )
+        age = GaugeMetricFamily(
+            "lastcall_worker_last_beat_seconds",
+            "Since the worker's last sign of life.",
+            labels=LABELS,
+        )
+        rss = GaugeMetricFamily(
+            "lastcall_worker_resident_memory_bytes", "Resident memory of the worker itself.", labels=LABELS
+        )
+        for generation in generations:
+            beat = generation.reports.beat
+            if beat is not None and generation.is_alive:
+                label = [str(generation.slot), str(generation.number)]
+                lag.add_metric(label, beat.lag_ms / 1000)
+                age.add_metric(label, max(0.0, now() - beat.at))
+                rss.add_metric(label, beat.rss_bytes)
+        yield from (lag, age, rss)
+        accepting = sum(generation.accepts for generation in generations)
+        yield GaugeMetricFamily("lastcall_workers_accepting", "Workers that accept jobs.", value=accepting)
+        yield GaugeMetricFamily(
+            "lastcall_workers_wanted", "Slots that are to be kept up.", value=self._view.operations.wanted
+        )
+        yield GaugeMetricFamily("lastcall_held", "1 while a hold lasts.", value=float(fleet.is_held))
+        yield CounterMetricFamily(
+            "lastcall_stalls", "Workers that were found stuck.", value=self._view.watch.stalls
+        )
+
+    def _jobs(self) -> Iterator[Metric]:
+        fleet = self._view.fleet
+        jobs = GaugeMetricFamily("lastcall_jobs_running", "Jobs accepted or running.", labels=["slot"])
+        for slot in fleet.slots:
+            jobs.add_metric([str(slot.number)], len(slot.jobs))
+        yield jobs
+        yield CounterMetricFamily("lastcall_jobs_started", "Jobs accepted.", value=fleet.ledger.started)
+        for name in ("finished", "failed", "cut", "lost"):
+            help = f"Jobs that ended as {name}."
+            yield CounterMetricFamily(f"lastcall_jobs_{name}", help, value=fleet.ledger.totals[name])
+        for name, histogram, help in (
+            ("lastcall_fence_seconds", fleet.shared.fence_seconds, "From fence to its acknowledgement."),
+            (
+                "lastcall_drain_seconds",
+                fleet.shared.drain_seconds,
+                "From fence to the end of a worker's last job.",
+            ),
+        ):
+            yield HistogramMetricFamily(name, help, buckets=histogram.buckets, sum_value=histogram.sum)
+
+    def _pool(self) -> Iterator[Metric]:
+        companion = self._view.companion
+        if companion is None or not companion.figures:
+            return
+        for name, help in POOL_GAUGES.items():
+            yield GaugeMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
+        for name, help in POOL_COUNTERS.items():
+            yield CounterMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
+
+    def _operations(self) -> Iterator[Metric]:
+        operations = CounterMetricFamily(
+            "lastcall_operations", "Reloads, recycles and scalings by result.", labels=["verb", "result"]
+        )
+        counts = self._view.operations.counts
+        for verb in ("reload", "recycle", "scale"):
+            for result in ("done", "failed"):
+                operations.add_metric([verb, result], counts[verb, result])
+        yield operations
+
+
+class Metrics:
+    """The exposition of one supervisor and its workers."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._registry = CollectorRegistry()
+        self._registry.register(Collector(view))
+
+    async def text(self) -> bytes:
+        """Return the exposition. A worker that does not answer in time shows its last figures."""
+        asked = [g for g in self._view.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
+        for generation in asked:
+            generation.reports.metrics_asked += 1
+            generation.say("metrics", id=generation.reports.metrics_asked)
+        due = now() + WORKERS
+        await self._view.fleet.changed.until(
+            lambda: all(g.reports.metrics_told >= g.reports.metrics_asked or not g.is_alive for g in asked),
+            lambda: due,
+        )
+        joined = CollectorRegistry()
+        joined.register(Joined(asked))
+        return generate_latest(self._registry) + generate_latest(joined)

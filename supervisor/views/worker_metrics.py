@@ -1,0 +1,29 @@
+"""The workers' own metrics beside the supervisor's, told apart by slot and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from lastcall.supervisor.fleet.generation import Generation
+
+
+class Joined:
+    """A collector over what the generations last sent; the same family of several workers is one family."""
+
+    def __init__(self, generations: Iterable[Generation]) -> None:
+        self._generations = list(generations)
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for generation in self._generations:
+            labels = {"slot": str(generation.slot), "generation": str(generation.number)}
+            for family in text_string_to_metric_families(generation.reports.metrics):
+                joined = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    joined.samples.append(sample._replace(labels={**sample.labels, **labels}))
+        yield from families.values()

@@ -1,0 +1,153 @@
+"""The rooms of the package, floor by floor: what the layer test holds, and the architecture page renders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """A package, what it is for, and its modules and sub-packages by floor, the lowest first."""
+
+    idea: str
+    floors: tuple[str, ...]
+
+
+ROOMS: dict[str, Room] = {
+    "lastcall": Room(
+        idea="the public API, and the `lastcall` command",
+        floors=("worker", "supervisor", "__main__"),
+    ),
+    "lastcall.worker": Room(
+        idea="hosts one AgentServer and ends it without cutting a job",
+        floors=(
+            "base",
+            "sdk shield target scratch orphan_output exposition jobs local",
+            "inworld engine",
+            "job host",
+            "__main__",
+        ),
+    ),
+    "lastcall.worker.base": Room(
+        idea="what supervisor and worker share",
+        floors=("errors clock", "condition wire budget settings", "stopping resources channel"),
+    ),
+    "lastcall.worker.sdk": Room(
+        idea="the private names of livekit-agents and multiprocessing",
+        floors=("agent_server job_process child_processes",),
+    ),
+    "lastcall.worker.job": Room(
+        idea="what runs inside a job process",
+        floors=("teardown", "setup"),
+    ),
+    "lastcall.worker.inworld": Room(
+        idea="the Inworld pool, the broker that shares it, and the plugin's side",
+        floors=("pool plugin", "broker", "__main__"),
+    ),
+    "lastcall.worker.inworld.pool": Room(
+        idea="connections and the contexts on them",
+        floors=(
+            "errors lifecycles timings backoff splitting census alarm",
+            "protocol outbox places",
+            "dialling idling context",
+            "connection stream",
+            "closing",
+            "pool",
+        ),
+    ),
+    "lastcall.worker.inworld.broker": Room(
+        idea="one pool for all jobs of a machine, on loopback",
+        floors=("json_log client passthrough", "broker", "supervised"),
+    ),
+    "lastcall.worker.inworld.plugin": Room(
+        idea="livekit-plugins-inworld inside a job process",
+        floors=("arguments private_names", "closer tts", "attached"),
+    ),
+    "lastcall.worker.local": Room(
+        idea="local LiveKit and Inworld servers, for the demo, for development and for tests",
+        floors=(
+            "inworld_settings speech livekit_server sample",
+            "inworld_connection driven",
+            "inworld_server __main__",
+        ),
+    ),
+    "lastcall.supervisor": Room(
+        idea="starts workers, keeps them up, stops them",
+        floors=(
+            "errors signals",
+            "config receipt",
+            "processes",
+            "logs environment",
+            "fleet",
+            "inworld_broker",
+            "program shutdown",
+            "views",
+            "app",
+            "deploy rehearsal",
+            "doctor",
+            "cli",
+        ),
+    ),
+    "lastcall.supervisor.processes": Room(
+        idea="one edge of the operating system each",
+        floors=(
+            "reaper cgroup descendants output_reader output_writer worker_channel",
+            "child",
+            "launch",
+        ),
+    ),
+    "lastcall.supervisor.fleet": Room(
+        idea="workers, their states, their stops and replacements",
+        floors=(
+            "states histogram restarts",
+            "worker_view",
+            "stopper",
+            "generation",
+            "slot",
+            "fleet",
+            "operations",
+            "stalls",
+        ),
+    ),
+    "lastcall.supervisor.views": Room(
+        idea="what is shown of a running supervisor, and what may be asked of it",
+        floors=(
+            "sd_notify control_socket worker_metrics",
+            "status",
+            "metrics commands service_manager",
+            "http",
+        ),
+    ),
+    "lastcall.supervisor.deploy": Room(
+        idea="units, images and manifests, from one description of the service",
+        floors=("service", "docker systemd", "k8s", "tree"),
+    ),
+    "lastcall.supervisor.rehearsal": Room(
+        idea="the fire drill: scenes, and a verdict on each",
+        floors=("scenes", "stage drill_report", "play"),
+    ),
+    "lastcall.supervisor.doctor": Room(
+        idea="facts gathered once, and one pure check for each thing to know",
+        floors=("facts", "checks probe report trial", "gather"),
+    ),
+    "lastcall.supervisor.cli": Room(
+        idea="one module for each group of verbs",
+        floors=("tables local_server", "demo dev operate deployment", "run"),
+    ),
+}
+# Two modules of one name would be taken for each other. Only a room and the main module in it may share one.
+SAME_NAME_ALLOWED = {"errors": "Python's convention, one tree of exceptions for each side"}
+
+
+def floors_of(room: str) -> dict[str, int]:
+    """Return the floor of each module and sub-package that is directly in a room."""
+    return {name: n for n, floor in enumerate(ROOMS[room].floors) for name in floor.split()}
+
+
+def table() -> str:
+    """Render the rooms as rows of a Markdown table."""
+    rows = ["| room | what | from the lowest floor up |", "| --- | --- | --- |"]
+    for name, room in ROOMS.items():
+        short = name.removeprefix("lastcall.").replace(".", "/") + "/"
+        rows.append(f"| `{short}` | {room.idea} | {' → '.join(room.floors)} |")
+    return "\n".join(rows)

@@ -1,0 +1,72 @@
+"""A program whose version a test changes, and the verbs of the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.harness import LASTCALL, Run
+
+# A program that says which version of itself it is, and ends well on SIGTERM once it is let go.
+PROGRAM = """
+import os, pathlib, signal, sys, time
+directory = pathlib.Path(sys.argv[1])
+version = (directory / "version").read_text()
+if version == "broken":
+    sys.exit(3)
+if version == "slow":
+    time.sleep(600)
+stopping = []
+signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+print("up", version, os.getpid(), flush=True)
+while not stopping or (directory / "busy").exists():
+    time.sleep(0.01)
+print("down", version, os.getpid(), flush=True)
+"""
+
+
+class Program:
+    """A directory with a program whose version a test changes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "program.py").write_text(PROGRAM)
+        self.config = directory / "lastcall.toml"
+        self.configure()
+        self.write("1")
+
+    def configure(self, text: str = "") -> None:
+        self.config.write_text("[reload]\nsettle = 0.3\n" + text)
+
+    def write(self, version: str) -> None:
+        (self.directory / "version").write_text(version)
+
+    @property
+    def arguments(self) -> list[str]:
+        command = [sys.executable, str(self.directory / "program.py"), str(self.directory)]
+        return ["--config", str(self.config), "--", *command]
+
+
+async def verb(r: Run, *arguments: str, code: int = 0, timeout: float = 30.0) -> str:
+    """Run a verb against the run's supervisor and return what it printed."""
+    command = [*LASTCALL, *arguments, "--control", str(r.control)]
+
+    def call() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    done = await asyncio.to_thread(call)
+    assert done.returncode == code, (arguments, done, r.logs())
+    return done.stdout + done.stderr
+
+
+async def status(r: Run) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(await verb(r, "status", "--json"))
+    return document
+
+
+def ups(r: Run, version: str) -> int:
+    return r.out.read_text().count(f"up {version} ")

@@ -1,0 +1,1 @@
+"""What supervisor and worker share: time, waiting, the wire, deadlines, errors."""

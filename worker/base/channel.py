@@ -1,0 +1,71 @@
+"""The worker's end of the control socketpair."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any, cast
+
+from lastcall.worker.base.errors import WireError
+from lastcall.worker.base.wire import Decoder, Message, encode
+
+MAX_UNREAD = 1 << 20
+
+
+class Control(asyncio.Protocol):
+    """Send and receive control messages; without a socket everything sent goes nowhere.
+
+    Before the loop runs, while the target is loaded, `say` writes to the socket itself. `on_message` gets
+    each message, `on_lost` is called once when the supervisor is gone or talks nonsense.
+    """
+
+    def __init__(
+        self, sock: socket.socket | None, on_message: Callable[[Message], None], on_lost: Callable[[], None]
+    ) -> None:
+        self._sock = sock
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._decoder = Decoder()
+        self._transport: asyncio.WriteTransport | None = None
+        self._lost = sock is None
+
+    @property
+    def is_supervised(self) -> bool:
+        return self._sock is not None
+
+    def say(self, type: str, **fields: Any) -> None:
+        """Send one message. Never blocks: a supervisor that does not read loses beats, then everything."""
+        if self._lost:
+            return
+        line = encode(type, **fields)
+        if self._transport is None:
+            assert self._sock is not None
+            try:
+                self._sock.sendall(line)
+            except OSError:
+                self._lost = True  # read as end of file once the loop runs
+        elif type != "beat" or self._transport.get_write_buffer_size() < MAX_UNREAD:
+            self._transport.write(line)
+
+    async def connect(self) -> None:
+        """Hand the socket to the running loop."""
+        if self._sock is not None:
+            self._sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.create_connection(lambda: self, sock=self._sock)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's class is no subclass of it
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._decoder.feed(data):
+                self._on_message(message)
+        except WireError:
+            assert self._transport is not None
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._on_lost()

@@ -1,0 +1,48 @@
+"""Waiting for something to become true, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from lastcall.worker.base.clock import never, now
+
+
+class Condition:
+    """Wake everybody who waits for a predicate whenever something that it may depend on has changed.
+
+    A shared `asyncio.Event` would have to be cleared by somebody, and a clear between set and wake loses the
+    wakeup. Here every waiter has a future of its own and looks at the state again each time it is woken, and
+    at the deadline too, so that a deadline which moves while one waits for it is simply the new deadline.
+    """
+
+    __slots__ = ("_waiters",)
+
+    def __init__(self) -> None:
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def notify(self) -> None:
+        """Have every waiter look again."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def until(
+        self, predicate: Callable[[], object], deadline: Callable[[], float | None] = never
+    ) -> bool:
+        """Wait until the predicate holds (True) or the deadline has passed (False); both are read afresh."""
+        while not predicate():
+            at = deadline()
+            left = None if at is None else at - now()
+            if left is not None and left <= 0:
+                return False
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            try:
+                async with asyncio.timeout(left):
+                    await waiter
+            except TimeoutError:
+                pass
+            finally:
+                self._waiters.discard(waiter)
+        return True

@@ -1,0 +1,265 @@
+"""One AgentServer, run and ended through its public side; what that side lacks comes from `sdk.agent_server`.
+
+The engine decides which offers are answered with yes, and keeps the register of jobs. It does not decide
+when to stop: `host` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.resources import Counts
+from lastcall.worker.jobs import Fate, Job, Jobs
+from lastcall.worker.sdk import agent_server
+from lastcall.worker.shield import unshielded
+
+Report = Callable[[str, dict[str, Any]], None]
+
+log = logging.getLogger("lastcall.worker")
+
+
+class Engine:
+    """Run `server` until it is told to end.
+
+    `must_refuse` is asked at the last moment before an offer is answered with yes. `report` is called with a
+    message type and its fields for whatever the supervisor should know.
+    """
+
+    def __init__(
+        self,
+        server: Any,
+        *,
+        changed: Condition,
+        must_refuse: Callable[[], bool],
+        report: Report,
+        mock_room: bool = False,
+        max_running: int = 0,
+    ) -> None:
+        self.server = server
+        self.jobs = Jobs(changed, report)
+        self.worker_id = ""
+        self.error: BaseException | None = None
+        self.ended = False
+        self.started = False
+        self.shield_holes: dict[int, str] = {}
+        self._mock_room = mock_room
+        self._max_running = max_running
+        self._told_full = False
+        self._was_warm = False
+        self._fenced = False
+        self._held = False
+        self._changed = changed
+        self._report = report
+        self._must_refuse = must_refuse
+        self._run: asyncio.Task[None] | None = None
+        agent_server.gate_requests(server, admit=self._admit, settle=self._settle)
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run the server to its end; an error is kept in `error`, for whoever decides what it means."""
+        self._run = asyncio.current_task()
+        self.server.on("worker_started", self._on_started)
+        self.server.on("worker_registered", self._on_registered)
+        try:
+            async with asyncio.TaskGroup() as self._announcements:
+                await self._run_server()
+        finally:
+            self.ended = True
+            self._changed.notify()
+
+    async def _run_server(self) -> None:
+        try:
+            await self.server.run(devmode=False)
+        except asyncio.CancelledError:
+            if not self._fenced:
+                raise
+        except Exception as error:  # the user's or livekit's; the host reports it, with its text
+            self.error = error
+
+    @property
+    def is_registered(self) -> bool:
+        return self.worker_id != "" and agent_server.is_connected(self.server)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether livekit-agents has given the connection up for good."""
+        return self.ended or agent_server.has_given_up(self.server)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether offers would be answered with yes, and the server knows it."""
+        return self.is_registered and not self.is_full and not self._told_full
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether a process has been ready for a job, or none is meant to wait for one."""
+        self._was_warm = self._was_warm or agent_server.has_warm_process(self.server)
+        return self._was_warm
+
+    @property
+    def is_at_cap(self) -> bool:
+        return 0 < self._max_running <= len(self.jobs)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no offer would be answered with yes."""
+        return self._fenced or self._held or self.is_at_cap
+
+    @property
+    def is_held(self) -> bool:
+        return self._held
+
+    @property
+    def load(self) -> float:
+        return agent_server.load_of(self.server)
+
+    # -- the stop -------------------------------------------------------------------------------------
+
+    async def fence(self) -> None:
+        """Answer no offer with yes any more, for good, and tell the server."""
+        self._fenced = True
+        if not self.ended:
+            self._told_full = True
+            await agent_server.announce(self.server, full=True)
+
+    def hold(self, on: bool) -> None:
+        """Answer no offer with yes for as long as the hold lasts; `keep_told` tells the server."""
+        self._held = on
+        self._changed.notify()
+
+    async def keep_told(self) -> None:
+        """Tell the server at once whenever the worker has become full, or is no longer. Runs for ever.
+
+        livekit-agents itself says so every 2.5 s, and some modes of it never.
+        """
+        while True:
+            await self._changed.until(lambda: self.is_full is not self._told_full)
+            full = self.is_full
+            if not self.ended:
+                await agent_server.announce(self.server, full=full)
+                await agent_server.flush(self.server)
+            self._told_full = full
+            self._changed.notify()
+
+    async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
+        """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported."""
+        asked: set[str] = set()
+
+        def unasked() -> list[Job]:
+            return [job for job in self.jobs.running if job.id not in asked]
+
+        async with asyncio.TaskGroup() as group:
+            asking = []
+            while len(self.jobs):
+                for job in unasked():
+                    asked.add(job.id)
+                    if not agent_server.is_ending(job.executor) and not job.has_ended:
+                        job.cut_short = True
+                        asking.append(group.create_task(self._ask(job.executor, kill_at)))
+                # A job whose process was still starting is asked as soon as it runs.
+                if not await self._changed.until(lambda: not len(self.jobs) or unasked(), lambda: kill_at):
+                    break
+            for job in self.jobs.running:
+                job.cut_short = job.cut_short or not job.has_ended
+                agent_server.kill(job.executor)
+            await self._changed.until(lambda: not self.jobs.running, lambda: give_up_at)
+            for task in asking:
+                task.cancel()
+        for job in self.jobs:
+            await agent_server.report_failed(self.server, job.id)
+        self.jobs.abandon()
+
+    async def close(self, deadline: float) -> Counts:
+        """Close the connection, then the processes that run no job; those are killed, nothing is lost.
+
+        What is still queued for the server, above all the ends of jobs, is sent first.
+        """
+        await agent_server.flush(self.server)
+        dropped = agent_server.drop_requests(self.server)
+        if dropped:
+            log.warning("request_fnc was still running and is cancelled", extra={"calls": dropped})
+        killed = agent_server.let_go_of_processes(self.server)
+        if self.started:
+            await self.server.aclose()
+        elif self._run is not None:
+            # The server's lock is held until it has started, so aclose() would wait for the start.
+            self._run.cancel()
+        await self._changed.until(lambda: self.ended, lambda: deadline)
+        return {"idle_processes": {"killed": killed}}
+
+    async def _ask(self, executor: Any, kill_at: float) -> None:
+        try:
+            await agent_server.ask_to_end(executor, max(0.0, kill_at - now()))
+        except Exception as error:  # the job's pipe may break at any moment; the kill does not depend on it
+            self._report("log", {"event": "job could not be asked to end", "error": repr(error)})
+
+    # -- what livekit-agents tells --------------------------------------------------------------------
+
+    def _admit(self, job: Any) -> bool:
+        if self.is_full or self._must_refuse():
+            return False
+        self.jobs.accept(job)
+        return True
+
+    def _settle(self, id: str, error: BaseException | None) -> None:
+        fate: Fate | None = None
+        if error is not None:
+            fate = "unassigned" if agent_server.is_unassigned(error) else "failed"
+        if fate == "failed" and not self.ended:  # the server would count it as running for as long as we live
+            self._announcements.create_task(agent_server.report_failed(self.server, id))
+        self.jobs.settle(id, fate)
+
+    def _on_started(self) -> None:
+        self.started = True
+        if self._mock_room:
+            agent_server.mark_as_mock(self.server)
+        agent_server.watch_jobs(self.server, launched=self._on_launched, closed=self._on_closed)
+        agent_server.watch_processes(self.server, self._on_process)
+        for executor in agent_server.executors(self.server):
+            self._check_shield(executor)
+        self._changed.notify()
+
+    def _on_registered(self, worker_id: str, _info: Any) -> None:
+        self.worker_id = worker_id
+        # The connection counts as up only once this handler has returned, and a new connection is an
+        # available worker to the server: one that is fenced or held has to say so again at once.
+        asyncio.get_running_loop().call_soon(self._after_registered)
+
+    def _after_registered(self) -> None:
+        if self.is_full:
+            self._announcements.create_task(agent_server.announce(self.server, full=True))
+        self._report("ready", {"worker_id": self.worker_id, "warm": self.is_warm})
+        self._changed.notify()
+
+    def _on_process(self, executor: Any) -> None:
+        self._check_shield(executor)
+        self._changed.notify()
+
+    def _on_launched(self, executor: Any) -> None:
+        self._check_shield(executor)
+        job = agent_server.job_of(executor)
+        if job is not None:
+            self.jobs.launch(job.id, executor, job)
+
+    def _on_closed(self, executor: Any) -> None:
+        job = agent_server.job_of(executor)
+        if job is not None:
+            self.jobs.close(job.id, executor)
+
+    def _check_shield(self, executor: Any) -> None:
+        pid = getattr(executor, "pid", None)
+        if pid is None or pid == os.getpid():
+            return
+        for each in (pid, *agent_server.forkserver_pids()):
+            holes = unshielded(each)
+            if holes and each not in self.shield_holes:
+                names = ", ".join(sorted(number.name for number in holes))
+                self.shield_holes[each] = names
+                self._report("shield", {"pid": each, "open_to": names})

@@ -1,0 +1,1 @@
+"""The process that has the pool, and serves the jobs of a machine on loopback."""

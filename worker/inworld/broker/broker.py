@@ -1,0 +1,138 @@
+"""The broker: one pool for every job process of the machine, in Inworld's own protocol, on loopback.
+
+    GET  /tts/v1/voice:streamBidirectional   WebSocket; see `client`
+    POST /tts/v1/voice:stream                passed on; see `passthrough`
+    GET  /tts/v1/voices                      passed on
+
+A request needs the local token as Inworld wants its key: `Authorization: Basic <token>`, or the same as the
+query's `authorization`; else 401. The real key goes no further than this process.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import socket
+
+from aiohttp import web
+
+from lastcall.worker.inworld.broker.client import GOODBYE, MAX_REQUEST, Client
+from lastcall.worker.inworld.broker.passthrough import PassThrough
+from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.dialling import PATH
+from lastcall.worker.inworld.pool.errors import UNAUTHENTICATED, UNAVAILABLE
+from lastcall.worker.inworld.pool.pool import InworldPool
+from lastcall.worker.inworld.pool.stream import MAX_UNREAD
+
+log = logging.getLogger("lastcall.inworld")
+
+MAX_BODY = 1024 * 1024
+
+
+def listen(port: int = 0) -> socket.socket:
+    """Return a socket that listens on loopback. Raises OSError when the port is taken."""
+    return socket.create_server(("127.0.0.1", port), backlog=1024)
+
+
+class Broker:
+    """Serves a pool on a listening socket, which stays the caller's; use as an async context manager."""
+
+    def __init__(
+        self,
+        pool: InworldPool,
+        listener: socket.socket,
+        *,
+        token: str,
+        key: str,
+        base_url: str,
+        max_unread: int = MAX_UNREAD,
+    ) -> None:
+        self.pool = pool
+        self.clients: set[Client] = set()
+        self.port: int = listener.getsockname()[1]
+        self._listener = listener
+        self._token = token
+        self._key = key
+        self._max_unread = max_unread
+        self._pass = PassThrough(base_url)
+        self._is_closing = False
+        app = web.Application(client_max_size=MAX_BODY)
+        app.router.add_get(PATH, self._bidirectional)
+        app.router.add_post("/tts/v1/voice:stream", self._plain)
+        app.router.add_get("/tts/v1/voices", self._plain)
+        # A handler ends with its connection: so a killed job's contexts do.
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=GOODBYE, handler_cancellation=True
+        )
+
+    @property
+    def ws_url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/"
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def set_key(self, key: str) -> None:
+        """Use another key from now on; connections that stand keep theirs."""
+        self._key = key
+        self.pool.set_key(key)
+
+    async def __aenter__(self) -> Broker:
+        await self._pass.__aenter__()
+        try:
+            await self._runner.setup()
+            # A duplicate: the site closes its socket, and the caller's is to outlive it.
+            await web.SockSite(self._runner, self._listener.dup()).start()
+        except BaseException:
+            await self._pass.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self.aclose()
+        finally:
+            await self._pass.__aexit__()
+
+    async def aclose(self, deadline: float | None = None) -> Census:
+        """Refuse what is new, close the pool by the deadline, then the local connections; say how it went."""
+        self._is_closing = True
+        try:
+            # The clients last: they hear of each context's end.
+            return await self.pool.aclose(deadline)
+        finally:
+            for client in self.clients:
+                client.close()
+            await self._runner.cleanup()
+
+    # -- requests -------------------------------------------------------------------------------------------
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        given = request.headers.get("Authorization") or request.query.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Basic {self._token}".encode()):
+            return _answer(401, UNAUTHENTICATED, "the token is not this broker's: see LASTCALL_INWORLD_TOKEN")
+        if self._is_closing:
+            return _answer(503, UNAVAILABLE, "the Inworld broker is closing")
+        return None
+
+    async def _bidirectional(self, request: web.Request) -> web.StreamResponse:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return refusal
+        ws = web.WebSocketResponse(timeout=GOODBYE, compress=False, max_msg_size=MAX_REQUEST)
+        client = Client(ws, self.pool, max_unread=self._max_unread)
+        self.clients.add(client)
+        try:
+            await ws.prepare(request)
+            await client.run()
+        finally:
+            self.clients.discard(client)
+        return ws
+
+    async def _plain(self, request: web.Request) -> web.StreamResponse:
+        return self._refusal(request) or await self._pass(request, self._key)
+
+
+def _answer(status: int, code: int, message: str) -> web.Response:
+    return web.json_response({"code": code, "message": message, "details": []}, status=status)

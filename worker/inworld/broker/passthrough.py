@@ -1,0 +1,69 @@
+"""Inworld's plain HTTP calls, passed on with the real key in the place of the token.
+
+Bodies stream through as they come; nothing is parsed. A client that goes away takes its call along, and a
+client that reads slowly slows the server down, not us.
+"""
+
+from __future__ import annotations
+
+import logging
+from urllib.parse import urljoin
+
+import aiohttp
+from aiohttp import web
+
+from lastcall.worker.inworld.pool.dialling import USER_AGENT
+from lastcall.worker.inworld.pool.errors import UNAVAILABLE
+
+log = logging.getLogger("lastcall.inworld")
+
+TAKEN = ("Accept", "Accept-Encoding", "Content-Type", "X-Request-Id", "X-User-Agent")
+GIVEN = ("Content-Encoding", "Content-Type", "Retry-After", "X-Request-Id")
+# From connecting to the first byte, and between any two bytes.
+PATIENCE = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
+
+
+class PassThrough:
+    """Passes requests on to one base URL; use as an async context manager."""
+
+    def __init__(self, base_url: str) -> None:
+        self.base_url = base_url
+        self._session: aiohttp.ClientSession
+
+    async def __aenter__(self) -> PassThrough:
+        self._session = aiohttp.ClientSession(timeout=PATIENCE, auto_decompress=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def __call__(self, request: web.Request, key: str) -> web.StreamResponse:
+        """Return the server's answer, already sent; 502 or 504 when there is none."""
+        headers = {name: request.headers[name] for name in TAKEN if name in request.headers}
+        headers.setdefault("X-User-Agent", USER_AGENT)
+        url = urljoin(self.base_url, request.path)
+        # The token may be in the query, where the key may be as well; it is not for the server.
+        query = [(name, value) for name, value in request.query.items() if name != "authorization"]
+        response: web.StreamResponse | None = None
+        try:
+            async with self._session.request(
+                request.method,
+                url,
+                params=query,
+                headers={**headers, "Authorization": f"Basic {key}"},
+                data=await request.read() or None,
+            ) as answer:
+                given = {name: answer.headers[name] for name in GIVEN if name in answer.headers}
+                response = web.StreamResponse(status=answer.status, headers=given)
+                await response.prepare(request)
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+                await response.write_eof()
+                return response
+        except (TimeoutError, aiohttp.ClientError) as error:
+            log.warning("an HTTP call failed", extra={"path": request.path, "error": type(error).__name__})
+            if response is not None:
+                raise  # half an answer is out: the connection is cut, so that nobody takes it for a whole one
+            status = 504 if isinstance(error, TimeoutError) else 502
+            text = f"no answer from {self.base_url}: {error or type(error).__name__}"
+            return web.json_response({"code": UNAVAILABLE, "message": text, "details": []}, status=status)

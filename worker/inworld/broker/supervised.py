@@ -1,0 +1,259 @@
+"""The broker's process: alone, or as a companion of the supervisor. The contract between the two is here.
+
+The supervisor starts `python -P -m lastcall.worker.inworld` with SIGTERM and SIGINT blocked and one variable,
+LASTCALL_COMPANION, a JSON object (`Settings`):
+
+    control_fd      our end of the control socketpair; without it the process is alone
+    listen_fd       the listening socket, of 127.0.0.1; it is the supervisor's, and outlives us
+    lifeline_fd     the read end of a pipe whose write end each worker holds; or left out
+    token           what the jobs show in place of the API key
+    close           seconds for the close, when nobody says
+    grace           seconds that it serves on at most, once the supervisor is lost
+    beat            seconds between two beats
+    ws_url base_url max_connections max_contexts idle_connection_timeout acquire_timeout
+                    [inworld] of the configuration; left out: its defaults
+
+On the control socket, in the format of `lastcall.worker.base.wire`:
+
+    companion says   with
+    hello            pid
+    ready            ws_url, base_url: it accepts connections; after the first `key`
+    beat             lag_ms, rss_bytes, clients, and the figures of the pool (`census.Figures`):
+                     connections, dialling, contexts, waiters; and since the start: granted, waited,
+                     wait_seconds, refusals, failed_dials, retries, lost
+    resource         name "inworld-pool", fate, counts {connections: {fate: n}, contexts: {fate: n}}
+    closed           nothing more to do, the process is about to exit
+    fault            exit, message, traceback
+
+    supervisor says  with
+    key              key: the API key; again at any time, for connections made from then on
+    close            seconds: close within them, from now on; again, to make it sooner
+    ping             answered by a beat
+
+The key is in this message only: in no argument, variable, log line or answer. SIGTERM and SIGINT do nothing
+here, because jobs that still speak need the broker: the supervisor's word ends it. If the control socket is
+at its end, it serves on until the lifeline is too, or grace is over, and then closes by itself.
+
+Exit code: 0 when everything was closed in order, 75 when something had to be forced, 70 for a fault of ours
+or a key that never came, 78 for a command line without a key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable, MutableMapping
+from dataclasses import asdict, dataclass
+
+from lastcall.worker.base.channel import Control
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.stopping import Stopping, stop_on_signals
+from lastcall.worker.base.wire import Message
+from lastcall.worker.inworld.broker.broker import Broker, listen
+from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.pool import InworldPool
+
+log = logging.getLogger("lastcall.inworld")
+
+VARIABLE = "LASTCALL_COMPANION"
+NAME = "inworld-pool"
+EX_FORCED = 75
+EX_SOFTWARE = 70
+PR_SET_DUMPABLE = 4
+KEY_PATIENCE = 30.0
+INWORLD_WS_URL = "wss://api.inworld.ai/"
+INWORLD_URL = "https://api.inworld.ai/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the process is told at its birth; see the module."""
+
+    control_fd: int | None = None
+    listen_fd: int | None = None
+    lifeline_fd: int | None = None
+    token: str
+    close: float = 5.0
+    grace: float = 3600.0
+    beat: float = 1.0
+    ws_url: str = INWORLD_WS_URL
+    base_url: str = INWORLD_URL
+    max_connections: int = 20
+    max_contexts: int = 5
+    idle_connection_timeout: float = 300.0
+    acquire_timeout: float = 30.0
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Settings | None:
+        """Read the settings and remove them from the environment; None when the process is alone."""
+        text = environ.pop(VARIABLE, "")
+        return cls(**json.loads(text)) if text else None
+
+
+class Companion:
+    """The life of the process: get the key, serve, close."""
+
+    def __init__(self, settings: Settings, *, key: str = "") -> None:
+        self.settings = settings
+        self._changed = Condition()
+        self.stopping = Stopping(self._changed)
+        self._key = key
+        self._broker: Broker | None = None
+        self._close_at: float | None = None
+        self._lost_at: float | None = None
+        self._lifeline = settings.lifeline_fd
+        self._lag = 0.0
+        fd = settings.control_fd
+        sock = None if fd is None else socket.socket(fileno=fd)
+        self._control = Control(sock, self._on_message, self._on_lost)
+
+    async def run(self, on_ready: Callable[[Broker], None] = lambda _: None) -> int:
+        """Serve until the end and return the exit code; `on_ready` hears where, once."""
+        with stop_on_signals(asyncio.get_running_loop(), self.stopping):
+            self._control.say("hello", pid=os.getpid())
+            await self._control.connect()
+            try:
+                return await self._run(on_ready)
+            except Exception as error:  # the supervisor is to hear of it, whatever it is
+                text = "".join(traceback.format_exception(error))
+                log.error("the broker failed", extra={"traceback": text})
+                return self._fault(str(error), text)
+            finally:
+                self._let_lifeline_go()
+                await asyncio.sleep(0)  # lets the last message out
+
+    async def _run(self, on_ready: Callable[[Broker], None]) -> int:
+        settings = self.settings
+        key_at = now() + KEY_PATIENCE
+        await self._changed.until(lambda: self._key or self._is_to_close(), lambda: self._sooner(key_at))
+        if self._is_to_close() or self._lost_at is not None:
+            return self._report(Census())
+        if not self._key:
+            return self._fault(f"no API key came over the control socket within {KEY_PATIENCE:g} s", "")
+        listener = listen() if settings.listen_fd is None else socket.socket(fileno=settings.listen_fd)
+        pool = InworldPool(
+            settings.ws_url,
+            self._key,
+            max_connections=settings.max_connections,
+            max_contexts=settings.max_contexts,
+            idle_connection_timeout=settings.idle_connection_timeout,
+            acquire_timeout=settings.acquire_timeout,
+        )
+        with listener:
+            async with pool:
+                broker = Broker(
+                    pool, listener, token=settings.token, key=self._key, base_url=settings.base_url
+                )
+                async with broker:
+                    self._broker = broker
+                    self._control.say("ready", ws_url=broker.ws_url, base_url=broker.base_url)
+                    on_ready(broker)
+                    return self._report(await self._serve(broker))
+
+    async def _serve(self, broker: Broker) -> Census:
+        async with asyncio.TaskGroup() as group:
+            beating = group.create_task(self._beats())
+            await self._changed.until(self._is_to_close, lambda: self._sooner(None))
+            if self._close_at is None:
+                self._close_at = _pool_close_at(self.settings.close)
+            census = await broker.aclose(self._close_at)
+            beating.cancel()
+        return census
+
+    def _report(self, census: Census) -> int:
+        log.info("the Inworld pool is closed", extra={"fate": census.fate, **census.counts})
+        self._control.say("resource", name=NAME, fate=census.fate, counts=census.counts)
+        self._control.say("closed")
+        return 0 if census.fate == "closed" else EX_FORCED
+
+    def _fault(self, message: str, text: str) -> int:
+        self._control.say("fault", exit=EX_SOFTWARE, message=message, traceback=text)
+        return EX_SOFTWARE
+
+    # -- when to end ----------------------------------------------------------------------------------
+
+    def _is_to_close(self) -> bool:
+        if self._close_at is not None:
+            return True
+        if not self._control.is_supervised:
+            return self.stopping.is_set
+        return self._lost_at is not None and self._lifeline is None
+
+    def _sooner(self, at: float | None) -> float | None:
+        if self._lost_at is None:
+            return at
+        over_at = self._lost_at + self.settings.grace
+        return over_at if at is None else min(at, over_at)
+
+    def _on_message(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "key":
+            self._key = str(message["key"])
+            if self._broker is not None:
+                self._broker.set_key(self._key)
+        elif kind == "close":
+            at = _pool_close_at(float(message["seconds"]))
+            self._close_at = at if self._close_at is None else min(at, self._close_at)
+            if self._broker is not None:
+                self._broker.pool.hurry(self._close_at)
+        elif kind == "ping":
+            self._beat()
+        self._changed.notify()
+
+    def _on_lost(self) -> None:
+        self._lost_at = now()
+        if self._lifeline is not None:
+            asyncio.get_running_loop().add_reader(self._lifeline, self._read_lifeline)
+        log.warning("the supervisor is gone; serving on until the last worker is")
+        self._changed.notify()
+
+    def _read_lifeline(self) -> None:
+        assert self._lifeline is not None
+        if not os.read(self._lifeline, 4096):
+            self._let_lifeline_go()
+            self._changed.notify()
+
+    def _let_lifeline_go(self) -> None:
+        fd, self._lifeline = self._lifeline, None
+        if fd is not None:
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+
+    # -- what the supervisor hears --------------------------------------------------------------------
+
+    async def _beats(self) -> None:
+        while self._control.is_supervised:
+            due = now() + self.settings.beat
+            await asyncio.sleep(self.settings.beat)
+            self._lag = max(0.0, now() - due)
+            self._beat()
+
+    def _beat(self) -> None:
+        if self._broker is None:
+            return
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        self._control.say(
+            "beat",
+            lag_ms=round(self._lag * 1000, 2),
+            rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+            clients=len(self._broker.clients),
+            **asdict(self._broker.pool.figures),
+        )
+
+
+def _pool_close_at(seconds: float) -> float:
+    """Keep some of the time for telling jobs and supervisor: who comes late with the census is killed."""
+    return now() + seconds - min(1.0, 0.2 * seconds)
+
+
+def forbid_dumps() -> None:
+    """Keep the key out of core dumps and from casual reads of our memory. No boundary within one user."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
+        log.warning("this system does not let a process forbid its core dumps")

@@ -1,0 +1,1 @@
+"""What becomes of livekit-plugins-inworld inside a job process."""

@@ -1,0 +1,184 @@
+"""Every private name of livekit-plugins-inworld that lastcall touches.
+
+    version     connections                         the end of a context
+    ≤ 1.8.8     in a pool, `TTS._get_pool`          `close_context(id)`: the server speaks to the end first
+    ≥ 1.8.9     one, `TTS._get_connection`          `close_context(id, cancel=True)`
+
+On both a connection is an `_InworldConnection` with `_contexts`, an `_outbound_queue`, its socket in `_ws`
+and its end in `_closed`. Each function looks before it uses a name. Of a TTS without them the streams are
+closed, then the TTS itself, by their public `aclose()` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "livekit.plugins.inworld"
+
+# Loop turns after which the sender has written what it took out of its queue: `wait_for` around the get
+# hands an item over in up to three.
+SENDER_TURNS = 5
+# How often the end of a context is looked for: the plugin tells it to the context's own stream only.
+LOOK_EVERY = 0.005
+
+
+def load() -> ModuleType:
+    """Import the plugin. Raises ImportError with one line that says how to install it."""
+    try:
+        return importlib.import_module(PACKAGE)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"lastcall.inworld.TTS needs livekit-plugins-inworld ({error}): pip install 'lastcall[inworld]'"
+        ) from None
+
+
+def tts_class() -> Any | None:
+    """Return the plugin's TTS class if the plugin has been imported."""
+    return getattr(sys.modules.get(PACKAGE), "TTS", None)
+
+
+# -- before it is used -------------------------------------------------------------------------------------
+
+
+def prefill(cls: Any, arguments: Mapping[str, str]) -> list[str]:
+    """Make the arguments the defaults of the constructor; return the names that are no keywords of it."""
+    init = inspect.unwrap(cls.__init__)
+    defaults = getattr(init, "__kwdefaults__", None) or {}
+    known = {name: value for name, value in arguments.items() if name in defaults}
+    if known:
+        init.__kwdefaults__ = {**defaults, **known}
+    return sorted(arguments.keys() - known.keys())
+
+
+def watch(
+    cls: Any, *, used: Callable[[Any, Any], None], opened: Callable[[Any], None], is_over: Callable[[], bool]
+) -> None:
+    """Hear of every use of a TTS and of every connection, and let nothing open once it is over.
+
+    `used` gets the TTS and its new stream, or None for a prewarm. On each use and not when a TTS is made:
+    what counts is the loop that is running then, which is the one its connections live on.
+    """
+    if getattr(getattr(cls, "stream", None), "is_watched", False):
+        return
+    for name in ("stream", "synthesize", "prewarm"):  # public
+        if hasattr(cls, name):
+            setattr(cls, name, _reported(getattr(cls, name), used))
+
+    def refuse(_self: Any) -> None:
+        if is_over():
+            raise _error("the job has ended, and its Inworld connections with it")
+
+    for name in ("_get_pool", "_get_connection"):
+        if hasattr(cls, name):
+            setattr(cls, name, _before(getattr(cls, name), refuse))
+    connection = getattr(sys.modules[cls.__module__], "_InworldConnection", None)
+    if connection is not None:
+        connection.__init__ = _before(_before(connection.__init__, opened), refuse)
+
+
+def _before(method: Any, call: Callable[[Any], None]) -> Any:
+    """Return the method with `call(self)` in front of it."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call(self)
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _reported(method: Any, call: Callable[[Any, Any], None]) -> Any:
+    """Return the method with `call(self, result)` behind it."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        call(self, result)
+        return result
+
+    wrapper.is_watched = True  # type: ignore[attr-defined]  # a mark on our own function
+    return wrapper
+
+
+def _error(text: str) -> Exception:
+    from livekit.agents import APIConnectionError
+
+    error: Exception = APIConnectionError(text, retryable=False)
+    return error
+
+
+# -- the end -----------------------------------------------------------------------------------------------
+
+
+def shut(tts: Any) -> None:
+    """Have the pool take nobody in any more, and stop a prewarm that is under way."""
+    pool = getattr(tts, "_pool", None)
+    if pool is not None and hasattr(pool, "_closed"):
+        pool._closed = True
+    prewarm = getattr(tts, "_prewarm_task", None)
+    if prewarm is not None:
+        prewarm.cancel()
+
+
+def contexts(connection: Any) -> int:
+    """Return how many contexts the server may still count on a connection."""
+    return len(getattr(connection, "_contexts", ())) if is_open(connection) else 0
+
+
+def is_open(connection: Any) -> bool:
+    """Tell whether the connection's socket is open; also of one that the plugin has given up (≤ 1.8.8)."""
+    ws = getattr(connection, "_ws", None)
+    return ws is not None and not ws.closed
+
+
+async def cancel_contexts(connection: Any) -> None:
+    """Ask the server to stop every context that its stream has not cancelled.
+
+    ≤ 1.8.8 knows no cancel: its close has the server speak to the end, so the frame is sent by hand, behind
+    what the sender has queued; a cancel that overtook its create would leave the context open.
+    """
+    close = getattr(connection, "close_context", None)
+    if close is not None and "cancel" in inspect.signature(close).parameters:
+        for context in list(connection._contexts.values()):
+            if context.state.value != "closing":
+                close(context.context_id, cancel=True)
+        return
+    queue = getattr(connection, "_outbound_queue", None)
+    while queue is not None and not queue.empty() and not connection._closed:  # noqa: ASYNC110  # nobody tells
+        await asyncio.sleep(LOOK_EVERY)
+    for _ in range(SENDER_TURNS):
+        await asyncio.sleep(0)
+    for id in list(getattr(connection, "_contexts", ())):
+        if is_open(connection):
+            await connection._ws.send_str(json.dumps({"cancel_context": {}, "contextId": id}))
+
+
+async def contexts_end(connections: Iterable[Any]) -> None:
+    """Wait until the server has closed every context."""
+    watched = list(connections)
+    while any(contexts(each) for each in watched):  # noqa: ASYNC110  # the plugin has no event for it
+        await asyncio.sleep(LOOK_EVERY)
+
+
+async def close_connection(connection: Any) -> None:
+    """Close a connection with a close frame and wait for the server's.
+
+    The plugin cancels its reader first, and an interrupted reader makes aiohttp skip the reply. Closed from
+    beside it, the reader ends by itself.
+    """
+    connecting = getattr(connection, "_connect_task", None)
+    if connecting is not None and not connecting.done():
+        connecting.cancel()
+        await asyncio.wait([connecting])
+    connection._closed = True
+    if is_open(connection):
+        await connection._ws.close()
+    await connection.aclose()

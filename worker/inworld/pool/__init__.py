@@ -1,0 +1,1 @@
+"""The pool of Inworld connections: decisions, contexts, connections, and the close."""

@@ -1,0 +1,73 @@
+"""Every error that the pool raises on purpose, and the status codes that it speaks."""
+
+from __future__ import annotations
+
+from lastcall.worker.base.errors import WorkerError
+
+# Inworld's status codes are gRPC's. Code 8 is what every version of the plugin retries with its text.
+CANCELLED = 1
+UNKNOWN = 2
+NOT_FOUND = 5
+EXHAUSTED = 8
+UNAVAILABLE = 14
+UNAUTHENTICATED = 16
+
+
+class InworldError(WorkerError):
+    """Base of the errors below. `code` is the status code that a client of the broker is told."""
+
+    code = UNKNOWN
+
+
+class Malformed(InworldError):
+    """Raised when a frame is not JSON, or not an object of the shape that the protocol has."""
+
+
+class PoolClosed(InworldError):
+    """Raised when a context is asked of a pool that is closing or closed, or not yet open."""
+
+    code = UNAVAILABLE
+
+
+class AcquireTimeout(InworldError):
+    """Raised when no capacity came free in time, or the server did not create the context in time."""
+
+    code = EXHAUSTED
+
+
+class KeyRefused(InworldError):
+    """Raised when the server refuses the key; waiting would not help."""
+
+    code = UNAUTHENTICATED
+
+
+class ConnectionLost(InworldError):
+    """Raised when the connection ended under an open context."""
+
+    code = UNAVAILABLE
+
+
+class Silent(InworldError):
+    """Raised when the server owes a context an answer for longer than it has."""
+
+    code = UNAVAILABLE
+
+
+class Overflow(InworldError):
+    """Raised when more is unread, or unsent, than may be buffered."""
+
+    code = EXHAUSTED
+
+
+class ContextCancelled(InworldError):
+    """Raised to a reader whose context was cancelled by its own side."""
+
+    code = CANCELLED
+
+
+class ContextError(InworldError):
+    """Raised when the server reports an error for a context. `code` is the server's."""
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code

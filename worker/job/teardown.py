@@ -1,0 +1,96 @@
+"""What is closed when a job ends, in order and bounded, after everything else of the job has run.
+
+livekit-agents runs a job's shutdown callbacks all at once, and when one raises it goes on while the others
+still run. So nothing here is a callback: it runs behind them, in front of the end of the job's HTTP session
+(`job_process.at_job_end`).
+
+    1. what the agent gave to `closing`, the last first
+    2. what lastcall closes itself: the Inworld plugin's connections
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any, Protocol, TypeVar
+
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.resources import Closed, Closer, Counts, Resources
+
+log = logging.getLogger("lastcall.worker")
+
+# Seconds. Together less than the 10 s that livekit-agents gives a job which has said that it is ending.
+JOINED = 4.0
+OURS = 4.0
+
+
+class Closable(Protocol):
+    """Anything with an `aclose`."""
+
+    async def aclose(self) -> Any: ...
+
+
+T = TypeVar("T", bound=Closable)
+
+
+class JobEnd:
+    """The end of one job."""
+
+    def __init__(self, ours: dict[str, Closer]) -> None:
+        self._joined = Resources()
+        self._ours = Resources()
+        for name, close in ours.items():
+            self._ours.join(name, close)
+
+    def join(self, name: str, close: Closer) -> None:
+        """Have `close` run when the job ends, before what joined earlier. Raises RuntimeError if it has."""
+        self._joined.join(name, close)
+
+    async def aclose(self) -> list[Closed]:
+        """Close everything, and log what had to be forced."""
+        census = await self._joined.aclose(now() + JOINED)
+        census += await self._ours.aclose(now() + OURS)
+        for each in census:
+            if each.fate != "closed":
+                fields = {"resource": each.name, "fate": each.fate, "counts": each.counts}
+                log.warning("a resource of the job did not close", extra=fields)
+        return census
+
+
+# By livekit-agents' JobProcess, of which each job has its own. Here because an agent can reach its job's end
+# by an import only.
+_ends: weakref.WeakKeyDictionary[Any, JobEnd] = weakref.WeakKeyDictionary()
+
+
+def begin(process: Any, ours: dict[str, Closer]) -> None:
+    """Give a job process its end, before its job runs."""
+    _ends[process] = JobEnd(ours)
+
+
+async def end(ctx: Any) -> None:
+    """Close what the job of this JobContext holds; nothing if lastcall does not run it."""
+    job_end = _ends.get(ctx.proc)
+    if job_end is not None:
+        await job_end.aclose()
+
+
+def closing(ctx: Any, closable: T) -> T:
+    """Close `closable` when the job of `ctx` ends, and return it.
+
+    It is closed after the job's shutdown callbacks, within seconds, the last one given first. Outside
+    lastcall it is a shutdown callback like any other.
+    """
+
+    async def close(_deadline: float) -> Counts:
+        await closable.aclose()
+        return {}
+
+    async def callback() -> None:
+        await closable.aclose()
+
+    job_end = _ends.get(ctx.proc)
+    if job_end is None:
+        ctx.add_shutdown_callback(callback)
+    else:
+        job_end.join(type(closable).__name__, close)
+    return closable

@@ -1,0 +1,357 @@
+"""Every private name of livekit-agents that lastcall touches, and of multiprocessing beneath it.
+
+livekit-agents from 1.3.12 on is supported, and its private side differs between versions. Each function
+here does one thing, says which private names it needs, and looks before it uses them: what a stop can't do
+without raises Incompatible at start, everything else is left out and logged. `tests/test_compat.py` runs
+each of them on each supported version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NoReturn
+
+import livekit.agents
+import livekit.agents.cli
+from livekit.agents import AgentServer, JobRequest, WorkerOptions
+from livekit.agents.utils.aio import ChanClosed
+from livekit.protocol import agent
+
+from lastcall.worker.base.errors import Incompatible
+
+log = logging.getLogger("lastcall.worker")
+
+SDK_VERSION: str = livekit.agents.__version__
+
+# Loop turns between the user's accept() and the answer. A signal or a control message that arrived while
+# the loop was blocked is read in the first, queued as a callback, run in the second, and may wake a task
+# that runs in the third; one to spare.
+GATE_TURNS = 4
+
+
+def need(owner: object, *names: str) -> None:
+    """Raise Incompatible unless the owner has every one of the names."""
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise Incompatible(
+            f"livekit-agents {SDK_VERSION} has no {type(owner).__name__}.{missing[0]}:"
+            " this version is not supported yet; use an older one, or a newer lastcall"
+        )
+
+
+# -- before the target is loaded ---------------------------------------------------------------------------
+
+
+def record_run_app(run_app: Callable[[Any], NoReturn]) -> None:
+    """Put `run_app` in place of livekit's own, wherever user code can import it from."""
+    from livekit.agents.cli import cli as module
+
+    need(livekit.agents.cli, "run_app")
+    livekit.agents.cli.run_app = run_app
+    if hasattr(module, "run_app"):
+        module.run_app = run_app
+
+
+def set_up_logging(server: AgentServer | None, *, coloured: bool) -> None:
+    """Log as `python agent.py start` would: JSON lines on standard output, job processes included."""
+    from livekit.agents.cli import log as cli_log
+
+    level = os.environ.get("LIVEKIT_LOG_LEVEL") or _log_level(server)
+    cli_log.setup_logging(level, devmode=coloured, console=False)
+
+
+def _log_level(server: AgentServer | None) -> str:
+    level = getattr(server, "log_level", "INFO")  # since 1.5
+    return str(getattr(level, "prod_default", level))
+
+
+# -- the server, before it runs ----------------------------------------------------------------------------
+
+
+def as_server(value: object) -> AgentServer | None:
+    """Return the AgentServer that the value is or describes, or None."""
+    if isinstance(value, AgentServer):
+        return value
+    if isinstance(value, WorkerOptions):
+        return AgentServer.from_server_options(value)
+    return None
+
+
+def has_entrypoint(server: AgentServer) -> bool:
+    """Tell whether an rtc_session was registered; without one `run()` raises."""
+    return getattr(server, "_entrypoint_fnc", True) is not None
+
+
+def wrap_entrypoint(server: AgentServer, wrap: Callable[[Callable[[Any], Awaitable[None]]], Any]) -> None:
+    """Put a wrapper, which job processes have to be able to unpickle, in the entrypoint's place."""
+    need(server, "_entrypoint_fnc")
+    if server._entrypoint_fnc is not None:
+        server._entrypoint_fnc = wrap(server._entrypoint_fnc)
+
+
+def use_private_ports(server: AgentServer) -> None:
+    """Have health and metrics ports chosen by the kernel, on loopback: N workers share one host."""
+    for name, value in (("_port", 0), ("_host", "127.0.0.1")):
+        if hasattr(server, name):
+            setattr(server, name, value)
+    if getattr(server, "_prometheus_port", None) is not None:
+        server._prometheus_port = 0
+
+
+def use_private_metrics_dir(server: AgentServer, suffix: str) -> None:
+    """Give this worker a Prometheus directory of its own: livekit-agents empties it at start."""
+    base = getattr(server, "_prometheus_multiproc_dir", None) or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if base:
+        path = os.path.join(base, suffix)
+        os.makedirs(path, exist_ok=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = path
+        server._prometheus_multiproc_dir = path
+
+
+Admit = Callable[[Any], bool]
+Settle = Callable[[str, BaseException | None], None]
+
+
+def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
+    """Have every `accept()` pass `admit(job)` at the last moment, and report how it went.
+
+    `settle(id, error)` is called once the accept has returned or raised. The first answer to an offer is the
+    answer: livekit-agents would send a second one too, and a second accept would wait for an assignment that
+    never comes while the job runs.
+    Needs `AgentServer._request_fnc` and `JobRequest._on_accept` / `_on_reject`.
+    """
+    need(server, "_request_fnc")
+    user: Callable[[JobRequest], Awaitable[None]] | None = server._request_fnc
+
+    async def request(offer: JobRequest) -> None:
+        need(offer, "_on_accept", "_on_reject")
+        accept, reject = offer._on_accept, offer._on_reject
+        answered = False
+
+        def is_second() -> bool:
+            nonlocal answered
+            before, answered = answered, True
+            if before:
+                log.warning("second answer to one offer is ignored", extra={"job_id": offer.job.id})
+            return before
+
+        async def refuse(terminate: bool) -> None:
+            if not is_second():
+                await reject(terminate)
+
+        async def gated(arguments: Any) -> None:
+            if is_second():
+                return
+            for _ in range(GATE_TURNS):
+                await asyncio.sleep(0)
+            if not admit(offer.job):
+                await reject(False)
+                return
+            # From here to the send inside accept() nothing of ours awaits.
+            error: BaseException | None = None
+            try:
+                await accept(arguments)
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                settle(offer.job.id, error)
+
+        offer._on_accept, offer._on_reject = gated, refuse
+        if user is None:
+            await offer.accept()
+        else:
+            await user(offer)
+
+    server._request_fnc = request
+
+
+def is_unassigned(error: BaseException) -> bool:
+    """Tell whether an accept failed because the server never assigned the job."""
+    return type(error).__name__ == "AssignmentTimeoutError"
+
+
+# -- the server, while it runs -----------------------------------------------------------------------------
+
+
+def watch_jobs(
+    server: AgentServer, *, launched: Callable[[Any], None], closed: Callable[[Any], None]
+) -> None:
+    """Call back with the executor of each launched job and of each closed process."""
+    need(server, "_proc_pool")
+    server._proc_pool.on("process_job_launched", launched)
+    server._proc_pool.on("process_closed", closed)
+
+
+def watch_processes(server: AgentServer, started: Callable[[Any], None]) -> None:
+    """Call back with each executor whose process has initialised."""
+    need(server, "_proc_pool")
+    server._proc_pool.on("process_ready", started)
+
+
+def executors(server: AgentServer) -> list[Any]:
+    """Return the executors of all job processes, idle ones included; none before the pool exists."""
+    pool = getattr(server, "_proc_pool", None)
+    return [] if pool is None else list(pool.processes)
+
+
+def job_of(executor: Any) -> Any | None:
+    """Return the livekit Job that an executor runs or ran, or None."""
+    info = executor.running_job
+    return None if info is None else info.job
+
+
+def has_warm_process(server: AgentServer) -> bool:
+    """Tell whether a process waits for the next job; true as well when none is meant to.
+
+    Needs `_proc_pool._warmed_proc_queue`; without it a registered worker counts as warm.
+    """
+    pool = getattr(server, "_proc_pool", None)
+    queue = getattr(pool, "_warmed_proc_queue", None)
+    if queue is None or getattr(pool, "_default_num_idle_processes", 1) == 0:
+        return True
+    return not queue.empty()
+
+
+def mark_as_mock(server: AgentServer) -> None:
+    """Run every job in livekit-agents' mock room: there is no media server to join."""
+    need(server, "_proc_pool")
+    launch = server._proc_pool.launch_job
+
+    async def launch_job(info: Any) -> None:
+        info.fake_job = True
+        await launch(info)
+
+    server._proc_pool.launch_job = launch_job
+
+
+def is_connected(server: AgentServer) -> bool:
+    """Tell whether the worker is registered over a live connection right now."""
+    connection = getattr(server, "_conn_task", None)
+    return connection is not None and not connection.done() and not getattr(server, "_connecting", True)
+
+
+def has_given_up(server: AgentServer) -> bool:
+    """Tell whether the connection was given up for good (older versions only set a flag)."""
+    return bool(getattr(server, "_connection_failed", False))
+
+
+def load_of(server: AgentServer) -> float:
+    """Return the load that the worker last measured, 0 to 1."""
+    return float(getattr(server, "_worker_load", 0.0))
+
+
+async def announce(server: AgentServer, *, full: bool) -> None:
+    """Tell the server at once that this worker takes no jobs, or takes them again.
+
+    `drain()` would do the first, but holds the server's lock until the last job has ended, so that `aclose()`
+    could not be called in time; and it can't be undone. Needs `_draining` and `_update_worker_status`.
+    """
+    need(server, "_draining", "_update_worker_status")
+    server._draining = full
+    if getattr(server, "_msg_chan", None) is not None:
+        with contextlib.suppress(ChanClosed):
+            await server._update_worker_status()
+
+
+async def flush(server: AgentServer) -> None:
+    """Return when every message queued for the server has been handed to the socket."""
+    channel = getattr(server, "_msg_chan", None)
+    while channel is not None and is_connected(server):
+        for _ in range(GATE_TURNS):
+            await asyncio.sleep(0)
+        if channel.empty():
+            return
+        await asyncio.sleep(0.001)
+
+
+async def report_failed(server: AgentServer, job_id: str) -> None:
+    """Tell the server that an assigned job has failed; for one that no process was ever given.
+
+    livekit-agents itself reports only jobs that had a process. Needs `_queue_msg`.
+    """
+    need(server, "_queue_msg")
+    update = agent.UpdateJobStatus(job_id=job_id, status=agent.JobStatus.JS_FAILED)
+    with contextlib.suppress(ChanClosed):
+        await server._queue_msg(agent.WorkerMessage(update_job=update))
+
+
+def drop_requests(server: AgentServer) -> int:
+    """Cancel the `request_fnc` calls that still run and keep `aclose()` from waiting for them; say how many.
+
+    Their jobs, if they accepted one, are over. Needs `_job_lifecycle_tasks`, before 1.5 `_tasks`.
+    """
+    names = ("_job_lifecycle_tasks", "_tasks")
+    tasks: set[asyncio.Task[Any]] = next((getattr(server, n) for n in names if hasattr(server, n)), set())
+    dropped = [task for task in tasks if not task.done()]
+    for task in dropped:
+        task.cancel()
+    tasks.clear()
+    return len(dropped)
+
+
+def is_ending(executor: Any) -> bool:
+    """Tell whether a job has begun to shut down by itself (since 1.5; older versions don't say)."""
+    future = getattr(executor, "_shutting_down_fut", None)
+    return future is not None and future.done()
+
+
+async def ask_to_end(executor: Any, seconds: float) -> None:
+    """Ask a job to shut down, as the server's termination does, and wait for its process to end.
+
+    livekit-agents kills a job that has not acknowledged within `close_timeout` (10 s by default), with the
+    job's callbacks unrun; the deadline is ours to keep, so its own is moved out of the way.
+    """
+    options = getattr(executor, "_opts", None)
+    if options is not None and hasattr(options, "close_timeout"):
+        options.close_timeout = seconds + 60.0
+    await executor.aclose()
+
+
+def kill(executor: Any) -> None:
+    """SIGKILL the process of an executor at once. livekit-agents' own kill waits half a second first."""
+    pid = getattr(executor, "pid", None)
+    if pid is None or pid == os.getpid():
+        return  # the thread executor: its job ends with the worker
+    if hasattr(executor, "_kill_sent"):
+        executor._kill_sent = True  # else it logs an error for an exit that was meant
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def let_go_of_processes(server: AgentServer) -> int:
+    """Kill every process that runs no job, and keep `aclose()` from waiting for them; return how many.
+
+    On 1.5 the pool's own close never returns when it finds a process that is still starting. Nothing is lost
+    with processes that run no job, so the pool starts no more and is not closed: the worker is about to end.
+    """
+    pool = getattr(server, "_proc_pool", None)
+    idle = executors(server)
+    inference = getattr(server, "_inference_executor", None)
+    for executor in (*idle, *(() if inference is None else (inference,))):
+        kill(executor)
+    if pool is not None and hasattr(pool, "_closed"):
+
+        async def aclose() -> None:
+            pool._closed = True
+
+        pool.aclose = aclose
+    return len(idle)
+
+
+def forkserver_pids() -> Iterable[int]:
+    """Return the pid of the forkserver, once it runs."""
+    from multiprocessing import forkserver
+
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    return () if pid is None else (pid,)
+
+
+def agent_name(server: AgentServer) -> str:
+    """Return the name under which the agent is dispatched explicitly; empty for automatic dispatch."""
+    return str(getattr(server, "_agent_name", ""))

@@ -1,0 +1,123 @@
+"""What is mended once per worker process, before the target is loaded: multiprocessing, and how it is used.
+
+Each function looks for the private names that it needs and does nothing twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.context
+import multiprocessing.popen_forkserver
+import multiprocessing.util
+import os
+import socket
+import threading
+from multiprocessing.connection import wait as wait_readable
+from typing import Any
+
+# What multiprocessing makes of a status that it can't read.
+STATUS_LOST = 255
+# What of ours job processes unpickle; imported in the forkserver, before the user's path is set.
+PRELOADED = ("lastcall.worker.job.setup",)
+# Joins them, in front of the plugin, where the user's module has imported the plugin.
+PRELOADED_FOR = {"livekit.plugins.inworld": "lastcall.worker.inworld.plugin.attached"}
+
+
+def lock_process_poll() -> None:
+    """Read a forkserver child's exit status once, and take no living process for an ended one.
+
+    Two threads poll one process (the join thread and the loop's `is_alive`); both find the status pipe
+    readable, the second reads end of file and takes it for exit code 255, and a job that ended well is
+    reported failed. The lock lies around the read only: the join thread waits for hours.
+
+    End of file is also all there is when the forkserver itself has been killed, and the job lives on: its
+    channels would be closed on it, which ends it. Its own end is seen by a pidfd, opened by the first look
+    at it, which the join thread takes at once.
+    """
+    popen = multiprocessing.popen_forkserver.Popen
+    original = popen.poll
+    if getattr(original, "is_locked", False):
+        return
+    lock = threading.Lock()
+
+    def poll(self: Any, flag: int = os.WNOHANG) -> int | None:
+        timeout = 0 if flag == os.WNOHANG else None
+        with lock:
+            watch(self)
+        if self.returncode is None:
+            if not wait_readable([self.sentinel], timeout):
+                return None
+            with lock:
+                if self.returncode is None:
+                    original(self, os.WNOHANG)
+                    if self.returncode == STATUS_LOST and not wait_readable([self.pidfd], 0):
+                        self.returncode = None
+            if self.returncode is None:  # alive, and its status will be told to nobody
+                if not wait_readable([self.pidfd], timeout):
+                    return None
+                self.returncode = STATUS_LOST
+        code: int | None = self.returncode
+        return code
+
+    def watch(self: Any) -> None:
+        if getattr(self, "pidfd", None) is None:
+            self.pidfd = _pidfd(self.pid)
+            multiprocessing.util.Finalize(self, os.close, (self.pidfd,))
+
+    poll.is_locked = True  # type: ignore[attr-defined]  # a mark on our own function
+    popen.poll = poll  # type: ignore[method-assign]  # that is the mend
+
+
+def _pidfd(pid: int) -> int:
+    """Return a descriptor that is readable once the process is gone; of one that is gone already, too."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return os.open(os.devnull, os.O_RDONLY)
+
+
+def preload_ours() -> None:
+    """Add our modules to every forkserver preload list; livekit-agents sets the list itself, at its start."""
+    context = multiprocessing.context.ForkServerContext
+    original = context.set_forkserver_preload
+
+    def set_forkserver_preload(self: Any, modules: list[str]) -> None:
+        ours = [*PRELOADED, *(ours for theirs, ours in PRELOADED_FOR.items() if theirs in modules)]
+        original(self, [*ours, *(name for name in modules if name not in ours)])
+
+    context.set_forkserver_preload = set_forkserver_preload  # type: ignore[assignment]  # no public hook
+
+
+def keep_interrupt_handler() -> None:
+    """Stop livekit-agents from ignoring SIGINT in the main process while it starts a job process.
+
+    It does so to protect the child; the shield protects it already, and a SIGINT in that window was lost.
+    """
+    from livekit.agents.ipc import supervised_proc
+
+    if hasattr(supervised_proc, "_mask_ctrl_c"):
+        supervised_proc._mask_ctrl_c = contextlib.nullcontext
+
+
+def end_log_pipes() -> None:
+    """Have the end of a job's process be the end of its log, whoever else still holds the pipe.
+
+    A process that a job forked inherits the pipe, and livekit-agents says that a job has ended only once the
+    pipe is at end of file: the job's whole drain would be spent waiting for a child that it left behind. What
+    was written before is still read. Needs `LogQueueListener._duplex` and its `_sock`.
+    """
+    from livekit.agents.ipc.log_queue import LogQueueListener
+
+    original = LogQueueListener.stop
+    if getattr(original, "is_bounded", False):
+        return
+
+    def stop(self: Any) -> None:
+        pipe = getattr(getattr(self, "_duplex", None), "_sock", None)
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # closed already
+                pipe.shutdown(socket.SHUT_RD)
+        original(self)
+
+    stop.is_bounded = True  # type: ignore[attr-defined]  # a mark on our own function
+    LogQueueListener.stop = stop

@@ -1,0 +1,225 @@
+"""From TARGET to an AgentServer.
+
+TARGET is `path.py`, `path.py:attr` or `module:attr`. A bare path is run as `python path.py start` would be,
+as `__main__`, with `run_app` recording what it is given; so the usual file, which builds its WorkerOptions
+under the `__main__` guard, works as it is. With an attribute the guard stays shut: the file is executed as
+`__mp_main__`, the name under which multiprocessing imports it in job processes.
+
+The user's directory joins `sys.path` here and not before: until now a `uvloop.py` beside the target could
+have hidden what lastcall itself imports.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lastcall
+from lastcall.worker.base.errors import StartError, TargetError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A TARGET taken apart: a file or a module, and an attribute or none."""
+
+    text: str
+    path: Path | None
+    module: str
+    attribute: str
+
+
+def parse(text: str) -> Target:
+    """Take TARGET apart. Raises TargetError when it has none of the three forms or names no file."""
+    head, colon, attribute = text.partition(":")
+    if head.endswith(".py"):
+        path = Path(head).absolute()
+        if not path.is_file():
+            raise TargetError(
+                f"no file {head!r}: TARGET is path.py, path.py:attr or module:attr{_near(path)}"
+            )
+        if colon and not attribute.isidentifier():
+            raise TargetError(f"{text!r}: {attribute!r} is no attribute name, expected path.py:attr")
+        return Target(text=text, path=path, module="", attribute=attribute)
+    if not colon or not attribute.isidentifier() or not all(p.isidentifier() for p in head.split(".")):
+        raise TargetError(f"{text!r} is no target: expected path.py, path.py:attr or module:attr")
+    return Target(text=text, path=None, module=head, attribute=attribute)
+
+
+def load(
+    target: Target,
+    *,
+    record: Callable[[Callable[[Any], NoReturn]], None],
+    classify: Callable[[object], Any | None],
+) -> Any:
+    """Run or import the target and return its AgentServer.
+
+    `record` installs a stand-in for livekit's `run_app`; `classify` turns an AgentServer or WorkerOptions
+    into an AgentServer and anything else into None. Raises TargetError when the target is wrong (there is no
+    such attribute, type or module, or the syntax is bad) and StartError when its own code raised.
+    """
+    recorded: list[Any] = []
+
+    def run_app(server: Any) -> NoReturn:
+        recorded.append(server)
+        raise SystemExit(0)
+
+    record(run_app)
+    if target.path is not None:
+        _refuse_hidden(target.path.parent)
+        sys.path.insert(0, str(target.path.parent))
+        module = _execute(target, target.path, recorded)
+    else:
+        _refuse_hidden(Path.cwd())
+        sys.path.insert(0, str(Path.cwd()))
+        module = _import(target)
+    if target.attribute:
+        found = _attribute(target, module)
+        server = classify(found)
+        if server is None and callable(found):
+            server = classify(_call(target, found))
+        if server is None:
+            raise TargetError(
+                f"{target.text}: {target.attribute!r} is a {type(found).__name__},"
+                " expected an AgentServer, WorkerOptions, or a function that returns one"
+            )
+        return server
+    if recorded:
+        server = classify(recorded[-1])
+        if server is None:
+            raise TargetError(
+                f"{target.text}: run_app was given a {type(recorded[-1]).__name__},"
+                " expected an AgentServer or WorkerOptions"
+            )
+        return server
+    return _only_server(target, module, classify)
+
+
+def _only_server(target: Target, module: types.ModuleType, classify: Callable[[object], Any | None]) -> Any:
+    """Return the one server that a file without `run_app` defines, as livekit's own command line would."""
+    servers = {name: found for name, value in vars(module).items() if (found := classify(value)) is not None}
+    if len({id(server) for server in servers.values()}) == 1:
+        return next(iter(servers.values()))
+    names = ", ".join(sorted(servers)) or "none"
+    raise TargetError(
+        f"{target.text} never called cli.run_app and defines {names} at its top level:"
+        f" name one AgentServer or WorkerOptions as {target.text}:NAME"
+    )
+
+
+def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleType:
+    name = "__mp_main__" if target.attribute else "__main__"
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    # Registered as __main__ in either case: multiprocessing tells job processes what to import by it.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    sys.argv = [str(path), "start"]
+    try:
+        code = compile(path.read_bytes(), str(path), "exec")
+        exec(code, module.__dict__)
+    except SystemExit as error:
+        if not recorded:
+            raise StartError(
+                f"{target.text} exited with {error.code!r} before it gave run_app an agent"
+            ) from None
+    except BaseException as error:
+        _raise_users(target, error)
+    return module
+
+
+def _import(target: Target) -> types.ModuleType:
+    try:
+        return importlib.import_module(target.module)
+    except SystemExit as error:
+        raise StartError(f"{target.text} exited with {error.code!r} while it was imported") from None
+    except BaseException as error:
+        _raise_users(target, error)
+
+
+def _call(target: Target, factory: Callable[[], Any]) -> Any:
+    try:
+        return factory()
+    except BaseException as error:
+        _raise_users(target, error)
+
+
+def _attribute(target: Target, module: types.ModuleType) -> Any:
+    try:
+        return getattr(module, target.attribute)
+    except AttributeError:
+        names = [name for name in vars(module) if not name.startswith("_")]
+        near = difflib.get_close_matches(target.attribute, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TargetError(f"{target.text}: no attribute {target.attribute!r} there{hint}") from None
+
+
+def _raise_users(target: Target, error: BaseException) -> NoReturn:
+    """Re-raise what the user's code raised, as an error of the target or of the start."""
+    if isinstance(error, SyntaxError):
+        where = f"{error.filename} line {error.lineno}"
+        raise TargetError(f"{target.text}: {type(error).__name__} in {where}: {error.msg}") from None
+    if isinstance(error, ModuleNotFoundError):
+        where = _where(error)
+        raise TargetError(f"{target.text}: {error}{where}; install it or correct the name") from None
+    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    raise StartError(f"{target.text} failed to load: {text}", traceback=users_traceback(error)) from None
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(_users_part(error.__traceback__))
+    theirs = [frame for frame in frames if not frame.filename.startswith("<frozen")]
+    return f" ({theirs[-1].filename} line {theirs[-1].lineno})" if theirs else ""
+
+
+LIVEKIT = f"{os.sep}livekit{os.sep}agents{os.sep}"
+
+
+def _users_part(tb: types.TracebackType | None) -> types.TracebackType | None:
+    """Return the traceback from the first frame that is neither ours, livekit's nor the import system's."""
+    here = str(Path(__file__).parent)
+    while tb is not None:
+        filename = tb.tb_frame.f_code.co_filename
+        ours = filename.startswith((here, "<frozen")) or filename == importlib.__file__
+        if not ours and LIVEKIT not in filename:
+            return tb
+        tb = tb.tb_next
+    return None
+
+
+def users_traceback(error: BaseException) -> str:
+    """Format an error with the frames from the user's file on; empty when none of them is the user's."""
+    part = _users_part(error.__traceback__)
+    if part is None:
+        return ""
+    return "".join(traceback.format_exception(type(error), error, part))
+
+
+def _refuse_hidden(directory: Path) -> None:
+    """Refuse a directory of the user's that has a module of lastcall's name: imports would get lastcall.
+
+    Raises TargetError. A checkout of lastcall itself is fine, and so is a folder that is no package.
+    """
+    for found in (directory / "lastcall.py", directory / "lastcall" / "__init__.py"):
+        if found.is_file() and found.resolve() != Path(lastcall.__file__).resolve():
+            shown = found if found.name == "lastcall.py" else found.parent
+            raise TargetError(
+                f"{shown} has the name of the supervisor's own package, so `import lastcall` could not"
+                f" reach it: rename {shown.name!r}"
+            )
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.suffix == ".py"]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
