@@ -88,6 +88,10 @@ ROOMS: dict[str, Room] = {
             "cli",
         ),
     ),
+    "lastcall.supervisor.config": Room(
+        idea="every option, written once; where values come from",
+        floors=("paths env_file values", "options", "sources", "loading"),
+    ),
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
