@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ from hypothesis import strategies as st
 
 from lastcall.supervisor.config.env_file import environment_of
 from lastcall.supervisor.config.loading import load
-from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.options import Config, flags
 from lastcall.supervisor.config.sources import read_environment, warnings
 from lastcall.supervisor.errors import ConfigError, UsageError
+from tests.support.harness import LASTCALL
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +125,35 @@ def test_env_file(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="can't be read"):
         environment_of(str(file))
+
+
+def test_the_pages_show_the_options() -> None:
+    """README and the page on configuration are rendered from the definitions of the options."""
+    script = Path(__file__).parent.parent / "scripts" / "options"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("columns", ["80", "140"])
+def test_help_shows_each_flag(columns: str) -> None:
+    """`run --help` names each flag with its placeholder, its description and its default."""
+    done = subprocess.run(
+        [*LASTCALL, "run", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "COLUMNS": columns},
+    )
+    shown = " ".join(done.stdout.split())
+    for name, flag in flags().items():
+        spelt = f"{flag.short}, --{name}" if flag.short else f"--{name.replace('_', '-')}"
+        assert f"{spelt} {flag.metavar} {Config.model_fields[name].description}" in shown
+    for default in (
+        "[1]",
+        "[3600]",
+        "[127.0.0.1:8080]",
+        "[auto: in a directory of the user's own]",
+        "[auto]",
+    ):
+        assert default in shown
