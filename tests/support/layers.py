@@ -124,7 +124,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.deploy": Room(
         idea="units, images and manifests, from one description of the service",
-        floors=("service", "docker systemd", "k8s", "tree"),
+        floors=("service", "template", "docker systemd k8s", "tree"),
     ),
     "lastcall.supervisor.rehearsal": Room(
         idea="the fire drill: scenes, and a verdict on each",
