@@ -25,7 +25,7 @@ from scripts.pages import write_section
 
 ROOT = Path(__file__).parent.parent
 AGENT = str(ROOT / "tests" / "agents" / "calls.py")
-SAMPLE = str(ROOT / "worker" / "local" / "sample.py")
+SAMPLE = str(ROOT / "lastcall" / "worker" / "local" / "sample.py")
 RATE = 10.0
 
 

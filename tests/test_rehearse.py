@@ -23,7 +23,7 @@ from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import HERE, LASTCALL
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
-SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
+SAMPLE = str(HERE.parent / "lastcall" / "worker" / "local" / "sample.py")
 FRAGILE = str(HERE / "agents" / "fragile.py")
 
 

@@ -75,11 +75,15 @@ async def end(ctx: Any) -> None:
         await job_end.aclose()
 
 
-def closing(ctx: Any, closable: T) -> T:
-    """Close `closable` when the job of `ctx` ends, and return it.
+def closing(ctx: Any, closable: T) -> T:  # Any: livekit-agents' JobContext, which is not type-checked here
+    """Close `closable` when the job of `ctx` ends, and return `closable`.
 
-    It is closed after the job's shutdown callbacks, within seconds, the last one given first. Outside
-    lastcall it is a shutdown callback like any other.
+    `ctx` is the JobContext that the entrypoint got, `closable` anything with an async method `aclose()`.
+    lastcall calls `aclose()` after the shutdown callbacks of the job, of several objects the last one first.
+    All of them together have 4 seconds, then what still runs is cancelled. An `aclose()` that raises or is
+    cancelled is logged. Outside lastcall, `aclose()` is a shutdown callback of the job.
+
+    Raises RuntimeError once the job has ended and its closing has begun. Since 0.2.0.
     """
 
     async def close(_deadline: float) -> Counts:
