@@ -17,25 +17,9 @@ import psutil
 import pytest
 
 from tests.support.harness import LASTCALL, Run, StartRun, lives
+from tests.support.program import DEAF, POLITE, polite
 
 PY = sys.executable
-# Prints a line when it handles SIGTERM, works for a while after it, and says how often it came.
-POLITE = """
-import signal, sys, time
-seen = []
-signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
-print("up", flush=True)
-while not seen:
-    time.sleep(0.01)
-time.sleep({after})
-print("terms", len(seen), flush=True)
-"""
-DEAF = """
-import signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print('up', flush=True)
-time.sleep(600)
-"""
 ORPHANS = """
 import os, time, sys
 for _ in range(100):
@@ -49,10 +33,6 @@ print("up", flush=True)
 time.sleep(600)
 """
 FAST = "[restart]\nintensity = 3\nbackoff = [0.02, 0.1]\n"
-
-
-def polite(after: float = 0.0) -> list[str]:
-    return ["--", PY, "-c", POLITE.format(after=after)]
 
 
 async def test_one_sigterm_and_time(run: StartRun) -> None:

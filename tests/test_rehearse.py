@@ -20,10 +20,9 @@ from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, j
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.worker.job import setup
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import HERE, LASTCALL
+from tests.support.harness import HERE, LASTCALL, SAMPLE
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
-SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
 FRAGILE = str(HERE / "agents" / "fragile.py")
 
 

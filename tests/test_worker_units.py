@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 
@@ -34,6 +33,7 @@ def test_wire_survives_any_cut(messages: list[dict[str, str]], size: int) -> Non
 
 @pytest.mark.parametrize("line", [b"x", b"[]", b"{}", b'{"type":1,"v":1}', b'{"type":"a","v":2}'])
 def test_wire_refuses_what_is_no_message(line: bytes) -> None:
+    """A line that is no JSON object with a type and our version raises WireError."""
     with pytest.raises(WireError):
         decode(line)
 
@@ -101,10 +101,13 @@ async def test_resources_close_in_reverse_once_and_bounded() -> None:
     resources.join("hangs", hangs)
     census, again = await asyncio.gather(resources.aclose(now() + 0.2), resources.aclose(now() + 0.2))
     assert census == again == await resources.aclose(now())
-    assert order[:2] == ["hangs", "fails"]
-    assert {r.name: r.fate for r in census} == {"good": "forced", "fails": "forced", "hangs": "forced"} or {
-        r.name: r.fate for r in census
-    } == {"good": "closed", "fails": "forced", "hangs": "forced"}
+    assert order == ["hangs", "fails", "good"]
+    # The deadline has passed when the turn of "good" comes. A closer that does not wait ends all the same.
+    assert [(r.name, r.fate) for r in census] == [
+        ("hangs", "forced"),
+        ("fails", "forced"),
+        ("good", "closed"),
+    ]
     with pytest.raises(RuntimeError):
         resources.join("late", good)
 
@@ -169,4 +172,3 @@ def test_worker_alone_says_its_usage() -> None:
     assert done.returncode == 2 and b"usage: python -m lastcall.worker TARGET" in done.stderr
     done = subprocess.run([*command, "none.py"], capture_output=True, check=False, timeout=20, cwd="/")
     assert done.returncode == 78 and done.stderr.startswith(b"lastcall: no file 'none.py'")
-    assert os.getcwd()
