@@ -48,6 +48,7 @@ async def test_one_sigterm_and_time(run: StartRun) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_deadline(run: StartRun) -> None:
     """One that never ends is killed in time, which is a reason for 75."""
     r: Run = await run("run", "--grace", "2", "--", PY, "-c", DEAF, livekit=False)
@@ -96,6 +97,7 @@ async def test_no_such_program(run: StartRun) -> None:
     assert "'no-such-program-here'" in r.err.read_text()
 
 
+@pytest.mark.alone
 async def test_sigterm_during_backoff(run: StartRun) -> None:
     """Nothing runs, so nothing is waited for."""
     slow = "[restart]\nintensity = 50\nbackoff = [20, 20]\n"

@@ -141,6 +141,7 @@ def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
         set_up.wait_ready()
 
 
+@pytest.mark.alone
 async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
     """It registers where nobody dispatches for the rehearsal: said at once, and not by a timeout."""
     async with DispatchServer() as server:
