@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +34,12 @@ def test_each_test_says_what_it_promises() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
                 says = ast.get_docstring(node) or ""
                 assert says.endswith("."), f"{path.name}:{node.lineno}: {node.name}: {says!r}"
+
+
+def test_each_script_in_python_is_checked() -> None:
+    """ruff and mypy find a script without .py by its name in pyproject.toml alone."""
+    scripts = [path for path in (HERE.parent / "scripts").iterdir() if path.is_file() and not path.suffix]
+    names = {f"scripts/{path.name}" for path in scripts if "python" in path.read_text().partition("\n")[0]}
+    tool = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["tool"]
+    assert names == set(tool["ruff"]["extend-include"])
+    assert names <= set(tool["mypy"]["files"])

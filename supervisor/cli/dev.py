@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from watchfiles import Change, DefaultFilter, awatch
@@ -21,7 +20,6 @@ from lastcall.supervisor.environment import surroundings
 from lastcall.supervisor.errors import Exit, Refused
 from lastcall.supervisor.signals import Inbox
 
-GRACE = 10.0
 DEBOUNCE_MS = 300
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 GIT_TIMEOUT = 5.0
@@ -130,8 +128,3 @@ def ignored_by_git(directory: Path, paths: set[str]) -> set[str]:
     except (OSError, subprocess.TimeoutExpired):
         return set()
     return {name.decode(errors="surrogateescape") for name in done.stdout.split(b"\0") if name}
-
-
-def defaults() -> dict[str, Any]:
-    """What `dev` sets where neither flag, environment nor file does."""
-    return {"grace": GRACE, "http": "127.0.0.1:0", "log_format": "console", "workers": 1}

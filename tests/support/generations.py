@@ -13,7 +13,7 @@ from lastcall.worker.base.condition import Condition
 
 
 class Silent:
-    """A logger that keeps what it is told."""
+    """A logger that keeps the events."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, dict[str, Any]]] = []

@@ -88,6 +88,10 @@ ROOMS: dict[str, Room] = {
             "cli",
         ),
     ),
+    "lastcall.supervisor.config": Room(
+        idea="every option, written once; where values come from",
+        floors=("paths env_file values", "options", "sources", "loading"),
+    ),
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
@@ -120,7 +124,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.deploy": Room(
         idea="units, images and manifests, from one description of the service",
-        floors=("service", "docker systemd", "k8s", "tree"),
+        floors=("service", "template", "docker systemd k8s", "tree"),
     ),
     "lastcall.supervisor.rehearsal": Room(
         idea="the fire drill: scenes, and a verdict on each",
@@ -132,7 +136,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
-        floors=("tables local_server", "demo dev operate deployment", "run"),
+        floors=("tables local_server parameters", "demo dev operate deployment", "run"),
     ),
 }
 # Two modules of one name would be taken for each other. Only a room and the main module in it may share one.
