@@ -21,8 +21,7 @@ from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import unshielded
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import LASTCALL, Run, StartRun
-from tests.test_rehearse import SAMPLE
+from tests.support.harness import LASTCALL, SAMPLE, Run, StartRun
 
 GOOD = Facts(
     target="agent.py",

@@ -20,10 +20,13 @@ from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, j
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.worker.job import setup
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import HERE, LASTCALL
+from tests.support.harness import HERE, LASTCALL, SAMPLE
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
+<<<<<<< HEAD
 SAMPLE = str(HERE.parent / "lastcall" / "worker" / "local" / "sample.py")
+=======
+>>>>>>> w-tests
 FRAGILE = str(HERE / "agents" / "fragile.py")
 
 
@@ -142,6 +145,7 @@ def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
         set_up.wait_ready()
 
 
+@pytest.mark.alone
 async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
     """It registers where nobody dispatches for the rehearsal: said at once, and not by a timeout."""
     async with DispatchServer() as server:
