@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from lastcall.supervisor.fleet.histogram import Histogram
 from lastcall.supervisor.fleet.states import ALIVE, PHASE_OF, SLOT_TABLE, Phase, SlotEvent, SlotState
 from lastcall.supervisor.receipt import Ledger, StopRecord
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.inworld.pool import lifecycles
+from tests.support.meanings import meanings
 
 
 class Silent:
-    """A logger that keeps what it is told."""
+    """A logger that keeps the events."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, dict[str, Any]]] = []
@@ -55,7 +58,7 @@ def generation_in(state: SlotState) -> tuple[Generation, Silent]:
 @pytest.mark.parametrize("state", SlotState)
 @pytest.mark.parametrize("event", SlotEvent)
 def test_every_state_with_every_event(state: SlotState, event: SlotEvent) -> None:
-    """What the table lists is done and logged once; everything else raises and changes nothing."""
+    """An event that the table lists is done and logged once; every other raises and changes nothing."""
     generation, log = generation_in(state)
     after = SLOT_TABLE.get((state, event))
     if after is None:
@@ -91,6 +94,27 @@ def test_every_living_state_can_end() -> None:
         )
     assert set(PHASE_OF) == set(ALIVE)
     assert list(Phase) == sorted(Phase)
+
+
+@pytest.mark.parametrize("states", [SlotState, Phase, lifecycles.ContextState, lifecycles.LineState])
+def test_every_state_has_a_meaning(states: type[enum.Enum]) -> None:
+    """Each member has one line of text, made of sentences and free of what would break a table."""
+    texts = meanings(states)
+    assert set(texts) == {member.name for member in states}
+    for name, text in texts.items():
+        assert text.endswith(".") and "|" not in text, name
+
+
+def test_a_state_without_a_meaning_is_found() -> None:
+    """A member without a text is missing from the meanings, so the test above fails for that member."""
+
+    class Lamp(enum.Enum):
+        ON = "on"
+        """The lamp burns."""
+
+        OFF = "off"
+
+    assert meanings(Lamp) == {"ON": "The lamp burns."}
 
 
 def test_the_page_shows_the_table() -> None:
