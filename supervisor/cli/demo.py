@@ -27,10 +27,11 @@ from lastcall.supervisor.views.status import View
 from lastcall.worker import local
 from lastcall.worker.base.clock import now
 
+# Seconds, all ours: a drain that can be watched, calls that end within it, and a table that moves.
 GRACE = 30.0
 CALL_SECONDS = 4.0
-REFRESH = 0.25
-LINE_EVERY = 2.0
+REFRESH_INTERVAL = 0.25
+LINE_INTERVAL = 2.0
 SAMPLE = "local/sample.py"
 
 
@@ -104,7 +105,7 @@ class _Screen(Sink):
         try:
             while True:
                 self._live.update(status_table(view.document()), refresh=True)
-                await asyncio.sleep(REFRESH)
+                await asyncio.sleep(REFRESH_INTERVAL)
         finally:
             self._live.stop()
 
@@ -113,7 +114,7 @@ async def _lines(view: View, write: Callable[[bytes], None]) -> None:
     """Off a terminal: one plain line every few seconds."""
     began = now()
     while True:
-        await asyncio.sleep(LINE_EVERY)
+        await asyncio.sleep(LINE_INTERVAL)
         document = view.document()
         slots = ", ".join(f"slot {s['slot']} {s['state']} {len(s['jobs'])} jobs" for s in document["slots"])
         totals = ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")

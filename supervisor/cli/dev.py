@@ -20,25 +20,17 @@ from lastcall.supervisor.environment import surroundings
 from lastcall.supervisor.errors import Exit, Refused
 from lastcall.supervisor.signals import Inbox
 
+# Milliseconds. Ours: an editor or a checkout writes its files within that time.
 DEBOUNCE_MS = 300
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+# Seconds. Ours: git answers at once, unless its repository lies on a network that is gone.
 GIT_TIMEOUT = 5.0
-SOURCES = frozenset(
-    {
-        ".py",
-        ".pyi",
-        ".toml",
-        ".yaml",
-        ".yml",
-        ".json",
-        ".txt",
-        ".md",
-        ".j2",
-        ".jinja",
-        ".html",
-        ".ini",
-        ".cfg",
-    }
+# Ends of the names of files that people write for an agent.
+SOURCE_SUFFIXES = frozenset(
+    (
+        *(".py", ".pyi", ".toml", ".yaml", ".yml", ".json", ".ini", ".cfg"),
+        *(".txt", ".md", ".j2", ".jinja", ".html"),
+    )
 )
 
 
@@ -112,7 +104,7 @@ class _Filter(DefaultFilter):
 
 def is_source(path: Path) -> bool:
     """Tell whether a file is one that people write: an agent's own logs and recordings must not reload it."""
-    return path.suffix in SOURCES or path.name.startswith(".env")
+    return path.suffix in SOURCE_SUFFIXES or path.name.startswith(".env")
 
 
 def ignored_by_git(directory: Path, paths: set[str]) -> set[str]:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import posixpath
 
-from lastcall.supervisor.deploy.service import HIDDEN, HOMES, Service, is_below, seconds
+from lastcall.supervisor.deploy.service import (
+    HIDDEN_BY_PRIVATE_TMP,
+    HIDDEN_BY_PROTECT_HOME,
+    Service,
+    is_below,
+    seconds,
+)
 from lastcall.supervisor.deploy.template import render
 from lastcall.supervisor.errors import UsageError
 
@@ -20,7 +26,7 @@ RESTART = "20-restart-steps.conf"
 def unit(service: Service) -> str:
     """Return the unit file. Raises UsageError for a program or target that the unit could not see."""
     for path in (service.program, service.target_file or service.directory):
-        if is_below(path, HIDDEN):
+        if is_below(path, HIDDEN_BY_PRIVATE_TMP):
             raise UsageError(
                 f"{path} is in a directory for temporary files, which the unit's PrivateTmp hides; move it"
             )
@@ -77,4 +83,4 @@ def _attribute(service: Service) -> str:
 
 def _protect_home(service: Service) -> str:
     paths = (service.program, service.target_file, service.directory)
-    return "read-only" if any(is_below(path, HOMES) for path in paths if path) else "yes"
+    return "read-only" if any(is_below(path, HIDDEN_BY_PROTECT_HOME) for path in paths if path) else "yes"

@@ -8,7 +8,8 @@ from typing import Literal
 
 from lastcall.supervisor.config.options import DEFAULT_GRACE
 
-Verdict = Literal["ok", "warn", "fail"]
+# `warn`: lastcall runs, but less well than it could. `fail`: calls would be cut, or lastcall would not start.
+Severity = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,7 @@ class Finding:
     """One line why, and one line what to do; the latter is empty when all is well."""
 
     check: str
-    verdict: Verdict
+    verdict: Severity
     why: str
     do: str = ""
 

@@ -12,9 +12,10 @@ from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.supervisor.views import control_socket
 
+# Seconds, all ours: for a stop without jobs, for a process that waits for a job, for the end of the stop.
 GRACE = 10.0
-WARM = 10.0
-END = 20.0
+WARM_TIMEOUT = 10.0
+END_TIMEOUT = 20.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -25,7 +26,7 @@ def look(target: str) -> Trial:
             stage.wait_ready()
             document = control_socket.ask(stage.directory / "control", "status")
             ours = {stage.pid, *(slot["pid"] for slot in document["slots"])}
-            due = time.monotonic() + WARM
+            due = time.monotonic() + WARM_TIMEOUT
             while not (others := _framework(stage, ours)) and time.monotonic() < due:
                 time.sleep(0.1)
             holes = {
@@ -33,7 +34,7 @@ def look(target: str) -> Trial:
             }
             pss = sum(_pss(pid) for pid in stage.processes() if pid != stage.pid)
             stage.signal(signal.SIGTERM)
-            code = stage.wait_end(END, lambda: None)
+            code = stage.wait_end(END_TIMEOUT, lambda: None)
             return Trial(looked_at=len(others), open_to=holes, worker_bytes=pss, exit_code=code)
     except (StageError, ConfigError) as error:
         return Trial(error=str(error))

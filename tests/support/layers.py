@@ -92,6 +92,10 @@ ROOMS: dict[str, Room] = {
         idea="every option, written once; where values come from",
         floors=("paths env_file values", "options", "sources", "loading"),
     ),
+    "lastcall.supervisor.receipt": Room(
+        idea="what a stop did: jobs, resources, processes; and the document that says so",
+        floors=("ledger record", "document"),
+    ),
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
