@@ -9,8 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from lastcall.supervisor.config.options import Config, Section
-from lastcall.supervisor.config.sources import PREFIX, read_environment, read_file, section_of
+from lastcall.supervisor.config.sources import read_environment, read_file, section_of
 from lastcall.supervisor.errors import ConfigError, UsageError
+from lastcall.worker.base import variables
+from lastcall.worker.base.variables import PREFIX
 
 # Expectations by the type of a pydantic error, where pydantic's own words name things of Python.
 EXPECTATIONS = {"missing": "more values", "model_type": "a table", "model_attributes_type": "a table"}
@@ -27,7 +29,7 @@ def load(
 
     Raises UsageError for a bad flag, ConfigError for a bad file or variable.
     """
-    path, from_file = read_file(file or environ.get("LASTCALL_CONFIG") or None)
+    path, from_file = read_file(file or environ.get(variables.CONFIG) or None)
     from_environment = read_environment(environ)
     given = {name: value for name, value in flags.items() if value is not None}
     # A target and a command exclude each other, so a flag for one also takes the other's value away.
