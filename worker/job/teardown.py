@@ -1,4 +1,4 @@
-"""What is closed when a job ends, in order and bounded, after everything else of the job has run.
+"""Close the resources of a job when it ends, in order and bounded, after all other code of the job has run.
 
 livekit-agents runs a job's shutdown callbacks all at once, and when one raises it goes on while the others
 still run. So nothing here is a callback: it runs behind them, in front of the end of the job's HTTP session
@@ -59,8 +59,8 @@ class JobEnd:
         return census
 
 
-# By livekit-agents' JobProcess, of which each job has its own. Here because an agent can reach its job's end
-# by an import only.
+# By the JobProcess of livekit-agents, of which each job has one. A global, because an agent can reach the end
+# of its job by an import only.
 _ends: weakref.WeakKeyDictionary[Any, JobEnd] = weakref.WeakKeyDictionary()
 
 
