@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from lastcall.supervisor.errors import Exit
 from lastcall.supervisor.receipt.document import judge, write
 from lastcall.supervisor.receipt.ledger import JobEntry, Ledger
 from lastcall.supervisor.receipt.record import ResourceEntry, StopRecord
+from lastcall.worker.base.exit_codes import Exit
 
 
 def entry(id: str, *, generation: int = 1) -> JobEntry:

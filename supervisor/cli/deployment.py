@@ -18,6 +18,7 @@ import typer
 
 from lastcall.supervisor.cli.parameters import ConfigFile, Target, help_of, with_run_options
 from lastcall.supervisor.errors import UsageError
+from lastcall.worker.base.budget import DEFAULT_GRACE
 
 KINDS = ("systemd", "docker", "compose", "k8s")
 
@@ -44,7 +45,6 @@ def _unit(
     ] = None,
 ) -> None:
     """Print a unit, Dockerfile, compose file or manifests whose kill timers fit the grace."""
-    from lastcall.supervisor.config.options import DEFAULT_GRACE
     from lastcall.supervisor.deploy import docker, k8s, systemd
     from lastcall.supervisor.deploy.service import Service, Timers, seconds
 

@@ -17,6 +17,7 @@ from rich.live import Live
 from lastcall.supervisor.cli.tables import status_table
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.base import variables
 
 # Seconds between two questions to the supervisor. Ours: for eyes, and for scripts that wait.
 REFRESH_INTERVAL = 0.5
@@ -34,7 +35,7 @@ def add_to(app: typer.Typer) -> None:
 
 def _socket(control: str) -> Path:
     if control == "auto":
-        control = os.environ.get("LASTCALL_CONTROL", "auto")
+        control = os.environ.get(variables.CONTROL, "auto")
     return control_socket.find(control)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from lastcall.supervisor.config.options import Config, Section
-from lastcall.supervisor.config.sources import PREFIX, read_environment, read_file, section_of
+from lastcall.supervisor.config.sources import read_environment, read_file, section_of
 from lastcall.supervisor.errors import ConfigError, UsageError
+from lastcall.worker.base import variables
 
 # Expectations by the type of a pydantic error, where pydantic's own words name things of Python.
 EXPECTATIONS = {"missing": "more values", "model_type": "a table", "model_attributes_type": "a table"}
@@ -27,7 +28,7 @@ def load(
 
     Raises UsageError for a bad flag, ConfigError for a bad file or variable.
     """
-    path, from_file = read_file(file or environ.get("LASTCALL_CONFIG") or None)
+    path, from_file = read_file(file or environ.get(variables.CONFIG) or None)
     from_environment = read_environment(environ)
     given = {name: value for name, value in flags.items() if value is not None}
     # A target and a command exclude each other, so a flag for one also takes the other's value away.
@@ -54,7 +55,7 @@ def _one_line(failure: ValidationError, where: str) -> str:
     keys = [str(part) for part in problem["loc"]]
     name = ".".join(keys)
     if where == "environment":
-        name = PREFIX + "__".join(keys).upper()
+        name = variables.PREFIX + "__".join(keys).upper()
     prefix = f"{where}: " if where else ""
     if problem["type"] == "extra_forbidden":
         return f"{prefix}unknown key {name!r}{_nearest(keys)}"

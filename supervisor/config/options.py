@@ -21,10 +21,7 @@ from lastcall.supervisor.config.values import (
     WebSocketUrl,
     WritableFile,
 )
-from lastcall.worker.base.budget import Shares
-
-# Ours: an hour. Nearly all calls of voice agents end by themselves within that time.
-DEFAULT_GRACE = 3600.0
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

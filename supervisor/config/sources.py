@@ -18,26 +18,10 @@ from pydantic.fields import FieldInfo
 
 from lastcall.supervisor.config.options import Config, Section
 from lastcall.supervisor.errors import ConfigError
+from lastcall.worker.base.variables import NOT_OPTION_PREFIXES, NOT_OPTIONS, PREFIX
 
-PREFIX = "LASTCALL_"
 # Looked for in the working directory, in this order.
 FILE_NAMES = ("lastcall.toml", "pyproject.toml")
-
-# Variables of lastcall that are no options: set by lastcall for its own children, or read by other verbs.
-NOT_OPTIONS = frozenset(
-    {
-        "LASTCALL_CONFIG",
-        "LASTCALL_PLATFORM_GRACE",
-        "LASTCALL_MARK",
-        "LASTCALL_WORKER",
-        "LASTCALL_INWORLD_WS_URL",
-        "LASTCALL_INWORLD_URL",
-        "LASTCALL_INWORLD_TOKEN",
-    }
-)
-# Kubernetes injects the latter two for a Service called lastcall:
-# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
-NOT_OPTION_PREFIXES = ("LASTCALL_WORKER_", "LASTCALL_SERVICE", "LASTCALL_PORT")
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:

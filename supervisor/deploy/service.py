@@ -14,9 +14,9 @@ import posixpath
 import re
 from dataclasses import dataclass, field
 
-from lastcall.supervisor.config.options import DEFAULT_GRACE, Start
+from lastcall.supervisor.config.options import Start
 from lastcall.supervisor.errors import UsageError
-from lastcall.worker.base.budget import Shares
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
 # Seconds from the end of grace to the platform's SIGKILL. Ours: for a supervisor that gets little processor.
 KILL_MARGIN = 30

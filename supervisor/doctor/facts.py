@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lastcall.supervisor.config.options import DEFAULT_GRACE
+from lastcall.worker.base.budget import DEFAULT_GRACE
 
 # `warn`: lastcall runs, but less well than it could. `fail`: calls would be cut, or lastcall would not start.
 Severity = Literal["ok", "warn", "fail"]

@@ -7,9 +7,9 @@ import platform
 from importlib.metadata import version
 from typing import Any, Literal
 
-from lastcall.supervisor.errors import Exit
 from lastcall.supervisor.receipt.ledger import Ledger
 from lastcall.supervisor.receipt.record import StopRecord
+from lastcall.worker.base.exit_codes import Exit
 
 # The version of the document's fields; docs/operations.md lists them.
 SCHEMA = 1
