@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lastcall.supervisor.cli.dev import ignored_by_git, is_source, remarks
+from lastcall.supervisor.cli.dev import remote_host
+from lastcall.supervisor.cli.source_changes import ignored_by_git, is_source
 from tests.support.harness import Run, StartRun
 from tests.support.terminal import Terminal
 
@@ -107,4 +108,4 @@ def test_what_is_a_source(name: str, source: bool) -> None:
 )
 def test_remote_project_is_pointed_out(url: str, warned: bool) -> None:
     """Real calls would come here."""
-    assert bool(remarks({"LIVEKIT_URL": url})) is warned
+    assert bool(remote_host(url)) is warned

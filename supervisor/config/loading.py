@@ -12,7 +12,6 @@ from lastcall.supervisor.config.options import Config, Section
 from lastcall.supervisor.config.sources import read_environment, read_file, section_of
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.worker.base import variables
-from lastcall.worker.base.variables import PREFIX
 
 # Expectations by the type of a pydantic error, where pydantic's own words name things of Python.
 EXPECTATIONS = {"missing": "more values", "model_type": "a table", "model_attributes_type": "a table"}
@@ -56,7 +55,7 @@ def _one_line(failure: ValidationError, where: str) -> str:
     keys = [str(part) for part in problem["loc"]]
     name = ".".join(keys)
     if where == "environment":
-        name = PREFIX + "__".join(keys).upper()
+        name = variables.PREFIX + "__".join(keys).upper()
     prefix = f"{where}: " if where else ""
     if problem["type"] == "extra_forbidden":
         return f"{prefix}unknown key {name!r}{_nearest(keys)}"
