@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.support import left_out, selection
@@ -20,9 +21,14 @@ from tests.support.terminal import Terminal
 
 
 def pytest_configure() -> None:
-    """Undo a nohup around the tests: what they start inherits an ignored SIGHUP, and keeps to it."""
+    """Set up the process that runs tests, before any test is imported."""
+    # Undo a nohup around the tests: a program that a test starts inherits an ignored SIGHUP, and keeps to it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     selection.watch()
+    # Hypothesis fails an example that takes longer than 200 ms, or slow data; beside other tests both happen.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("beside others", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("beside others")
 
 
 @pytest.hookimpl(tryfirst=True)
