@@ -28,7 +28,8 @@ from typing import NoReturn
 import uvloop
 
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, SupervisorError, UsageError
-from lastcall.supervisor.signals import STOP_SIGNALS, Inbox, receive
+from lastcall.supervisor.signals import Inbox, receive
+from lastcall.worker.base.stopping import STOP_SIGNALS
 
 SUPERVISING = frozenset({"run", "demo", "dev"})
 # The first that fits counts.

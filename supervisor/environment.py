@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lastcall.supervisor.processes.output_writer import Sink
+from lastcall.supervisor.processes.output_writer import OutputWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +17,8 @@ class Surroundings:
 
     environment: Mapping[str, str]
     has_terminal: bool
-    stdout: Sink
-    stderr: Sink
+    stdout: OutputWriter
+    stderr: OutputWriter
     # Demo: more settings for the workers, processes of ours that no sweep may touch, and no workers' lines.
     worker_settings: Mapping[str, object]
     spared_pids: frozenset[int] = frozenset()
@@ -34,8 +34,8 @@ def surroundings(**more: Any) -> Surroundings:
     values: dict[str, Any] = {
         "environment": dict(os.environ),
         "has_terminal": _has_terminal(),
-        "stdout": Sink(1),
-        "stderr": Sink(2),
+        "stdout": OutputWriter(1),
+        "stderr": OutputWriter(2),
         # Set by a rehearsal for the supervisor that it starts; nobody else's business.
         "worker_settings": json.loads(os.environ.get("LASTCALL_WORKER_REHEARSAL", "{}")),
     }

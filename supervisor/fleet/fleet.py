@@ -11,8 +11,9 @@ from lastcall.supervisor.config import Config
 from lastcall.supervisor.fleet.generation import Generation, Shared
 from lastcall.supervisor.fleet.histogram import Histogram
 from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
-from lastcall.supervisor.fleet.slot import Retirement, Slot
+from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.fleet.states import PHASE_OF, Phase, SlotState
+from lastcall.supervisor.fleet.stop_steps import Ending
 from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.receipt import Ledger, StopRecord
@@ -31,6 +32,7 @@ class Fleet:
         self,
         config: Config,
         *,
+        changed: Condition,
         launcher: Launcher,
         ledger: Ledger,
         record: StopRecord,
@@ -39,7 +41,7 @@ class Fleet:
         sweep_unmarked: bool,
         known_pids: set[int],
     ) -> None:
-        self.changed = Condition()
+        self.changed = changed
         self.ledger = ledger
         self.launcher = launcher
         self.fault = ""
@@ -97,7 +99,7 @@ class Fleet:
     def phase(self) -> Phase:
         """The phase of a stop: that of the worker that is furthest from its end."""
         phases = [
-            Phase.FENCING if generation.stopper.is_fencing else PHASE_OF[generation.state]
+            Phase.FENCING if generation.is_fencing else PHASE_OF[generation.state]
             for generation in self.generations
             if generation.is_alive
         ]
@@ -192,7 +194,7 @@ class Fleet:
     async def shrink(self, slot: Slot, reason: str) -> None:
         """Drain one slot for as long as grace lets it, and take it away."""
         config = self.config
-        ending = Retirement(reason=reason, deadlines=plan(now(), config.grace, config.stop.shares))
+        ending = Ending(reason=reason, deadlines=plan(now(), config.grace, config.stop.shares))
         await slot.stop(ending)
         await self.changed.until(lambda: all(generation.ended for generation in slot.generations))
         if not self.is_stopping:
@@ -201,16 +203,26 @@ class Fleet:
 
     # -- the stop -------------------------------------------------------------------------------------
 
-    def fence(self, reason: str) -> None:
-        """Begin the stop where it is urgent: every worker is told to accept nothing more, at once."""
+    def begin_stop(self, ending: Ending) -> None:
+        """Begin the stop of every worker with what is urgent: each is told at once to accept nothing more.
+
+        From now on no slot starts anything. `Slot.stop` does the rest.
+        """
         self.shared.is_stopping = True
         for slot in self.slots:
-            slot.fence(reason)
-
-    def begin_stop(self) -> None:
-        """Start no slot that has not been started yet."""
-        self.shared.is_stopping = True
+            slot.begin_stop(ending)
+        self.ledger.begin_stop()
         self.changed.notify()
+
+    def wake(self) -> None:
+        """Have everybody who waits for a slot, or for the fleet, look again: a deadline has moved."""
+        for slot in self.slots:
+            slot.changed.notify()
+        self.changed.notify()
+
+    def abandon(self) -> None:
+        """After a fault of lastcall: leave the workers alone. They see the supervisor's end, and drain."""
+        self.shared.is_abandoned = True
 
     async def sweep(self, supervisor_id: str, deadline: float, *, inherits_orphans: bool) -> None:
         """At the end of a stop: no descendant is left, whoever it belonged to.

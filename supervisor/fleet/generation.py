@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import SpawnError, TransitionError
+from lastcall.supervisor.fleet.aftermath import ended_well, post_mortem, sweep
 from lastcall.supervisor.fleet.histogram import Histogram
-from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE, SlotEvent, SlotState
-from lastcall.supervisor.fleet.stopper import Ending, Stopper
+from lastcall.supervisor.fleet.states import ALIVE, SLOT_LOG_EVENT, SLOT_TABLE, SlotEvent, SlotState
+from lastcall.supervisor.fleet.stop_steps import Ending, Seen, StopState
 from lastcall.supervisor.fleet.worker_view import Reports
 from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.launch import Launched, Launcher
@@ -28,7 +29,9 @@ from lastcall.worker.base.wire import Message
 
 E, S = SlotEvent, SlotState
 
-SWEEP = 1.0
+# Seconds that the last words of an exited worker are waited for. Ours: they are in the socket already.
+LAST_WORDS_WITHIN = 1.0
+# Seconds that a worker which did not register in time has to leave by itself. Ours: as `[stop] terminate`.
 TAKEN_DOWN_IN = 5.0
 
 
@@ -81,7 +84,7 @@ class Generation:
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
         self.reports = Reports(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
-        self.stopper = Stopper(self)
+        self.stopping = StopState()
         self.launcher = launcher
         self._launched: Launched | None = None
         self._channel: Channel | None = None
@@ -141,7 +144,14 @@ class Generation:
     def is_leaving(self) -> bool:
         """Whether it goes down unasked: it was signalled itself, or its server is lost for good."""
         fenced = self.reports.fenced_at is not None and self.was_ready
-        return fenced and not self.stopper.is_asked and not self.ended
+        return fenced and not self.stopping.is_asked and not self.ended
+
+    @property
+    def is_fencing(self) -> bool:
+        """Whether the stop waits for the worker to say that it accepts nothing more."""
+        stopping = self.stopping
+        waits = stopping.is_asked and not stopping.progress.is_fence_settled
+        return waits and self.state is S.DRAINING and self.was_ready and not self.is_opaque
 
     @property
     def end_kind(self) -> str:
@@ -172,7 +182,7 @@ class Generation:
         before, self.state, self.since = self.state, after, now()
         failed = after in (S.FAILED, S.QUARANTINED, S.STALLED)
         write = self.log.warning if failed else self.log.info
-        write("slot " + after.value, was=before.value, **why)
+        write(SLOT_LOG_EVENT[after], was=before.value, **why)
         if event is E.FENCE:
             self._fenced_since = self.since
         elif self._fenced_since is not None and after in (S.CLOSING, S.STOPPED):
@@ -185,7 +195,7 @@ class Generation:
 
     async def live(self) -> None:
         """Start the program, see it through to its end, and clean up after it."""
-        if self.stopper.is_asked:  # between the decision to start it and now
+        if self.stopping.is_asked:  # between the decision to start it and now
             self._end()
             return
         try:
@@ -208,7 +218,6 @@ class Generation:
                 self._channel = await Channel.open(launched.control, self._on_message, self._on_lost)
                 if self.shared.is_held or self.is_candidate:
                     self.say("hold", on=True)
-                self.stopper.repeat()
             await self._start_in_time()
             await self.changed.until(lambda: self.has_exited)
         except asyncio.CancelledError:
@@ -224,15 +233,11 @@ class Generation:
             await self.changed.until(lambda: self.has_exited)
             await self._clean_up(self._launched)
 
-    async def stop(self, ending: Ending) -> None:
-        """Fence, drain, close, terminate, kill: each until its deadline, and only as far as is needed."""
-        await self.stopper.stop(ending)
-
     async def _start_in_time(self) -> None:
         timeout = self.shared.config.start.timeout
         due = now() + timeout
         started = await self.changed.until(
-            lambda: self.has_exited or self.state is not S.STARTING or self.stopper.is_asked, lambda: due
+            lambda: self.has_exited or self.state is not S.STARTING or self.stopping.is_asked, lambda: due
         )
         if started:
             return
@@ -248,9 +253,11 @@ class Generation:
         """The process has ended: nothing of it may stay."""
         child = launched.child
         if self._channel is not None:  # its last words may still be unread; end of file comes behind them
-            due = now() + SWEEP
+            due = now() + LAST_WORDS_WITHIN
             await self.changed.until(lambda: self._channel_lost, lambda: due)
-        swept, left = await self._sweep(launched)
+        swept, left = await sweep(
+            launched.mark, self.shared.known_pids, unmarked=self.shared.may_sweep_unmarked
+        )
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -272,7 +279,8 @@ class Generation:
         self.last_exit = self.reports.fault or self.last_exit or str(status)
         if self.reports.is_config_error:
             self.config_error = self.reports.fault
-        as_asked = self.stopper.is_asked and (self.state is S.KILLING or self._ended_well(status))
+        is_well = self.state is S.KILLING or ended_well(status, is_opaque=self.is_opaque)
+        as_asked = self.stopping.is_asked and is_well
         event = E.EXIT if as_asked else E.FAIL
         why: dict[str, Any] = {
             "reason": self.last_exit,
@@ -281,46 +289,8 @@ class Generation:
             "swept": swept,
         }
         if event is E.FAIL:
-            why |= self._post_mortem(launched)
+            why |= post_mortem(self.reports, launched.relays[1].last, oom_kills_before=self._oom_kills)
         self.change(event, **{name: value for name, value in why.items() if value})
-
-    def _ended_well(self, status: ExitStatus | None) -> bool:
-        """Whether an end that was asked for is one that a program may well give."""
-        if status is None:
-            return False
-        if self.is_opaque:  # its exit code is its own affair, and to die of SIGTERM is the default
-            return status.code is not None or status.signal is signal.SIGTERM
-        return status.code in (0, 75)
-
-    def _post_mortem(self, launched: Launched) -> dict[str, Any]:
-        """Return what helps at three in the morning: the last sign of life and the last words."""
-        facts: dict[str, Any] = {}
-        if self.reports.beat is not None:
-            facts["last_beat_s"] = round(now() - self.reports.beat.at, 3)
-        kills = cgroup.oom_kills()
-        if kills is not None and self._oom_kills is not None and kills > self._oom_kills:
-            facts["oom_kills_meanwhile"] = kills - self._oom_kills
-        last_lines = b"\n".join(launched.relays[1].last).decode(errors="replace")
-        if last_lines and not self.reports.fault:
-            facts["last_lines"] = last_lines
-        return facts
-
-    async def _sweep(self, launched: Launched) -> tuple[int, int]:
-        """Kill what the worker left behind; return how many programs that were and how many are left."""
-        programs = 0
-        due = now() + SWEEP
-        while True:
-            adopted = descendants.adopted(self.shared.known_pids)
-            if not adopted:
-                return programs, 0
-            found = descendants.marked(adopted, launched.mark, unmarked=self.shared.may_sweep_unmarked())
-            if not found:
-                return programs, 0
-            programs += sum(1 for process in found if not descendants.is_framework(process))
-            descendants.kill(found)
-            if now() >= due:
-                return programs, len(found)
-            await asyncio.sleep(0.002)
 
     # -- what is said to the program, and done to it --------------------------------------------------
 
@@ -361,12 +331,47 @@ class Generation:
             killed = {"what": "worker", "slot": self.slot, "pid": launched.child.pid}
             self.shared.record.killed.append(killed)
 
-    def on_fence(self, seconds: float | None) -> None:
-        """Note the acknowledgement of the fence, or that there was none."""
-        if seconds is not None:
-            self.shared.fence_seconds.observe(seconds)
-        elif self.shared.is_stopping:
-            self.shared.record.unacknowledged.append(self.slot)
+    # -- its stop, which `stopper` drives -----------------------------------------------------------------
+
+    def begin_stop(self, ending: Ending) -> None:
+        """Take one more reason to stop, and tell the worker at once to accept nothing more.
+
+        The rest of a stop may come some milliseconds later, with other workers to be told before.
+        """
+        if ending not in self.stopping.endings:
+            self.stopping.endings.append(ending)
+        progress = self.stopping.progress
+        if self._channel is not None and progress.fence_said_at is None:
+            self.say("fence", reason=ending.reason)
+            self.stopping.progress = replace(progress, fence_said_at=now())
+        self.changed.notify()
+
+    def seen(self) -> Seen:
+        """Return what a stop decides by."""
+        reports = self.reports
+        return Seen(
+            state=self.state,
+            is_opaque=self.is_opaque,
+            is_connected=self._channel is not None,
+            has_exited=self.has_exited,
+            was_ready=self.was_ready,
+            is_silent=self.is_silent,
+            has_jobs=not self.is_silent or self.has_living_jobs(),
+            fenced_at=reports.fenced_at,
+            is_drained=reports.is_drained,
+        )
+
+    def note_fence(self, *, is_acknowledged: bool) -> None:
+        """Note that the fence was acknowledged, and how long that took; or that it was not, in time."""
+        said_at = self.stopping.progress.fence_said_at
+        fenced_at = self.reports.fenced_at
+        if is_acknowledged and said_at is not None and fenced_at is not None:
+            # A worker that was signalled itself has fenced before it was told to.
+            self.shared.fence_seconds.observe(max(0.0, fenced_at - said_at))
+        elif said_at is not None:
+            self.log.warning("fence not acknowledged", after=round(now() - said_at, 3))
+            if self.shared.is_stopping:
+                self.shared.record.unacknowledged.append(self.slot)
         self.shared.on_change()
 
     # -- what the program says ------------------------------------------------------------------------

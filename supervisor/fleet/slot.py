@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.fleet.generation import Generation, Shared
 from lastcall.supervisor.fleet.restarts import Restarts
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
-from lastcall.supervisor.fleet.stopper import Ending
+from lastcall.supervisor.fleet.stop_steps import Ending
+from lastcall.supervisor.fleet.stopper import stop
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.receipt import JobEntry
-from lastcall.worker.base.budget import Deadlines, Shares, plan
+from lastcall.worker.base.budget import Shares, plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 
@@ -28,14 +28,6 @@ from lastcall.worker.base.condition import Condition
 SECOND_THOUGHT = 0.5
 LET_IN = 2.0
 NEVER_WARM = "it registered, but no process of it was ready for a job within start.timeout; see its log"
-
-
-@dataclass(slots=True, kw_only=True)
-class Retirement:
-    """The end of one generation while the supervisor lives on."""
-
-    reason: str
-    deadlines: Deadlines
 
 
 class Slot:
@@ -280,32 +272,31 @@ class Slot:
         if old.state is S.STALLED:
             # Its jobs have the stall's own grace; should it come to itself meanwhile, it has all of grace.
             deadlines = plan(now(), config.stall.grace + config.stop.kill, Shares(kill=config.stop.kill))
-            retirement = Retirement(reason=reason, deadlines=deadlines)
+            retirement = Ending(reason=reason, deadlines=deadlines)
             async with asyncio.TaskGroup() as group:
                 recovering = group.create_task(self._extend_if_it_recovers(old, retirement))
-                await old.stop(retirement)
+                await stop(old, retirement)
                 recovering.cancel()
         else:
             shares = config.stop.shares
-            await old.stop(Retirement(reason=reason, deadlines=plan(now(), config.grace, shares)))
+            await stop(old, Ending(reason=reason, deadlines=plan(now(), config.grace, shares)))
         await self.changed.until(lambda: old.ended)
         self.leaving.remove(old)
         self._shared.on_change()
 
-    async def _extend_if_it_recovers(self, old: Generation, retirement: Retirement) -> None:
+    async def _extend_if_it_recovers(self, old: Generation, retirement: Ending) -> None:
         await self.changed.until(lambda: not old.is_silent)
         config = self._shared.config
         retirement.deadlines = plan(now(), config.grace, config.stop.shares)
-        old.stopper.tell_drain()
         self.changed.notify()
 
     # -- the stop -------------------------------------------------------------------------------------
 
-    def fence(self, reason: str) -> None:
+    def begin_stop(self, ending: Ending) -> None:
         """Tell every worker to accept nothing more; `stop` does the rest."""
         self._stop_asked = True
         for generation in self.generations:
-            generation.stopper.fence(reason)
+            generation.begin_stop(ending)
 
     async def stop(self, ending: Ending) -> None:
         """Stop every generation, all at once."""
@@ -313,7 +304,7 @@ class Slot:
         self.changed.notify()
         async with asyncio.TaskGroup() as group:
             for generation in self.generations:
-                group.create_task(generation.stop(ending))
+                group.create_task(stop(generation, ending))
 
     def dump(self) -> None:
         for generation in self.generations:

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from lastcall.supervisor.errors import SpawnError
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.descendants import MARK, mark_of
-from lastcall.supervisor.processes.output_reader import Relay
+from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
-from lastcall.supervisor.signals import SHIELDED
+from lastcall.worker.base.stopping import SHIELDED
 
 CONTROL_FD = 3
 OUTPUT_FDS = (4, 5)
@@ -50,7 +50,7 @@ class Launched:
 
     child: Child
     control: socket.socket | None
-    relays: tuple[Relay, Relay]
+    relays: tuple[OutputReader, OutputReader]
     mark: str
     scratch: str
 
@@ -142,7 +142,7 @@ class Launcher:
             for fd in theirs.values():
                 os.close(fd)
         prefix = _prefix(slot, generation) if self.prefixes else b""
-        relays = (Relay(out, self.write_output, prefix), Relay(err, self.write_errors, prefix))
+        relays = (OutputReader(out, self.write_output, prefix), OutputReader(err, self.write_errors, prefix))
         return Launched(child=child, control=control, relays=relays, mark=mark, scratch=scratch)
 
 

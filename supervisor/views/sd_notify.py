@@ -9,8 +9,8 @@ One datagram of KEY=value lines at a time, to the address in NOTIFY_SOCKET; a le
     STATUS=draining: 3 jobs, 3541 s left     for `systemctl status`
     WATCHDOG=1                               the supervision loop turns
 
-`Herald` decides what is due and knows neither clock nor socket. That nobody listens is no error, and neither
-is a datagram that could not be sent: what matters is said again.
+`Notifications` decides what is due and knows neither clock nor socket. A missing listener is no error, and
+neither is a datagram that could not be sent: what matters is said again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Snapshot:
     text: str = ""
 
 
-class Herald:
+class Notifications:
     """What is due to be said, given what is the case and what has been said."""
 
     def __init__(self, *, watchdog: float | None = None) -> None:
@@ -46,7 +46,7 @@ class Herald:
         self._feed_at = self._extend_at = self._status_at = 0.0
         self._was = Snapshot()
 
-    def speak(self, snapshot: Snapshot, now: float) -> list[str]:
+    def due(self, snapshot: Snapshot, now: float) -> list[str]:
         """Return the lines of the datagram that is due, none when none is."""
         was, self._was = self._was, snapshot
         lines = []
@@ -79,7 +79,7 @@ class Herald:
         return min(dues, default=None)
 
 
-class Manager:
+class NotifySocket:
     """The service manager's end of the protocol, as found in the environment; it may not be there."""
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:
