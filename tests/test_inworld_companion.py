@@ -12,13 +12,24 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import pytest
 
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.wire import Decoder, encode
+from lastcall.worker.base.wire import (
+    OF_BROKER,
+    BrokerBeat,
+    BrokerHears,
+    BrokerSays,
+    Close,
+    Decoder,
+    Key,
+    Resource,
+    Serving,
+    encode,
+)
 from lastcall.worker.inworld.broker.broker import listen
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Limits, Speech
 from tests.support.inworld import PATIENCE, until
@@ -26,6 +37,7 @@ from tests.support.inworld_job import Job
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-local-token"
+Said = TypeVar("Said", bound=BrokerSays)
 SPEAKING = Speech(pace="real-time")
 LONG = "This goes on and on. " * 40
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -36,9 +48,11 @@ class Companion:
 
     def __init__(self, server: InworldServer, listener: socket.socket, log: Path, **settings: Any) -> None:
         self.server = server
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[BrokerSays] = []
+        self.received = b""
+        self.ws_url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
         self.log = log
-        self._decoder = Decoder()
+        self._decoder = Decoder(OF_BROKER)
         self._control, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
         fds = (theirs.fileno(), listener.fileno(), lifeline)
@@ -81,25 +95,26 @@ class Companion:
             chunk = b""
         if not chunk:
             asyncio.get_running_loop().remove_reader(self._control.fileno())
+        self.received += chunk
         self.messages += self._decoder.feed(chunk)
 
-    def say(self, type: str, **fields: Any) -> None:
-        self._control.send(encode(type, **fields))
+    def say(self, message: BrokerHears) -> None:
+        self._control.send(encode(message))
 
-    async def heard(self, type: str) -> dict[str, Any]:
+    async def heard(self, kind: type[Said]) -> Said:
         """Wait for a message of the process's."""
-        found: list[dict[str, Any]] = []
+        found: list[Said] = []
 
         def look() -> bool:
-            found[:] = [message for message in self.messages if message["type"] == type]
+            found[:] = [message for message in self.messages if isinstance(message, kind)]
             return bool(found)
 
         await until(look, 30.0)
         return found[-1]
 
     async def serve(self) -> None:
-        self.say("key", key=self.server.api_key)
-        await self.heard("ready")
+        self.say(Key(key=self.server.api_key))
+        await self.heard(Serving)
 
     def lose(self) -> None:
         """Be a supervisor that was killed."""
@@ -138,32 +153,23 @@ async def companion(tmp_path: Path, **options: Any) -> AsyncIterator[Companion]:
                 one.end()
 
 
-def ws_url(one: Companion) -> str:
-    url = next(m["ws_url"] for m in one.messages if m["type"] == "ready")
-    assert isinstance(url, str)
-    return url
-
-
 async def test_it_serves_on_the_supervisors_word_and_closes_on_it(tmp_path: Path) -> None:
-    """hello, ready once the key has come, beats with figures, then a census that agrees with the server."""
+    """Serving once the key has come, beats with figures, then a census that agrees with the server."""
     async with companion(tmp_path, speech=SPEAKING) as one:
-        assert (await one.heard("hello"))["pid"] == one.process.pid
         await one.serve()
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             for number in range(6):
                 await job.burst(str(number), LONG)
                 await job.said(str(number), "audioChunk")
             one.messages.clear()
-            one.say("ping")
-            beat = await one.heard("beat")
-            assert (beat["clients"], beat["connections"], beat["contexts"], beat["waiters"]) == (1, 2, 6, 0)
-            assert beat["rss_bytes"] > 0
-            one.say("close", seconds=PATIENCE)
-            resource = await one.heard("resource")
-            await one.heard("closed")
+            beat = await one.heard(BrokerBeat)
+            assert (beat.clients, beat.connections, beat.contexts, beat.waiters) == (1, 2, 6, 0)
+            assert beat.rss_bytes > 0
+            one.say(Close(close_at=now() + PATIENCE))
+            resource = await one.heard(Resource)
             assert await one.exit() == 0
         counts = {"connections": {"closed": 2}, "contexts": {"closed": 6}}
-        assert (resource["name"], resource["fate"], resource["counts"]) == ("inworld-pool", "closed", counts)
+        assert (resource.name, resource.fate, resource.counts) == ("inworld-pool", "closed", counts)
         await until(lambda: one.server.open_connections == 0)
         assert one.server.counts["context_closed"] == 6 and not one.server.counts["context_cut"]
         ends = [event.detail for event in one.server.events_of("connection_closed")]
@@ -179,16 +185,16 @@ async def test_the_key_is_nowhere_but_in_its_message(tmp_path: Path) -> None:
             for name in ("environ", "cmdline"):
                 assert one.server.api_key.encode() not in (proc / name).read_bytes()
         old, one.server.api_key = one.server.api_key, "another-key"
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             await job.burst("a", "Hello.")
             assert await job.said("a", "code") == 16
-            one.say("key", key="another-key")
-            await one.heard("beat")
+            one.say(Key(key="another-key"))
+            await one.heard(BrokerBeat)
             await job.burst("b", "Hello.")
             await job.said("b", "contextClosed")
-        one.say("close", seconds=5)
+        one.say(Close(close_at=now() + 5))
         await one.exit()
-        for text in (one.log.read_text(), json.dumps(one.messages)):
+        for text in (one.log.read_text(), one.received.decode()):
             assert old not in text and "another-key" not in text
 
 
@@ -200,10 +206,10 @@ async def test_signals_alone_do_not_end_it(tmp_path: Path) -> None:
         await one.serve()
         for number in STOP_SIGNALS:
             one.process.send_signal(number)
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             await job.burst("c", "Hello.")
             await job.said("c", "contextClosed")
-        one.say("close", seconds=5)
+        one.say(Close(close_at=now() + 5))
         assert await one.exit() == 0
 
 
@@ -212,7 +218,7 @@ async def test_it_outlives_its_supervisor_until_the_last_worker(tmp_path: Path) 
     async with companion(tmp_path) as one:
         await one.serve()
         one.lose()
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             one.process.send_signal(signal.SIGTERM)
             for number in range(3):
                 await job.burst(str(number), "Hello.")
@@ -235,16 +241,16 @@ async def test_a_server_that_never_answers_costs_its_share(tmp_path: Path) -> No
     """Forced, named, exit code 75, and in time; a later word may only make it sooner."""
     async with companion(tmp_path, faults=Faults(closed_never=True, ignore_close=True)) as one:
         await one.serve()
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             await job.burst("c", "Hello.", close=False)
             await job.said("c", "contextCreated")
-            one.say("close", seconds=600)
+            one.say(Close(close_at=now() + 600))
             await until(lambda: one.server.counts["cancel_requested"] == 1)
             began = now()
-            one.say("close", seconds=0.5)
-            resource = await one.heard("resource")
-            assert resource["fate"] == "forced"
-            assert resource["counts"] == {"connections": {"forced": 1}, "contexts": {"forced": 1}}
+            one.say(Close(close_at=now() + 0.5))
+            resource = await one.heard(Resource)
+            assert resource.fate == "forced"
+            assert resource.counts == {"connections": {"forced": 1}, "contexts": {"forced": 1}}
             assert await one.exit() == 75
             assert now() - began < PATIENCE
 
@@ -252,8 +258,7 @@ async def test_a_server_that_never_answers_costs_its_share(tmp_path: Path) -> No
 async def test_told_to_close_before_it_served(tmp_path: Path) -> None:
     """Without a key there is nothing to close, and nothing is wrong."""
     async with companion(tmp_path) as one:
-        one.say("close", seconds=1)
-        await one.heard("closed")
+        one.say(Close(close_at=now() + 1))
         assert await one.exit() == 0
 
 
@@ -265,22 +270,22 @@ async def test_a_killed_broker_is_replaced_on_the_same_socket(tmp_path: Path) ->
             second = None
             try:
                 await first.serve()
-                async with Job(ws_url(first), TOKEN) as job:
+                async with Job(first.ws_url, TOKEN) as job:
                     await job.burst("c", LONG)
                     await job.said("c", "audioChunk")
                     first.process.kill()
                     await until(lambda: job.close_code is not None)
                 await until(lambda: server.open_connections == 0)
-                between = Job(ws_url(first), TOKEN)
+                between = Job(first.ws_url, TOKEN)
                 connecting = asyncio.ensure_future(between.__aenter__())
                 second = Companion(server, listener, tmp_path / "log")
                 await second.serve()
-                assert ws_url(second) == ws_url(first)
+                assert second.ws_url == first.ws_url
                 await connecting
                 await between.burst("c", "Hello.")
                 await between.said("c", "contextClosed")
                 await between.__aexit__()
-                second.say("close", seconds=5)
+                second.say(Close(close_at=now() + 5))
                 assert await second.exit() == 0
             finally:
                 for one in (first, second):
@@ -296,10 +301,10 @@ async def test_the_socket_outlives_an_orderly_end_too(tmp_path: Path) -> None:
                 one = Companion(server, listener, tmp_path / "log")
                 try:
                     await one.serve()
-                    async with Job(ws_url(one), TOKEN) as job:
+                    async with Job(one.ws_url, TOKEN) as job:
                         await job.burst("c", "Hello.")
                         await job.said("c", "contextClosed")
-                    one.say("close", seconds=5)
+                    one.say(Close(close_at=now() + 5))
                     assert await one.exit() == 0
                 finally:
                     one.end()
@@ -309,7 +314,7 @@ async def test_a_killed_job_is_cancelled_upstream(tmp_path: Path) -> None:
     """SIGKILLed in mid-speech, its contexts are cancelled at the server, in a fraction of a second."""
     async with companion(tmp_path, speech=SPEAKING) as one:
         await one.serve()
-        command = [sys.executable, "-m", "tests.inworld_job", ws_url(one), TOKEN, "1", "6", "hang"]
+        command = [sys.executable, "-m", "tests.inworld_job", one.ws_url, TOKEN, "1", "6", "hang"]
         job = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.PIPE)
         try:
             assert job.stdout is not None
@@ -333,7 +338,7 @@ async def test_thirty_jobs_with_four_streams_each(tmp_path: Path) -> None:
     """30 processes, 120 streams at once: never above 20 connections, nor 5 contexts on one; all is spoken."""
     async with companion(tmp_path, limits=Limits(connections=20, contexts=5)) as one:
         await one.serve()
-        command = [sys.executable, "-m", "tests.inworld_job", ws_url(one), TOKEN, "30", "4", "3"]
+        command = [sys.executable, "-m", "tests.inworld_job", one.ws_url, TOKEN, "30", "4", "3"]
         jobs = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
         async with asyncio.timeout(90):
             assert await jobs.wait() == 0
@@ -341,7 +346,7 @@ async def test_thirty_jobs_with_four_streams_each(tmp_path: Path) -> None:
         assert server.counts["context_created"] == server.counts["context_closed"] == 360
         assert server.peak_connections <= 20 and server.peak_contexts <= 5
         assert not server.events_of("refused") and not server.events_of("context_refused")
-        one.say("close", seconds=5)
+        one.say(Close(close_at=now() + 5))
         assert await one.exit() == 0
 
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lastcall.supervisor.fleet.worker_view import Reports
+from lastcall.supervisor.fleet.worker_view import WorkerView
 from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.worker.base.clock import now
@@ -28,7 +28,7 @@ def ended_well(status: ExitStatus | None, *, is_opaque: bool) -> bool:
 
 
 def post_mortem(
-    reports: Reports, last_lines: Iterable[bytes], *, oom_kills_before: int | None
+    reports: WorkerView, last_lines: Iterable[bytes], *, oom_kills_before: int | None
 ) -> dict[str, Any]:
     """Return what helps at three in the morning: the last sign of life and the last words."""
     facts: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Action, Ending, Step, step
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import Drain, Fence, Terminate
 
 
 async def stop(generation: Generation, ending: Ending) -> None:
@@ -52,21 +53,21 @@ def _do(generation: Generation, action: Action) -> None:
         case Action.SIGTERM:
             generation.send(signal.SIGTERM)
         case Action.FENCE:
-            generation.say("fence", reason=stopping.reason)
+            generation.say(Fence(reason=stopping.reason))
         case Action.DRAIN:
-            left = max(0.0, deadlines.drain_at - now())
-            generation.say("drain", seconds=left, close=deadlines.shares.close)
+            generation.say(Drain(drain_at=deadlines.drain_at, close_at=deadlines.close_at))
         case Action.NOTE_FENCED:
             generation.note_fence(is_acknowledged=True)
         case Action.NOTE_UNFENCED:
             generation.note_fence(is_acknowledged=False)
         case Action.HURRY:
-            generation.say("hurry", close=deadlines.shares.close)
+            hurried = deadlines.hurried(now())
+            generation.say(Drain(drain_at=hurried.drain_at, close_at=hurried.close_at))
         case Action.CLOSE:
             generation.change(E.CLOSE)
         case Action.TERMINATE:
             generation.change(E.TERMINATE)
-            generation.say("close")
+            generation.say(Terminate())
         case Action.KILL:
             if generation.state is not S.KILLING:
                 generation.change(E.KILL)
