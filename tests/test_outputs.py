@@ -120,6 +120,8 @@ async def test_reader_that_does_not_read(tmp_path: Path) -> None:
             process.terminate()
             assert await asyncio.to_thread(process.wait, 30) == 0
         finally:
+            for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+                child.kill()
             process.kill()
         (told,) = log("output lines dropped")
         assert (told["stream"], told["lines"]) == ("stdout", missing)

@@ -21,8 +21,14 @@ from lastcall.worker.base.budget import plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 
+# Upper bounds of the histograms, in seconds. Ours: around the fences of docs/performance.md, and from a short
+# call to two hours for a drain.
 FENCE_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 DRAIN_BOUNDS = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+# Workers started in one turn of the loop. Ours: posix_spawn takes about a millisecond.
+STARTS_PER_TURN = 16
+# Seconds between two looks of the last sweep. Ours: what was killed takes about so long to become a zombie.
+SWEEP_AGAIN_AFTER = 0.005
 
 
 class Fleet:
@@ -121,8 +127,8 @@ class Fleet:
                 if number > 0 and not await self._may_start():
                     return
                 self._begin(slot)
-                if number % 16 == 15:
-                    await asyncio.sleep(0)  # let the first ones speak while the rest are being started
+                if (number + 1) % STARTS_PER_TURN == 0:
+                    await asyncio.sleep(0)  # the first ones are heard while the rest are being started
             await self.changed.until(lambda: self.is_stopping)
 
     def _make(self, number: int) -> Slot:
@@ -247,7 +253,7 @@ class Fleet:
             if now() >= deadline:
                 record.left += len(found)
                 return
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(SWEEP_AGAIN_AFTER)
 
 
 def pick_victims(slots: list[Slot], count: int) -> list[Slot]:

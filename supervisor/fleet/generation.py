@@ -236,7 +236,7 @@ class Generation:
             await self.changed.until(lambda: self.has_exited)
         except asyncio.CancelledError:
             if not self.shared.is_abandoned:
-                self.kill()  # the end of the whole stop; nothing may stay
+                self._kill_processes()  # the end of the whole stop; nothing may stay
                 launched.clear()
             raise
         await self._clean_up(launched)
@@ -260,7 +260,6 @@ class Generation:
         self.say(Terminate())
         grace = now() + TAKEN_DOWN_IN
         if not await self.changed.until(lambda: self.has_exited, lambda: grace):
-            self.change(E.KILL)
             self.kill()
 
     async def _clean_up(self, launched: Launched) -> None:
@@ -331,8 +330,13 @@ class Generation:
         if self._channel is not None:
             self.send(signal.SIGUSR2)
 
-    def kill(self) -> None:
-        """SIGKILL the program and everything below it, descendants in other sessions too."""
+    def kill(self, **why: Any) -> None:
+        """Enter KILLING, and SIGKILL the program and everything below it, in other sessions too."""
+        if self.state is not S.KILLING:
+            self.change(E.KILL, **why)
+        self._kill_processes()
+
+    def _kill_processes(self) -> None:
         launched = self._launched
         if launched is None or self.has_exited:
             return

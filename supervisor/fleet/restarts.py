@@ -11,6 +11,7 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
+# The share of a delay by which it is shortened at random, at most. Ours.
 JITTER = 0.2
 
 

@@ -23,10 +23,11 @@ from lastcall.worker.base.budget import Shares, plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 
-# A stop of a whole control group reaches a worker as often before the supervisor as after it. One that was
-# signalled is replaced only when no stop has followed for so long.
-SECOND_THOUGHT = 0.5
-LET_IN = 2.0
+# Seconds before a worker that was signalled itself is replaced, if no stop has followed. Ours: a stop of a
+# whole control group reaches a worker as often before the supervisor as after, some milliseconds apart.
+REPLACE_SIGNALLED_AFTER = 0.5
+# Seconds for which the old worker waits for the new one to accept. Ours: its beat comes within milliseconds.
+ACCEPTS_WITHIN = 2.0
 NEVER_WARM = "it registered, but no process of it was ready for a job within start.timeout; see its log"
 
 
@@ -142,7 +143,7 @@ class Slot:
                 return
             delay = 0.0
         self.current.change(E.RETRY, delay=round(delay, 3))
-        due = now() + (max(delay, SECOND_THOUGHT) if is_alive else delay)
+        due = now() + (max(delay, REPLACE_SIGNALLED_AFTER) if is_alive else delay)
         await self.changed.until(lambda: self._stop_asked or self._retry_now, lambda: due)
         self._retry_now = False
         if not self._stop_asked:
@@ -225,9 +226,9 @@ class Slot:
         return None if self._stop_asked else self._last_started
 
     async def _let_in(self, new: Generation) -> None:
-        """Have the new one accept before the old one stops to; a moment, and no more than LET_IN."""
+        """Have the new one accept before the old one stops to; a moment, and no more than ACCEPTS_WITHIN."""
         new.take_over()
-        due = now() + LET_IN
+        due = now() + ACCEPTS_WITHIN
         await self.changed.until(
             lambda: new.accepts or self._shared.is_held or new.ended or self._stop_asked, lambda: due
         )

@@ -7,7 +7,6 @@ from typing import assert_never
 
 from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.states import SlotEvent as E
-from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Action, Ending, Step, step
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Drain, Fence, Terminate
@@ -69,8 +68,6 @@ def _do(generation: Generation, action: Action) -> None:
             generation.change(E.TERMINATE)
             generation.say(Terminate())
         case Action.KILL:
-            if generation.state is not S.KILLING:
-                generation.change(E.KILL)
             generation.kill()
         case Action.WAIT | Action.OVER:
             raise AssertionError(f"{action.name} is the loop's")

@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 USEC = 1_000_000
-# How far each extension of the stop timer reaches, and how soon it is said again. What is left of the last
-# one when no job is left has to cover the reserved shares that follow.
+# Seconds that each extension of the stop timer reaches, and seconds until it is said again. Ours: the rest of
+# the last extension, when no job is left, has to cover the reserved shares that follow (40 s by default).
 EXTENSION = 60.0
 EXTEND_EVERY = 10.0
+# Seconds between two STATUS lines of a stop. Ours: `systemctl status` shows how much time is left.
 STATUS_EVERY = 5.0
 
 
