@@ -85,7 +85,7 @@ def _ask() -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print what a user can mend in one line, anything else as the fault of ours that it is."""
+    """Print an error that a user can mend in one line, and a fault of lastcall with its traceback."""
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             print(f"lastcall: {error}", file=sys.stderr)

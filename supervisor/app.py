@@ -170,7 +170,7 @@ class App:
         return self.fleet.config
 
     def stop(self, reason: str) -> None:
-        """Begin the stop, as SIGTERM does, for a reason of one's own."""
+        """Begin the stop, as SIGTERM does, for another reason."""
         self.shutdown.begin(reason)
 
     # -- life -----------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class App:
                 for task in beside:
                     task.cancel()
         except* Exception as group_error:
-            # A fault of ours. The workers see our end and drain by themselves; say so, do not hang.
+            # A fault of lastcall. The workers drain by themselves when they see the end of the supervisor.
             self.record.fault = "; ".join(repr(error) for error in group_error.exceptions)
             self.log.error("fault in lastcall", exc_info=group_error)
         self.record.fault = self.record.fault or self.fleet.fault
@@ -229,7 +229,7 @@ class App:
         self.clock.advance(Phase.STOPPED)
 
     def _beside(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """What runs beside the workers, to the end of the stop."""
+        """Return the work that goes on beside the workers, to the end of the stop."""
         beside = {
             "signals": self.signals.run(),
             "beats": self.watch.run(),
@@ -240,7 +240,7 @@ class App:
         return beside
 
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Keep a fault of one of them from cancelling the workers."""
+        """Keep a fault in the work beside the workers from cancelling the workers."""
         try:
             await work
         except Exception as error:

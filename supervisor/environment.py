@@ -1,4 +1,4 @@
-"""What of the outside a supervisor is given, so that tests, demo and dev can give it something else."""
+"""The outside of a supervisor, as values, so that tests, demo and dev can give it another one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from lastcall.supervisor.processes.output_writer import OutputWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """See the module. `spared_pids` are processes of ours that no sweep may touch."""
+    """Environment variables, terminal and output of one supervisor, and what demo, dev and rehearse change.
+
+    `worker_settings` are added to those of each worker. No sweep touches `spared_pids`, children that are no
+    workers. `prefixes_lines` puts the slot in front of each line of a worker. Without `has_patience` a second
+    Ctrl-C kills.
+    """
 
     environment: Mapping[str, str]
     has_terminal: bool
     stdout: OutputWriter
     stderr: OutputWriter
-    # Demo: more settings for the workers, processes of ours that no sweep may touch, and no workers' lines.
     worker_settings: Mapping[str, object]
     spared_pids: frozenset[int] = frozenset()
     quiet_workers: bool = False
     quiet_receipt: bool = False
-    # Lines of each worker begin with its slot. Without patience a second Ctrl-C kills.
     prefixes_lines: bool = False
     has_patience: bool = True
 
@@ -36,7 +39,7 @@ def surroundings(**more: Any) -> Surroundings:
         "has_terminal": _has_terminal(),
         "stdout": OutputWriter(1),
         "stderr": OutputWriter(2),
-        # Set by a rehearsal for the supervisor that it starts; nobody else's business.
+        # A rehearsal sets the variable for the supervisor that it starts.
         "worker_settings": json.loads(os.environ.get("LASTCALL_WORKER_REHEARSAL", "{}")),
     }
     return Surroundings(**(values | more))

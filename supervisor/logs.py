@@ -27,7 +27,7 @@ def is_console(format: Format, fd: int) -> bool:
 
 
 class _Lines:
-    """What structlog writes to: text, made into lines of bytes."""
+    """The file that structlog writes its lines of text to."""
 
     def __init__(self, writer: OutputWriter) -> None:
         self._writer = writer

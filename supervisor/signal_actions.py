@@ -17,7 +17,7 @@ DUPLICATE_WITHIN = 0.3
 
 
 class CtrlC(enum.Enum):
-    """What one Ctrl-C asks for."""
+    """The meaning of one Ctrl-C."""
 
     STOP = "stop"
     DUPLICATE = "duplicate"

@@ -22,7 +22,7 @@ def ended_well(status: ExitStatus | None, *, is_opaque: bool) -> bool:
     """Tell whether an end that was asked for is one that a program may well give."""
     if status is None:
         return False
-    if is_opaque:  # its exit code is its own affair, and to die of SIGTERM is the default
+    if is_opaque:  # any exit code will do, and to die of SIGTERM is the default
         return status.code is not None or status.signal is signal.SIGTERM
     return status.code in (0, 75)
 

@@ -152,7 +152,7 @@ class Fleet:
         self._group.create_task(slot.run(), name=f"slot-{slot.number}")
 
     def on_fault(self, where: str, error: Exception) -> None:
-        """A fault of ours must cut no call: it becomes a reason to stop, and the stop is the ordinary one."""
+        """Make a fault of lastcall a reason for the ordinary stop: it must cut no call."""
         self.fault = f"{where}: {error!r}"
         self.shared.log.error("fault in lastcall", where=where, exc_info=error)
         self.changed.notify()
@@ -221,7 +221,7 @@ class Fleet:
         self.changed.notify()
 
     def wake(self) -> None:
-        """Have everybody who waits for a slot, or for the fleet, look again: a deadline has moved."""
+        """Have every waiter of a slot, or of the fleet, look again: a deadline has moved."""
         for slot in self.slots:
             slot.changed.notify()
         self.changed.notify()
@@ -231,7 +231,7 @@ class Fleet:
         self.shared.is_abandoned = True
 
     async def sweep(self, supervisor_id: str, deadline: float, *, inherits_orphans: bool) -> None:
-        """At the end of a stop: no descendant is left, whoever it belonged to.
+        """At the end of a stop, kill every descendant that is left, of whichever slot.
 
         A subreaper finds every descendant below itself; otherwise the whole machine has to be looked at.
         """

@@ -48,7 +48,7 @@ TAKEN_DOWN_IN = 5.0
 
 @dataclass(slots=True, kw_only=True)
 class Shared:
-    """What all generations of a supervisor read and write."""
+    """The values that all generations of a supervisor read and write."""
 
     config: Config
     ledger: Ledger
@@ -61,7 +61,7 @@ class Shared:
     drain_seconds: Histogram
     is_stopping: bool = False
     is_held: bool = False
-    # A fault of ours ends the supervisor: the workers see its end and drain by themselves.
+    # After a fault of lastcall: the workers see the supervisor end and drain by themselves, unkilled.
     is_abandoned: bool = False
     # The last traceback of the user's own code that was shown, by slot.
     tracebacks: dict[int, str] = field(default_factory=dict)
@@ -242,7 +242,7 @@ class Generation:
         await self._clean_up(launched)
 
     async def see_out(self) -> None:
-        """After a fault of ours in `live`: leave the worker to its stop, and clean up when it has ended."""
+        """After a fault in `live`: leave the worker to its stop, and clean up when it has ended."""
         if self._launched is not None and self.is_alive:
             await self.changed.until(lambda: self.has_exited)
             await self._clean_up(self._launched)
@@ -340,7 +340,7 @@ class Generation:
         launched = self._launched
         if launched is None or self.has_exited:
             return
-        # What ended by itself under a worker that could not tell any more was not ended by us.
+        # A job that had ended by itself, under a worker that could not tell any more, was not cut.
         self._cut |= frozenset(job.id for job in self.jobs if is_living(job))
         below = descendants.tree(launched.child.pid)
         launched.child.send(signal.SIGKILL)
@@ -427,7 +427,9 @@ class Generation:
             elif self.state is S.READY and not registered:
                 self.change(E.UNREGISTER, reason="connection to the LiveKit server lost")
         elif isinstance(message, Fenced) and self.state in (S.STARTING, S.READY, S.STALLED):
-            self.change(E.FENCE, reason=reports.fence_reason)  # nobody here asked
+            self.change(
+                E.FENCE, reason=reports.fence_reason
+            )  # the worker was signalled, or has lost its server
 
     def _tell_fault(self, traceback: str) -> None:
         """Show a traceback of the user's own code once for each different one of a slot."""

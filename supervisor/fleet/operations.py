@@ -1,6 +1,6 @@
-"""What an operator asks of a running supervisor beside a stop: reload, recycle, scale.
+"""The work that an operator asks of a running supervisor beside a stop: reload, recycle, scale.
 
-Each runs in the background and has a record; whoever asked may look at it until it is done. Replacements
+Each runs in the background and has a record, which can be looked at until it is done. Replacements
 that are asked for, or due, share `max_surge`, so that no more workers start at a time than the host was
 meant to bear; those that make up for a lost or stalled worker do not wait for it.
 """
@@ -59,7 +59,7 @@ class Operations:
     `program` reads what a reload is to start, and may raise ConfigError. `on_reload` hears 1 when a reload
     begins and -1 when it is over.
 
-    None needs to be told of a stop: the slots that it waits for end in it, and say so.
+    No operation has to be told of a stop: the slots that it waits for end in the stop, and say so.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Operations:
         began = now()
         try:
             operation.reason = await work
-        except Exception as error:  # a fault of ours in an operation must not take the workers with it
+        except Exception as error:  # a fault in an operation must not take the workers with it
             operation.reason = f"fault in lastcall: {error!r}"
             self._log.error("fault in lastcall", operation=operation.id, exc_info=True)
         operation.state = "failed" if operation.reason else "done"

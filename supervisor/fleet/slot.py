@@ -170,7 +170,7 @@ class Slot:
         try:
             await generation.live()
         except Exception as error:
-            # A fault of ours must cut no call: it becomes a reason to stop, and the stop is the ordinary one.
+            # A fault of lastcall must cut no call: it becomes a reason for the ordinary stop.
             self._on_fault(self.number, error)
             await generation.see_out()
         finally:

@@ -3,7 +3,7 @@
 A worker beats every `[stall] beat` seconds. One that has missed `misses` of them is stalled: what can be
 seen of it is logged, a replacement is started, and it is let go once that has taken over, its jobs with time
 to end. A supervisor that was itself stopped, or starved, finds every beat late and none of the workers to
-blame: a look that comes late by more than a beat judges nobody, and the sockets are read before anyone is.
+blame: a look that comes late by more than a beat judges no worker, and the sockets are read before it does.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Watch:
         patience = stall.beat * stall.misses
         beating = self._beating()
         if any(generation.is_silent for generation in beating):
-            return now() + stall.beat  # the processes of its jobs tell nobody when they end
+            return now() + stall.beat  # the ends of its jobs' processes wake nothing
         dues = [g.reports.beat.at + patience for g in beating if g.reports.beat is not None]
         return max(min(dues, default=now() + patience), now() + stall.beat)
 

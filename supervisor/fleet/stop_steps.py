@@ -65,7 +65,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What the stop of one generation has done so far.
+    """The stop of one generation so far.
 
     `fence_said_at` is when the worker was told to fence, `drain_said` the deadline it was last told.
     `close_by` and `terminate_by` are the ends of its shares, counted from when each began.
@@ -83,7 +83,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What to do, and the progress once that is done. `due_at`: for WAIT, when to ask again at the latest."""
+    """The next action, and the progress once it is done. `due_at`: when to ask again after a WAIT."""
 
     action: Action
     progress: Progress

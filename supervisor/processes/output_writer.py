@@ -1,8 +1,8 @@
 """Output that can't block: a bounded queue in front of a descriptor, written by a thread.
 
-The reader of our standard output may be slow, stopped or gone. Making the descriptor non-blocking would
-change it for everybody who shares it, the user's shell included; so a thread does the writing and may hang
-there. Lines that find the queue full are dropped and counted, whole lines at a time.
+The reader of the supervisor's standard output may be slow, stopped or gone. Making the descriptor
+non-blocking would change it for every process that shares it, the user's shell included; so a thread does the
+writing and may hang there. Lines that find the queue full are dropped and counted, whole lines at a time.
 """
 
 from __future__ import annotations
@@ -83,5 +83,5 @@ class OutputWriter:
                 # Somebody else made it non-blocking; this thread may wait where they would not.
                 threading.Event().wait(0.01)
             except OSError:
-                return False  # closed, or the reader is gone: there is nobody to tell
+                return False  # closed, or the reader is gone
         return True

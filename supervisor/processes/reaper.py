@@ -1,13 +1,14 @@
-"""Every child is reaped: ours when their pidfd says so, adopted orphans when SIGCHLD does.
+"""Every child is reaped: those started here when their pidfd says so, adopted orphans when SIGCHLD does.
 
 Problem: as PID 1 and as subreaper the supervisor inherits processes it never started; each becomes a zombie
-when it ends. A pidfd tells of one's own children only, and uvloop refuses a SIGCHLD handler (libuv keeps the
-signal to itself). Options: `waitid(P_ALL)` once a second (a wakeup a second for ever, zombies meanwhile); a
-thread in waitid (would steal the exit status of our own children); a signalfd. SIGCHLD blocked and read from
-a signalfd costs nothing while nothing happens, and arrives at once; the mask is handed to no child, because
-every spawn sets one explicitly. Where signalfd can't be had, the once-a-second look takes its place.
+when it ends. A pidfd tells of children that were started here only, and uvloop refuses a SIGCHLD handler
+(libuv keeps the signal to itself). Options: `waitid(P_ALL)` once a second (a wakeup a second for ever,
+zombies meanwhile); a thread in waitid (would steal the exit status of children that have an owner); a
+signalfd. SIGCHLD blocked and read from a signalfd costs nothing while nothing happens, and arrives at once;
+the mask is handed to no child, because every spawn sets one explicitly. Where signalfd can't be had, the
+once-a-second look takes its place.
 
-`collect` peeks with WNOWAIT: a child of ours is reaped by pid and its owner told, a stranger is reaped.
+`collect` peeks with WNOWAIT: a child is reaped by pid, and its owner told if it has one.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Reaper:
             self._look.cancel()
 
     def own(self, pid: int, on_exit: Callable[[ExitStatus], None]) -> None:
-        """Have `on_exit` called, once, when this child of ours has been reaped."""
+        """Have `on_exit` called, once, when this child has been reaped."""
         self._owners[pid] = on_exit
 
     def collect(self) -> None:
@@ -90,13 +91,13 @@ class Reaper:
             self._reap(ended.si_pid)
 
     def collect_one(self, pid: int) -> None:
-        """Reap one child of ours, if it has ended; what a pidfd that became readable says."""
+        """Reap one child that has an owner, if it has ended, as its readable pidfd says."""
         if pid not in self._owners:
             return
         try:
             ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            # Reaped by nobody of ours, so all that is known is that it has ended.
+            # Reaped elsewhere in this process, so all that is known is that it has ended.
             self._owners.pop(pid)(ExitStatus(code=None))
             return
         if ended:

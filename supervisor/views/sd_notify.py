@@ -30,7 +30,7 @@ STATUS_EVERY = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What of the supervisor the service manager is told. `end_at`: when grace is over, in a stop."""
+    """The state that the service manager is told of. `end_at`: the end of grace, in a stop."""
 
     is_ready: bool = False
     is_reloading: bool = False
@@ -40,7 +40,7 @@ class Snapshot:
 
 
 class Notifications:
-    """What is due to be said, given what is the case and what has been said."""
+    """Decides which lines are due, from the state now and the lines sent before."""
 
     def __init__(self, *, watchdog: float | None = None) -> None:
         self._watchdog_every = None if watchdog is None else watchdog / 2

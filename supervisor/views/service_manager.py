@@ -1,7 +1,7 @@
 """Keeps the service manager informed, from within the supervision loop.
 
 The watchdog is fed by the same loop that supervises, woken by the same condition: a supervisor that no longer
-turns feeds nobody. Without a service manager nothing runs here at all.
+turns feeds no watchdog. Without a service manager nothing runs here at all.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Announcer:
             # Once said it stays said: a worker that reconnects later is no second start.
             is_ready=self._told.is_ready or (fleet.accepts and settled),
             is_reloading=self._reloads > 0,
-            # What an opaque worker still does can't be counted, so its being there has to do.
+            # The work of an opaque program can't be counted, so its being there has to do.
             is_busy=jobs > 0 or (self._is_opaque and any(slot.is_alive for slot in fleet.slots)),
             end_at=None if stop is None else stop.deadlines.end_at,
             text=text,
