@@ -15,8 +15,9 @@ import pytest
 
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import TransitionError
-from lastcall.supervisor.fleet.generation import Generation, Shared
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.histogram import Histogram
+from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.states import (
     ALIVE,
     PHASE_OF,

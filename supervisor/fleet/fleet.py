@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from lastcall.supervisor.config import Config
-from lastcall.supervisor.fleet.generation import Generation, Shared
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.histogram import Histogram
 from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
+from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.fleet.states import PHASE_OF, Phase, SlotState
 from lastcall.supervisor.fleet.stop_steps import Ending

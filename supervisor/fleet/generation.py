@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import SpawnError, TransitionError
 from lastcall.supervisor.fleet.aftermath import ended_well, post_mortem, sweep
-from lastcall.supervisor.fleet.histogram import Histogram
+from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_LOG_EVENT, SLOT_TABLE, SlotEvent, SlotState
-from lastcall.supervisor.fleet.stop_steps import Ending, Seen, StopState
+from lastcall.supervisor.fleet.stop_steps import StopState
 from lastcall.supervisor.fleet.worker_view import WorkerView
 from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.launch import Launched, Launcher
 from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.supervisor.processes.worker_channel import Channel
-from lastcall.supervisor.receipt import JobEntry, Ledger, StopRecord
+from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.wire import (
     OF_WORKER,
     Beat,
     Fault,
-    Fence,
     Fenced,
     Hold,
     Ready,
@@ -44,27 +40,6 @@ E, S = SlotEvent, SlotState
 LAST_WORDS_WITHIN = 1.0
 # Seconds that a worker which did not register in time has to leave by itself. Ours: as `[stop] terminate`.
 TAKEN_DOWN_IN = 5.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Shared:
-    """The values that all generations of a supervisor read and write."""
-
-    config: Config
-    ledger: Ledger
-    record: StopRecord
-    log: Any
-    known_pids: set[int]
-    on_change: Callable[[], None]
-    may_sweep_unmarked: Callable[[], bool]
-    fence_seconds: Histogram
-    drain_seconds: Histogram
-    is_stopping: bool = False
-    is_held: bool = False
-    # After a fault of lastcall: the workers see the supervisor end and drain by themselves, unkilled.
-    is_abandoned: bool = False
-    # The last traceback of the user's own code that was shown, by slot.
-    tracebacks: dict[int, str] = field(default_factory=dict)
 
 
 class Generation:
@@ -122,6 +97,11 @@ class Generation:
     @property
     def has_exited(self) -> bool:
         return self._launched is None or self._launched.child.status is not None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the worker can be told something; an opaque program never can."""
+        return self._channel is not None
 
     @property
     def was_ready(self) -> bool:
@@ -348,49 +328,6 @@ class Generation:
         if self.was_ready and self.shared.is_stopping:  # one that never was has nothing that could be lost
             killed = {"what": "worker", "slot": self.slot, "pid": launched.child.pid}
             self.shared.record.killed.append(killed)
-
-    # -- its stop, which `stopper` drives -----------------------------------------------------------------
-
-    def begin_stop(self, ending: Ending) -> None:
-        """Take one more reason to stop, and tell the worker at once to accept nothing more.
-
-        The rest of a stop may come some milliseconds later, with other workers to be told before.
-        """
-        if ending not in self.stopping.endings:
-            self.stopping.endings.append(ending)
-        progress = self.stopping.progress
-        if self._channel is not None and progress.fence_said_at is None:
-            self.say(Fence(reason=ending.reason))
-            self.stopping.progress = replace(progress, fence_said_at=now())
-        self.changed.notify()
-
-    def seen(self) -> Seen:
-        """Return what a stop decides by."""
-        reports = self.reports
-        return Seen(
-            state=self.state,
-            is_opaque=self.is_opaque,
-            is_connected=self._channel is not None,
-            has_exited=self.has_exited,
-            was_ready=self.was_ready,
-            is_silent=self.is_silent,
-            has_jobs=not self.is_silent or self.has_living_jobs(),
-            fenced_at=reports.fenced_at,
-            is_drained=reports.is_drained,
-        )
-
-    def note_fence(self, *, is_acknowledged: bool) -> None:
-        """Note that the fence was acknowledged, and how long that took; or that it was not, in time."""
-        said_at = self.stopping.progress.fence_said_at
-        fenced_at = self.reports.fenced_at
-        if is_acknowledged and said_at is not None and fenced_at is not None:
-            # A worker that was signalled itself has fenced before it was told to.
-            self.shared.fence_seconds.observe(max(0.0, fenced_at - said_at))
-        elif said_at is not None:
-            self.log.warning("fence not acknowledged", after=round(now() - said_at, 3))
-            if self.shared.is_stopping:
-                self.shared.record.unacknowledged.append(self.slot)
-        self.shared.on_change()
 
     # -- what the program says ------------------------------------------------------------------------
 

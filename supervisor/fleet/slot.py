@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from lastcall.supervisor.fleet.generation import Generation, Shared
+from lastcall.supervisor.fleet import stopper
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.restarts import Restarts
+from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import Ending
-from lastcall.supervisor.fleet.stopper import stop
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.budget import Shares, plan
@@ -276,11 +277,11 @@ class Slot:
             retirement = Ending(reason=reason, deadlines=deadlines)
             async with asyncio.TaskGroup() as group:
                 recovering = group.create_task(self._extend_if_it_recovers(old, retirement))
-                await stop(old, retirement)
+                await stopper.stop(old, retirement)
                 recovering.cancel()
         else:
             shares = config.stop.shares
-            await stop(old, Ending(reason=reason, deadlines=plan(now(), config.grace, shares)))
+            await stopper.stop(old, Ending(reason=reason, deadlines=plan(now(), config.grace, shares)))
         await self.changed.until(lambda: old.ended)
         self.leaving.remove(old)
         self._shared.on_change()
@@ -297,7 +298,7 @@ class Slot:
         """Tell every worker to accept nothing more; `stop` does the rest."""
         self._stop_asked = True
         for generation in self.generations:
-            generation.begin_stop(ending)
+            stopper.begin(generation, ending)
 
     async def stop(self, ending: Ending) -> None:
         """Stop every generation, all at once."""
@@ -305,7 +306,7 @@ class Slot:
         self.changed.notify()
         async with asyncio.TaskGroup() as group:
             for generation in self.generations:
-                group.create_task(stop(generation, ending))
+                group.create_task(stopper.stop(generation, ending))
 
     def dump(self) -> None:
         for generation in self.generations:

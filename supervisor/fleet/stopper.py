@@ -1,15 +1,30 @@
-"""The loop that takes one generation through its stop: it does as `stop_steps.step` says, and asks again."""
+"""The stop of one generation, done: a loop that does as `stop_steps.step` says, and asks again."""
 
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from typing import assert_never
 
 from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.states import SlotEvent as E
-from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Action, Ending, Step, step
+from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Action, Ending, Seen, Step, step
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Drain, Fence, Terminate
+
+
+def begin(generation: Generation, ending: Ending) -> None:
+    """Give a generation one more reason to stop, and tell its worker at once to accept nothing more.
+
+    `stop` does the rest, some milliseconds later, when other workers have been told as well.
+    """
+    stopping = generation.stopping
+    if ending not in stopping.endings:
+        stopping.endings.append(ending)
+    if generation.is_connected and stopping.progress.fence_said_at is None:
+        generation.say(Fence(reason=stopping.reason))
+        stopping.progress = replace(stopping.progress, fence_said_at=now())
+    generation.changed.notify()
 
 
 async def stop(generation: Generation, ending: Ending) -> None:
@@ -17,7 +32,7 @@ async def stop(generation: Generation, ending: Ending) -> None:
 
     Returns when the program has exited, or can't be ended in time.
     """
-    generation.begin_stop(ending)
+    begin(generation, ending)
     stopping = generation.stopping
     if stopping.is_under_way:
         await generation.changed.until(
@@ -40,7 +55,22 @@ async def stop(generation: Generation, ending: Ending) -> None:
 
 def _next(generation: Generation) -> Step:
     stopping = generation.stopping
-    return step(generation.seen(), stopping.progress, stopping.deadlines, now())
+    return step(_see(generation), stopping.progress, stopping.deadlines, now())
+
+
+def _see(generation: Generation) -> Seen:
+    reports = generation.reports
+    return Seen(
+        state=generation.state,
+        is_opaque=generation.is_opaque,
+        is_connected=generation.is_connected,
+        has_exited=generation.has_exited,
+        was_ready=generation.was_ready,
+        is_silent=generation.is_silent,
+        has_jobs=not generation.is_silent or generation.has_living_jobs(),
+        fenced_at=reports.fenced_at,
+        is_drained=reports.is_drained,
+    )
 
 
 def _do(generation: Generation, action: Action) -> None:
@@ -55,10 +85,8 @@ def _do(generation: Generation, action: Action) -> None:
             generation.say(Fence(reason=stopping.reason))
         case Action.DRAIN:
             generation.say(Drain(drain_at=deadlines.drain_at, close_at=deadlines.close_at))
-        case Action.NOTE_FENCED:
-            generation.note_fence(is_acknowledged=True)
-        case Action.NOTE_UNFENCED:
-            generation.note_fence(is_acknowledged=False)
+        case Action.NOTE_FENCED | Action.NOTE_UNFENCED:
+            _note_fence(generation)
         case Action.HURRY:
             hurried = deadlines.hurried(now())
             generation.say(Drain(drain_at=hurried.drain_at, close_at=hurried.close_at))
@@ -73,3 +101,19 @@ def _do(generation: Generation, action: Action) -> None:
             raise AssertionError(f"{action.name} is the loop's")
         case _:
             assert_never(action)
+
+
+def _note_fence(generation: Generation) -> None:
+    """Note how long the acknowledgement of the fence took, or that there was none in time."""
+    said_at = generation.stopping.progress.fence_said_at
+    fenced_at = generation.reports.fenced_at
+    shared = generation.shared
+    assert said_at is not None
+    if fenced_at is not None:
+        # A worker that was signalled itself has fenced before it was told to.
+        shared.fence_seconds.observe(max(0.0, fenced_at - said_at))
+    else:
+        generation.log.warning("fence not acknowledged", after=round(now() - said_at, 3))
+        if shared.is_stopping:
+            shared.record.unacknowledged.append(generation.slot)
+    shared.on_change()

@@ -101,7 +101,7 @@ ROOMS: dict[str, Room] = {
         idea="workers, their states, their stops and replacements",
         floors=(
             "states histogram restarts",
-            "worker_view stop_steps",
+            "worker_view stop_steps shared",
             "aftermath",
             "generation",
             "stopper",
