@@ -20,7 +20,7 @@ from lastcall.supervisor import config as configuration
 from lastcall.supervisor import logs, receipt
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.environment import Surroundings
-from lastcall.supervisor.errors import ConfigError, Exit
+from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
@@ -40,8 +40,9 @@ from lastcall.supervisor.views.service_manager import Announcer
 from lastcall.supervisor.views.status import Status
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import forbid_dumps
 
-PR_SET_DUMPABLE = 4  # linux/prctl.h
 # Seconds that the end waits for a slow reader of standard output, and of standard error. Ours: a moment.
 FLUSH_WITHIN = 0.5
 # Seconds that slots have for their own end once everything has been swept.
@@ -147,8 +148,7 @@ class App:
             return None
         environment = environment_of(self.around.environment, config)
         key = key_of(config.inworld, environment)
-        # The key is in our memory now. No boundary within one user, but no core dump has it either.
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        forbid_dumps()  # the key is in our memory now
         return Companion(
             config.inworld,
             key=key,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.processes.output_writer import OutputWriter
+from lastcall.worker.base import variables
+from lastcall.worker.base.settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Surroundings:
     has_terminal: bool
     stdout: OutputWriter
     stderr: OutputWriter
-    worker_settings: Mapping[str, object]
+    worker_settings: WorkerSettings
     spared_pids: frozenset[int] = frozenset()
     quiet_workers: bool = False
     quiet_receipt: bool = False
@@ -34,13 +35,14 @@ class Surroundings:
 
 def surroundings(**more: Any) -> Surroundings:
     """Return the real surroundings of this process."""
+    rehearsed = os.environ.get(variables.REHEARSAL)
     values: dict[str, Any] = {
         "environment": dict(os.environ),
         "has_terminal": _has_terminal(),
         "stdout": OutputWriter(1),
         "stderr": OutputWriter(2),
         # A rehearsal sets the variable for the supervisor that it starts.
-        "worker_settings": json.loads(os.environ.get("LASTCALL_WORKER_REHEARSAL", "{}")),
+        "worker_settings": WorkerSettings() if not rehearsed else WorkerSettings.from_json(rehearsed),
     }
     return Surroundings(**(values | more))
 

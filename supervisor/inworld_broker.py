@@ -31,12 +31,12 @@ from lastcall.supervisor.fleet.states import (
     SlotEvent,
     SlotState,
 )
-from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import ResourceEntry, ResourceFate, StopRecord
+from lastcall.worker.base import variables
 from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
@@ -71,7 +71,7 @@ PASSED_ON |= {"http_proxy", "https_proxy", "no_proxy"}
 def key_of(config: Inworld, environment: Mapping[str, str]) -> str:
     """Return the API key. Raises ConfigError when there is none."""
     if not config.api_key_file:
-        key = environment.get("INWORLD_API_KEY", "").strip()
+        key = environment.get(variables.INWORLD_API_KEY, "").strip()
         if not key:
             raise ConfigError("inworld.enabled: no API key: set INWORLD_API_KEY, or inworld.api_key_file")
         return key
@@ -145,10 +145,10 @@ class Companion:
         port = self._listener.getsockname()[1]
         return {
             **environment,
-            "LASTCALL_INWORLD_WS_URL": f"ws://127.0.0.1:{port}/",
-            "LASTCALL_INWORLD_URL": f"http://127.0.0.1:{port}/",
-            "LASTCALL_INWORLD_TOKEN": self._token,
-            "INWORLD_API_KEY": self._token,
+            variables.INWORLD_WS_URL: f"ws://127.0.0.1:{port}/",
+            variables.INWORLD_URL: f"http://127.0.0.1:{port}/",
+            variables.INWORLD_TOKEN: self._token,
+            variables.INWORLD_API_KEY: self._token,
         }
 
     # -- what others see ------------------------------------------------------------------------------
@@ -287,8 +287,8 @@ class Companion:
         }
         environment = {
             **self._environment,
-            descendants.MARK: f"{self._id}:{NAME}:{self.restarts}",
-            "LASTCALL_COMPANION": json.dumps(settings),
+            variables.MARK: f"{self._id}:{NAME}:{self.restarts}",
+            variables.COMPANION: json.dumps(settings),
             "PYTHONUNBUFFERED": "1",
         }
         ours: list[int] = []

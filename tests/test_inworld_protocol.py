@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.inworld.pool import idling, protocol
-from lastcall.worker.inworld.pool.backoff import Backoff
 from lastcall.worker.inworld.pool.errors import Malformed
 from lastcall.worker.inworld.pool.lifecycles import CONTEXT_TABLE, LINE_TABLE, ContextState, LineState
 from lastcall.worker.inworld.pool.places import Line
@@ -139,7 +139,7 @@ def test_split_prefers_white_space() -> None:
 
 def test_backoff_doubles_to_its_cap() -> None:
     """0.5, 1, 2, 4, 8, 8 seconds, less up to half; a success begins anew."""
-    backoff = Backoff(0.5, 8.0, random.Random(1))
+    backoff = Backoff(0.5, 8.0, jitter=0.5, random=random.Random(1))
     for step in (0.5, 1.0, 2.0, 4.0, 8.0, 8.0):
         assert step / 2 <= backoff.fail() <= step
     backoff.succeed()

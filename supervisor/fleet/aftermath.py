@@ -11,6 +11,7 @@ from lastcall.supervisor.fleet.worker_view import WorkerView
 from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.exit_codes import Exit
 
 # Seconds after which a sweep gives up. Ours: SIGKILL works within milliseconds, or not at all.
 SWEEP_WITHIN = 1.0
@@ -24,7 +25,7 @@ def ended_well(status: ExitStatus | None, *, is_opaque: bool) -> bool:
         return False
     if is_opaque:  # any exit code will do, and to die of SIGTERM is the default
         return status.code is not None or status.signal is signal.SIGTERM
-    return status.code in (0, 75)
+    return status.code in (Exit.CLEAN, Exit.FORCED)
 
 
 def post_mortem(

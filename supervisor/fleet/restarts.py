@@ -11,7 +11,9 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-# The share of a delay by which it is shortened at random, at most. Ours.
+from lastcall.worker.base.backoff import Backoff
+
+# Of each delay. Ours: enough to spread a few slots, and no delay is much shorter than the one configured.
 JITTER = 0.2
 
 
@@ -30,13 +32,14 @@ class Restarts:
 
     def __init__(self, policy: RestartPolicy, rng: random.Random) -> None:
         self._policy = policy
-        self._rng = rng
+        self._backoff = Backoff(policy.first, policy.cap, jitter=JITTER, random=rng)
         self._failures: deque[float] = deque(maxlen=policy.intensity + 1)
-        self._streak = 0
+        self._was_stable = True
 
     def forget(self) -> None:
         """Start afresh, as for a new program."""
-        self._streak = 0
+        self._was_stable = True
+        self._backoff.succeed()
         self._failures.clear()
 
     def delay(self, now: float, *, uptime: float) -> float | None:
@@ -45,14 +48,12 @@ class Restarts:
         Stable is what stayed ready for a whole period.
         """
         if uptime >= self._policy.period:
-            self._streak = 0
-            self._failures.clear()
+            self.forget()
         self._failures.append(now)
         recent = sum(1 for at in self._failures if now - at <= self._policy.period)
         if recent > self._policy.intensity:
             return None
-        self._streak += 1
-        if self._streak == 1:
+        if self._was_stable:
+            self._was_stable = False
             return 0.0
-        step = min(self._policy.cap, self._policy.first * 2.0 ** min(self._streak - 2, 64))
-        return step * (1 - JITTER * self._rng.random())
+        return self._backoff.fail()

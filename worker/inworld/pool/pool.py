@@ -20,11 +20,11 @@ from types import TracebackType
 
 import aiohttp
 
+from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.inworld.pool import closing, idling
 from lastcall.worker.inworld.pool.alarm import Alarm
-from lastcall.worker.inworld.pool.backoff import Backoff
 from lastcall.worker.inworld.pool.census import Census, Figures, Meter, Tally
 from lastcall.worker.inworld.pool.connection import Connection, Hooks
 from lastcall.worker.inworld.pool.context import Context, Fate, Sink
@@ -37,6 +37,9 @@ from lastcall.worker.inworld.pool.stream import MAX_UNREAD, Stream
 from lastcall.worker.inworld.pool.timings import Timings
 
 log = logging.getLogger("lastcall.inworld")
+
+# Of each delay. Ours: machines that Inworld refused together must not come back together.
+REDIAL_JITTER = 0.5
 
 
 class InworldPool:
@@ -72,7 +75,12 @@ class InworldPool:
         self._idle_timeout = idle_connection_timeout
         self._acquire_timeout = acquire_timeout
         self._max_unread = max_unread
-        self._backoff = Backoff(self.timings.retry_first, self.timings.retry_cap, random.Random(seed))
+        self._backoff = Backoff(
+            self.timings.retry_first,
+            self.timings.retry_cap,
+            jitter=REDIAL_JITTER,
+            random=random.Random(seed),
+        )
         self._redial_at = 0.0
         self._dialled_at: dict[Line, float] = {}
         self._hooks = Hooks(retire=self.retire, is_at_rest=self._is_at_rest)
