@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lastcall.supervisor.fleet import stopper
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Ending, Progress, Seen, Step, StopState, step
 from lastcall.supervisor.fleet.stop_steps import Action as A
 from lastcall.worker.base.budget import Shares, plan
+from tests.test_states import generation_in
 
 T0 = 1000.0
 DEADLINES = plan(T0, 100.0, Shares(fence=2.0, close=20.0, terminate=5.0, kill=5.0))
@@ -89,7 +93,7 @@ def test_next_step(seen: Seen, progress: Progress, at: float, action: A, due: fl
     """Each state with what matters in it."""
     following = step(seen, progress, DEADLINES, at)
     assert following.action is action
-    assert following.due_at == (None if due is None else T0 + due)
+    assert following.due_at == (0.0 if due is None else T0 + due)
     if action is A.WAIT:
         assert following.progress == progress
 
@@ -106,7 +110,7 @@ def walk(seen: Seen, deadlines: Any = DEADLINES, progress: Progress = Progress()
         if following.action is A.OVER:
             return done
         if following.action is A.WAIT:
-            assert following.due_at is not None and following.due_at > at, "a wait that would spin"
+            assert following.due_at > at, "a wait that would spin"
             at = following.due_at
             continue
         done.append((at - T0, following.action))
@@ -168,3 +172,19 @@ def test_second_ending_joins_with_the_earlier_deadlines() -> None:
     waiting = step(Seen(state=S.DRAINING), FENCED, second.deadlines, T0 + 11)
     assert waiting.action is A.DRAIN, "told that the drain has become shorter"
     assert step(Seen(state=S.DRAINING), FENCED, stopping.deadlines, T0 + 11).action is A.HURRY
+
+
+async def test_wait_that_is_over_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline passes between the two looks of one wait, at the predicate and at the time."""
+    generation, _log = generation_in(S.READY)
+    child: Any = SimpleNamespace(pid=None, status=None, send=lambda _number: None)
+    launched: Any = SimpleNamespace(child=child)
+    generation._launched = launched
+    monkeypatch.setattr(generation, "launcher", SimpleNamespace(is_opaque=True))
+    killed = []
+    monkeypatch.setattr(generation, "_kill_processes", lambda: killed.append(child.__dict__.update(status=1)))
+    at = iter([T0] * 4)
+    monkeypatch.setattr(stopper, "now", lambda: next(at, T0 + 95))
+    async with asyncio.timeout(5):
+        await stopper.stop(generation, Ending(reason="test", deadlines=DEADLINES))
+    assert killed and generation.state is S.KILLING

@@ -83,11 +83,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The next action, and the progress once it is done. `due_at`: when to ask again after a WAIT."""
+    """The next action, and the progress once it is done.
+
+    `due_at` is when a WAIT is over; every other action is due at once, so it never delays the loop.
+    """
 
     action: Action
     progress: Progress
-    due_at: float | None = None
+    due_at: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
