@@ -28,9 +28,10 @@ from typing import NoReturn
 import uvloop
 
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, SupervisorError, UsageError
-from lastcall.supervisor.signals import STOP_SIGNALS, Inbox, receive
+from lastcall.supervisor.signals import Inbox, receive
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import leave
+from lastcall.worker.base.stopping import STOP_SIGNALS
 
 SUPERVISING = frozenset({"run", "demo", "dev"})
 # The first that fits counts.
@@ -86,7 +87,7 @@ def _ask() -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print what a user can mend in one line, anything else as the fault of ours that it is."""
+    """Print an error that a user can mend in one line, and a fault of lastcall with its traceback."""
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             print(f"lastcall: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The supervisor: starts everything, decides what each signal means, and ends with a receipt."""
+"""The supervisor: wires everything together, lives until a stop is over, and ends with a receipt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import json
 import os
 import random
 import secrets
-import signal
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -21,30 +20,34 @@ from lastcall.supervisor import config as configuration
 from lastcall.supervisor import logs, receipt
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.environment import Surroundings
-from lastcall.supervisor.errors import ConfigError, Refused
+from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
 from lastcall.supervisor.fleet.states import Phase
 from lastcall.supervisor.inworld_broker import Companion, key_of
+from lastcall.supervisor.outputs import Outputs
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.program import Program, environment_of
 from lastcall.supervisor.receipt import Ledger, StopRecord
-from lastcall.supervisor.shutdown import Countdown, PhaseClock, shut_down
-from lastcall.supervisor.signals import Inbox, Received
+from lastcall.supervisor.shutdown import PhaseClock, Shutdown, Stop
+from lastcall.supervisor.signal_actions import SignalActions
+from lastcall.supervisor.signals import Inbox
 from lastcall.supervisor.views import control_socket, http
-from lastcall.supervisor.views.commands import verbs
-from lastcall.supervisor.views.sd_notify import Manager
+from lastcall.supervisor.views.commands import Commands
+from lastcall.supervisor.views.sd_notify import NotifySocket
 from lastcall.supervisor.views.service_manager import Announcer
-from lastcall.supervisor.views.status import View
+from lastcall.supervisor.views.status import Status
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import forbid_dumps
 
-# Two Ctrl-C this close together are one: terminals, wrappers and nervous fingers send duplicates.
-AGAIN_AFTER = 0.3
-AGAIN = "Ctrl-C again ends the drain, a third time kills"
-FLUSH = 0.5
+# Seconds that the end waits for a slow reader of standard output, and of standard error. Ours: a moment.
+FLUSH_WITHIN = 0.5
+# Seconds that slots have for their own end once everything has been swept.
+SLOTS_END_WITHIN = 0.25
+# Seconds between fencing and everything else of a stop; see `_see_workers_out`.
 FENCE_FIRST = 0.005
 
 
@@ -65,20 +68,14 @@ class App:
         self.log = logs.logger(around.stderr, console=console, colours=console and os.isatty(2))
         self.record = StopRecord()
         self.ledger = Ledger()
-        self.clock = PhaseClock(self.record, self.log)
-        self.countdown: Countdown | None = None
         self.receipt: dict[str, Any] = {}
-        self._inbox = inbox
         self._id = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._reaper = Reaper()
-        self._last_interrupt: float | None = None
-        self._interrupts = 0
-        self._kill_asked = False
-        self._stop_reason = ""
-        self._stop_at = 0.0
-        self._known_pids: set[int] = set()
+        self._known_pids = set(around.spared_pids)
+        changed = Condition()
+        self._outputs = Outputs(stdout=around.stdout, stderr=around.stderr, log=self.log)
         quiet = around.quiet_workers
-        self.companion = self._companion(config)
+        self.companion = self._companion(config, changed)
         self.program = Program(
             supervisor_id=self._id,
             environment=around.environment,
@@ -87,13 +84,14 @@ class App:
             coloured=console,
             settings=around.worker_settings,
             prefixes=around.prefixes_lines or (console and os.isatty(1)),
-            write_output=_discard if quiet else around.stdout.write,
-            write_errors=_discard if quiet else around.stderr.write,
+            write_output=_discard if quiet else self._outputs.write_stdout,
+            write_errors=_discard if quiet else self._outputs.write_stderr,
             companion=self.companion,
             log=self.log,
         )
         self.fleet = Fleet(
             config,
+            changed=changed,
             launcher=self.program.launcher(config),
             ledger=self.ledger,
             record=self.record,
@@ -103,23 +101,49 @@ class App:
             sweep_unmarked=os.getpid() != 1,
             known_pids=self._known_pids,
         )
-        self._known_pids.update(around.spared_pids)
+        self.clock = PhaseClock(self.record, self.log)
+        self.shutdown = Shutdown(
+            self.fleet, self.companion, clock=self.clock, record=self.record, log=self.log
+        )
+        self.announcer = Announcer(
+            self.fleet,
+            self.shutdown,
+            NotifySocket(around.environment, os.getpid()),
+            is_opaque=config.is_opaque,
+        )
         self.operations = Operations(
-            self.fleet, program=lambda: self.program.read(self.fleet.config), log=self.log
+            self.fleet,
+            program=lambda: self.program.read(self.fleet.config),
+            on_reload=self.announcer.reloading,
+            log=self.log,
         )
         self.watch = Watch(self.fleet, self.operations, log=self.log)
-        self.view = View(
+        self.status = Status(
             fleet=self.fleet,
-            clock=self.clock,
+            shutdown=self.shutdown,
             operations=self.operations,
             watch=self.watch,
             companion=self.companion,
+            outputs=self._outputs,
         )
-        manager = Manager(around.environment, os.getpid())
-        self.announcer = Announcer(self.view, manager, is_opaque=config.is_opaque)
-        self.operations.on_reload = self.announcer.reloading
+        self.commands = Commands(
+            self.fleet,
+            operations=self.operations,
+            status=self.status,
+            shutdown=self.shutdown,
+            log=self.log,
+        )
+        self.signals = SignalActions(
+            inbox,
+            shutdown=self.shutdown,
+            commands=self.commands,
+            operations=self.operations,
+            has_terminal=around.has_terminal,
+            has_patience=around.has_patience,
+            log=self.log,
+        )
 
-    def _companion(self, config: Config) -> Companion | None:
+    def _companion(self, config: Config, changed: Condition) -> Companion | None:
         if not config.inworld.enabled:
             return None
         environment = environment_of(self.around.environment, config)
@@ -134,24 +158,30 @@ class App:
             environment=environment,
             reaper=self._reaper,
             record=self.record,
-            is_stopping=lambda: bool(self._stop_reason),
+            is_stopping=lambda: self.fleet.is_stopping,
             known_pids=self._known_pids,
-            write=_discard if self.around.quiet_workers else self.around.stderr.write,
-            on_change=self._on_companion,
+            write=_discard if self.around.quiet_workers else self._outputs.write_stderr,
+            on_change=changed.notify,
             log=self.log,
         )
 
-    def _on_companion(self) -> None:
-        self.fleet.changed.notify()
+    @property
+    def config(self) -> Config:
+        return self.fleet.config
+
+    def stop(self, reason: str) -> None:
+        """Begin the stop, as SIGTERM does, for another reason."""
+        self.shutdown.begin(reason)
 
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self) -> Exit:
         """Run until a stop is over. Raises ConfigError for a wrong configuration or target."""
         async with AsyncExitStack() as stack:
-            serving = await stack.enter_async_context(http.serve(self.config.http, self.view))
-            table = verbs(self.fleet, self.operations, self.view, stop=self.stop, dump=self._dump)
-            control = await stack.enter_async_context(control_socket.serve(self.config.control, table))
+            serving = await stack.enter_async_context(http.serve(self.config.http, self.status))
+            control = await stack.enter_async_context(
+                control_socket.serve(self.config.control, self.commands.table())
+            )
             self._reaper.start()
             stack.callback(self._reaper.close)
             what = self.config.target or " ".join(self.config.command)
@@ -177,58 +207,31 @@ class App:
     async def _run_fleet(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                helping = [
+                beside = [
                     group.create_task(self._guarded(name, work), name=name)
                     for name, work in self._beside().items()
                 ]
-                fleet = group.create_task(self._run_workers())
+                workers = group.create_task(self._run_workers())
                 watching = group.create_task(self._watch_readiness())
                 group.create_task(self._guarded("operations", self.operations.run()))
-                await self._until_stop()
-                if not (self.fleet.launcher.is_opaque or self._kill_asked):
-                    # The workers have been told to fence, and need the processor for it: theirs first.
-                    await asyncio.sleep(FENCE_FIRST)
+                stop = await self._until_stop()
                 watching.cancel()
-                countdown = Countdown(
-                    self.fleet,
-                    started_at=self._stop_at,
-                    grace=self.config.grace,
-                    shares=self.config.shares,
-                    reason=self._stop_reason,
-                )
-                self.countdown = self.view.countdown = countdown
-                self.record.reason = self._stop_reason
-                self._apply_late_signals(countdown)
-                try:
-                    await shut_down(
-                        self.fleet,
-                        countdown,
-                        self.clock,
-                        self.log,
-                        self._id,
-                        inherits_orphans=self._reaper.is_subreaper,
-                        companion=self.companion,
-                    )
-                except Exception:
-                    self.fleet.shared.is_abandoned = True
-                    raise
-                due = max(countdown.deadlines.end_at, now() + 0.25)
-                await asyncio.wait({fleet}, timeout=due - now())
-                fleet.cancel()
-                for task in helping:
+                await self._see_workers_out(stop, workers)
+                for task in beside:
                     task.cancel()
         except* Exception as group_error:
-            # A fault of ours. The workers see our end and drain by themselves; say so, do not hang.
+            # A fault of lastcall. The workers drain by themselves when they see the end of the supervisor.
             self.record.fault = "; ".join(repr(error) for error in group_error.exceptions)
             self.log.error("fault in lastcall", exc_info=group_error)
         self.record.fault = self.record.fault or self.fleet.fault
-        self.record.seconds = now() - self._stop_at if self._stop_at else 0.0
+        if self.shutdown.stop is not None:
+            self.record.seconds = now() - self.shutdown.stop.started_at
         self.clock.advance(Phase.STOPPED)
 
     def _beside(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """What runs beside the workers, to the end of the stop."""
+        """Return the work that goes on beside the workers, to the end of the stop."""
         beside = {
-            "signals": self._listen(),
+            "signals": self.signals.run(),
             "beats": self.watch.run(),
             "announcer": self.announcer.run(),
         }
@@ -237,36 +240,46 @@ class App:
         return beside
 
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Keep a fault of one of them from cancelling the workers."""
+        """Keep a fault in the work beside the workers from cancelling the workers."""
         try:
             await work
         except Exception as error:
             self.fleet.on_fault(name, error)
 
     async def _run_workers(self) -> None:
-        if self.companion is not None and not await self.companion.until_ready(lambda: self._stop_reason):
+        companion = self.companion
+        if companion is not None and not await companion.until_ready(lambda: self.shutdown.stop):
             self.log.warning("companion is not ready; the workers are started all the same")
         await self.fleet.run()
 
-    async def _until_stop(self) -> None:
-        await self.fleet.changed.until(
-            lambda: (
-                self._stop_reason or self.fleet.is_quarantined or self.fleet.config_error or self.fleet.fault
-            )
+    async def _until_stop(self) -> Stop:
+        """Return the stop that somebody has begun; begin one when the supervisor has to give up."""
+        fleet, shutdown = self.fleet, self.shutdown
+        await fleet.changed.until(
+            lambda: shutdown.stop or fleet.is_quarantined or fleet.config_error or fleet.fault
         )
-        if self._stop_reason:
-            return
-        self._stop_at = now()
-        if self.fleet.fault:
-            self._stop_reason = "fault in lastcall"
-        elif self.fleet.config_error:
-            self._stop_reason = "wrong target"
-            self.record.config_error = self.fleet.config_error
-        else:
-            self._stop_reason = (
-                f"gave up: every slot is quarantined; the last ended with: {self.fleet.last_exit}"
-            )
-            self.record.gave_up = True
+        if shutdown.stop is not None:
+            return shutdown.stop
+        if fleet.fault:
+            return shutdown.begin("fault in lastcall")
+        if fleet.config_error:
+            self.record.config_error = fleet.config_error
+            return shutdown.begin("wrong target")
+        self.record.gave_up = True
+        return shutdown.begin(f"gave up: every slot is quarantined; the last ended with: {fleet.last_exit}")
+
+    async def _see_workers_out(self, stop: Stop, workers: asyncio.Task[None]) -> None:
+        if not self.fleet.launcher.is_opaque and stop.deadlines.terminate_at > now():
+            # The workers have been told to fence, and need the processor for it: theirs first.
+            await asyncio.sleep(FENCE_FIRST)
+        try:
+            await self.shutdown.run(stop, self._id, inherits_orphans=self._reaper.is_subreaper)
+        except Exception:
+            self.fleet.abandon()
+            raise
+        due = max(stop.deadlines.end_at, now() + SLOTS_END_WITHIN)
+        await asyncio.wait({workers}, timeout=due - now())
+        workers.cancel()
 
     async def _watch_readiness(self) -> None:
         while True:
@@ -275,9 +288,9 @@ class App:
                 self.clock.advance(Phase.RUNNING)
                 self.log.info("ready")
             await self.fleet.changed.until(lambda: not self.fleet.accepts)
-            if self._stop_reason:
+            if self.shutdown.stop is not None:
                 return
-            self.log.warning("not ready", reason=self.view.unready_because())
+            self.log.warning("not ready", reason=self.status.unready_because())
 
     def _finish(self) -> Exit:
         document = receipt.write(self.record, self.ledger, grace=self.config.grace, pid=os.getpid())
@@ -290,103 +303,11 @@ class App:
                 self.log.error(
                     "receipt could not be written", path=self.config.receipt, reason=error.strerror
                 )
+        self._outputs.tell_dropped()
         if not self.around.quiet_receipt:
             self.log.info("receipt", receipt=document)
-        for sink in (self.around.stdout, self.around.stderr):
-            sink.flush(FLUSH)
+        self._outputs.flush(FLUSH_WITHIN)
         return Exit(document["exit_code"])
-
-    @property
-    def config(self) -> Config:
-        return self.fleet.config
-
-    def stop(self, reason: str) -> None:
-        """Begin the stop, as SIGTERM does, for a reason of one's own."""
-        self._stop(reason, now())
-
-    # -- signals --------------------------------------------------------------------------------------
-
-    async def _listen(self) -> None:
-        while True:
-            self._decide(await self._inbox.get())
-
-    def _decide(self, received: Received) -> None:
-        number = received.signal
-        if number is signal.SIGTERM:
-            self._stop(number.name, received.at)
-        elif number is signal.SIGINT:
-            self._interrupt(received.at)
-        elif number is signal.SIGQUIT:
-            self._stop(number.name, received.at)
-            self._kill()
-        elif number is signal.SIGUSR2:
-            self._dump()
-        elif number is signal.SIGHUP and self.around.has_terminal:
-            self._stop("SIGHUP: the terminal was closed", received.at)
-        else:
-            self._operate(number)
-
-    def _operate(self, number: signal.Signals) -> None:
-        try:
-            if number is signal.SIGHUP:
-                self.operations.reload()
-            elif number is signal.SIGUSR1:
-                self._toggle_hold()
-            elif number is signal.SIGTTIN:
-                self.operations.scale(self.operations.wanted + 1)
-            elif number is signal.SIGTTOU:
-                self.operations.scale(self.operations.wanted - 1)
-        except Refused as error:
-            self.log.warning("signal ignored", signal=number.name, reason=str(error))
-
-    def _toggle_hold(self) -> None:
-        if self.fleet.launcher.is_opaque:
-            raise Refused("an opaque worker can't be told to hold: it knows nothing of jobs")
-        self.fleet.hold(not self.fleet.is_held)
-        self.log.info("hold" if self.fleet.is_held else "released")
-
-    def _dump(self) -> None:
-        for slot in self.fleet.slots:
-            slot.dump()
-
-    def _interrupt(self, at: float) -> None:
-        last, self._last_interrupt = self._last_interrupt, at
-        if not self.around.has_terminal or last is None:
-            self._interrupts = max(self._interrupts, 1)
-            self._stop("SIGINT", at)
-            if self.around.has_terminal:
-                self.log.info(AGAIN if self.around.has_patience else "Ctrl-C again kills")
-        elif at - last >= AGAIN_AFTER:
-            self._interrupts += 1
-            if self._interrupts == 2 and self.around.has_patience:
-                self.log.warning("second Ctrl-C: jobs are asked to shut down now")
-                self._hurry()
-            else:
-                self.log.warning("Ctrl-C again: killing")
-                self._kill()
-
-    def _stop(self, reason: str, at: float) -> None:
-        if self._stop_reason:
-            return  # repeats change nothing
-        self._stop_reason, self._stop_at = reason, at
-        self.fleet.fence(reason)
-        self.fleet.changed.notify()
-        if self.companion is not None:
-            self.companion.wake()
-
-    def _hurry(self) -> None:
-        if self.countdown is not None:
-            self.countdown.hurry()
-
-    def _kill(self) -> None:
-        self._kill_asked = True
-        if self.countdown is not None:
-            self.countdown.kill()
-
-    def _apply_late_signals(self, countdown: Countdown) -> None:
-        """A kill may have been asked for in the same turn as the stop, before there was a countdown."""
-        if self._kill_asked:
-            countdown.kill()
 
 
 def _trim() -> None:

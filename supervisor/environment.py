@@ -1,4 +1,4 @@
-"""What of the outside a supervisor is given, so that tests, demo and dev can give it something else."""
+"""The outside of a supervisor, as values, so that tests, demo and dev can give it another one."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lastcall.supervisor.processes.output_writer import Sink
+from lastcall.supervisor.processes.output_writer import OutputWriter
 from lastcall.worker.base import variables
 from lastcall.worker.base.settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """See the module. `spared_pids` are processes of ours that no sweep may touch."""
+    """Environment variables, terminal and output of one supervisor, and what demo, dev and rehearse change.
+
+    `worker_settings` are added to those of each worker. No sweep touches `spared_pids`, children that are no
+    workers. `prefixes_lines` puts the slot in front of each line of a worker. Without `has_patience` a second
+    Ctrl-C kills.
+    """
 
     environment: Mapping[str, str]
     has_terminal: bool
-    stdout: Sink
-    stderr: Sink
-    # Demo, dev and rehearsal: what no option sets of the workers. Demo: no lines of the workers, no receipt.
+    stdout: OutputWriter
+    stderr: OutputWriter
     worker_settings: WorkerSettings
     spared_pids: frozenset[int] = frozenset()
     quiet_workers: bool = False
     quiet_receipt: bool = False
-    # Lines of each worker begin with its slot. Without patience a second Ctrl-C kills.
     prefixes_lines: bool = False
     has_patience: bool = True
 
@@ -36,8 +39,9 @@ def surroundings(**more: Any) -> Surroundings:
     values: dict[str, Any] = {
         "environment": dict(os.environ),
         "has_terminal": _has_terminal(),
-        "stdout": Sink(1),
-        "stderr": Sink(2),
+        "stdout": OutputWriter(1),
+        "stderr": OutputWriter(2),
+        # A rehearsal sets the variable for the supervisor that it starts.
         "worker_settings": WorkerSettings() if not rehearsed else WorkerSettings.from_json(rehearsed),
     }
     return Surroundings(**(values | more))

@@ -24,17 +24,23 @@ from typing import Any, assert_never
 from lastcall.supervisor.config import Inworld
 from lastcall.supervisor.errors import ConfigError, SpawnError, TransitionError
 from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
-from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE, SlotEvent, SlotState
+from lastcall.supervisor.fleet.states import (
+    ALIVE,
+    COMPANION_LOG_EVENT,
+    SLOT_TABLE,
+    SlotEvent,
+    SlotState,
+)
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
-from lastcall.supervisor.processes.output_reader import Relay
+from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import ResourceEntry, ResourceFate, StopRecord
-from lastcall.supervisor.signals import SHIELDED
 from lastcall.worker.base import variables
 from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.stopping import SHIELDED
 from lastcall.worker.base.wire import (
     OF_BROKER,
     BrokerBeat,
@@ -234,7 +240,7 @@ class Companion:
             raise TransitionError(f"{NAME}: {event.name} in state {self.state.name}") from None
         before, self.state = self.state, after
         write = self._log.warning if after is S.FAILED else self._log.info
-        write("companion " + after.value, was=before.value, **why)
+        write(COMPANION_LOG_EVENT[after], was=before.value, **why)
         self.changed.notify()
         self._on_change()
 
@@ -269,7 +275,7 @@ class Companion:
             self._note("forced")  # what it had open was cut; the next one knows nothing of it
         self._change(E.EXIT if was_asked else E.FAIL, exit=str(child.status))
 
-    def _spawn(self) -> tuple[Child, socket.socket, list[Relay]]:
+    def _spawn(self) -> tuple[Child, socket.socket, list[OutputReader]]:
         settings = {
             "control_fd": CONTROL_FD,
             "listen_fd": LISTEN_FD,
@@ -315,7 +321,7 @@ class Companion:
         finally:
             for fd in theirs.values():
                 os.close(fd)
-        return child, control, [Relay(out, self._write)]
+        return child, control, [OutputReader(out, self._write)]
 
     def _note(self, fate: ResourceFate) -> None:
         """Put a broker that could not say itself how it closed into the receipt."""

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any, Literal
 
-from lastcall.supervisor.processes.output_writer import Sink
+from lastcall.supervisor.processes.output_writer import OutputWriter
 
 # structlog imports rich and pygments if it finds them, for tracebacks that are never drawn here: 5 MB of
 # resident memory in a process that lives for months. It does without when they can't be imported.
@@ -27,18 +27,18 @@ def is_console(format: Format, fd: int) -> bool:
 
 
 class _Lines:
-    """What structlog writes to: a sink that takes text."""
+    """The file that structlog writes its lines of text to."""
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+    def __init__(self, writer: OutputWriter) -> None:
+        self._writer = writer
 
     def msg(self, message: str) -> None:
-        self._sink.write(message.encode(errors="backslashreplace") + b"\n")
+        self._writer.write(message.encode(errors="backslashreplace") + b"\n")
 
     debug = info = warning = error = critical = msg
 
 
-def logger(sink: Sink, *, console: bool, colours: bool) -> Any:
+def logger(writer: OutputWriter, *, console: bool, colours: bool) -> Any:
     """Return the logger that the whole supervisor is given; structlog's types it loosely itself."""
     render: Any
     if console:
@@ -48,7 +48,7 @@ def logger(sink: Sink, *, console: bool, colours: bool) -> Any:
         render = structlog.processors.JSONRenderer(default=str)
         stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     return structlog.wrap_logger(
-        _Lines(sink),
+        _Lines(writer),
         processors=[
             structlog.processors.add_log_level,
             stamp,

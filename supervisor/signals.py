@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.stopping import STOP_SIGNALS
 
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
-# What workers are born with blocked: they let each in once it can do no harm.
-SHIELDED = STOP_SIGNALS | {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 RECEIVED = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -28,29 +26,31 @@ RECEIVED = (
     signal.SIGTTIN,
     signal.SIGTTOU,
 )
-BOUND = 256
+# Signals that wait to be read. Ours: far more than anybody sends between two turns of the loop.
+MAX_UNREAD_SIGNALS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """A signal, and when the loop was told of it."""
+class ReceivedSignal:
+    """A signal, and when the loop was told of it, by the monotonic clock."""
 
     signal: signal.Signals
     at: float
 
 
 class Inbox:
-    """What has been received and not yet been read. Holds at most BOUND; more of the same say nothing new."""
+    """The signals received and not yet read. Beyond MAX_UNREAD_SIGNALS the oldest are dropped."""
 
     def __init__(self) -> None:
         self.changed = Condition()
-        self._received: deque[Received] = deque(maxlen=BOUND)
+        self._received: deque[ReceivedSignal] = deque(maxlen=MAX_UNREAD_SIGNALS)
 
     def put(self, number: int) -> None:
-        self._received.append(Received(signal=signal.Signals(number), at=now()))
+        """Record a signal, and wake."""
+        self._received.append(ReceivedSignal(signal=signal.Signals(number), at=now()))
         self.changed.notify()
 
-    async def get(self) -> Received:
+    async def get(self) -> ReceivedSignal:
         """Return the next signal, waiting for one."""
         await self.changed.until(lambda: self._received)
         return self._received.popleft()
@@ -73,6 +73,7 @@ def receive(loop: asyncio.AbstractEventLoop, inbox: Inbox) -> Iterator[None]:
     try:
         yield
     finally:
+        # Blocked again before the handlers go: between the two a signal would find the default action.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for number in handled:
             loop.remove_signal_handler(number)

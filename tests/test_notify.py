@@ -14,8 +14,8 @@ from lastcall.supervisor.views.sd_notify import (
     EXTEND_EVERY,
     EXTENSION,
     STATUS_EVERY,
-    Herald,
-    Manager,
+    Notifications,
+    NotifySocket,
     Snapshot,
 )
 from tests.support.harness import AGENT, Run, StartRun
@@ -26,43 +26,43 @@ UP = Snapshot(is_ready=True, text="running")
 
 def test_ready_is_said_once() -> None:
     """Not before the workers have registered, and not again when a snapshot changes otherwise."""
-    herald = Herald()
-    assert herald.speak(Snapshot(text="starting"), 1.0) == ["STATUS=starting"]
-    assert herald.speak(UP, 2.0) == ["READY=1", "STATUS=running"]
-    assert herald.speak(UP, 3.0) == []
-    assert herald.due_at() is None
+    notifications = Notifications()
+    assert notifications.due(Snapshot(text="starting"), 1.0) == ["STATUS=starting"]
+    assert notifications.due(UP, 2.0) == ["READY=1", "STATUS=running"]
+    assert notifications.due(UP, 3.0) == []
+    assert notifications.due_at() is None
 
 
 def test_reload_is_one_datagram_with_its_time() -> None:
     """RELOADING=1 and MONOTONIC_USEC together, READY=1 when it is over."""
-    herald = Herald()
-    herald.speak(UP, 1.0)
-    assert herald.speak(Snapshot(is_ready=True, is_reloading=True, text="running"), 2.5) == [
+    notifications = Notifications()
+    notifications.due(UP, 1.0)
+    assert notifications.due(Snapshot(is_ready=True, is_reloading=True, text="running"), 2.5) == [
         "RELOADING=1",
         "MONOTONIC_USEC=2500000",
     ]
-    assert herald.speak(UP, 4.0) == ["READY=1"]
+    assert notifications.due(UP, 4.0) == ["READY=1"]
 
 
 def test_a_stop_ends_a_reload() -> None:
     """STOPPING=1 once, and no READY=1 after it."""
-    herald = Herald()
-    herald.speak(Snapshot(is_ready=True, is_reloading=True, text="t"), 1.0)
+    notifications = Notifications()
+    notifications.due(Snapshot(is_ready=True, is_reloading=True, text="t"), 1.0)
     stopping = Snapshot(is_ready=True, text="t", end_at=100.0)
-    assert herald.speak(stopping, 2.0) == ["STOPPING=1", "STATUS=t, 98 s left"]
-    assert herald.speak(stopping, 2.1) == []
+    assert notifications.due(stopping, 2.0) == ["STOPPING=1", "STATUS=t, 98 s left"]
+    assert notifications.due(stopping, 2.1) == []
 
 
 def test_extensions_reach_no_further_than_grace() -> None:
     """Said again in time while jobs live, each ending before grace does; none when no job is left."""
-    herald = Herald()
+    notifications = Notifications()
     at, said = 10.0, []
     busy = Snapshot(is_busy=True, text="draining", end_at=10.0 + 2.5 * EXTENSION)
     while at < 10.0 + 3 * EXTENSION:
-        for line in herald.speak(busy, at):
+        for line in notifications.due(busy, at):
             if line.startswith("EXTEND"):
                 said.append((at, int(line.partition("=")[2]) / 1e6))
-        due = herald.due_at()
+        due = notifications.due_at()
         assert due is not None and due > at
         at = due
     assert busy.end_at is not None
@@ -72,24 +72,24 @@ def test_extensions_reach_no_further_than_grace() -> None:
         covered = max(covered, when + length)
     assert covered == pytest.approx(busy.end_at)
     idle = Snapshot(text="closing", end_at=busy.end_at)
-    assert not any("EXTEND" in line for line in herald.speak(idle, 10.0 + EXTEND_EVERY))
+    assert not any("EXTEND" in line for line in notifications.due(idle, 10.0 + EXTEND_EVERY))
 
 
 def test_seconds_left_are_said_now_and_then() -> None:
     """In a stop the status is renewed although nothing else has changed."""
-    herald = Herald()
+    notifications = Notifications()
     snapshot = Snapshot(text="draining: 1 job", end_at=100.0)
-    assert herald.speak(snapshot, 10.0)[-1] == "STATUS=draining: 1 job, 90 s left"
-    assert herald.speak(snapshot, 10.0 + STATUS_EVERY) == ["STATUS=draining: 1 job, 85 s left"]
+    assert notifications.due(snapshot, 10.0)[-1] == "STATUS=draining: 1 job, 90 s left"
+    assert notifications.due(snapshot, 10.0 + STATUS_EVERY) == ["STATUS=draining: 1 job, 85 s left"]
 
 
 def test_watchdog_is_fed_twice_in_its_time() -> None:
     """At once, then at half of what the service manager allows."""
-    herald = Herald(watchdog=3.0)
-    assert "WATCHDOG=1" in herald.speak(UP, 10.0)
-    assert herald.due_at() == 11.5
-    assert herald.speak(UP, 11.0) == []
-    assert herald.speak(UP, 11.5) == ["WATCHDOG=1"]
+    notifications = Notifications(watchdog=3.0)
+    assert "WATCHDOG=1" in notifications.due(UP, 10.0)
+    assert notifications.due_at() == 11.5
+    assert notifications.due(UP, 11.0) == []
+    assert notifications.due(UP, 11.5) == ["WATCHDOG=1"]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_watchdog_is_fed_twice_in_its_time() -> None:
 )
 def test_watchdog_is_ours_or_nobodys(environment: dict[str, str], expected: float | None) -> None:
     """Only a watchdog meant for this process is fed; nonsense is none."""
-    assert Manager({"NOTIFY_SOCKET": "/run/x", **environment}, 7).watchdog == expected
+    assert NotifySocket({"NOTIFY_SOCKET": "/run/x", **environment}, 7).watchdog == expected
 
 
 @pytest.mark.parametrize("name", ["", "@", "vsock:2:1234", "relative"])
 def test_no_service_manager(name: str) -> None:
     """No address, or one that is no unix socket: nothing is sent and nothing fails."""
-    manager = Manager({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "1000000"}, 7)
+    manager = NotifySocket({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "1000000"}, 7)
     assert not manager.is_there and manager.watchdog is None
     manager.tell(["READY=1"])
     manager.close()
@@ -121,7 +121,7 @@ def test_no_service_manager(name: str) -> None:
 def test_addresses(tmp_path: Path, is_abstract: bool) -> None:
     """A path or an abstract name; a listener that went away is no error, one that is full neither."""
     name = f"@lastcall-{os.getpid()}" if is_abstract else str(tmp_path / "n")
-    manager = Manager({"NOTIFY_SOCKET": name}, 1)
+    manager = NotifySocket({"NOTIFY_SOCKET": name}, 1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind("\0" + name[1:] if is_abstract else name)
         listener.settimeout(5)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lastcall.supervisor.errors import TransitionError
-from lastcall.supervisor.fleet.states import ALIVE, PHASE_OF, SLOT_TABLE, Phase, SlotEvent, SlotState
+from lastcall.supervisor.fleet.states import (
+    ALIVE,
+    PHASE_OF,
+    SLOT_LOG_EVENT,
+    SLOT_TABLE,
+    STOP_LOG_EVENT,
+    Phase,
+    SlotEvent,
+    SlotState,
+)
 from lastcall.worker.inworld.pool import lifecycles
 from tests.support.generations import generation_in
 from tests.support.meanings import meanings
@@ -84,3 +96,32 @@ def test_the_page_shows_the_table() -> None:
     script = Path(__file__).parent.parent / "scripts" / "states"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def literals(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_event_that_is_named_has_an_origin() -> None:
+    """A log event that a test waits for, or a page names, is a whole string in the code: `grep` finds it."""
+    root = Path(__file__).parent.parent
+    sources = [path for room in ("supervisor", "worker") for path in (root / room).rglob("*.py")]
+    known = {text for path in sources for text in literals(path)}
+    named: dict[str, Path] = {}
+    for path in (root / "tests").rglob("*.py"):
+        named |= dict.fromkeys(re.findall(r'\.log\(\s*"([^"]+)"', path.read_text()), path)
+    for path in [*(root / "docs").glob("*.md"), root / "README.md"]:
+        named |= dict.fromkeys(re.findall(r"\bevents? `([^`]+)`", path.read_text()), path)
+    assert len(named) > 20
+    missing = {name: path.name for name, path in named.items() if name not in known}
+    assert not missing, missing
+
+
+def test_every_state_and_phase_has_its_event() -> None:
+    """The tables of log events leave none out, and each ends with the name that status and receipt use."""
+    assert set(SLOT_LOG_EVENT) == set(SlotState)
+    assert all(event == f"slot {state.value}" for state, event in SLOT_LOG_EVENT.items())
+    assert set(STOP_LOG_EVENT) == {phase for phase in Phase if phase >= Phase.FENCING}
+    assert all(event == f"stop {phase.text}" for phase, event in STOP_LOG_EVENT.items())

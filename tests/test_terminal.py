@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from lastcall.supervisor.signal_actions import CtrlC, decide
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.terminal import Terminal
 
@@ -70,4 +71,52 @@ async def test_closed_terminal(run: StartRun, terminal: Terminal) -> None:
     assert await r.exit() == 0
     assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
     assert "SIGHUP" in r.receipt()["reason"]
+    await r.nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("count", "since", "has_terminal", "has_patience", "expected"),
+    [
+        (0, None, True, True, CtrlC.STOP),
+        (0, None, True, False, CtrlC.STOP),
+        (0, None, False, True, CtrlC.STOP),
+        # Without a terminal a repeat is a stop again, which changes nothing.
+        (1, 0.1, False, True, CtrlC.STOP),
+        (1, 5.0, False, True, CtrlC.STOP),
+        (7, 5.0, False, False, CtrlC.STOP),
+        # On a terminal two close together are one, whichever it was.
+        (1, 0.0, True, True, CtrlC.DUPLICATE),
+        (1, 0.29, True, True, CtrlC.DUPLICATE),
+        (2, 0.29, True, True, CtrlC.DUPLICATE),
+        (1, 0.29, True, False, CtrlC.DUPLICATE),
+        (1, 0.3, True, True, CtrlC.HURRY),
+        (1, 3600.0, True, True, CtrlC.HURRY),
+        (2, 0.3, True, True, CtrlC.KILL),
+        (9, 0.3, True, True, CtrlC.KILL),
+        (1, 0.3, True, False, CtrlC.KILL),
+        (2, 0.3, True, False, CtrlC.KILL),
+    ],
+)
+def test_what_a_ctrl_c_asks_for(
+    count: int, since: float | None, has_terminal: bool, has_patience: bool, expected: CtrlC
+) -> None:
+    """By how many came before, how long ago the last one was, the terminal and the patience."""
+    assert decide(count, since, has_terminal=has_terminal, has_patience=has_patience) is expected
+
+
+async def test_kill_in_the_same_turn_as_the_stop(run: StartRun) -> None:
+    """SIGTERM and SIGQUIT read one after the other: the kill finds the stop that it hastens."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=60)
+    await r.job_says(job.job_id, "started")
+    os.kill(r.pid, signal.SIGSTOP)  # both signals are pending when the supervisor runs again
+    r.kill()
+    os.kill(r.pid, signal.SIGQUIT)
+    began = time.monotonic()
+    os.kill(r.pid, signal.SIGCONT)
+    assert await r.exit(10) == 75
+    assert time.monotonic() - began < 5
+    assert r.receipt()["reason"] in ("SIGTERM", "SIGQUIT")
+    assert r.fates() == {job.job_id: "cut"}
     await r.nothing_left()

@@ -20,9 +20,9 @@ from lastcall.supervisor.cli.local_server import local_server
 from lastcall.supervisor.cli.tables import receipt_table, status_table
 from lastcall.supervisor.config import Config, Inworld
 from lastcall.supervisor.environment import surroundings
-from lastcall.supervisor.processes.output_writer import Sink
+from lastcall.supervisor.processes.output_writer import OutputWriter
 from lastcall.supervisor.signals import Inbox
-from lastcall.supervisor.views.status import View
+from lastcall.supervisor.views.status import Status
 from lastcall.worker import local
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
@@ -67,7 +67,9 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
                 b"lastcall demo: local dispatch and Inworld servers, a sample agent; Ctrl-C stops\n"
             )
         async with asyncio.TaskGroup() as group:
-            shown = screen.follow(app.view) if screen is not None else _lines(app.view, around.stdout.write)
+            shown = (
+                screen.follow(app.status) if screen is not None else _lines(app.status, around.stdout.write)
+            )
             showing = group.create_task(shown)
             timing = group.create_task(_stop_after(app, seconds))
             code = await app.run()
@@ -82,10 +84,11 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
     return code
 
 
-class _Screen(Sink):
+class _Screen(OutputWriter):
     """A live table at the bottom of a terminal, the supervisor's log lines above it."""
 
     def __init__(self, console: Console) -> None:
+        self.dropped = 0
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._live.start()
@@ -94,6 +97,9 @@ class _Screen(Sink):
         for line in data.decode(errors="replace").splitlines():
             self._console.print(Text.from_ansi(line), soft_wrap=True)
 
+    def take_dropped(self) -> int:
+        return 0
+
     def flush(self, timeout: float) -> bool:
         return True
 
@@ -101,22 +107,22 @@ class _Screen(Sink):
         """Take the table away and give the terminal back as it was."""
         self._live.stop()
 
-    async def follow(self, view: View) -> None:
+    async def follow(self, status: Status) -> None:
         """Redraw the table a few times a second; the terminal is restored however this ends."""
         try:
             while True:
-                self._live.update(status_table(view.document()), refresh=True)
+                self._live.update(status_table(status.document()), refresh=True)
                 await asyncio.sleep(REFRESH_INTERVAL)
         finally:
             self._live.stop()
 
 
-async def _lines(view: View, write: Callable[[bytes], None]) -> None:
+async def _lines(status: Status, write: Callable[[bytes], None]) -> None:
     """Off a terminal: one plain line every few seconds."""
     began = now()
     while True:
         await asyncio.sleep(LINE_INTERVAL)
-        document = view.document()
+        document = status.document()
         slots = ", ".join(f"slot {s['slot']} {s['state']} {len(s['jobs'])} jobs" for s in document["slots"])
         totals = ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")
         write(f"{now() - began:5.0f} s  {document['phase']}: {slots}; {totals}\n".encode())

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from lastcall.supervisor.config import Config
-from lastcall.supervisor.fleet.generation import Generation, Shared
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.histogram import Histogram
 from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
-from lastcall.supervisor.fleet.slot import Retirement, Slot
+from lastcall.supervisor.fleet.shared import Shared
+from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.fleet.states import PHASE_OF, Phase, SlotState
+from lastcall.supervisor.fleet.stop_steps import Ending
 from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.receipt import Ledger, StopRecord
@@ -20,8 +22,14 @@ from lastcall.worker.base.budget import plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 
+# Upper bounds of the histograms, in seconds. Ours: around the fences of docs/performance.md, and from a short
+# call to two hours for a drain.
 FENCE_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 DRAIN_BOUNDS = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
+# Workers started in one turn of the loop. Ours: posix_spawn takes about a millisecond.
+STARTS_PER_TURN = 16
+# Seconds between two looks of the last sweep. Ours: what was killed takes about so long to become a zombie.
+SWEEP_AGAIN_AFTER = 0.005
 
 
 class Fleet:
@@ -31,6 +39,7 @@ class Fleet:
         self,
         config: Config,
         *,
+        changed: Condition,
         launcher: Launcher,
         ledger: Ledger,
         record: StopRecord,
@@ -39,7 +48,7 @@ class Fleet:
         sweep_unmarked: bool,
         known_pids: set[int],
     ) -> None:
-        self.changed = Condition()
+        self.changed = changed
         self.ledger = ledger
         self.launcher = launcher
         self.fault = ""
@@ -97,7 +106,7 @@ class Fleet:
     def phase(self) -> Phase:
         """The phase of a stop: that of the worker that is furthest from its end."""
         phases = [
-            Phase.FENCING if generation.stopper.is_fencing else PHASE_OF[generation.state]
+            Phase.FENCING if generation.is_fencing else PHASE_OF[generation.state]
             for generation in self.generations
             if generation.is_alive
         ]
@@ -119,8 +128,8 @@ class Fleet:
                 if number > 0 and not await self._may_start():
                     return
                 self._begin(slot)
-                if number % 16 == 15:
-                    await asyncio.sleep(0)  # let the first ones speak while the rest are being started
+                if (number + 1) % STARTS_PER_TURN == 0:
+                    await asyncio.sleep(0)  # the first ones are heard while the rest are being started
             await self.changed.until(lambda: self.is_stopping)
 
     def _make(self, number: int) -> Slot:
@@ -144,7 +153,7 @@ class Fleet:
         self._group.create_task(slot.run(), name=f"slot-{slot.number}")
 
     def on_fault(self, where: str, error: Exception) -> None:
-        """A fault of ours must cut no call: it becomes a reason to stop, and the stop is the ordinary one."""
+        """Make a fault of lastcall a reason for the ordinary stop: it must cut no call."""
         self.fault = f"{where}: {error!r}"
         self.shared.log.error("fault in lastcall", where=where, exc_info=error)
         self.changed.notify()
@@ -192,7 +201,7 @@ class Fleet:
     async def shrink(self, slot: Slot, reason: str) -> None:
         """Drain one slot for as long as grace lets it, and take it away."""
         config = self.config
-        ending = Retirement(reason=reason, deadlines=plan(now(), config.grace, config.stop.shares))
+        ending = Ending(reason=reason, deadlines=plan(now(), config.grace, config.stop.shares))
         await slot.stop(ending)
         await self.changed.until(lambda: all(generation.ended for generation in slot.generations))
         if not self.is_stopping:
@@ -201,19 +210,29 @@ class Fleet:
 
     # -- the stop -------------------------------------------------------------------------------------
 
-    def fence(self, reason: str) -> None:
-        """Begin the stop where it is urgent: every worker is told to accept nothing more, at once."""
+    def begin_stop(self, ending: Ending) -> None:
+        """Begin the stop of every worker with what is urgent: each is told at once to accept nothing more.
+
+        From now on no slot starts anything. `Slot.stop` does the rest.
+        """
         self.shared.is_stopping = True
         for slot in self.slots:
-            slot.fence(reason)
-
-    def begin_stop(self) -> None:
-        """Start no slot that has not been started yet."""
-        self.shared.is_stopping = True
+            slot.begin_stop(ending)
+        self.ledger.begin_stop()
         self.changed.notify()
 
+    def wake(self) -> None:
+        """Have every waiter of a slot, or of the fleet, look again: a deadline has moved."""
+        for slot in self.slots:
+            slot.changed.notify()
+        self.changed.notify()
+
+    def abandon(self) -> None:
+        """After a fault of lastcall: leave the workers alone. They see the supervisor's end, and drain."""
+        self.shared.is_abandoned = True
+
     async def sweep(self, supervisor_id: str, deadline: float, *, inherits_orphans: bool) -> None:
-        """At the end of a stop: no descendant is left, whoever it belonged to.
+        """At the end of a stop, kill every descendant that is left, of whichever slot.
 
         A subreaper finds every descendant below itself; otherwise the whole machine has to be looked at.
         """
@@ -235,7 +254,7 @@ class Fleet:
             if now() >= deadline:
                 record.left += len(found)
                 return
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(SWEEP_AGAIN_AFTER)
 
 
 def pick_victims(slots: list[Slot], count: int) -> list[Slot]:

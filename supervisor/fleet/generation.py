@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import SpawnError, TransitionError
-from lastcall.supervisor.fleet.histogram import Histogram
-from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE, SlotEvent, SlotState
-from lastcall.supervisor.fleet.stopper import Ending, Stopper
+from lastcall.supervisor.fleet.aftermath import ended_well, post_mortem, sweep
+from lastcall.supervisor.fleet.shared import Shared
+from lastcall.supervisor.fleet.states import ALIVE, SLOT_LOG_EVENT, SLOT_TABLE, SlotEvent, SlotState
+from lastcall.supervisor.fleet.stop_steps import StopState
 from lastcall.supervisor.fleet.worker_view import WorkerView
 from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.launch import Launched, Launcher
 from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.supervisor.processes.worker_channel import Channel
-from lastcall.supervisor.receipt import JobEntry, Ledger, StopRecord
+from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import (
     OF_WORKER,
     Beat,
@@ -39,29 +36,10 @@ from lastcall.worker.base.wire import (
 
 E, S = SlotEvent, SlotState
 
-SWEEP = 1.0
+# Seconds that the last words of an exited worker are waited for. Ours: they are in the socket already.
+LAST_WORDS_WITHIN = 1.0
+# Seconds that a worker which did not register in time has to leave by itself. Ours: as `[stop] terminate`.
 TAKEN_DOWN_IN = 5.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Shared:
-    """What all generations of a supervisor read and write."""
-
-    config: Config
-    ledger: Ledger
-    record: StopRecord
-    log: Any
-    known_pids: set[int]
-    on_change: Callable[[], None]
-    may_sweep_unmarked: Callable[[], bool]
-    fence_seconds: Histogram
-    drain_seconds: Histogram
-    is_stopping: bool = False
-    is_held: bool = False
-    # A fault of ours ends the supervisor: the workers see its end and drain by themselves.
-    is_abandoned: bool = False
-    # The last traceback of the user's own code that was shown, by slot.
-    tracebacks: dict[int, str] = field(default_factory=dict)
 
 
 class Generation:
@@ -92,7 +70,7 @@ class Generation:
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
         self.reports = WorkerView(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
-        self.stopper = Stopper(self)
+        self.stopping = StopState()
         self.launcher = launcher
         self._launched: Launched | None = None
         self._channel: Channel[WorkerHears, WorkerSays] | None = None
@@ -119,6 +97,11 @@ class Generation:
     @property
     def has_exited(self) -> bool:
         return self._launched is None or self._launched.child.status is not None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the worker can be told something; an opaque program never can."""
+        return self._channel is not None
 
     @property
     def was_ready(self) -> bool:
@@ -152,7 +135,14 @@ class Generation:
     def is_leaving(self) -> bool:
         """Whether it goes down unasked: it was signalled itself, or its server is lost for good."""
         fenced = self.reports.fenced_at is not None and self.was_ready
-        return fenced and not self.stopper.is_asked and not self.ended
+        return fenced and not self.stopping.is_asked and not self.ended
+
+    @property
+    def is_fencing(self) -> bool:
+        """Whether the stop waits for the worker to say that it accepts nothing more."""
+        stopping = self.stopping
+        waits = stopping.is_asked and not stopping.progress.is_fence_settled
+        return waits and self.state is S.DRAINING and self.was_ready and not self.is_opaque
 
     @property
     def end_kind(self) -> str:
@@ -183,7 +173,7 @@ class Generation:
         before, self.state, self.since = self.state, after, now()
         failed = after in (S.FAILED, S.QUARANTINED, S.STALLED)
         write = self.log.warning if failed else self.log.info
-        write("slot " + after.value, was=before.value, **why)
+        write(SLOT_LOG_EVENT[after], was=before.value, **why)
         if event is E.FENCE:
             self._fenced_since = self.since
         elif self._fenced_since is not None and after in (S.CLOSING, S.STOPPED):
@@ -196,7 +186,7 @@ class Generation:
 
     async def live(self) -> None:
         """Start the program, see it through to its end, and clean up after it."""
-        if self.stopper.is_asked:  # between the decision to start it and now
+        if self.stopping.is_asked:  # between the decision to start it and now
             self._end()
             return
         try:
@@ -221,31 +211,27 @@ class Generation:
                 )
                 if self.shared.is_held or self.is_candidate:
                     self.say(Hold(on=True))
-                self.stopper.repeat()
+                self.changed.notify()  # a stop that has begun meanwhile can tell the worker now
             await self._start_in_time()
             await self.changed.until(lambda: self.has_exited)
         except asyncio.CancelledError:
             if not self.shared.is_abandoned:
-                self.kill()  # the end of the whole stop; nothing may stay
+                self._kill_processes()  # the end of the whole stop; nothing may stay
                 launched.clear()
             raise
         await self._clean_up(launched)
 
     async def see_out(self) -> None:
-        """After a fault of ours in `live`: leave the worker to its stop, and clean up when it has ended."""
+        """After a fault in `live`: leave the worker to its stop, and clean up when it has ended."""
         if self._launched is not None and self.is_alive:
             await self.changed.until(lambda: self.has_exited)
             await self._clean_up(self._launched)
-
-    async def stop(self, ending: Ending) -> None:
-        """Fence, drain, close, terminate, kill: each until its deadline, and only as far as is needed."""
-        await self.stopper.stop(ending)
 
     async def _start_in_time(self) -> None:
         timeout = self.shared.config.start.timeout
         due = now() + timeout
         started = await self.changed.until(
-            lambda: self.has_exited or self.state is not S.STARTING or self.stopper.is_asked, lambda: due
+            lambda: self.has_exited or self.state is not S.STARTING or self.stopping.is_asked, lambda: due
         )
         if started:
             return
@@ -254,16 +240,17 @@ class Generation:
         self.say(Terminate())
         grace = now() + TAKEN_DOWN_IN
         if not await self.changed.until(lambda: self.has_exited, lambda: grace):
-            self.change(E.KILL)
             self.kill()
 
     async def _clean_up(self, launched: Launched) -> None:
         """The process has ended: nothing of it may stay."""
         child = launched.child
         if self._channel is not None:  # its last words may still be unread; end of file comes behind them
-            due = now() + SWEEP
+            due = now() + LAST_WORDS_WITHIN
             await self.changed.until(lambda: self._channel_lost, lambda: due)
-        swept, left = await self._sweep(launched)
+        swept, left = await sweep(
+            launched.mark, self.shared.known_pids, unmarked=self.shared.may_sweep_unmarked
+        )
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -285,7 +272,8 @@ class Generation:
         self.last_exit = self.reports.fault or self.last_exit or str(status)
         if self.reports.is_config_error:
             self.config_error = self.reports.fault
-        as_asked = self.stopper.is_asked and (self.state is S.KILLING or self._ended_well(status))
+        is_well = self.state is S.KILLING or ended_well(status, is_opaque=self.is_opaque)
+        as_asked = self.stopping.is_asked and is_well
         event = E.EXIT if as_asked else E.FAIL
         why: dict[str, Any] = {
             "reason": self.last_exit,
@@ -294,46 +282,8 @@ class Generation:
             "swept": swept,
         }
         if event is E.FAIL:
-            why |= self._post_mortem(launched)
+            why |= post_mortem(self.reports, launched.relays[1].last, oom_kills_before=self._oom_kills)
         self.change(event, **{name: value for name, value in why.items() if value})
-
-    def _ended_well(self, status: ExitStatus | None) -> bool:
-        """Whether an end that was asked for is one that a program may well give."""
-        if status is None:
-            return False
-        if self.is_opaque:  # its exit code is its own affair, and to die of SIGTERM is the default
-            return status.code is not None or status.signal is signal.SIGTERM
-        return status.code in (Exit.CLEAN, Exit.FORCED)
-
-    def _post_mortem(self, launched: Launched) -> dict[str, Any]:
-        """Return what helps at three in the morning: the last sign of life and the last words."""
-        facts: dict[str, Any] = {}
-        if self.reports.beat is not None:
-            facts["last_beat_s"] = round(now() - self.reports.beat.at, 3)
-        kills = cgroup.oom_kills()
-        if kills is not None and self._oom_kills is not None and kills > self._oom_kills:
-            facts["oom_kills_meanwhile"] = kills - self._oom_kills
-        last_lines = b"\n".join(launched.relays[1].last).decode(errors="replace")
-        if last_lines and not self.reports.fault:
-            facts["last_lines"] = last_lines
-        return facts
-
-    async def _sweep(self, launched: Launched) -> tuple[int, int]:
-        """Kill what the worker left behind; return how many programs that were and how many are left."""
-        programs = 0
-        due = now() + SWEEP
-        while True:
-            adopted = descendants.adopted(self.shared.known_pids)
-            if not adopted:
-                return programs, 0
-            found = descendants.marked(adopted, launched.mark, unmarked=self.shared.may_sweep_unmarked())
-            if not found:
-                return programs, 0
-            programs += sum(1 for process in found if not descendants.is_framework(process))
-            descendants.kill(found)
-            if now() >= due:
-                return programs, len(found)
-            await asyncio.sleep(0.002)
 
     # -- what is said to the program, and done to it --------------------------------------------------
 
@@ -360,12 +310,17 @@ class Generation:
         if self._channel is not None:
             self.send(signal.SIGUSR2)
 
-    def kill(self) -> None:
-        """SIGKILL the program and everything below it, descendants in other sessions too."""
+    def kill(self, **why: Any) -> None:
+        """Enter KILLING, and SIGKILL the program and everything below it, in other sessions too."""
+        if self.state is not S.KILLING:
+            self.change(E.KILL, **why)
+        self._kill_processes()
+
+    def _kill_processes(self) -> None:
         launched = self._launched
         if launched is None or self.has_exited:
             return
-        # What ended by itself under a worker that could not tell any more was not ended by us.
+        # A job that had ended by itself, under a worker that could not tell any more, was not cut.
         self._cut |= frozenset(job.id for job in self.jobs if is_living(job))
         below = descendants.tree(launched.child.pid)
         launched.child.send(signal.SIGKILL)
@@ -373,14 +328,6 @@ class Generation:
         if self.was_ready and self.shared.is_stopping:  # one that never was has nothing that could be lost
             killed = {"what": "worker", "slot": self.slot, "pid": launched.child.pid}
             self.shared.record.killed.append(killed)
-
-    def on_fence(self, seconds: float | None) -> None:
-        """Note the acknowledgement of the fence, or that there was none."""
-        if seconds is not None:
-            self.shared.fence_seconds.observe(seconds)
-        elif self.shared.is_stopping:
-            self.shared.record.unacknowledged.append(self.slot)
-        self.shared.on_change()
 
     # -- what the program says ------------------------------------------------------------------------
 
@@ -417,7 +364,9 @@ class Generation:
             elif self.state is S.READY and not registered:
                 self.change(E.UNREGISTER, reason="connection to the LiveKit server lost")
         elif isinstance(message, Fenced) and self.state in (S.STARTING, S.READY, S.STALLED):
-            self.change(E.FENCE, reason=reports.fence_reason)  # nobody here asked
+            self.change(
+                E.FENCE, reason=reports.fence_reason
+            )  # the worker was signalled, or has lost its server
 
     def _tell_fault(self, traceback: str) -> None:
         """Show a traceback of the user's own code once for each different one of a slot."""

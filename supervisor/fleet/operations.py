@@ -1,6 +1,6 @@
-"""What an operator asks of a running supervisor beside a stop: reload, recycle, scale.
+"""The work that an operator asks of a running supervisor beside a stop: reload, recycle, scale.
 
-Each runs in the background and has a record; whoever asked may look at it until it is done. Replacements
+Each runs in the background and has a record, which can be looked at until it is done. Replacements
 that are asked for, or due, share `max_surge`, so that no more workers start at a time than the host was
 meant to bear; those that make up for a lost or stalled worker do not wait for it.
 """
@@ -20,7 +20,18 @@ from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.worker.base.clock import now
 
-KEPT = 16
+# Operations that can still be looked at. Ours: `--wait` asks several times a second.
+MAX_RECENT_OPERATIONS = 16
+
+Verb = Literal["reload", "recycle", "scale"]
+# The log events of each verb, whole, so that `grep` finds them.
+BEGINS: dict[Verb, str] = {
+    "reload": "reload begins",
+    "recycle": "recycle begins",
+    "scale": "scale begins",
+}
+DONE: dict[Verb, str] = {"reload": "reload done", "recycle": "recycle done", "scale": "scale done"}
+FAILED: dict[Verb, str] = {"reload": "reload failed", "recycle": "recycle failed", "scale": "scale failed"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,7 +39,7 @@ class Operation:
     """One thing asked for. `done` of `of` slots have been dealt with."""
 
     id: int
-    verb: str
+    verb: Verb
     state: Literal["running", "done", "failed"] = "running"
     reason: str = ""
     done: int = 0
@@ -43,17 +54,27 @@ Work = Coroutine[Any, Any, str]
 
 
 class Operations:
-    """Runs operations on one fleet; `program` reads what a reload is to start, and may raise ConfigError.
+    """Runs operations on one fleet.
 
-    None needs to be told of a stop: the slots that it waits for end in it, and say so.
+    `program` reads what a reload is to start, and may raise ConfigError. `on_reload` hears 1 when a reload
+    begins and -1 when it is over.
+
+    No operation has to be told of a stop: the slots that it waits for end in the stop, and say so.
     """
 
-    def __init__(self, fleet: Fleet, *, program: Callable[[], Program], log: Any) -> None:
-        self.recent: deque[Operation] = deque(maxlen=KEPT)
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        program: Callable[[], Program],
+        on_reload: Callable[[int], None],
+        log: Any,
+    ) -> None:
+        self.recent: deque[Operation] = deque(maxlen=MAX_RECENT_OPERATIONS)
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.on_reload: Callable[[int], None] = lambda _by: None
         self._fleet = fleet
         self._program = program
+        self._on_reload = on_reload
         self._log = log
         self._ids = 0
         self._group: asyncio.TaskGroup | None = None
@@ -106,11 +127,11 @@ class Operations:
         for operation in self.recent:
             if operation.id == id:
                 return operation
-        raise Refused(f"no operation {id} among the last {KEPT}")
+        raise Refused(f"no operation {id} among the last {MAX_RECENT_OPERATIONS}")
 
     # -- how it is done -------------------------------------------------------------------------------
 
-    def _begin(self, verb: str, *, of: int) -> Operation:
+    def _begin(self, verb: Verb, *, of: int) -> Operation:
         if self._fleet.is_stopping or self._group is None:
             raise Refused(f"{verb}: the supervisor is stopping")
         self._ids += 1
@@ -123,11 +144,11 @@ class Operations:
         self._group.create_task(self._follow(operation, work), name=f"{operation.verb}-{operation.id}")
 
     async def _follow(self, operation: Operation, work: Work) -> None:
-        self._log.info(operation.verb + " begins", operation=operation.id, slots=operation.of)
+        self._log.info(BEGINS[operation.verb], operation=operation.id, slots=operation.of)
         began = now()
         try:
             operation.reason = await work
-        except Exception as error:  # a fault of ours in an operation must not take the workers with it
+        except Exception as error:  # a fault in an operation must not take the workers with it
             operation.reason = f"fault in lastcall: {error!r}"
             self._log.error("fault in lastcall", operation=operation.id, exc_info=True)
         operation.state = "failed" if operation.reason else "done"
@@ -135,20 +156,20 @@ class Operations:
         seconds = round(now() - began, 3)
         if operation.reason:
             self._log.error(
-                operation.verb + " failed", operation=operation.id, reason=operation.reason, seconds=seconds
+                FAILED[operation.verb], operation=operation.id, reason=operation.reason, seconds=seconds
             )
         else:
-            self._log.info(operation.verb + " done", operation=operation.id, seconds=seconds)
+            self._log.info(DONE[operation.verb], operation=operation.id, seconds=seconds)
         self._fleet.changed.notify()
 
     async def _reload(self, operation: Operation) -> str:
         async with self._reloading:
             self._queued_reload = None
-            self.on_reload(1)
+            self._on_reload(1)
             try:
                 return await self._roll(operation)
             finally:
-                self.on_reload(-1)
+                self._on_reload(-1)
 
     async def _roll(self, operation: Operation) -> str:
         try:

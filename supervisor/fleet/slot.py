@@ -9,33 +9,27 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
-from lastcall.supervisor.fleet.generation import Generation, Shared
+from lastcall.supervisor.fleet import stopper
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.restarts import Restarts
+from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
-from lastcall.supervisor.fleet.stopper import Ending
+from lastcall.supervisor.fleet.stop_steps import Ending
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.receipt import JobEntry
-from lastcall.worker.base.budget import Deadlines, Shares, plan
+from lastcall.worker.base.budget import Shares, plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 
-# A stop of a whole control group reaches a worker as often before the supervisor as after it. One that was
-# signalled is replaced only when no stop has followed for so long.
-SECOND_THOUGHT = 0.5
-LET_IN = 2.0
+# Seconds before a worker that was signalled itself is replaced, if no stop has followed. Ours: a stop of a
+# whole control group reaches a worker as often before the supervisor as after, some milliseconds apart.
+REPLACE_SIGNALLED_AFTER = 0.5
+# Seconds for which the old worker waits for the new one to accept. Ours: its beat comes within milliseconds.
+ACCEPTS_WITHIN = 2.0
 NEVER_WARM = "it registered, but no process of it was ready for a job within start.timeout; see its log"
-
-
-@dataclass(slots=True, kw_only=True)
-class Retirement:
-    """The end of one generation while the supervisor lives on."""
-
-    reason: str
-    deadlines: Deadlines
 
 
 class Slot:
@@ -150,7 +144,7 @@ class Slot:
                 return
             delay = 0.0
         self.current.change(E.RETRY, delay=round(delay, 3))
-        due = now() + (max(delay, SECOND_THOUGHT) if is_alive else delay)
+        due = now() + (max(delay, REPLACE_SIGNALLED_AFTER) if is_alive else delay)
         await self.changed.until(lambda: self._stop_asked or self._retry_now, lambda: due)
         self._retry_now = False
         if not self._stop_asked:
@@ -177,7 +171,7 @@ class Slot:
         try:
             await generation.live()
         except Exception as error:
-            # A fault of ours must cut no call: it becomes a reason to stop, and the stop is the ordinary one.
+            # A fault of lastcall must cut no call: it becomes a reason for the ordinary stop.
             self._on_fault(self.number, error)
             await generation.see_out()
         finally:
@@ -233,9 +227,9 @@ class Slot:
         return None if self._stop_asked else self._last_started
 
     async def _let_in(self, new: Generation) -> None:
-        """Have the new one accept before the old one stops to; a moment, and no more than LET_IN."""
+        """Have the new one accept before the old one stops to; a moment, and no more than ACCEPTS_WITHIN."""
         new.take_over()
-        due = now() + LET_IN
+        due = now() + ACCEPTS_WITHIN
         await self.changed.until(
             lambda: new.accepts or self._shared.is_held or new.ended or self._stop_asked, lambda: due
         )
@@ -280,32 +274,31 @@ class Slot:
         if old.state is S.STALLED:
             # Its jobs have the stall's own grace; should it come to itself meanwhile, it has all of grace.
             deadlines = plan(now(), config.stall.grace + config.stop.kill, Shares(kill=config.stop.kill))
-            retirement = Retirement(reason=reason, deadlines=deadlines)
+            retirement = Ending(reason=reason, deadlines=deadlines)
             async with asyncio.TaskGroup() as group:
                 recovering = group.create_task(self._extend_if_it_recovers(old, retirement))
-                await old.stop(retirement)
+                await stopper.stop(old, retirement)
                 recovering.cancel()
         else:
             shares = config.stop.shares
-            await old.stop(Retirement(reason=reason, deadlines=plan(now(), config.grace, shares)))
+            await stopper.stop(old, Ending(reason=reason, deadlines=plan(now(), config.grace, shares)))
         await self.changed.until(lambda: old.ended)
         self.leaving.remove(old)
         self._shared.on_change()
 
-    async def _extend_if_it_recovers(self, old: Generation, retirement: Retirement) -> None:
+    async def _extend_if_it_recovers(self, old: Generation, retirement: Ending) -> None:
         await self.changed.until(lambda: not old.is_silent)
         config = self._shared.config
         retirement.deadlines = plan(now(), config.grace, config.stop.shares)
-        old.stopper.tell_drain()
         self.changed.notify()
 
     # -- the stop -------------------------------------------------------------------------------------
 
-    def fence(self, reason: str) -> None:
+    def begin_stop(self, ending: Ending) -> None:
         """Tell every worker to accept nothing more; `stop` does the rest."""
         self._stop_asked = True
         for generation in self.generations:
-            generation.stopper.fence(reason)
+            stopper.begin(generation, ending)
 
     async def stop(self, ending: Ending) -> None:
         """Stop every generation, all at once."""
@@ -313,7 +306,7 @@ class Slot:
         self.changed.notify()
         async with asyncio.TaskGroup() as group:
             for generation in self.generations:
-                group.create_task(generation.stop(ending))
+                group.create_task(stopper.stop(generation, ending))
 
     def dump(self) -> None:
         for generation in self.generations:

@@ -3,7 +3,7 @@
 A worker beats every `[stall] beat` seconds. One that has missed `misses` of them is stalled: what can be
 seen of it is logged, a replacement is started, and it is let go once that has taken over, its jobs with time
 to end. A supervisor that was itself stopped, or starved, finds every beat late and none of the workers to
-blame: a look that comes late by more than a beat judges nobody, and the sockets are read before anyone is.
+blame: a look that comes late by more than a beat judges no worker, and the sockets are read before it does.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from lastcall.supervisor.fleet.states import SlotEvent, SlotState
 from lastcall.supervisor.processes import descendants
 from lastcall.worker.base.clock import now
 
-# A replacement that did not come about is tried again after so many seconds.
-TRY_AGAIN = 60.0
-# Turns of the loop in which whatever has arrived is read.
+# Seconds before a recycle that did not come about is tried again. Ours: a worker needs some to start.
+RECYCLE_AGAIN_AFTER = 60.0
+# Turns of the loop in which everything that has arrived is read: one for the selector, one for the protocol's
+# callback, one to spare.
 READ_TURNS = 3
+# The share of `max_age` by which ages are spread. Ours: workers started together don't leave together.
 AGE_JITTER = 0.1
-LOOKED_AT = frozenset({SlotState.READY, SlotState.DRAINING, SlotState.CLOSING})
+# The states in which a worker owes a beat.
+BEATS_IN = frozenset({SlotState.READY, SlotState.DRAINING, SlotState.CLOSING})
 
 
 class Watch:
@@ -57,7 +60,7 @@ class Watch:
         return [
             generation
             for generation in self._fleet.generations
-            if generation.reports.beat is not None and generation.state in LOOKED_AT
+            if generation.reports.beat is not None and generation.state in BEATS_IN
         ]
 
     def _next_look(self) -> float:
@@ -65,7 +68,7 @@ class Watch:
         patience = stall.beat * stall.misses
         beating = self._beating()
         if any(generation.is_silent for generation in beating):
-            return now() + stall.beat  # the processes of its jobs tell nobody when they end
+            return now() + stall.beat  # the ends of its jobs' processes wake nothing
         dues = [g.reports.beat.at + patience for g in beating if g.reports.beat is not None]
         return max(min(dues, default=now() + patience), now() + stall.beat)
 
@@ -74,7 +77,7 @@ class Watch:
         for slot in list(self._fleet.slots):
             for generation in slot.generations:
                 beat = generation.reports.beat
-                if beat is None or generation.state not in LOOKED_AT:
+                if beat is None or generation.state not in BEATS_IN:
                     continue
                 if now() - beat.at >= stall.beat * stall.misses:
                     self._found_silent(slot, generation)
@@ -129,8 +132,7 @@ class Watch:
             lambda: stalled.ended or not stalled.is_silent or not stalled.has_living_jobs(), lambda: due
         )
         if stalled.is_silent and not stalled.ended and not self._fleet.is_stopping:
-            stalled.change(SlotEvent.KILL, reason="stalled")
-            stalled.kill()
+            stalled.kill(reason="stalled")
 
     # -- due ------------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class Watch:
         reason = why_recycle(self._fleet.config.recycle, generation, self._age_factor(generation))
         if not reason or now() < self._not_before.get(slot.number, 0.0):
             return
-        self._not_before[slot.number] = now() + TRY_AGAIN
+        self._not_before[slot.number] = now() + RECYCLE_AGAIN_AFTER
         self._operations.recycle(slot.number, reason)
 
     def _age_factor(self, generation: Generation) -> float:

@@ -123,6 +123,37 @@ SLOT_TABLE = MappingProxyType(
     }
 )
 
+# The log event of each state that a slot enters; whole, so that `grep` finds it.
+SLOT_LOG_EVENT = MappingProxyType(
+    {
+        S.STOPPED: "slot stopped",
+        S.STARTING: "slot starting",
+        S.READY: "slot ready",
+        S.STALLED: "slot stalled",
+        S.DRAINING: "slot draining",
+        S.CLOSING: "slot closing",
+        S.TERMINATING: "slot terminating",
+        S.KILLING: "slot killing",
+        S.FAILED: "slot failed",
+        S.BACKOFF: "slot backoff",
+        S.QUARANTINED: "slot quarantined",
+    }
+)
+
+# The same for a companion, which has no candidates, and is never stalled or quarantined.
+COMPANION_LOG_EVENT = MappingProxyType(
+    {
+        S.STOPPED: "companion stopped",
+        S.STARTING: "companion starting",
+        S.READY: "companion ready",
+        S.DRAINING: "companion draining",
+        S.CLOSING: "companion closing",
+        S.KILLING: "companion killing",
+        S.FAILED: "companion failed",
+        S.BACKOFF: "companion backoff",
+    }
+)
+
 ALIVE = frozenset({S.STARTING, S.READY, S.STALLED, S.DRAINING, S.CLOSING, S.TERMINATING, S.KILLING})
 
 
@@ -169,6 +200,19 @@ class Phase(enum.IntEnum):
     def text(self) -> str:
         return self.name.lower()
 
+
+# The log event of each phase that a stop enters. The two phases before a stop have events of their own.
+STOP_LOG_EVENT = MappingProxyType(
+    {
+        Phase.FENCING: "stop fencing",
+        Phase.DRAINING: "stop draining",
+        Phase.CLOSING: "stop closing",
+        Phase.TERMINATING: "stop terminating",
+        Phase.KILLING: "stop killing",
+        Phase.SWEEPING: "stop sweeping",
+        Phase.STOPPED: "stop stopped",
+    }
+)
 
 # The phase that a living generation's state stands for. The generation that is furthest from its end decides
 # the phase of the stop.

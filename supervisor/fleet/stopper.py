@@ -1,173 +1,119 @@
-"""The stop of one generation: fence, drain, close, terminate, kill; each only as far as is needed.
-
-A generation is stopped because the supervisor stops, or because another has taken its place; both may happen
-to the same one. Whatever the reasons are, the earliest of their deadlines hold.
-"""
+"""The stop of one generation, done: a loop that does as `stop_steps.step` says, and asks again."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import assert_never
 
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.states import SlotEvent as E
-from lastcall.supervisor.fleet.states import SlotState as S
-from lastcall.supervisor.fleet.worker_view import WorkerView
-from lastcall.worker.base.budget import Deadlines, earliest
+from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Action, Ending, Seen, Step, step
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import Drain, Fence, Terminate, WorkerHears
-
-# What the kernel may take to end a process that was sent SIGKILL.
-KILLED_IN = 4.0
+from lastcall.worker.base.wire import Drain, Fence, Terminate
 
 
-class Ending(Protocol):
-    """Why a generation is stopped, and by when; the deadlines may move while one waits."""
+def begin(generation: Generation, ending: Ending) -> None:
+    """Give a generation one more reason to stop, and tell its worker at once to accept nothing more.
 
-    reason: str
-    deadlines: Deadlines
-
-
-class Stoppable(Protocol):
-    """What of a generation its stop works with."""
-
-    state: S
-    changed: Condition
-    log: Any
-    reports: WorkerView
-    is_silent: bool
-
-    @property
-    def is_alive(self) -> bool: ...
-    @property
-    def is_opaque(self) -> bool: ...
-    @property
-    def has_exited(self) -> bool: ...
-    @property
-    def was_ready(self) -> bool: ...
-    def has_living_jobs(self) -> bool: ...
-    def change(self, event: E, **why: Any) -> None: ...
-    def say(self, message: WorkerHears) -> None: ...
-    def send(self, number: signal.Signals) -> None: ...
-    def kill(self) -> None: ...
-    def on_fence(self, seconds: float | None) -> None:
-        """Hear how long the acknowledgement of the fence took; None when it did not come in time."""
+    `stop` does the rest, some milliseconds later, when other workers have been told as well.
+    """
+    stopping = generation.stopping
+    if ending not in stopping.endings:
+        stopping.endings.append(ending)
+    if generation.is_connected and stopping.progress.fence_said_at is None:
+        generation.say(Fence(reason=stopping.reason))
+        stopping.progress = replace(stopping.progress, fence_said_at=now())
+    generation.changed.notify()
 
 
-class Stopper:
-    """Takes one generation through its stop."""
+async def stop(generation: Generation, ending: Ending) -> None:
+    """Stop a generation, or join the stop that is under way with the deadlines of one more ending.
 
-    def __init__(self, generation: Stoppable) -> None:
-        self._generation = generation
-        self._endings: list[Ending] = []
-        self._fence_sent_at: float | None = None
-        self._reason = ""
-        self.is_fencing = False
+    Returns when the program has exited, or can't be ended in time.
+    """
+    begin(generation, ending)
+    stopping = generation.stopping
+    if stopping.is_under_way:
+        await generation.changed.until(
+            lambda: generation.has_exited, lambda: stopping.deadlines.terminate_at + KILLED_IN
+        )
+        return
+    stopping.is_under_way = True
+    try:
+        while (following := _next(generation)).action is not Action.OVER:
+            if following.action is Action.WAIT:
+                await generation.changed.until(
+                    lambda: _next(generation).action is not Action.WAIT, lambda: _next(generation).due_at
+                )
+            else:
+                stopping.progress = following.progress
+                _do(generation, following.action)
+    finally:
+        stopping.is_under_way = False
 
-    @property
-    def is_asked(self) -> bool:
-        return bool(self._endings) or self._fence_sent_at is not None
 
-    @property
-    def deadlines(self) -> Deadlines:
-        return earliest(ending.deadlines for ending in self._endings)
+def _next(generation: Generation) -> Step:
+    stopping = generation.stopping
+    return step(_see(generation), stopping.progress, stopping.deadlines, now())
 
-    def fence(self, reason: str) -> None:
-        """Tell the worker to accept nothing more; `stop` does the rest."""
-        self._fence_sent_at = now()
-        self._reason = reason
-        self._generation.say(Fence(reason=reason))
 
-    def repeat(self) -> None:
-        """Say again what was said before there was a channel to say it on."""
-        if self._fence_sent_at is not None:
-            self._generation.say(Fence(reason=self._reason))
-        if self._endings:
-            self.tell_drain()
+def _see(generation: Generation) -> Seen:
+    reports = generation.reports
+    return Seen(
+        state=generation.state,
+        is_opaque=generation.is_opaque,
+        is_connected=generation.is_connected,
+        has_exited=generation.has_exited,
+        was_ready=generation.was_ready,
+        is_silent=generation.is_silent,
+        has_jobs=not generation.is_silent or generation.has_living_jobs(),
+        fenced_at=reports.fenced_at,
+        is_drained=reports.is_drained,
+    )
 
-    async def stop(self, ending: Ending) -> None:
-        """Stop, or join the stop that is under way with one more deadline."""
-        generation = self._generation
-        self._endings.append(ending)
-        generation.changed.notify()
-        if not generation.is_alive:
-            return
-        if len(self._endings) > 1:
-            self.tell_drain()
-            await self._until_exit(lambda: self.deadlines.terminate_at + KILLED_IN)
-            return
-        if generation.state not in (S.DRAINING, S.TERMINATING, S.KILLING):
-            generation.change(E.FENCE, reason=ending.reason)
-        if generation.is_opaque:
-            # Once: a second SIGTERM makes many programs, livekit's own command line too, drop their calls.
+
+def _do(generation: Generation, action: Action) -> None:
+    stopping = generation.stopping
+    deadlines = stopping.deadlines
+    match action:
+        case Action.ENTER:
+            generation.change(E.FENCE, reason=stopping.reason)
+        case Action.SIGTERM:
             generation.send(signal.SIGTERM)
-            await self._until_exit(lambda: self.deadlines.terminate_at)
-        elif generation.state is S.TERMINATING:  # being taken down already, for not becoming ready
-            await self._until_exit(lambda: self.deadlines.terminate_at)
-        else:
-            await self._stop_worker()
-        if not generation.has_exited:
-            if generation.state is not S.KILLING:
-                generation.change(E.KILL)
+        case Action.FENCE:
+            generation.say(Fence(reason=stopping.reason))
+        case Action.DRAIN:
+            generation.say(Drain(drain_at=deadlines.drain_at, close_at=deadlines.close_at))
+        case Action.NOTE_FENCED | Action.NOTE_UNFENCED:
+            _note_fence(generation)
+        case Action.HURRY:
+            hurried = deadlines.hurried(now())
+            generation.say(Drain(drain_at=hurried.drain_at, close_at=hurried.close_at))
+        case Action.CLOSE:
+            generation.change(E.CLOSE)
+        case Action.TERMINATE:
+            generation.change(E.TERMINATE)
+            generation.say(Terminate())
+        case Action.KILL:
             generation.kill()
-            await self._until_exit(lambda: self.deadlines.terminate_at + KILLED_IN)
+        case Action.WAIT | Action.OVER:
+            raise AssertionError(f"{action.name} is the loop's")
+        case _:
+            assert_never(action)
 
-    async def _stop_worker(self) -> None:
-        generation = self._generation
-        if self._fence_sent_at is None:
-            self.fence(self._endings[0].reason)
-        self.tell_drain()
-        if generation.was_ready:
-            await self._await_fence()
-            drained = await generation.changed.until(self._is_drained, lambda: self.deadlines.drain_at)
-            if not drained or not generation.reports.is_drained:
-                self._tell(self.deadlines.hurried(now()))
-        if generation.has_exited:
-            return
-        generation.change(E.CLOSE)
-        # A worker that drained early has its close share from now, and not the rest of grace to hang in.
-        shares = self.deadlines.shares
-        has_something_to_close = generation.was_ready and not generation.is_silent
-        close_by = now() + (shares.close if has_something_to_close else shares.terminate)
-        if await self._until_exit(lambda: min(close_by, self.deadlines.close_at)):
-            return
-        generation.change(E.TERMINATE)
-        generation.say(Terminate())
-        terminate_by = now() + shares.terminate
-        await self._until_exit(lambda: min(terminate_by, self.deadlines.terminate_at))
 
-    async def _await_fence(self) -> None:
-        generation = self._generation
-        began = now() if self._fence_sent_at is None else self._fence_sent_at
-        self.is_fencing = True
-        try:
-            answered = await generation.changed.until(
-                lambda: generation.has_exited or generation.reports.fenced_at is not None,
-                lambda: self.deadlines.fence_at,
-            )
-        finally:
-            self.is_fencing = False
-        fenced_at = generation.reports.fenced_at
-        if fenced_at is not None:
-            generation.on_fence(max(0.0, fenced_at - began))
-        elif not answered:
-            generation.log.warning("fence not acknowledged", after=round(now() - began, 3))
-            generation.on_fence(None)
-
-    def _is_drained(self) -> bool:
-        generation = self._generation
-        if generation.has_exited or generation.reports.is_drained:
-            return True
-        # A worker whose loop is stuck will not say that it is drained, but its jobs can be looked at.
-        return generation.is_silent and not generation.has_living_jobs()
-
-    def tell_drain(self) -> None:
-        """Tell the worker until when it may drain and close, as the deadlines stand now."""
-        self._tell(self.deadlines)
-
-    def _tell(self, deadlines: Deadlines) -> None:
-        self._generation.say(Drain(drain_at=deadlines.drain_at, close_at=deadlines.close_at))
-
-    async def _until_exit(self, deadline: Callable[[], float]) -> bool:
-        return await self._generation.changed.until(lambda: self._generation.has_exited, deadline)
+def _note_fence(generation: Generation) -> None:
+    """Note how long the acknowledgement of the fence took, or that there was none in time."""
+    said_at = generation.stopping.progress.fence_said_at
+    fenced_at = generation.reports.fenced_at
+    shared = generation.shared
+    assert said_at is not None
+    if fenced_at is not None:
+        # A worker that was signalled itself has fenced before it was told to.
+        shared.fence_seconds.observe(max(0.0, fenced_at - said_at))
+    else:
+        generation.log.warning("fence not acknowledged", after=round(now() - said_at, 3))
+        if shared.is_stopping:
+            shared.record.unacknowledged.append(generation.slot)
+    shared.on_change()

@@ -1,4 +1,4 @@
-"""What the kernel counts for our control group: whether somebody in it was killed for memory."""
+"""The kernel's counters of the supervisor's control group: whether a process in it was killed for memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def oom_kills() -> int | None:
-    """Return how many processes of our group were killed for memory so far; None where nobody counts.
+    """Return how many processes of the group were killed for memory so far; None without such a counter.
 
     Only of cgroup v2; inside a container the group's own files are at the root of the mount.
     """

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from lastcall.supervisor.errors import SpawnError
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 
-# Above every number that a child is given, so that no dup2 in the child overwrites one still needed.
+# Above every number that a child is given, so that no dup2 in the child overwrites one still needed. Ours:
+# children are given less than ten.
 HIGH_FD = 64
 
 

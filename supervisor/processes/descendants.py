@@ -1,6 +1,6 @@
-"""Descendants: who is left of a worker, and how to end them. The only module that imports psutil.
+"""Descendants: which processes are left of a worker, and how to end them. Only this module imports psutil.
 
-A descendant is known by parentage while its line is unbroken. What left its group, its session and its
+A descendant is known by parentage while its line is unbroken. One that left its group, its session and its
 parent behind becomes a child of the supervisor, its subreaper, and is known by the marker in its
 environment: supervisor, slot and generation. So the crash of one slot never sweeps another's.
 """

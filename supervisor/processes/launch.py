@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from lastcall.supervisor.errors import SpawnError
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.descendants import mark_of
-from lastcall.supervisor.processes.output_reader import Relay
+from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.worker.base import variables
 from lastcall.worker.base.settings import WorkerSettings
@@ -52,7 +52,7 @@ class Launched:
 
     child: Child
     control: socket.socket | None
-    relays: tuple[Relay, Relay]
+    relays: tuple[OutputReader, OutputReader]
     mark: str
     scratch: str
 
@@ -144,7 +144,7 @@ class Launcher:
             for fd in theirs.values():
                 os.close(fd)
         prefix = _prefix(slot, generation) if self.prefixes else b""
-        relays = (Relay(out, self.write_output, prefix), Relay(err, self.write_errors, prefix))
+        relays = (OutputReader(out, self.write_output, prefix), OutputReader(err, self.write_errors, prefix))
         return Launched(child=child, control=control, relays=relays, mark=mark, scratch=scratch)
 
 

@@ -10,12 +10,17 @@ import os
 from collections import deque
 from collections.abc import Callable
 
-CHUNK = 1 << 16
+# Bytes of one read: the capacity of a pipe, pipe(7).
+READ_BYTES = 1 << 16
+# Bytes of one line; a longer one is cut. Ours: a traceback with its locals is far below.
 MAX_LINE = 1 << 20
-KEPT = 20
+# Lines kept for the log line of a crash. Ours: the end of a traceback.
+LAST_LINES = 20
+# Reads at the end of a pipe that somebody still holds: 4 MB, four times what a pipe may be enlarged to.
+LAST_READS = 64
 
 
-class Relay:
+class OutputReader:
     """Reads one pipe. `write` gets whole lines, each behind the prefix; the last few are kept as they are."""
 
     def __init__(self, fd: int, write: Callable[[bytes], None], prefix: bytes = b"") -> None:
@@ -23,7 +28,7 @@ class Relay:
         self._write = write
         self._prefix = prefix
         self._rest = bytearray()
-        self.last: deque[bytes] = deque(maxlen=KEPT)
+        self.last: deque[bytes] = deque(maxlen=LAST_LINES)
         os.set_blocking(fd, False)
         asyncio.get_running_loop().add_reader(fd, self._read)
 
@@ -31,7 +36,7 @@ class Relay:
         """Take what is there and stop reading. Its end is not waited for: a grandchild may hold it."""
         if self._fd is None:
             return
-        for _ in range(64):
+        for _ in range(LAST_READS):
             if not self._read():
                 break
         if self._fd is not None:
@@ -41,7 +46,7 @@ class Relay:
         if self._fd is None:
             return False
         try:
-            chunk = os.read(self._fd, CHUNK)
+            chunk = os.read(self._fd, READ_BYTES)
         except BlockingIOError:
             return False
         except OSError:
@@ -64,7 +69,7 @@ class Relay:
             self._write(b"".join(self._prefix + line for line in lines.splitlines(keepends=True)))
         else:
             self._write(lines)
-        self.last.extend(lines.splitlines()[-KEPT:])
+        self.last.extend(lines.splitlines()[-LAST_LINES:])
 
     def _end(self) -> None:
         assert self._fd is not None

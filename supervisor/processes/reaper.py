@@ -1,14 +1,14 @@
-"""Every child is reaped: ours when their pidfd says so, adopted orphans when SIGCHLD does.
+"""Every child is reaped: those started here when their pidfd says so, adopted orphans when SIGCHLD does.
 
 Problem: as PID 1 and as subreaper the supervisor inherits processes it never started; each becomes a zombie
-when it ends. A pidfd tells of one's own children only, and uvloop refuses a SIGCHLD handler (libuv keeps the
-signal to itself). Options: `waitid(P_ALL)` once a second (a wakeup a second for ever, zombies meanwhile); a
-thread in waitid (would steal the exit status of our own children); a signalfd. SIGCHLD blocked and read from
-a signalfd costs nothing while nothing happens, and arrives at once; the mask is handed to no child, because
-every spawn sets one explicitly. Where signalfd can't be had, the once-a-second look takes its place.
+when it ends. A pidfd tells of children that were started here only, and uvloop refuses a SIGCHLD handler
+(libuv keeps the signal to itself). Options: `waitid(P_ALL)` once a second (a wakeup a second for ever,
+zombies meanwhile); a thread in waitid (would steal the exit status of children that have an owner); a
+signalfd. SIGCHLD blocked and read from a signalfd costs nothing while nothing happens, and arrives at once;
+the mask is handed to no child, because every spawn sets one explicitly. Where signalfd can't be had, the
+once-a-second look takes its place.
 
-Whoever wakes it, `collect` peeks with WNOWAIT: a child of ours is reaped by pid and its owner told, a
-stranger is reaped and counted.
+`collect` peeks with WNOWAIT: a child is reaped by pid, and its owner told if it has one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-PR_SET_CHILD_SUBREAPER = 36
-SFD_NONBLOCK = 0o4000
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+SFD_NONBLOCK = 0o4000  # signalfd(2); the same two bits as O_NONBLOCK and O_CLOEXEC on x86-64 and arm64
 SFD_CLOEXEC = 0o2000000
-SIGINFO_BYTES = 128
-SIGSET_BYTES = 128
-LOOK = 1.0
+SIGINFO_BYTES = 128  # struct signalfd_siginfo, signalfd(2)
+SIGSET_BYTES = 128  # sizeof(sigset_t) of glibc and musl
+# Seconds between two looks where there is no signalfd. Ours: a zombie for a second harms nobody.
+LOOK_EVERY = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,6 @@ class ExitStatus:
 
     code: int | None
     signal: signal.Signals | None = None
-    core: bool = False
 
     def __str__(self) -> str:
         if self.signal is not None:
@@ -45,13 +45,11 @@ class ExitStatus:
 
 
 class Reaper:
-    """Reaps for one process. `on_stranger` is called with the pid of each adopted orphan that ended."""
+    """Reaps for one process: children that have an owner, and adopted orphans."""
 
-    def __init__(self, on_stranger: Callable[[int], None] | None = None) -> None:
-        self.strangers = 0
+    def __init__(self) -> None:
         self.is_subreaper = False
         self._owners: dict[int, Callable[[ExitStatus], None]] = {}
-        self._on_stranger = on_stranger
         self._signalfd: int | None = None
         self._look: asyncio.TimerHandle | None = None
 
@@ -78,7 +76,7 @@ class Reaper:
             self._look.cancel()
 
     def own(self, pid: int, on_exit: Callable[[ExitStatus], None]) -> None:
-        """Have `on_exit` called, once, when this child of ours has been reaped."""
+        """Have `on_exit` called, once, when this child has been reaped."""
         self._owners[pid] = on_exit
 
     def collect(self) -> None:
@@ -93,13 +91,13 @@ class Reaper:
             self._reap(ended.si_pid)
 
     def collect_one(self, pid: int) -> None:
-        """Reap one child of ours, if it has ended; what a pidfd that became readable says."""
+        """Reap one child that has an owner, if it has ended, as its readable pidfd says."""
         if pid not in self._owners:
             return
         try:
             ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            # Reaped by nobody of ours, so all that is known is that it has ended.
+            # Reaped elsewhere in this process, so all that is known is that it has ended.
             self._owners.pop(pid)(ExitStatus(code=None))
             return
         if ended:
@@ -111,15 +109,11 @@ class Reaper:
             return
         owner = self._owners.pop(pid, None)
         if owner is None:
-            self.strangers += 1
-            if self._on_stranger is not None:
-                self._on_stranger(pid)
             return
         if info.si_code == os.CLD_EXITED:
             owner(ExitStatus(code=info.si_status))
         else:
-            number = signal.Signals(info.si_status)
-            owner(ExitStatus(code=None, signal=number, core=info.si_code == os.CLD_DUMPED))
+            owner(ExitStatus(code=None, signal=signal.Signals(info.si_status)))
 
     def _on_signal(self) -> None:
         assert self._signalfd is not None
@@ -132,7 +126,7 @@ class Reaper:
 
     def _look_again(self) -> None:
         self.collect()
-        self._look = asyncio.get_running_loop().call_later(LOOK, self._look_again)
+        self._look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look_again)
 
 
 def _open_signalfd(libc: ctypes.CDLL) -> int | None:

@@ -1,1 +1,1 @@
-"""What is shown of a running supervisor, and over which sockets it can be asked."""
+"""The views of a running supervisor, and the sockets over which it can be asked."""

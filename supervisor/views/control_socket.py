@@ -26,10 +26,15 @@ from lastcall.supervisor.config import runtime_directory
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused
 
 VERSION = 1
+# Bytes of a request, and of an answer. Ours: requests are short, a status of 1000 slots has about 1 MB.
 MAX_REQUEST = 16 * 1024
 MAX_ANSWER = 16 << 20
+# Clients at a time; further ones are closed at once. Ours: people and scripts, not a service.
 MAX_CLIENTS = 32
+# Seconds that a client may take, and that a verb waits for the answer. Ours: answers take milliseconds.
 TIMEOUT = 5.0
+# Seconds that a socket has to show that somebody listens. Ours: connect() to a listener returns at once.
+LIVE_WITHIN = 1.0
 
 Verb = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -180,7 +185,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _is_live(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(1.0)
+        sock.settimeout(LIVE_WITHIN)
         try:
             sock.connect(str(path))
         except OSError:

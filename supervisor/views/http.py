@@ -10,11 +10,11 @@ from aiohttp import web
 
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.views.metrics import CONTENT_TYPE, Metrics
-from lastcall.supervisor.views.status import View
+from lastcall.supervisor.views.status import Status
 
 
 @asynccontextmanager
-async def serve(address: str, view: View) -> AsyncIterator[str]:
+async def serve(address: str, status: Status) -> AsyncIterator[str]:
     """Serve on HOST:PORT for as long as the block runs; "off" serves nothing.
 
     Yields the address in use. Raises ConfigError when it is taken or does not exist.
@@ -23,7 +23,7 @@ async def serve(address: str, view: View) -> AsyncIterator[str]:
         yield address
         return
     host, _, port = address.rpartition(":")
-    runner = web.AppRunner(_app(view), access_log=None, handle_signals=False, shutdown_timeout=0.2)
+    runner = web.AppRunner(_app(status), access_log=None, handle_signals=False, shutdown_timeout=0.2)
     await runner.setup()
     try:
         try:
@@ -38,18 +38,18 @@ async def serve(address: str, view: View) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-def _app(view: View) -> web.Application:
-    metrics = Metrics(view)
+def _app(status: Status) -> web.Application:
+    metrics = Metrics(status)
 
     async def livez(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")  # that this is answered at all is the answer
 
     async def readyz(_: web.Request) -> web.Response:
-        reason = view.unready_because()
+        reason = status.unready_because()
         return web.Response(status=503 if reason else 200, text=(reason or "ok") + "\n")
 
-    async def status(_: web.Request) -> web.Response:
-        return web.json_response(view.document(), dumps=lambda value: json.dumps(value, indent=2))
+    async def document(_: web.Request) -> web.Response:
+        return web.json_response(status.document(), dumps=lambda value: json.dumps(value, indent=2))
 
     async def scrape(_: web.Request) -> web.Response:
         return web.Response(body=await metrics.text(), headers={"Content-Type": CONTENT_TYPE})
@@ -59,7 +59,7 @@ def _app(view: View) -> web.Application:
         [
             web.get("/livez", livez),
             web.get("/readyz", readyz),
-            web.get("/status", status),
+            web.get("/status", document),
             web.get("/metrics", scrape),
         ]
     )

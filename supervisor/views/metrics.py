@@ -10,15 +10,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 
 from lastcall.supervisor.fleet.states import SlotState
-from lastcall.supervisor.views.status import View
-from lastcall.supervisor.views.worker_metrics import Joined
+from lastcall.supervisor.views.status import Status
+from lastcall.supervisor.views.worker_metrics import WorkerMetrics
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.process import rss_bytes
 from lastcall.worker.base.wire import AskMetrics
 
 LABELS = ["slot", "generation"]
-# How long a scrape waits for the workers, seconds.
-WORKERS = 0.3
+# Seconds that a scrape waits for the workers. Ours: Prometheus waits 10 s, a loop answers in a few ms.
+WAIT_FOR_WORKERS = 0.3
 POOL_GAUGES = {
     "connections": "Connections to Inworld that are open.",
     "contexts": "Contexts that Inworld counts.",
@@ -37,21 +37,27 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Collector:
     """Turns the state into metric families; nothing is counted twice because nothing is kept here."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, status: Status) -> None:
+        self._status = status
 
     def collect(self) -> Iterator[Metric]:
         yield from self._slots()
         yield from self._jobs()
         yield from self._operations()
         yield from self._pool()
-        view = self._view
-        stopping = float(view.countdown is not None)
+        stop = self._status.shutdown.stop
+        stopping = float(stop is not None)
         yield GaugeMetricFamily("lastcall_stopping", "1 while a stop is under way.", value=stopping)
-        left = view.countdown.grace_left if view.countdown is not None else 0.0
+        left = stop.grace_left if stop is not None else 0.0
         yield GaugeMetricFamily(
             "lastcall_grace_left_seconds", "What is left of the stop's budget; 0 without a stop.", value=left
         )
+        dropped = CounterMetricFamily(
+            "lastcall_output_dropped_lines", "Lines dropped for a slow reader.", labels=["stream"]
+        )
+        for stream, count in self._status.outputs.dropped.items():
+            dropped.add_metric([stream], count)
+        yield dropped
         yield GaugeMetricFamily(
             "lastcall_resident_memory_bytes",
             "Resident memory of the supervisor.",
@@ -59,7 +65,7 @@ class Collector:
         )
 
     def _slots(self) -> Iterator[Metric]:
-        fleet = self._view.fleet
+        fleet = self._status.fleet
         generations = list(fleet.generations)
         states = Counter(generation.state for generation in generations)
         slots = GaugeMetricFamily(
@@ -97,15 +103,15 @@ class Collector:
         accepting = sum(generation.accepts for generation in generations)
         yield GaugeMetricFamily("lastcall_workers_accepting", "Workers that accept jobs.", value=accepting)
         yield GaugeMetricFamily(
-            "lastcall_workers_wanted", "Slots that are to be kept up.", value=self._view.operations.wanted
+            "lastcall_workers_wanted", "Slots that are to be kept up.", value=self._status.operations.wanted
         )
         yield GaugeMetricFamily("lastcall_held", "1 while a hold lasts.", value=float(fleet.is_held))
         yield CounterMetricFamily(
-            "lastcall_stalls", "Workers that were found stuck.", value=self._view.watch.stalls
+            "lastcall_stalls", "Workers that were found stuck.", value=self._status.watch.stalls
         )
 
     def _jobs(self) -> Iterator[Metric]:
-        fleet = self._view.fleet
+        fleet = self._status.fleet
         jobs = GaugeMetricFamily("lastcall_jobs_running", "Jobs accepted or running.", labels=["slot"])
         for slot in fleet.slots:
             jobs.add_metric([str(slot.number)], len(slot.jobs))
@@ -125,7 +131,7 @@ class Collector:
             yield HistogramMetricFamily(name, help, buckets=histogram.buckets, sum_value=histogram.sum)
 
     def _pool(self) -> Iterator[Metric]:
-        companion = self._view.companion
+        companion = self._status.companion
         if companion is None or not companion.figures:
             return
         for name, help in POOL_GAUGES.items():
@@ -137,7 +143,7 @@ class Collector:
         operations = CounterMetricFamily(
             "lastcall_operations", "Reloads, recycles and scalings by result.", labels=["verb", "result"]
         )
-        counts = self._view.operations.counts
+        counts = self._status.operations.counts
         for verb in ("reload", "recycle", "scale"):
             for result in ("done", "failed"):
                 operations.add_metric([verb, result], counts[verb, result])
@@ -147,22 +153,22 @@ class Collector:
 class Metrics:
     """The exposition of one supervisor and its workers."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, status: Status) -> None:
+        self._status = status
         self._registry = CollectorRegistry()
-        self._registry.register(Collector(view))
+        self._registry.register(Collector(status))
 
     async def text(self) -> bytes:
         """Return the exposition. A worker that does not answer in time shows its last figures."""
-        asked = [g for g in self._view.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
+        asked = [g for g in self._status.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
         for generation in asked:
             generation.reports.metrics_asked += 1
             generation.say(AskMetrics(id=generation.reports.metrics_asked))
-        due = now() + WORKERS
-        await self._view.fleet.changed.until(
+        due = now() + WAIT_FOR_WORKERS
+        await self._status.fleet.changed.until(
             lambda: all(g.reports.metrics_told >= g.reports.metrics_asked or not g.is_alive for g in asked),
             lambda: due,
         )
         joined = CollectorRegistry()
-        joined.register(Joined(asked))
+        joined.register(WorkerMetrics(asked))
         return generate_latest(self._registry) + generate_latest(joined)

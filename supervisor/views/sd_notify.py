@@ -9,8 +9,8 @@ One datagram of KEY=value lines at a time, to the address in NOTIFY_SOCKET; a le
     STATUS=draining: 3 jobs, 3541 s left     for `systemctl status`
     WATCHDOG=1                               the supervision loop turns
 
-`Herald` decides what is due and knows neither clock nor socket. That nobody listens is no error, and neither
-is a datagram that could not be sent: what matters is said again.
+`Notifications` decides what is due and knows neither clock nor socket. A missing listener is no error, and
+neither is a datagram that could not be sent: what matters is said again.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 USEC = 1_000_000
-# How far each extension of the stop timer reaches, and how soon it is said again. What is left of the last
-# one when no job is left has to cover the reserved shares that follow.
+# Seconds that each extension of the stop timer reaches, and seconds until it is said again. Ours: the rest of
+# the last extension, when no job is left, has to cover the reserved shares that follow (40 s by default).
 EXTENSION = 60.0
 EXTEND_EVERY = 10.0
+# Seconds between two STATUS lines of a stop. Ours: `systemctl status` shows how much time is left.
 STATUS_EVERY = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What of the supervisor the service manager is told. `end_at`: when grace is over, in a stop."""
+    """The state that the service manager is told of. `end_at`: the end of grace, in a stop."""
 
     is_ready: bool = False
     is_reloading: bool = False
@@ -38,15 +39,15 @@ class Snapshot:
     text: str = ""
 
 
-class Herald:
-    """What is due to be said, given what is the case and what has been said."""
+class Notifications:
+    """Decides which lines are due, from the state now and the lines sent before."""
 
     def __init__(self, *, watchdog: float | None = None) -> None:
         self._watchdog_every = None if watchdog is None else watchdog / 2
         self._feed_at = self._extend_at = self._status_at = 0.0
         self._was = Snapshot()
 
-    def speak(self, snapshot: Snapshot, now: float) -> list[str]:
+    def due(self, snapshot: Snapshot, now: float) -> list[str]:
         """Return the lines of the datagram that is due, none when none is."""
         was, self._was = self._was, snapshot
         lines = []
@@ -79,7 +80,7 @@ class Herald:
         return min(dues, default=None)
 
 
-class Manager:
+class NotifySocket:
     """The service manager's end of the protocol, as found in the environment; it may not be there."""
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:

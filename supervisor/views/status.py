@@ -12,36 +12,30 @@ from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.fleet.stalls import Watch
-from lastcall.supervisor.fleet.states import Phase
 from lastcall.supervisor.inworld_broker import Companion
-from lastcall.supervisor.shutdown import Countdown, PhaseClock
+from lastcall.supervisor.outputs import Outputs
+from lastcall.supervisor.shutdown import Shutdown
 from lastcall.worker.base.clock import now
 
 SCHEMA = 1
 
 
 @dataclass(slots=True, kw_only=True)
-class View:
-    """What the document is made from."""
+class Status:
+    """The state of a supervisor, as it is shown."""
 
     fleet: Fleet
-    clock: PhaseClock
+    shutdown: Shutdown
     operations: Operations
     watch: Watch
-    companion: Companion | None = None
-    countdown: Countdown | None = None
-
-    @property
-    def phase(self) -> Phase:
-        phase = self.clock.phase
-        if phase is Phase.STARTING and self.fleet.accepts:
-            return Phase.RUNNING
-        return phase
+    companion: Companion | None
+    outputs: Outputs
 
     def unready_because(self) -> str:
         """Return why no dispatch would be accepted right now; empty when one would."""
-        if self.countdown is not None:
-            return f"stopping ({self.phase.text}): {self.countdown.reason}"
+        stop = self.shutdown.stop
+        if stop is not None:
+            return f"stopping ({self.shutdown.phase.text}): {stop.reason}"
         if self.fleet.accepts:
             return ""
         if self.fleet.is_held:
@@ -51,14 +45,14 @@ class View:
 
     def document(self) -> dict[str, Any]:
         """Return the status, ready for JSON."""
-        countdown = self.countdown
+        stop = self.shutdown.stop
         return {
             "schema": SCHEMA,
             "version": version("lastcall"),
             "pid": os.getpid(),
-            "phase": self.phase.text,
-            "reason": countdown.reason if countdown else "",
-            "grace_left_s": round(countdown.grace_left, 1) if countdown else None,
+            "phase": self.shutdown.phase.text,
+            "reason": stop.reason if stop else "",
+            "grace_left_s": round(stop.grace_left, 1) if stop else None,
             "held": self.fleet.is_held,
             "workers": self.operations.wanted,
             "totals": {"started": self.fleet.ledger.started, **self.fleet.ledger.totals},

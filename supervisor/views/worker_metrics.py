@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lastcall.supervisor.fleet.generation import Generation
 
 
-class Joined:
+class WorkerMetrics:
     """A collector over what the generations last sent; the same family of several workers is one family."""
 
     def __init__(self, generations: Iterable[Generation]) -> None:

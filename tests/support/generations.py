@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lastcall.supervisor.config import Config
-from lastcall.supervisor.fleet.generation import Generation, Shared
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.histogram import Histogram
+from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.states import SlotState
 from lastcall.supervisor.receipt import Ledger, StopRecord
 from lastcall.worker.base.condition import Condition

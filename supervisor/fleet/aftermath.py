@@ -1,0 +1,66 @@
+"""After the end of a generation: how to take its exit, what it left behind, and what explains it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lastcall.supervisor.fleet.worker_view import WorkerView
+from lastcall.supervisor.processes import cgroup, descendants
+from lastcall.supervisor.processes.reaper import ExitStatus
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.exit_codes import Exit
+
+# Seconds after which a sweep gives up. Ours: SIGKILL works within milliseconds, or not at all.
+SWEEP_WITHIN = 1.0
+# Seconds between two looks of a sweep. Ours: what was killed takes about so long to become a zombie.
+LOOK_AGAIN_AFTER = 0.002
+
+
+def ended_well(status: ExitStatus | None, *, is_opaque: bool) -> bool:
+    """Tell whether an end that was asked for is one that a program may well give."""
+    if status is None:
+        return False
+    if is_opaque:  # any exit code will do, and to die of SIGTERM is the default
+        return status.code is not None or status.signal is signal.SIGTERM
+    return status.code in (Exit.CLEAN, Exit.FORCED)
+
+
+def post_mortem(
+    reports: WorkerView, last_lines: Iterable[bytes], *, oom_kills_before: int | None
+) -> dict[str, Any]:
+    """Return what helps at three in the morning: the last sign of life and the last words."""
+    facts: dict[str, Any] = {}
+    if reports.beat is not None:
+        facts["last_beat_s"] = round(now() - reports.beat.at, 3)
+    kills = cgroup.oom_kills()
+    if kills is not None and oom_kills_before is not None and kills > oom_kills_before:
+        facts["oom_kills_meanwhile"] = kills - oom_kills_before
+    words = b"\n".join(last_lines).decode(errors="replace")
+    if words and not reports.fault:
+        facts["last_lines"] = words
+    return facts
+
+
+async def sweep(mark: str, known_pids: set[int], *, unmarked: Callable[[], bool]) -> tuple[int, int]:
+    """Kill what a worker left behind; return how many programs that were and how many processes are left.
+
+    `mark` is that of the worker's descendants. `unmarked` says whether a process that carries no mark,
+    because it has cleared its environment, can only be one of them.
+    """
+    programs = 0
+    due = now() + SWEEP_WITHIN
+    while True:
+        adopted = descendants.adopted(known_pids)
+        if not adopted:
+            return programs, 0
+        found = descendants.marked(adopted, mark, unmarked=unmarked())
+        if not found:
+            return programs, 0
+        programs += sum(1 for process in found if not descendants.is_framework(process))
+        descendants.kill(found)
+        if now() >= due:
+            return programs, len(found)
+        await asyncio.sleep(LOOK_AGAIN_AFTER)

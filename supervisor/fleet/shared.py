@@ -1,0 +1,35 @@
+"""The values that every generation of a supervisor reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lastcall.supervisor.config import Config
+from lastcall.supervisor.fleet.histogram import Histogram
+from lastcall.supervisor.receipt import Ledger, StopRecord
+
+
+@dataclass(slots=True, kw_only=True)
+class Shared:
+    """Configuration, accounts and log. The fleet changes `config`, `is_stopping` and `is_held`, nobody else.
+
+    `known_pids` are children that no sweep may touch. `on_change` wakes what waits for the fleet.
+    """
+
+    config: Config
+    ledger: Ledger
+    record: StopRecord
+    log: Any
+    known_pids: set[int]
+    on_change: Callable[[], None]
+    may_sweep_unmarked: Callable[[], bool]
+    fence_seconds: Histogram
+    drain_seconds: Histogram
+    is_stopping: bool = False
+    is_held: bool = False
+    # After a fault of lastcall: the workers see the supervisor end and drain by themselves, unkilled.
+    is_abandoned: bool = False
+    # The last traceback of the user's own code that was shown, by slot.
+    tracebacks: dict[int, str] = field(default_factory=dict)

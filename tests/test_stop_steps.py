@@ -1,0 +1,190 @@
+"""The steps of one generation's stop: each state, what is seen and the time, and the next thing to do."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lastcall.supervisor.fleet import stopper
+from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE
+from lastcall.supervisor.fleet.states import SlotEvent as E
+from lastcall.supervisor.fleet.states import SlotState as S
+from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Ending, Progress, Seen, Step, StopState, step
+from lastcall.supervisor.fleet.stop_steps import Action as A
+from lastcall.worker.base.budget import Shares, plan
+from tests.support.generations import generation_in
+
+T0 = 1000.0
+DEADLINES = plan(T0, 100.0, Shares(fence=2.0, close=20.0, terminate=5.0, kill=5.0))
+assert (DEADLINES.fence_at, DEADLINES.drain_at) == (T0 + 2, T0 + 70)
+assert (DEADLINES.close_at, DEADLINES.terminate_at) == (T0 + 90, T0 + 95)
+# A worker that was told everything, and one that has fenced, too.
+TOLD = Progress(fence_said_at=T0, drain_said=DEADLINES.drain_at)
+FENCED = replace(TOLD, is_fence_settled=True)
+HURRIED = replace(FENCED, is_hurried=True)
+
+
+def row(
+    name: str, state: S, progress: Progress, at: float, action: A, due: float | None = None, **seen: Any
+) -> Any:
+    return pytest.param(Seen(state=state, **seen), progress, T0 + at, action, due, id=name)
+
+
+@pytest.mark.parametrize(
+    ("seen", "progress", "at", "action", "due"),
+    [
+        # Before the drain, whatever the worker was doing.
+        row("a starting one", S.STARTING, Progress(), 0, A.ENTER, was_ready=False),
+        row("a ready one", S.READY, Progress(), 0, A.ENTER),
+        row("a stalled one", S.STALLED, Progress(), 0, A.ENTER, is_silent=True),
+        row("fenced already by the signal", S.READY, Progress(fence_said_at=T0), 0, A.ENTER),
+        row("an opaque one", S.READY, Progress(), 0, A.ENTER, is_opaque=True),
+        # Telling.
+        row("is told to fence", S.DRAINING, Progress(), 0, A.FENCE),
+        row("is told the deadline", S.DRAINING, Progress(fence_said_at=T0), 0, A.DRAIN),
+        row("left by itself: told all the same", S.DRAINING, Progress(), 0, A.FENCE, fenced_at=T0 - 9),
+        row("an earlier deadline is told", S.DRAINING, replace(FENCED, drain_said=T0 + 99), 9, A.DRAIN),
+        row("a later one, after a stall", S.DRAINING, replace(FENCED, drain_said=T0 + 9), 9, A.DRAIN),
+        row("told late, when it can hear", S.CLOSING, Progress(close_by=T0 + 5), 1, A.FENCE),
+        # Fencing.
+        row("waits for the answer", S.DRAINING, TOLD, 0.1, A.WAIT, 2),
+        row("the answer comes", S.DRAINING, TOLD, 0.1, A.NOTE_FENCED, fenced_at=T0 + 0.1),
+        row("no answer", S.DRAINING, TOLD, 2, A.NOTE_UNFENCED),
+        row("a silent one can't answer", S.DRAINING, TOLD, 0.1, A.WAIT, 2, is_silent=True, has_jobs=False),
+        row("never ready: no fence", S.DRAINING, TOLD, 0.1, A.CLOSE, was_ready=False),
+        row("can't hear yet: no fence", S.DRAINING, Progress(), 0, A.CLOSE, was_ready=False,
+            is_connected=False),
+        # Draining.
+        row("jobs run", S.DRAINING, FENCED, 3, A.WAIT, 70),
+        row("drained", S.DRAINING, FENCED, 3, A.CLOSE, is_drained=True),
+        row("drain is over", S.DRAINING, FENCED, 70, A.HURRY),
+        row("and once told so it is closed", S.DRAINING, HURRIED, 70, A.CLOSE),
+        row("silent with jobs", S.DRAINING, FENCED, 3, A.WAIT, 70, is_silent=True),
+        row("silent without", S.DRAINING, FENCED, 3, A.HURRY, is_silent=True, has_jobs=False),
+        row("drained at the very end", S.DRAINING, FENCED, 70, A.CLOSE, is_drained=True),
+        # An opaque program: one SIGTERM, then nothing until the kill.
+        row("one SIGTERM", S.DRAINING, Progress(), 0, A.SIGTERM, is_opaque=True, is_connected=False),
+        row("no second one", S.DRAINING, Progress(is_signalled=True), 1, A.WAIT, 95, is_opaque=True),
+        row("the kill", S.DRAINING, Progress(is_signalled=True), 95, A.KILL, is_opaque=True),
+        # Closing: its share, or the deadline if that is earlier.
+        row("closes in its share", S.CLOSING, replace(HURRIED, close_by=T0 + 23), 4, A.WAIT, 23),
+        row("closes by the deadline", S.CLOSING, replace(HURRIED, close_by=T0 + 99), 80, A.WAIT, 90),
+        row("the share is over", S.CLOSING, replace(HURRIED, close_by=T0 + 23), 23, A.TERMINATE),
+        row("the deadline is over", S.CLOSING, replace(HURRIED, close_by=T0 + 99), 90, A.TERMINATE),
+        # Terminating.
+        row("has a moment", S.TERMINATING, replace(HURRIED, terminate_by=T0 + 28), 24, A.WAIT, 28),
+        row("the moment is over", S.TERMINATING, replace(HURRIED, terminate_by=T0 + 28), 28, A.KILL),
+        row("terminated by the deadline", S.TERMINATING, replace(HURRIED, terminate_by=T0 + 99), 95, A.KILL),
+        row("was being taken down", S.TERMINATING, TOLD, 1, A.WAIT, 95, was_ready=False),
+        # Killing.
+        row("killed before the stop", S.KILLING, Progress(), 0, A.KILL),
+        row("the kernel takes its time", S.KILLING, Progress(is_killed=True), 1, A.WAIT, 95 + KILLED_IN),
+        row("in vain", S.KILLING, Progress(is_killed=True), 95 + KILLED_IN, A.OVER),
+        # Gone.
+        *[row(f"{state.value}: nothing to stop", state, Progress(), 0, A.OVER) for state in set(S) - ALIVE],
+        *[row(f"{s.value}: exited", s, TOLD, 1, A.OVER, has_exited=True) for s in ALIVE],
+    ],
+)  # fmt: skip
+def test_next_step(seen: Seen, progress: Progress, at: float, action: A, due: float | None) -> None:
+    """Each state with what matters in it."""
+    following = step(seen, progress, DEADLINES, at)
+    assert following.action is action
+    assert following.due_at == (0.0 if due is None else T0 + due)
+    if action is A.WAIT:
+        assert following.progress == progress
+
+
+ENTERS = {A.ENTER: E.FENCE, A.CLOSE: E.CLOSE, A.TERMINATE: E.TERMINATE, A.KILL: E.KILL}
+
+
+def walk(seen: Seen, deadlines: Any = DEADLINES, progress: Progress = Progress()) -> list[tuple[float, A]]:  # noqa: B008  # frozen
+    """Follow the steps with a clock that jumps to each due time, in a world where nothing ever answers."""
+    at = T0
+    done: list[tuple[float, A]] = []
+    while True:
+        following: Step = step(seen, progress, deadlines, at)
+        if following.action is A.OVER:
+            return done
+        if following.action is A.WAIT:
+            assert following.due_at > at, "a wait that would spin"
+            at = following.due_at
+            continue
+        done.append((at - T0, following.action))
+        progress = following.progress
+        event = ENTERS.get(following.action)
+        if event is not None and not (event is E.KILL and seen.state is S.KILLING):
+            seen = replace(seen, state=SLOT_TABLE[seen.state, event])
+        assert len(done) < 20, "steps that never end"
+
+
+def test_worker_that_never_answers() -> None:
+    """Every step at its deadline, each once, and no transition that the table does not list."""
+    assert walk(Seen(state=S.READY)) == [
+        (0, A.ENTER),
+        (0, A.FENCE),
+        (0, A.DRAIN),
+        (2, A.NOTE_UNFENCED),
+        (70, A.HURRY),
+        (70, A.CLOSE),
+        (90, A.TERMINATE),
+        (95, A.KILL),
+    ]
+
+
+def test_opaque_program_that_never_ends() -> None:
+    """Its SIGTERM, and the kill at the end of all that could be its own."""
+    seen = Seen(state=S.READY, is_opaque=True, is_connected=False)
+    assert walk(seen) == [(0, A.ENTER), (0, A.SIGTERM), (95, A.KILL)]
+
+
+def test_killed_at_once() -> None:
+    """With deadlines that are all over, nothing is waited for, and the kill comes in the same turn."""
+    done = walk(Seen(state=S.READY), DEADLINES.killed(T0))
+    assert done[-1] == (0, A.KILL) and all(at == 0 for at, _ in done)
+
+
+@pytest.mark.parametrize("state", sorted(ALIVE, key=str))
+@pytest.mark.parametrize("is_opaque", [False, True])
+@pytest.mark.parametrize("is_silent", [False, True])
+@pytest.mark.parametrize("was_ready", [False, True])
+def test_from_every_state_to_the_kill(state: S, is_opaque: bool, is_silent: bool, was_ready: bool) -> None:
+    """Whatever a generation is doing when its stop begins, it is killed by the deadline, by listed events."""
+    seen = Seen(state=state, is_opaque=is_opaque, is_silent=is_silent, was_ready=was_ready)
+    *_, (at, action) = walk(seen)
+    assert action is A.KILL and at <= 95
+
+
+def test_second_ending_joins_with_the_earlier_deadlines() -> None:
+    """The earliest of each deadline holds, whichever ending came first; a hurry of either is felt."""
+    stopping = StopState()
+    assert not stopping.is_asked
+    first = Ending(reason="reload", deadlines=plan(T0, 100.0, Shares()))
+    second = Ending(reason="SIGTERM", deadlines=plan(T0 + 10, 50.0, Shares()))
+    stopping.endings += [first, second]
+    assert stopping.is_asked and stopping.reason == "reload"
+    assert stopping.deadlines.drain_at == second.deadlines.drain_at < first.deadlines.drain_at
+    first.deadlines = first.deadlines.hurried(T0 + 11)
+    assert stopping.deadlines.drain_at == T0 + 11
+    waiting = step(Seen(state=S.DRAINING), FENCED, second.deadlines, T0 + 11)
+    assert waiting.action is A.DRAIN, "told that the drain has become shorter"
+    assert step(Seen(state=S.DRAINING), FENCED, stopping.deadlines, T0 + 11).action is A.HURRY
+
+
+async def test_wait_that_is_over_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline passes between the two looks of one wait, at the predicate and at the time."""
+    generation, _log = generation_in(S.READY)
+    child: Any = SimpleNamespace(pid=None, status=None, send=lambda _number: None)
+    launched: Any = SimpleNamespace(child=child)
+    generation._launched = launched
+    monkeypatch.setattr(generation, "launcher", SimpleNamespace(is_opaque=True))
+    killed = []
+    monkeypatch.setattr(generation, "_kill_processes", lambda: killed.append(child.__dict__.update(status=1)))
+    at = iter([T0] * 4)
+    monkeypatch.setattr(stopper, "now", lambda: next(at, T0 + 95))
+    async with asyncio.timeout(5):
+        await stopper.stop(generation, Ending(reason="test", deadlines=DEADLINES))
+    assert killed and generation.state is S.KILLING
