@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 import subprocess
 import sys
@@ -11,13 +12,15 @@ import pytest
 
 from lastcall.supervisor.errors import TransitionError
 from lastcall.supervisor.fleet.states import ALIVE, PHASE_OF, SLOT_TABLE, Phase, SlotEvent, SlotState
+from lastcall.worker.inworld.pool import lifecycles
 from tests.support.generations import generation_in
+from tests.support.meanings import meanings
 
 
 @pytest.mark.parametrize("state", SlotState)
 @pytest.mark.parametrize("event", SlotEvent)
 def test_every_state_with_every_event(state: SlotState, event: SlotEvent) -> None:
-    """What the table lists is done and logged once; everything else raises and changes nothing."""
+    """An event that the table lists is done and logged once; every other raises and changes nothing."""
     generation, log = generation_in(state)
     after = SLOT_TABLE.get((state, event))
     if after is None:
@@ -53,6 +56,27 @@ def test_every_living_state_can_end() -> None:
         )
     assert set(PHASE_OF) == set(ALIVE)
     assert list(Phase) == sorted(Phase)
+
+
+@pytest.mark.parametrize("states", [SlotState, Phase, lifecycles.ContextState, lifecycles.LineState])
+def test_every_state_has_a_meaning(states: type[enum.Enum]) -> None:
+    """Each member has one line of text, made of sentences and free of what would break a table."""
+    texts = meanings(states)
+    assert set(texts) == {member.name for member in states}
+    for name, text in texts.items():
+        assert text.endswith(".") and "|" not in text, name
+
+
+def test_a_state_without_a_meaning_is_found() -> None:
+    """A member without a text is missing from the meanings, so the test above fails for that member."""
+
+    class Lamp(enum.Enum):
+        ON = "on"
+        """The lamp burns."""
+
+        OFF = "off"
+
+    assert meanings(Lamp) == {"ON": "The lamp burns."}
 
 
 def test_the_page_shows_the_table() -> None:
