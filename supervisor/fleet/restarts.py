@@ -11,6 +11,8 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
+from lastcall.worker.base.backoff import Backoff
+
 JITTER = 0.2
 
 
@@ -29,13 +31,15 @@ class Restarts:
 
     def __init__(self, policy: RestartPolicy, rng: random.Random) -> None:
         self._policy = policy
-        self._rng = rng
+        self._backoff = Backoff(first=policy.first, cap=policy.cap, jitter=JITTER, rng=rng)
+        # The next failure is the first after a stable time.
+        self._was_stable = True
         self._failures: deque[float] = deque(maxlen=policy.intensity + 1)
-        self._streak = 0
 
     def forget(self) -> None:
         """Start afresh, as for a new program."""
-        self._streak = 0
+        self._was_stable = True
+        self._backoff.reset()
         self._failures.clear()
 
     def delay(self, now: float, *, uptime: float) -> float | None:
@@ -44,14 +48,12 @@ class Restarts:
         Stable is what stayed ready for a whole period.
         """
         if uptime >= self._policy.period:
-            self._streak = 0
-            self._failures.clear()
+            self.forget()
         self._failures.append(now)
         recent = sum(1 for at in self._failures if now - at <= self._policy.period)
         if recent > self._policy.intensity:
             return None
-        self._streak += 1
-        if self._streak == 1:
+        if self._was_stable:
+            self._was_stable = False
             return 0.0
-        step = min(self._policy.cap, self._policy.first * 2.0 ** min(self._streak - 2, 64))
-        return step * (1 - JITTER * self._rng.random())
+        return self._backoff.fail()

@@ -30,7 +30,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
-        floors=("errors clock", "condition wire budget settings", "stopping resources channel"),
+        floors=("errors clock backoff", "condition wire budget settings", "stopping resources channel"),
     ),
     "lastcall.worker.sdk": Room(
         idea="the private names of livekit-agents and multiprocessing",
@@ -47,11 +47,10 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.inworld.pool": Room(
         idea="connections and the contexts on them",
         floors=(
-            "errors lifecycles timings backoff splitting census alarm",
-            "protocol outbox places",
+            "errors lifecycles timings splitting close_report figures timer",
+            "protocol outbox capacity",
             "dialling idling context",
-            "connection stream",
-            "closing",
+            "connection",
             "pool",
         ),
     ),

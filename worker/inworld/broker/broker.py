@@ -16,13 +16,17 @@ import socket
 
 from aiohttp import web
 
-from lastcall.worker.inworld.broker.client import GOODBYE, MAX_REQUEST, Client
+from lastcall.worker.inworld.broker.client import (
+    CLOSE_HANDSHAKE_TIMEOUT,
+    MAX_REQUEST,
+    MAX_UNREAD,
+    Client,
+)
 from lastcall.worker.inworld.broker.passthrough import PassThrough
-from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.dialling import PATH
 from lastcall.worker.inworld.pool.errors import UNAUTHENTICATED, UNAVAILABLE
 from lastcall.worker.inworld.pool.pool import InworldPool
-from lastcall.worker.inworld.pool.stream import MAX_UNREAD
 
 log = logging.getLogger("lastcall.inworld")
 
@@ -62,7 +66,7 @@ class Broker:
         app.router.add_get("/tts/v1/voices", self._plain)
         # A handler ends with its connection: so a killed job's contexts do.
         self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=GOODBYE, handler_cancellation=True
+            app, access_log=None, shutdown_timeout=CLOSE_HANDSHAKE_TIMEOUT, handler_cancellation=True
         )
 
     @property
@@ -95,7 +99,7 @@ class Broker:
         finally:
             await self._pass.__aexit__()
 
-    async def aclose(self, deadline: float | None = None) -> Census:
+    async def aclose(self, deadline: float | None = None) -> CloseReport:
         """Refuse what is new, close the pool by the deadline, then the local connections; say how it went."""
         self._is_closing = True
         try:
@@ -120,7 +124,7 @@ class Broker:
         refusal = self._refusal(request)
         if refusal is not None:
             return refusal
-        ws = web.WebSocketResponse(timeout=GOODBYE, compress=False, max_msg_size=MAX_REQUEST)
+        ws = web.WebSocketResponse(timeout=CLOSE_HANDSHAKE_TIMEOUT, compress=False, max_msg_size=MAX_REQUEST)
         client = Client(ws, self.pool, max_unread=self._max_unread)
         self.clients.add(client)
         try:

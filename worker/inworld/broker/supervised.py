@@ -18,7 +18,7 @@ On the control socket, in the format of `lastcall.worker.base.wire`:
     companion says   with
     hello            pid
     ready            ws_url, base_url: it accepts connections; after the first `key`
-    beat             lag_ms, rss_bytes, clients, and the figures of the pool (`census.Figures`):
+    beat             lag_ms, rss_bytes, clients, and the figures of the pool (`figures.Figures`):
                      connections, dialling, contexts, waiters; and since the start: granted, waited,
                      wait_seconds, refusals, failed_dials, retries, lost
     resource         name "inworld-pool", fate, counts {connections: {fate: n}, contexts: {fate: n}}
@@ -56,7 +56,7 @@ from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.stopping import Stopping, stop_on_signals
 from lastcall.worker.base.wire import Message
 from lastcall.worker.inworld.broker.broker import Broker, listen
-from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.pool import InworldPool
 
 log = logging.getLogger("lastcall.inworld")
@@ -133,7 +133,7 @@ class Companion:
         key_at = now() + KEY_PATIENCE
         await self._changed.until(lambda: self._key or self._is_to_close(), lambda: self._sooner(key_at))
         if self._is_to_close() or self._lost_at is not None:
-            return self._report(Census())
+            return self._report(CloseReport())
         if not self._key:
             return self._fault(f"no API key came over the control socket within {KEY_PATIENCE:g} s", "")
         listener = listen() if settings.listen_fd is None else socket.socket(fileno=settings.listen_fd)
@@ -156,21 +156,21 @@ class Companion:
                     on_ready(broker)
                     return self._report(await self._serve(broker))
 
-    async def _serve(self, broker: Broker) -> Census:
+    async def _serve(self, broker: Broker) -> CloseReport:
         async with asyncio.TaskGroup() as group:
             beating = group.create_task(self._beats())
             await self._changed.until(self._is_to_close, lambda: self._sooner(None))
             if self._close_at is None:
                 self._close_at = _pool_close_at(self.settings.close)
-            census = await broker.aclose(self._close_at)
+            report = await broker.aclose(self._close_at)
             beating.cancel()
-        return census
+        return report
 
-    def _report(self, census: Census) -> int:
-        log.info("the Inworld pool is closed", extra={"fate": census.fate, **census.counts})
-        self._control.say("resource", name=NAME, fate=census.fate, counts=census.counts)
+    def _report(self, report: CloseReport) -> int:
+        log.info("the Inworld pool is closed", extra={"fate": report.fate, **report.counts})
+        self._control.say("resource", name=NAME, fate=report.fate, counts=report.counts)
         self._control.say("closed")
-        return 0 if census.fate == "closed" else EX_FORCED
+        return 0 if report.fate == "closed" else EX_FORCED
 
     def _fault(self, message: str, text: str) -> int:
         self._control.say("fault", exit=EX_SOFTWARE, message=message, traceback=text)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from lastcall.worker.base.clock import now
-from lastcall.worker.inworld.pool.alarm import NEVER
+from lastcall.worker.inworld.pool.timer import NEVER
 
 
 class Outbox:
