@@ -60,7 +60,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.inworld.plugin": Room(
         idea="livekit-plugins-inworld inside a job process",
-        floors=("arguments private_names", "closer tts", "attached"),
+        floors=("arguments private_names", "connections tts", "attached"),
     ),
     "lastcall.worker.local": Room(
         idea="local LiveKit and Inworld servers, for the demo, for development and for tests",
