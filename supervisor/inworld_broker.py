@@ -17,8 +17,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from lastcall.supervisor.config import Inworld
 from lastcall.supervisor.errors import ConfigError, SpawnError, TransitionError
@@ -34,7 +35,17 @@ from lastcall.supervisor.signals import SHIELDED
 from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import Message
+from lastcall.worker.base.wire import (
+    OF_BROKER,
+    BrokerBeat,
+    BrokerHears,
+    BrokerSays,
+    Close,
+    Fault,
+    Key,
+    Resource,
+    Serving,
+)
 
 E, S = SlotEvent, SlotState
 
@@ -110,7 +121,7 @@ class Companion:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
         self._lifeline, self._held_by_workers = pipe()
         self._child: Child | None = None
-        self._channel: Channel | None = None
+        self._channel: Channel[BrokerHears, BrokerSays] | None = None
         self._channel_lost = False
         self._ready_at: float | None = None
         self._is_stopping = False
@@ -188,7 +199,7 @@ class Companion:
     def set_key(self, key: str) -> None:
         """Use another key for new connections."""
         self._key = key
-        self._say("key", key=key)
+        self._say(Key(key=key))
 
     async def stop(self, deadlines: Callable[[], Deadlines]) -> None:
         """Have the pool closed to the last context, within its share; kill what does not end in time."""
@@ -202,8 +213,8 @@ class Companion:
         self._change(E.FENCE)
         self._change(E.CLOSE)
         share = max(0.0, min(self._close, deadlines().end_at - now()))
-        self._say("close", seconds=max(0.05, share - 0.25))
         due = now() + share
+        self._say(Close(close_at=due - min(0.25, share - 0.05)))
         if await self.changed.until(lambda: child.status is not None, lambda: min(due, deadlines().end_at)):
             return
         self._change(E.KILL)
@@ -240,8 +251,8 @@ class Companion:
         self._known_pids.add(child.pid)
         self._change(E.SPAWN, pid=child.pid)
         try:
-            self._channel = await Channel.open(control, self._on_message, self._on_lost)
-            self._say("key", key=self._key)
+            self._channel = await Channel.open(control, OF_BROKER, self._on_message, self._on_lost)
+            self._say(Key(key=self._key))
             await self.changed.until(lambda: child.status is not None)
         except asyncio.CancelledError:
             child.send(signal.SIGKILL)
@@ -315,9 +326,9 @@ class Companion:
 
     # -- what is said ---------------------------------------------------------------------------------
 
-    def _say(self, type: str, **fields: Any) -> None:
+    def _say(self, message: BrokerHears) -> None:
         if self._channel is not None:
-            self._channel.say(type, **fields)
+            self._channel.say(message)
 
     def _on_lost(self, wrong: str) -> None:
         self._channel_lost = True
@@ -325,22 +336,21 @@ class Companion:
         if wrong:
             self._log.warning("control channel closed", reason=wrong)
 
-    def _on_message(self, message: Message) -> None:
-        kind = message["type"]
-        if kind == "ready":
-            self._ready_at = now()
-            if self.state is S.STARTING:
-                self._change(E.REGISTER)
-        elif kind == "beat":
-            self.figures = {k: v for k, v in message.items() if k not in ("type", "v")}
-        elif kind == "resource":
-            self._was_told = True
-            if self._is_stopping:
-                entry = ResourceEntry(name=NAME, fate=message["fate"], counts=dict(message["counts"]))
-                self._record.resources.append(entry)
-        elif kind == "fault":
-            self._log.error(
-                "companion failed", reason=message["message"], traceback=message.get("traceback", "")
-            )
+    def _on_message(self, message: BrokerSays) -> None:
+        match message:
+            case Serving():
+                self._ready_at = now()
+                if self.state is S.STARTING:
+                    self._change(E.REGISTER)
+            case BrokerBeat():
+                self.figures = asdict(message)
+            case Resource(fate=fate, counts=counts):
+                self._was_told = True
+                if self._is_stopping:
+                    self._record.resources.append(ResourceEntry(name=NAME, fate=fate, counts=counts))
+            case Fault():
+                self._log.error("companion failed", reason=message.message, traceback=message.traceback)
+            case _:
+                assert_never(message)
         self.changed.notify()
         self._on_change()

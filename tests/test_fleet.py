@@ -268,13 +268,13 @@ def test_why_recycle(limits: dict[str, int], reason: str) -> None:
     from lastcall.supervisor.config import Recycle
     from lastcall.supervisor.fleet.stalls import why_recycle
     from lastcall.supervisor.fleet.states import SlotState
-    from lastcall.supervisor.fleet.worker_view import Beat
+    from lastcall.supervisor.fleet.worker_view import LastBeat
     from lastcall.worker.base.clock import now
     from tests.support.generations import generation_in
 
     generation, _log = generation_in(SlotState.READY)
     generation.ready_at = now() - 60
     generation.reports.jobs_started = 7
-    generation.reports.beat = Beat(at=now(), rss_bytes=200_000_000)
+    generation.reports.beat = LastBeat(at=now(), rss_bytes=200_000_000)
     why = why_recycle(Recycle(**limits), generation)
     assert reason in why if reason else why == ""

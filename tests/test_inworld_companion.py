@@ -14,10 +14,16 @@ import aiohttp
 import pytest
 
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import (
+    BrokerBeat,
+    Close,
+    Key,
+    Resource,
+)
 from lastcall.worker.inworld.broker.broker import listen
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Limits
 from tests.support.broker import LONG, SPEAKING, TOKEN
-from tests.support.companion import STOP_SIGNALS, Companion, companion, ws_url
+from tests.support.companion import STOP_SIGNALS, Companion, companion
 from tests.support.inworld import PATIENCE, until
 from tests.support.inworld_job import Job
 
@@ -25,25 +31,22 @@ ROOT = Path(__file__).parent.parent
 
 
 async def test_it_serves_on_the_supervisors_word_and_closes_on_it(tmp_path: Path) -> None:
-    """hello, ready once the key has come, beats with figures, then a census that agrees with the server."""
+    """Serving once the key has come, beats with figures, then a census that agrees with the server."""
     async with companion(tmp_path, speech=SPEAKING) as one:
-        assert (await one.heard("hello"))["pid"] == one.process.pid
         await one.serve()
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             for number in range(6):
                 await job.burst(str(number), LONG)
                 await job.said(str(number), "audioChunk")
             one.messages.clear()
-            one.say("ping")
-            beat = await one.heard("beat")
-            assert (beat["clients"], beat["connections"], beat["contexts"], beat["waiters"]) == (1, 2, 6, 0)
-            assert beat["rss_bytes"] > 0
-            one.say("close", seconds=PATIENCE)
-            resource = await one.heard("resource")
-            await one.heard("closed")
+            beat = await one.heard(BrokerBeat)
+            assert (beat.clients, beat.connections, beat.contexts, beat.waiters) == (1, 2, 6, 0)
+            assert beat.rss_bytes > 0
+            one.say(Close(close_at=now() + PATIENCE))
+            resource = await one.heard(Resource)
             assert await one.exit() == 0
         counts = {"connections": {"closed": 2}, "contexts": {"closed": 6}}
-        assert (resource["name"], resource["fate"], resource["counts"]) == ("inworld-pool", "closed", counts)
+        assert (resource.name, resource.fate, resource.counts) == ("inworld-pool", "closed", counts)
         await until(lambda: one.server.open_connections == 0)
         assert one.server.counts["context_closed"] == 6 and not one.server.counts["context_cut"]
         ends = [event.detail for event in one.server.events_of("connection_closed")]
@@ -59,16 +62,16 @@ async def test_the_key_is_nowhere_but_in_its_message(tmp_path: Path) -> None:
             for name in ("environ", "cmdline"):
                 assert one.server.api_key.encode() not in (proc / name).read_bytes()
         old, one.server.api_key = one.server.api_key, "another-key"
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             await job.burst("a", "Hello.")
             assert await job.said("a", "code") == 16
-            one.say("key", key="another-key")
-            await one.heard("beat")
+            one.say(Key(key="another-key"))
+            await one.heard(BrokerBeat)
             await job.burst("b", "Hello.")
             await job.said("b", "contextClosed")
-        one.say("close", seconds=5)
+        one.say(Close(close_at=now() + 5))
         await one.exit()
-        for text in (one.log.read_text(), json.dumps(one.messages)):
+        for text in (one.log.read_text(), one.received.decode()):
             assert old not in text and "another-key" not in text
 
 
@@ -80,10 +83,10 @@ async def test_signals_alone_do_not_end_it(tmp_path: Path) -> None:
         await one.serve()
         for number in STOP_SIGNALS:
             one.process.send_signal(number)
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             await job.burst("c", "Hello.")
             await job.said("c", "contextClosed")
-        one.say("close", seconds=5)
+        one.say(Close(close_at=now() + 5))
         assert await one.exit() == 0
 
 
@@ -92,7 +95,7 @@ async def test_it_outlives_its_supervisor_until_the_last_worker(tmp_path: Path) 
     async with companion(tmp_path) as one:
         await one.serve()
         one.lose()
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             one.process.send_signal(signal.SIGTERM)
             for number in range(3):
                 await job.burst(str(number), "Hello.")
@@ -115,16 +118,16 @@ async def test_a_server_that_never_answers_costs_its_share(tmp_path: Path) -> No
     """Forced, named, exit code 75, and in time; a later word may only make it sooner."""
     async with companion(tmp_path, faults=Faults(closed_never=True, ignore_close=True)) as one:
         await one.serve()
-        async with Job(ws_url(one), TOKEN) as job:
+        async with Job(one.ws_url, TOKEN) as job:
             await job.burst("c", "Hello.", close=False)
             await job.said("c", "contextCreated")
-            one.say("close", seconds=600)
+            one.say(Close(close_at=now() + 600))
             await until(lambda: one.server.counts["cancel_requested"] == 1)
             began = now()
-            one.say("close", seconds=0.5)
-            resource = await one.heard("resource")
-            assert resource["fate"] == "forced"
-            assert resource["counts"] == {"connections": {"forced": 1}, "contexts": {"forced": 1}}
+            one.say(Close(close_at=now() + 0.5))
+            resource = await one.heard(Resource)
+            assert resource.fate == "forced"
+            assert resource.counts == {"connections": {"forced": 1}, "contexts": {"forced": 1}}
             assert await one.exit() == 75
             assert now() - began < PATIENCE
 
@@ -132,8 +135,7 @@ async def test_a_server_that_never_answers_costs_its_share(tmp_path: Path) -> No
 async def test_told_to_close_before_it_served(tmp_path: Path) -> None:
     """Without a key there is nothing to close, and nothing is wrong."""
     async with companion(tmp_path) as one:
-        one.say("close", seconds=1)
-        await one.heard("closed")
+        one.say(Close(close_at=now() + 1))
         assert await one.exit() == 0
 
 
@@ -145,22 +147,22 @@ async def test_a_killed_broker_is_replaced_on_the_same_socket(tmp_path: Path) ->
             second = None
             try:
                 await first.serve()
-                async with Job(ws_url(first), TOKEN) as job:
+                async with Job(first.ws_url, TOKEN) as job:
                     await job.burst("c", LONG)
                     await job.said("c", "audioChunk")
                     first.process.kill()
                     await until(lambda: job.close_code is not None)
                 await until(lambda: server.open_connections == 0)
-                between = Job(ws_url(first), TOKEN)
+                between = Job(first.ws_url, TOKEN)
                 connecting = asyncio.ensure_future(between.__aenter__())
                 second = Companion(server, listener, tmp_path / "log")
                 await second.serve()
-                assert ws_url(second) == ws_url(first)
+                assert second.ws_url == first.ws_url
                 await connecting
                 await between.burst("c", "Hello.")
                 await between.said("c", "contextClosed")
                 await between.__aexit__()
-                second.say("close", seconds=5)
+                second.say(Close(close_at=now() + 5))
                 assert await second.exit() == 0
             finally:
                 for one in (first, second):
@@ -176,10 +178,10 @@ async def test_the_socket_outlives_an_orderly_end_too(tmp_path: Path) -> None:
                 one = Companion(server, listener, tmp_path / "log")
                 try:
                     await one.serve()
-                    async with Job(ws_url(one), TOKEN) as job:
+                    async with Job(one.ws_url, TOKEN) as job:
                         await job.burst("c", "Hello.")
                         await job.said("c", "contextClosed")
-                    one.say("close", seconds=5)
+                    one.say(Close(close_at=now() + 5))
                     assert await one.exit() == 0
                 finally:
                     one.end()
@@ -189,7 +191,7 @@ async def test_a_killed_job_is_cancelled_upstream(tmp_path: Path) -> None:
     """SIGKILLed in mid-speech, its contexts are cancelled at the server, in a fraction of a second."""
     async with companion(tmp_path, speech=SPEAKING) as one:
         await one.serve()
-        command = [sys.executable, "-m", "tests.support.inworld_job", ws_url(one), TOKEN, "1", "6", "hang"]
+        command = [sys.executable, "-m", "tests.support.inworld_job", one.ws_url, TOKEN, "1", "6", "hang"]
         job = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.PIPE)
         try:
             assert job.stdout is not None
@@ -213,7 +215,7 @@ async def test_thirty_jobs_with_four_streams_each(tmp_path: Path) -> None:
     """30 processes, 120 streams at once: never above 20 connections, nor 5 contexts on one; all is spoken."""
     async with companion(tmp_path, limits=Limits(connections=20, contexts=5)) as one:
         await one.serve()
-        command = [sys.executable, "-m", "tests.support.inworld_job", ws_url(one), TOKEN, "30", "4", "3"]
+        command = [sys.executable, "-m", "tests.support.inworld_job", one.ws_url, TOKEN, "30", "4", "3"]
         jobs = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
         async with asyncio.timeout(90):
             assert await jobs.wait() == 0
@@ -221,7 +223,7 @@ async def test_thirty_jobs_with_four_streams_each(tmp_path: Path) -> None:
         assert server.counts["context_created"] == server.counts["context_closed"] == 360
         assert server.peak_connections <= 20 and server.peak_contexts <= 5
         assert not server.events_of("refused") and not server.events_of("context_refused")
-        one.say("close", seconds=5)
+        one.say(Close(close_at=now() + 5))
         assert await one.exit() == 0
 
 

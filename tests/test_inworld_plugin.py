@@ -17,7 +17,7 @@ from livekit.plugins import inworld
 
 import lastcall
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.resources import Counts
+from lastcall.worker.base.wire import Counts
 from lastcall.worker.inworld.plugin import private_names
 from lastcall.worker.inworld.plugin.arguments import broker_arguments
 from lastcall.worker.inworld.plugin.attached import plugin_connections

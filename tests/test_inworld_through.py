@@ -10,10 +10,12 @@ import pytest
 from livekit.agents import APIConnectOptions, APIError
 from livekit.plugins import inworld
 
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import Close
 from lastcall.worker.inworld.broker.broker import listen
 from lastcall.worker.local.inworld_server import InworldServer, Speech
 from tests.support.broker import TOKEN, Setting, brokered
-from tests.support.companion import Companion, ws_url
+from tests.support.companion import Companion
 from tests.support.inworld import PATIENCE, until
 
 pytestmark = pytest.mark.core
@@ -104,7 +106,7 @@ async def test_it_speaks_through_the_next_broker(tmp_path: Path) -> None:
             try:
                 await first.serve()
                 async with aiohttp.ClientSession() as session:
-                    url = ws_url(first)
+                    url = first.ws_url
                     tts = inworld.TTS(api_key=TOKEN, ws_url=url, http_session=session, encoding="LINEAR16")
                     assert await speak(tts, "Good morning.") > 0
                     first.process.kill()
@@ -114,7 +116,7 @@ async def test_it_speaks_through_the_next_broker(tmp_path: Path) -> None:
                     await second.serve()
                     assert await heard(tts, speaking) > 0
                     await tts.aclose()
-                second.say("close", seconds=5)
+                second.say(Close(close_at=now() + 5))
                 assert await second.exit() == 0
             finally:
                 for one in (first, second):

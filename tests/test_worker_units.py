@@ -3,47 +3,120 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lastcall.worker.base import wire
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import WireError
-from lastcall.worker.base.resources import Counts, Resources
+from lastcall.worker.base.resources import Resources
 from lastcall.worker.base.settings import Settings
 from lastcall.worker.base.stopping import SHIELDED
-from lastcall.worker.base.wire import MAX_LINE, Decoder, decode, encode
+from lastcall.worker.base.wire import MAX_LINE_BYTES, Counts, Decoder, encode
 from lastcall.worker.shield import unshielded
 
-values = st.dictionaries(st.text(max_size=5).filter(lambda k: k not in ("type", "v")), st.text(max_size=20))
+Pair = tuple[wire.Vocabulary[Any], wire.Message]
+VOCABULARIES: tuple[tuple[wire.Vocabulary[Any], object], ...] = (
+    (wire.OF_WORKER, wire.WorkerSays),
+    (wire.FOR_WORKER, wire.WorkerHears),
+    (wire.OF_BROKER, wire.BrokerSays),
+    (wire.FOR_BROKER, wire.BrokerHears),
+)
+WORDS = [(vocabulary, word) for vocabulary, union in VOCABULARIES for word in get_args(union)]
+finite = st.floats(allow_nan=False, allow_infinity=False)
+st.register_type_strategy(float, finite)
+said = st.sampled_from(WORDS).flatmap(lambda pair: st.tuples(st.just(pair[0]), st.from_type(pair[1])))
+from_worker = st.lists(st.one_of(*map(st.from_type, get_args(wire.WorkerSays))), max_size=5)
+json_values = st.none() | st.booleans() | finite | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 
 
-@given(st.lists(values, max_size=5), st.integers(1, 7))
-def test_wire_survives_any_cut(messages: list[dict[str, str]], size: int) -> None:
+@given(said)
+def test_wire_returns_what_was_said(pair: Pair) -> None:
+    """Every message of each side comes out of its line as the value that went in."""
+    vocabulary, message = pair
+    assert vocabulary.decode(encode(message)) == message
+
+
+@given(from_worker, st.integers(1, 7))
+def test_wire_survives_any_cut(messages: list[wire.WorkerSays], size: int) -> None:
     """However the stream is cut into chunks, the same messages come out."""
-    stream = b"".join(encode("beat", fields=each) for each in messages)
-    decoder = Decoder()
+    stream = b"".join(map(encode, messages))
+    decoder = Decoder(wire.OF_WORKER)
     out = [m for i in range(0, len(stream), size) for m in decoder.feed(stream[i : i + size])]
-    assert [m["fields"] for m in out] == messages
+    assert out == messages
 
 
-@pytest.mark.parametrize("line", [b"x", b"[]", b"{}", b'{"type":1,"v":1}', b'{"type":"a","v":2}'])
+@given(said, st.dictionaries(st.text(max_size=8).map("x-".__add__), json_values, max_size=3))
+def test_wire_ignores_what_is_newer(pair: Pair, more: dict[str, Any]) -> None:
+    """Unknown keys of a known message, and unknown messages, are no error: the other side may be newer."""
+    vocabulary, message = pair
+    document = json.loads(encode(message))
+    assert vocabulary.decode(json.dumps({**more, **document}).encode()) == message
+    unknown = json.dumps({**document, "type": "x-" + document["type"]}).encode() + b"\n"
+    assert Decoder(vocabulary).feed(unknown + encode(message)) == [message]
+
+
+@given(said, st.data())
+def test_wire_refuses_bad_values(pair: Pair, data: st.DataObject) -> None:
+    """A known message with a field missing, or of another type, is an error, and its text quotes no value."""
+    vocabulary, message = pair
+    document = json.loads(encode(message))
+    names = sorted(document.keys() - {"type", "v"})
+    if not names:
+        return
+    name = data.draw(st.sampled_from(names))
+    bad: dict[str, Any] = {**document, name: ["secret"]}
+    with pytest.raises(WireError, match=f"has a bad {name}$"):
+        vocabulary.decode(json.dumps(bad).encode())
+    del bad[name]
+    with pytest.raises(WireError, match=f"has no {name}$"):
+        vocabulary.decode(json.dumps(bad).encode())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"type":"drain","v":1,"drain_at":NaN,"close_at":1}',
+        b'{"type":"drain","v":1,"drain_at":Infinity,"close_at":1}',
+        b'{"type":"drain","v":1,"drain_at":true,"close_at":1}',
+        b'{"type":"drain","v":1,"drain_at":"1","close_at":1}',
+        b'{"type":"hold","v":1,"on":1}',
+        b'{"type":"ask_metrics","v":1,"id":1.5}',
+    ],
+)
+def test_wire_is_strict_about_numbers(line: bytes) -> None:
+    """A deadline that is no time would never pass; a number is no bool, and a bool no number."""
+    with pytest.raises(WireError, match="has a bad"):
+        wire.FOR_WORKER.decode(line)
+
+
+@pytest.mark.parametrize(
+    "line", [b"x", b"[]", b"{}", b'{"type":1,"v":1}', b'{"type":"a","v":2}', b"[" * 9999]
+)
 def test_wire_refuses_what_is_no_message(line: bytes) -> None:
     """A line that is no JSON object with a type and our version raises WireError."""
     with pytest.raises(WireError):
-        decode(line)
+        wire.OF_WORKER.decode(line)
 
 
 def test_wire_is_bounded() -> None:
     """Neither side makes nor keeps a line without end."""
     with pytest.raises(WireError):
-        encode("log", text="x" * MAX_LINE)
+        encode(wire.Fence(reason="x" * MAX_LINE_BYTES))
     with pytest.raises(WireError):
-        Decoder().feed(b"x" * (MAX_LINE + 1))
+        Decoder(wire.OF_WORKER).feed(b"x" * (MAX_LINE_BYTES + 1))
+
+
+def test_the_key_is_not_shown() -> None:
+    """A message that is logged by mistake does not tell the API key."""
+    assert "secret" not in repr(wire.Key(key="secret"))
 
 
 async def test_bell_follows_a_deadline_that_moves() -> None:

@@ -24,6 +24,7 @@ from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError, TargetError
 from lastcall.worker.base.settings import Settings
 from lastcall.worker.base.stopping import OTHERS, Stopping
+from lastcall.worker.base.wire import Fault, Loaded
 
 if TYPE_CHECKING:
     from lastcall.worker.host import Host
@@ -66,7 +67,6 @@ def _host(
     from lastcall.worker.host import Host
 
     host = Host(settings, stopping, changed)
-    host.control.say("hello", pid=os.getpid())
     try:
         _load(host, runner.get_loop(), target)
     except TargetError as error:
@@ -108,11 +108,11 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     if host.settings.hold:
         agent_server.wrap_entrypoint(server, lambda user: Held(user, host.settings.hold))
     host.adopt(server)
-    host.control.say("loaded", agent_name=agent_server.agent_name(server), sdk=agent_server.SDK_VERSION)
+    host.control.say(Loaded(agent_name=agent_server.agent_name(server)))
 
 
 def _fault(host: "Host", code: int, error: BaseException, traceback: str) -> int:
-    host.control.say("fault", exit=code, message=str(error), traceback=traceback)
+    host.control.say(Fault(exit=code, message=str(error), traceback=traceback))
     if not host.control.is_supervised:
         if traceback:
             print(traceback, file=sys.stderr, end="")

@@ -14,12 +14,12 @@ from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.resources import Counts
-from lastcall.worker.jobs import Fate, Job, Jobs
+from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays
+from lastcall.worker.jobs import Job, Jobs
 from lastcall.worker.sdk import agent_server
 from lastcall.worker.shield import unshielded
 
-Report = Callable[[str, dict[str, Any]], None]
+Report = Callable[[WorkerSays], None]
 
 log = logging.getLogger("lastcall.worker")
 
@@ -27,8 +27,8 @@ log = logging.getLogger("lastcall.worker")
 class Engine:
     """Run `server` until it is told to end.
 
-    `must_refuse` is asked at the last moment before an offer is answered with yes. `report` is called with a
-    message type and its fields for whatever the supervisor should know.
+    `must_refuse` is asked at the last moment before an offer is answered with yes. `report` gets a message
+    for whatever the supervisor should know.
     """
 
     def __init__(
@@ -113,10 +113,6 @@ class Engine:
         return self._fenced or self._held or self.is_at_cap
 
     @property
-    def is_held(self) -> bool:
-        return self._held
-
-    @property
     def load(self) -> float:
         return agent_server.load_of(self.server)
 
@@ -198,7 +194,7 @@ class Engine:
         try:
             await agent_server.ask_to_end(executor, max(0.0, kill_at - now()))
         except Exception as error:  # the job's pipe may break at any moment; the kill does not depend on it
-            self._report("log", {"event": "job could not be asked to end", "error": repr(error)})
+            self._report(JobNotAsked(error=repr(error)))
 
     # -- what livekit-agents tells --------------------------------------------------------------------
 
@@ -209,7 +205,7 @@ class Engine:
         return True
 
     def _settle(self, id: str, error: BaseException | None) -> None:
-        fate: Fate | None = None
+        fate: JobFate | None = None
         if error is not None:
             fate = "unassigned" if agent_server.is_unassigned(error) else "failed"
         if fate == "failed" and not self.ended:  # the server would count it as running for as long as we live
@@ -235,7 +231,7 @@ class Engine:
     def _after_registered(self) -> None:
         if self.is_full:
             self._announcements.create_task(agent_server.announce(self.server, full=True))
-        self._report("ready", {"worker_id": self.worker_id, "warm": self.is_warm})
+        self._report(Ready(worker_id=self.worker_id, warm=self.is_warm))
         self._changed.notify()
 
     def _on_process(self, executor: Any) -> None:
@@ -262,4 +258,4 @@ class Engine:
             if holes and each not in self.shield_holes:
                 names = ", ".join(sorted(number.name for number in holes))
                 self.shield_holes[each] = names
-                self._report("shield", {"pid": each, "open_to": names})
+                self._report(ShieldOpen(pid=each, open_to=names))

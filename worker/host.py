@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import socket
-from typing import Any
+from typing import Any, assert_never
 
 from lastcall.worker import exposition, orphan_output
 from lastcall.worker.base.channel import Control
@@ -23,7 +24,22 @@ from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.resources import Resources
 from lastcall.worker.base.settings import Settings
 from lastcall.worker.base.stopping import Stopping, stop_on_signals
-from lastcall.worker.base.wire import Message
+from lastcall.worker.base.wire import (
+    FOR_WORKER,
+    AskMetrics,
+    Beat,
+    Drain,
+    Drained,
+    Fence,
+    Fenced,
+    Hold,
+    Metrics,
+    Resource,
+    ShieldOpen,
+    Terminate,
+    WorkerHears,
+    WorkerSays,
+)
 from lastcall.worker.engine import Engine
 from lastcall.worker.inworld.plugin.attached import plugin_connections
 
@@ -43,15 +59,15 @@ class Host:
         self.stopping = stopping
         self.changed = changed
         self.resources = Resources()
-        self._hurried = False
         self._killed = False
-        self._drain_at: float | None = None
-        self._close_seconds = settings.close
+        self._deadlines: Drain | None = None
         self._lag = 0.0
         self._asked_hold = False
         fd = settings.control_fd
         sock = None if fd is None else socket.socket(fileno=fd)
-        self.control = Control(sock, self._on_message, self._on_lost)
+        self.control: Control[WorkerSays, WorkerHears] = Control(
+            sock, FOR_WORKER, self._on_message, self._on_lost
+        )
         self.engine: Engine | None = None
 
     def adopt(self, server: Any) -> None:
@@ -102,22 +118,20 @@ class Host:
             reason = "lost" if engine.error is None else f"failed: {engine.error}"
             self.stopping.begin(reason)
             log.error("worker is going down", extra={"reason": reason})
-        if self._drain_at is None:
-            self._drain_at = now() + self.settings.drain
+        if self._deadlines is None:
+            drain_at = now() + self.settings.drain
+            self._deadlines = Drain(drain_at=drain_at, close_at=drain_at + self.settings.close)
         fenced_at = await self._fence(engine)
         # The other workers of the host fence in this very moment. A process that ends takes its time of the
         # processor, and so does a supervisor that hears of it: theirs first.
         await asyncio.sleep(0.0 if self._killed else OTHERS_FIRST)
         # Said in any case: since the stop began the gate has refused, whatever the server knows.
-        reason = self.stopping.reason
-        self.control.say("fenced", reason=reason, jobs=len(engine.jobs), at=fenced_at)
-        await self.changed.until(
-            lambda: not len(engine.jobs) or self._hurried,
-            lambda: self._drain_at,
-        )
-        self.control.say("drained", jobs=len(engine.jobs))
-        close_at = now() + self._close_seconds
-        kill_at = close_at - min(TAIL, self._close_seconds / 5)
+        self.control.say(Fenced(reason=self.stopping.reason, at=fenced_at))
+        await self.changed.until(lambda: not len(engine.jobs), self._drain_at)
+        self.control.say(Drained())
+        share = max(0.0, self._deadlines.close_at - self._deadlines.drain_at)
+        close_at = min(self._deadlines.close_at, now() + share)
+        kill_at = close_at - min(TAIL, share / 5)
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
             await engine.end_jobs(self._or_now(kill_at), close_at)
@@ -125,12 +139,11 @@ class Host:
             self.resources.join("inworld", plugin_connections.aclose)
         census = await self.resources.aclose(close_at)
         for resource in census:
-            self.control.say("resource", name=resource.name, fate=resource.fate, counts=resource.counts)
-        self.control.say("closed", cut=engine.jobs.cut, lost=engine.jobs.lost)
+            self.control.say(Resource(name=resource.name, fate=resource.fate, counts=resource.counts))
         await asyncio.sleep(0)
         if failed:
             return 1
-        clean = not engine.jobs.cut and not engine.jobs.lost and all(r.fate == "closed" for r in census)
+        clean = not engine.jobs.cut and all(r.fate == "closed" for r in census)
         return 0 if clean else 75
 
     async def _fence(self, engine: Engine) -> float:
@@ -142,33 +155,34 @@ class Host:
             log.warning("the server could not be told that the worker takes no more jobs")
         return now()
 
+    def _drain_at(self) -> float | None:
+        return None if self._deadlines is None else self._deadlines.drain_at
+
     def _or_now(self, at: float) -> float:
         return now() if self._killed else at
 
     # -- what the supervisor says ---------------------------------------------------------------------
 
-    def _on_message(self, message: Message) -> None:
-        kind = message["type"]
-        if kind == "fence":
-            self.stopping.begin(str(message.get("reason", "fence")))
-        elif kind == "drain":
-            self._drain_at = now() + float(message["seconds"])
-            self._close_seconds = float(message["close"])
-        elif kind == "hurry":
-            self._close_seconds = float(message["close"])
-            self._hurried = True
-        elif kind == "close":
-            self.stopping.begin("close")
-            self._hurried = self._killed = True
-            self._close_seconds = 0.0
-        elif kind == "hold":
-            self._asked_hold = bool(message["on"])
-            if self.engine is not None:
-                self.engine.hold(self._asked_hold)
-        elif kind == "ping":
-            self._beat()
-        elif kind == "metrics":
-            self.control.say("metrics", id=message["id"], text=exposition.text())
+    def _on_message(self, message: WorkerHears) -> None:
+        match message:
+            case Fence(reason=reason):
+                self.stopping.begin(reason)
+            case Drain():
+                if not self._killed:
+                    self._deadlines = message
+            case Terminate():
+                self._killed = True
+                at = now()
+                self._deadlines = Drain(drain_at=at, close_at=at)
+                self.stopping.begin("terminate")
+            case Hold(on=on):
+                self._asked_hold = on
+                if self.engine is not None:
+                    self.engine.hold(on)
+            case AskMetrics(id=id):
+                self.control.say(Metrics(id=id, text=exposition.text()))
+            case _:
+                assert_never(message)
         self.changed.notify()
 
     def _on_lost(self) -> None:
@@ -184,10 +198,10 @@ class Host:
 
     # -- what the supervisor hears --------------------------------------------------------------------
 
-    def _report(self, type: str, fields: dict[str, Any]) -> None:
-        if type == "shield":
-            log.error("shield does not hold", extra=fields)
-        self.control.say(type, **fields)
+    def _report(self, message: WorkerSays) -> None:
+        if isinstance(message, ShieldOpen):
+            log.error("shield does not hold", extra={"pid": message.pid, "open_to": message.open_to})
+        self.control.say(message)
 
     async def _beats(self) -> None:
         beat = self.settings.beat
@@ -200,15 +214,16 @@ class Host:
     def _beat(self) -> None:
         engine = self.engine
         assert engine is not None
+        load = engine.load
         self.control.say(
-            "beat",
-            lag_ms=round(self._lag * 1000, 2),
-            load=round(engine.load, 4),
-            jobs=len(engine.jobs),
-            rss_bytes=_rss(),
-            registered=engine.is_registered,
-            accepting=engine.accepts and not self.stopping.is_set,
-            warm=engine.is_warm,
+            Beat(
+                lag_ms=round(self._lag * 1000, 2),
+                load=round(load, 4) if math.isfinite(load) else 0.0,  # a load_fnc may return anything
+                rss_bytes=_rss(),
+                registered=engine.is_registered,
+                accepting=engine.accepts and not self.stopping.is_set,
+                warm=engine.is_warm,
+            )
         )
         if engine.is_lost:
             self.changed.notify()

@@ -22,15 +22,14 @@ import os
 import select
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.wire import JobEnded, JobFate, JobStarted
 
 # Longer names are clipped: a message to the supervisor has a bound, and a job is not refused for its name.
 MAX_NAME = 1024
-
-Fate = Literal["finished", "failed", "cut", "lost", "unassigned"]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -61,7 +60,7 @@ class Job:
         return bool(looking.poll(0))
 
     @property
-    def fate(self) -> Fate:
+    def fate(self) -> JobFate:
         if self.cut_short:
             return "cut"
         return "finished" if self.exit_code == 0 else "failed"
@@ -70,12 +69,11 @@ class Job:
 class Jobs:
     """The register of accepted and running jobs; `report` hears of each beginning and end."""
 
-    def __init__(self, changed: Condition, report: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(self, changed: Condition, report: Callable[[JobStarted | JobEnded], None]) -> None:
         self._jobs: dict[str, Job] = {}
         self._changed = changed
         self._report = report
         self.cut = 0
-        self.lost = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -116,7 +114,7 @@ class Jobs:
             self._watch(record)
         self._tell_started(record)
 
-    def settle(self, id: str, fate: Fate | None) -> None:
+    def settle(self, id: str, fate: JobFate | None) -> None:
         """The accept has returned: None when the job runs, else what became of it instead."""
         record = self._jobs.get(id)
         if record is None:
@@ -166,23 +164,22 @@ class Jobs:
         if record.closed and record.gone and record.id in self._jobs:
             self._end(record, record.fate)
 
-    def _end(self, record: Job, fate: Fate) -> None:
+    def _end(self, record: Job, fate: JobFate) -> None:
         del self._jobs[record.id]
         self._unwatch(record)
         self.cut += fate == "cut"
-        self.lost += fate == "lost"
         seconds = round(now() - record.accepted_at, 3)
-        ended = {"id": record.id, "fate": fate, "seconds": seconds, "exit_code": record.exit_code}
-        self._report("job_ended", ended)
+        self._report(JobEnded(id=record.id, fate=fate, seconds=seconds))
         self._changed.notify()
 
     def _tell_started(self, record: Job) -> None:
-        job = {
-            "id": record.id,
-            "room": record.room,
-            "dispatch_id": record.dispatch_id,
-            "pid": record.pid,
-            "accepted_at": record.accepted_at,
-        }
-        self._report("job_started", {"job": job})
+        self._report(
+            JobStarted(
+                id=record.id,
+                room=record.room,
+                dispatch_id=record.dispatch_id,
+                accepted_at=record.accepted_at,
+                pid=record.pid,
+            )
+        )
         self._changed.notify()

@@ -16,7 +16,7 @@ from lastcall.supervisor.errors import SpawnError, TransitionError
 from lastcall.supervisor.fleet.histogram import Histogram
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE, SlotEvent, SlotState
 from lastcall.supervisor.fleet.stopper import Ending, Stopper
-from lastcall.supervisor.fleet.worker_view import Reports
+from lastcall.supervisor.fleet.worker_view import WorkerView
 from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.launch import Launched, Launcher
 from lastcall.supervisor.processes.reaper import ExitStatus
@@ -24,7 +24,17 @@ from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import JobEntry, Ledger, StopRecord
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import Message
+from lastcall.worker.base.wire import (
+    OF_WORKER,
+    Beat,
+    Fault,
+    Fenced,
+    Hold,
+    Ready,
+    Terminate,
+    WorkerHears,
+    WorkerSays,
+)
 
 E, S = SlotEvent, SlotState
 
@@ -80,11 +90,11 @@ class Generation:
         self.is_silent = False
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
-        self.reports = Reports(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
+        self.reports = WorkerView(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
         self.stopper = Stopper(self)
         self.launcher = launcher
         self._launched: Launched | None = None
-        self._channel: Channel | None = None
+        self._channel: Channel[WorkerHears, WorkerSays] | None = None
         self._channel_lost = False
         self._cut: frozenset[str] = frozenset()
         self._fenced_since: float | None = None
@@ -205,9 +215,11 @@ class Generation:
                 self.ready_at = now()
                 self.change(E.REGISTER)
             else:
-                self._channel = await Channel.open(launched.control, self._on_message, self._on_lost)
+                self._channel = await Channel.open(
+                    launched.control, OF_WORKER, self._on_message, self._on_lost
+                )
                 if self.shared.is_held or self.is_candidate:
-                    self.say("hold", on=True)
+                    self.say(Hold(on=True))
                 self.stopper.repeat()
             await self._start_in_time()
             await self.changed.until(lambda: self.has_exited)
@@ -238,7 +250,7 @@ class Generation:
             return
         self.last_exit = f"not registered within {timeout:g} s"
         self.change(E.TERMINATE, reason=self.last_exit)
-        self.say("close")
+        self.say(Terminate())
         grace = now() + TAKEN_DOWN_IN
         if not await self.changed.until(lambda: self.has_exited, lambda: grace):
             self.change(E.KILL)
@@ -324,9 +336,9 @@ class Generation:
 
     # -- what is said to the program, and done to it --------------------------------------------------
 
-    def say(self, type: str, **fields: Any) -> None:
+    def say(self, message: WorkerHears) -> None:
         if self._channel is not None:
-            self._channel.say(type, **fields)
+            self._channel.say(message)
 
     def send(self, number: signal.Signals) -> None:
         if self._launched is not None:
@@ -335,7 +347,7 @@ class Generation:
     def hold(self, on: bool) -> None:
         """Have the worker accept nothing for as long as the hold lasts."""
         if not self.is_candidate:
-            self.say("hold", on=on)
+            self.say(Hold(on=on))
 
     def take_over(self) -> None:
         """Let a candidate accept what the whole fleet accepts."""
@@ -380,22 +392,22 @@ class Generation:
         if wrong:
             self.log.warning("control channel closed", reason=wrong)
 
-    def _on_message(self, message: Message) -> None:
+    def _on_message(self, message: WorkerSays) -> None:
         self.reports.counts_for_receipt = self.shared.is_stopping
         self.reports.take(message)
-        self._follow(message["type"])
-        if message["type"] == "fault":
-            self._tell_fault(str(message.get("traceback", "")))
+        self._follow(message)
+        if isinstance(message, Fault):
+            self._tell_fault(message.traceback)
         self.changed.notify()
         self.shared.on_change()
 
-    def _follow(self, type: str) -> None:
+    def _follow(self, message: WorkerSays) -> None:
         """Have the state follow what was said."""
         reports = self.reports
         registered = reports.beat is not None and reports.beat.registered
-        if type in ("ready", "beat"):
+        if isinstance(message, Ready | Beat):
             self.is_silent = False
-            if self.ready_at is None and type == "ready" and self.state is S.STARTING:
+            if self.ready_at is None and isinstance(message, Ready) and self.state is S.STARTING:
                 self.ready_at = now()
             if self.state is S.STARTING and registered and self.was_ready:
                 self.change(E.REGISTER, worker_id=reports.worker_id)
@@ -403,7 +415,7 @@ class Generation:
                 self.change(E.RECOVER)
             elif self.state is S.READY and not registered:
                 self.change(E.UNREGISTER, reason="connection to the LiveKit server lost")
-        elif type == "fenced" and self.state in (S.STARTING, S.READY, S.STALLED):
+        elif isinstance(message, Fenced) and self.state in (S.STARTING, S.READY, S.STALLED):
             self.change(E.FENCE, reason=reports.fence_reason)  # nobody here asked
 
     def _tell_fault(self, traceback: str) -> None:

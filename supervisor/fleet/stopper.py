@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
-from lastcall.supervisor.fleet.worker_view import Reports
+from lastcall.supervisor.fleet.worker_view import WorkerView
 from lastcall.worker.base.budget import Deadlines, earliest
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.wire import Drain, Fence, Terminate, WorkerHears
 
 # What the kernel may take to end a process that was sent SIGKILL.
 KILLED_IN = 4.0
@@ -34,7 +35,7 @@ class Stoppable(Protocol):
     state: S
     changed: Condition
     log: Any
-    reports: Reports
+    reports: WorkerView
     is_silent: bool
 
     @property
@@ -47,7 +48,7 @@ class Stoppable(Protocol):
     def was_ready(self) -> bool: ...
     def has_living_jobs(self) -> bool: ...
     def change(self, event: E, **why: Any) -> None: ...
-    def say(self, type: str, **fields: Any) -> None: ...
+    def say(self, message: WorkerHears) -> None: ...
     def send(self, number: signal.Signals) -> None: ...
     def kill(self) -> None: ...
     def on_fence(self, seconds: float | None) -> None:
@@ -76,12 +77,12 @@ class Stopper:
         """Tell the worker to accept nothing more; `stop` does the rest."""
         self._fence_sent_at = now()
         self._reason = reason
-        self._generation.say("fence", reason=reason)
+        self._generation.say(Fence(reason=reason))
 
     def repeat(self) -> None:
         """Say again what was said before there was a channel to say it on."""
         if self._fence_sent_at is not None:
-            self._generation.say("fence", reason=self._reason)
+            self._generation.say(Fence(reason=self._reason))
         if self._endings:
             self.tell_drain()
 
@@ -121,7 +122,7 @@ class Stopper:
             await self._await_fence()
             drained = await generation.changed.until(self._is_drained, lambda: self.deadlines.drain_at)
             if not drained or not generation.reports.is_drained:
-                generation.say("hurry", close=self.deadlines.shares.close)
+                self._tell(self.deadlines.hurried(now()))
         if generation.has_exited:
             return
         generation.change(E.CLOSE)
@@ -132,7 +133,7 @@ class Stopper:
         if await self._until_exit(lambda: min(close_by, self.deadlines.close_at)):
             return
         generation.change(E.TERMINATE)
-        generation.say("close")
+        generation.say(Terminate())
         terminate_by = now() + shares.terminate
         await self._until_exit(lambda: min(terminate_by, self.deadlines.terminate_at))
 
@@ -162,9 +163,11 @@ class Stopper:
         return generation.is_silent and not generation.has_living_jobs()
 
     def tell_drain(self) -> None:
-        """Tell the worker how long it may drain, as the deadlines stand now."""
-        left = max(0.0, self.deadlines.drain_at - now())
-        self._generation.say("drain", seconds=left, close=self.deadlines.shares.close)
+        """Tell the worker until when it may drain and close, as the deadlines stand now."""
+        self._tell(self.deadlines)
+
+    def _tell(self, deadlines: Deadlines) -> None:
+        self._generation.say(Drain(drain_at=deadlines.drain_at, close_at=deadlines.close_at))
 
     async def _until_exit(self, deadline: Callable[[], float]) -> bool:
         return await self._generation.changed.until(lambda: self._generation.has_exited, deadline)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 from lastcall.supervisor.receipt import JobEntry, Ledger, ResourceEntry, StopRecord
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.wire import Message
+from lastcall.worker.base.wire import (
+    Beat,
+    Drained,
+    Fault,
+    Fenced,
+    JobEnded,
+    JobNotAsked,
+    JobStarted,
+    Loaded,
+    Metrics,
+    Ready,
+    Resource,
+    ShieldOpen,
+    WorkerSays,
+)
 
 EX_CONFIG = 78
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beat:
-    """The last sign of life of a worker."""
+class LastBeat:
+    """The last sign of life of a worker, and when the supervisor read it."""
 
     at: float
     lag_ms: float = 0.0
@@ -25,15 +39,14 @@ class Beat:
     warm: bool = False
 
 
-class Reports:
-    """The words of one generation of one slot; its jobs go to the ledger, its faults to the log."""
+class WorkerView:
+    """What one generation of a slot has said of itself; its jobs go to the ledger, its faults to the log."""
 
     def __init__(self, slot: int, generation: int, *, ledger: Ledger, record: StopRecord, log: Any) -> None:
         self.worker_id = ""
         self.agent_name = ""
-        self.sdk = ""
         self.is_loaded = False
-        self.beat: Beat | None = None
+        self.beat: LastBeat | None = None
         self.fenced_at: float | None = None
         self.fence_reason = ""
         self.is_drained = False
@@ -50,85 +63,68 @@ class Reports:
         self._record = record
         self._log = log
 
-    def take(self, message: Message) -> None:
-        """Take one message; unknown types are of a newer worker, and no concern of ours."""
-        handle = getattr(self, f"_on_{message['type']}", None)
-        if handle is not None:
-            handle(message)
+    def take(self, message: WorkerSays) -> None:
+        """Take one message."""
+        match message:
+            case Loaded(agent_name=agent_name):
+                self.agent_name = agent_name
+                self.is_loaded = True
+            case Ready():
+                self.worker_id = message.worker_id
+                # A worker that is held, or fenced, says so with its next beat, which follows at once.
+                accepting = self.fenced_at is None
+                self.beat = LastBeat(at=now(), registered=True, accepting=accepting, warm=message.warm)
+            case Beat():
+                self.beat = LastBeat(
+                    at=now(),
+                    lag_ms=message.lag_ms,
+                    load=message.load,
+                    rss_bytes=message.rss_bytes,
+                    registered=message.registered,
+                    accepting=message.accepting and self.fenced_at is None,
+                    warm=message.warm,
+                )
+            case JobStarted():
+                self._start(message)
+            case JobEnded():
+                self._end(message)
+            case Fenced(reason=reason, at=at):
+                self.fenced_at = at
+                self.fence_reason = reason
+                if self.beat is not None:
+                    self.beat = LastBeat(at=now(), registered=self.beat.registered)
+            case Drained():
+                self.is_drained = True
+            case Resource(name=name, fate=fate, counts=counts):
+                if self.counts_for_receipt:
+                    entry = ResourceEntry(name=name, fate=fate, slot=self._slot, counts=counts)
+                    self._record.resources.append(entry)
+            case Metrics(id=id, text=text):
+                self.metrics = text
+                self.metrics_told = id
+            case ShieldOpen(pid=pid, open_to=open_to):
+                self._log.error("shield does not hold", pid=pid, open_to=open_to)
+            case JobNotAsked(error=text):
+                self._log.warning("job could not be asked to end", error=text)
+            case Fault():
+                self.fault = message.message
+                self.is_config_error = message.exit == EX_CONFIG
+            case _:
+                assert_never(message)
 
-    def _on_loaded(self, message: Message) -> None:
-        self.agent_name = str(message.get("agent_name", ""))
-        self.sdk = str(message.get("sdk", ""))
-        self.is_loaded = True
-
-    def _on_ready(self, message: Message) -> None:
-        self.worker_id = str(message["worker_id"])
-        # A worker that is held, or fenced, says so with its next beat, which follows at once.
-        accepting = self.fenced_at is None
-        self.beat = Beat(at=now(), registered=True, accepting=accepting, warm=bool(message.get("warm")))
-
-    def _on_beat(self, message: Message) -> None:
-        self.beat = Beat(
-            at=now(),
-            lag_ms=float(message["lag_ms"]),
-            load=float(message["load"]),
-            rss_bytes=int(message["rss_bytes"]),
-            registered=bool(message["registered"]),
-            accepting=bool(message["accepting"]) and self.fenced_at is None,
-            warm=bool(message.get("warm", True)),
-        )
-
-    def _on_job_started(self, message: Message) -> None:
-        job = message["job"]
+    def _start(self, job: JobStarted) -> None:
         entry = JobEntry(
-            id=str(job["id"]),
-            room=str(job["room"]),
-            dispatch_id=str(job["dispatch_id"]),
+            id=job.id,
+            room=job.room,
+            dispatch_id=job.dispatch_id,
             slot=self._slot,
             generation=self._generation,
-            accepted_at=float(job["accepted_at"]),
-            pid=job["pid"],
+            accepted_at=job.accepted_at,
+            pid=job.pid,
         )
         self.jobs_started += self._ledger.start(entry)
 
-    def _on_job_ended(self, message: Message) -> None:
-        fate = str(message["fate"])
-        seconds = float(message["seconds"])
-        self._ledger.end(self._slot, self._generation, str(message["id"]), fate, seconds)
-        if fate in ("cut", "lost"):
-            self._log.warning("job " + fate, job_id=message["id"], seconds=message["seconds"])
-
-    def _on_fenced(self, message: Message) -> None:
-        self.fenced_at = float(message.get("at", now()))
-        self.fence_reason = str(message.get("reason", ""))
-        if self.beat is not None:
-            self.beat = Beat(at=now(), registered=self.beat.registered)
-
-    def _on_drained(self, _message: Message) -> None:
-        self.is_drained = True
-
-    def _on_resource(self, message: Message) -> None:
-        if not self.counts_for_receipt:
-            return
-        entry = ResourceEntry(
-            name=str(message["name"]),
-            fate=message["fate"],
-            slot=self._slot,
-            counts=dict(message["counts"]),
-        )
-        self._record.resources.append(entry)
-
-    def _on_metrics(self, message: Message) -> None:
-        self.metrics = str(message["text"])
-        self.metrics_told = int(message["id"])
-
-    def _on_shield(self, message: Message) -> None:
-        self._log.error("shield does not hold", pid=message.get("pid"), open_to=message.get("open_to"))
-
-    def _on_log(self, message: Message) -> None:
-        fields = {k: v for k, v in message.items() if k not in ("type", "v", "event")}
-        self._log.warning(str(message.get("event", "worker says")), **fields)
-
-    def _on_fault(self, message: Message) -> None:
-        self.fault = str(message["message"])
-        self.is_config_error = message.get("exit") == EX_CONFIG
+    def _end(self, job: JobEnded) -> None:
+        self._ledger.end(self._slot, self._generation, job.id, job.fate, job.seconds)
+        if job.fate == "cut":
+            self._log.warning("job cut", job_id=job.id, seconds=job.seconds)

@@ -1,46 +1,55 @@
-"""The supervisor's end of a worker's control socketpair."""
+"""The supervisor's end of the control socketpair of a worker, or of the Inworld broker."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Generic, cast
 
 from lastcall.worker.base.errors import WireError
-from lastcall.worker.base.wire import Decoder, Message, encode
+from lastcall.worker.base.wire import Decoder, Heard, Said, Vocabulary, encode
 
-# A worker that does not read its orders is not obeying them; what piles up is dropped with the channel.
-MAX_UNREAD = 1 << 20
+# Ours: far more than a whole stop says. A process that has left so much unread does not obey.
+MAX_UNREAD_BYTES = 1 << 20
 
 
-class Channel(asyncio.Protocol):
-    """Messages to and from one worker. `on_message` gets each one, `on_lost` the end, with what was wrong."""
+class Channel(asyncio.Protocol, Generic[Said, Heard]):
+    """Messages to and from one process. `on_message` gets each one, `on_lost` the end and what was wrong."""
 
-    def __init__(self, on_message: Callable[[Message], None], on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        hears: Vocabulary[Heard],
+        on_message: Callable[[Heard], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
         self._on_message = on_message
         self._on_lost = on_lost
-        self._decoder = Decoder()
+        self._decoder = Decoder(hears)
         self._transport: asyncio.Transport | None = None
         self._wrong = ""
 
     @classmethod
     async def open(
-        cls, sock: socket.socket, on_message: Callable[[Message], None], on_lost: Callable[[str], None]
-    ) -> Channel:
+        cls,
+        sock: socket.socket,
+        hears: Vocabulary[Heard],
+        on_message: Callable[[Heard], None],
+        on_lost: Callable[[str], None],
+    ) -> Channel[Said, Heard]:
         """Take over a connected socket."""
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
-        _, channel = await loop.create_connection(lambda: cls(on_message, on_lost), sock=sock)
+        _, channel = await loop.create_connection(lambda: cls(hears, on_message, on_lost), sock=sock)
         return channel
 
-    def say(self, type: str, **fields: Any) -> bool:
+    def say(self, message: Said) -> bool:
         """Send a message; False when there is nobody to hear it. Never blocks."""
         transport = self._transport
         if transport is None or transport.is_closing():
             return False
-        transport.write(encode(type, **fields))
-        if transport.get_write_buffer_size() > MAX_UNREAD:
+        transport.write(encode(message))
+        if transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
             self._wrong = "does not read its control socket"
             transport.abort()
             return False

@@ -14,6 +14,7 @@ from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.views.status import View
 from lastcall.supervisor.views.worker_metrics import Joined
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import AskMetrics
 
 LABELS = ["slot", "generation"]
 # How long a scrape waits for the workers, seconds.
@@ -156,7 +157,7 @@ class Metrics:
         asked = [g for g in self._view.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
         for generation in asked:
             generation.reports.metrics_asked += 1
-            generation.say("metrics", id=generation.reports.metrics_asked)
+            generation.say(AskMetrics(id=generation.reports.metrics_asked))
         due = now() + WORKERS
         await self._view.fleet.changed.until(
             lambda: all(g.reports.metrics_told >= g.reports.metrics_asked or not g.is_alive for g in asked),

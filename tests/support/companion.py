@@ -12,15 +12,16 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lastcall.worker.base.wire import Decoder, encode
+from lastcall.worker.base.wire import OF_BROKER, BrokerHears, BrokerSays, Decoder, Key, Serving, encode
 from lastcall.worker.inworld.broker.broker import listen
 from lastcall.worker.local.inworld_server import InworldServer
 from tests.support.broker import TOKEN
 from tests.support.inworld import until
 
 ROOT = Path(__file__).parent.parent.parent
+Said = TypeVar("Said", bound=BrokerSays)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -29,9 +30,11 @@ class Companion:
 
     def __init__(self, server: InworldServer, listener: socket.socket, log: Path, **settings: Any) -> None:
         self.server = server
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[BrokerSays] = []
+        self.received = b""
+        self.ws_url = f"ws://127.0.0.1:{listener.getsockname()[1]}/"
         self.log = log
-        self._decoder = Decoder()
+        self._decoder = Decoder(OF_BROKER)
         self._control, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
         fds = (theirs.fileno(), listener.fileno(), lifeline)
@@ -74,25 +77,26 @@ class Companion:
             chunk = b""
         if not chunk:
             asyncio.get_running_loop().remove_reader(self._control.fileno())
+        self.received += chunk
         self.messages += self._decoder.feed(chunk)
 
-    def say(self, type: str, **fields: Any) -> None:
-        self._control.send(encode(type, **fields))
+    def say(self, message: BrokerHears) -> None:
+        self._control.send(encode(message))
 
-    async def heard(self, type: str) -> dict[str, Any]:
+    async def heard(self, kind: type[Said]) -> Said:
         """Wait for a message of the process's."""
-        found: list[dict[str, Any]] = []
+        found: list[Said] = []
 
         def look() -> bool:
-            found[:] = [message for message in self.messages if message["type"] == type]
+            found[:] = [message for message in self.messages if isinstance(message, kind)]
             return bool(found)
 
         await until(look, 30.0)
         return found[-1]
 
     async def serve(self) -> None:
-        self.say("key", key=self.server.api_key)
-        await self.heard("ready")
+        self.say(Key(key=self.server.api_key))
+        await self.heard(Serving)
 
     def lose(self) -> None:
         """Be a supervisor that was killed."""
@@ -129,9 +133,3 @@ async def companion(tmp_path: Path, **options: Any) -> AsyncIterator[Companion]:
                 yield one
             finally:
                 one.end()
-
-
-def ws_url(one: Companion) -> str:
-    url = next(m["ws_url"] for m in one.messages if m["type"] == "ready")
-    assert isinstance(url, str)
-    return url

@@ -1,19 +1,20 @@
-"""The worker's end of the control socketpair."""
+"""The end of the control socketpair that a process of the supervisor's has."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Generic, cast
 
 from lastcall.worker.base.errors import WireError
-from lastcall.worker.base.wire import Decoder, Message, encode
+from lastcall.worker.base.wire import Beat, BrokerBeat, Decoder, Heard, Said, Vocabulary, encode
 
-MAX_UNREAD = 1 << 20
+# Ours: some thousand beats. A supervisor that has left so much unread is stuck, and beats would only pile up.
+MAX_UNREAD_BYTES = 1 << 20
 
 
-class Control(asyncio.Protocol):
+class Control(asyncio.Protocol, Generic[Said, Heard]):
     """Send and receive control messages; without a socket everything sent goes nowhere.
 
     Before the loop runs, while the target is loaded, `say` writes to the socket itself. `on_message` gets
@@ -21,12 +22,16 @@ class Control(asyncio.Protocol):
     """
 
     def __init__(
-        self, sock: socket.socket | None, on_message: Callable[[Message], None], on_lost: Callable[[], None]
+        self,
+        sock: socket.socket | None,
+        hears: Vocabulary[Heard],
+        on_message: Callable[[Heard], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self._sock = sock
         self._on_message = on_message
         self._on_lost = on_lost
-        self._decoder = Decoder()
+        self._decoder = Decoder(hears)
         self._transport: asyncio.WriteTransport | None = None
         self._lost = sock is None
 
@@ -34,18 +39,21 @@ class Control(asyncio.Protocol):
     def is_supervised(self) -> bool:
         return self._sock is not None
 
-    def say(self, type: str, **fields: Any) -> None:
+    def say(self, message: Said) -> None:
         """Send one message. Never blocks: a supervisor that does not read loses beats, then everything."""
         if self._lost:
             return
-        line = encode(type, **fields)
+        line = encode(message)
         if self._transport is None:
             assert self._sock is not None
             try:
                 self._sock.sendall(line)
             except OSError:
                 self._lost = True  # read as end of file once the loop runs
-        elif type != "beat" or self._transport.get_write_buffer_size() < MAX_UNREAD:
+        elif (
+            not isinstance(message, Beat | BrokerBeat)
+            or self._transport.get_write_buffer_size() < MAX_UNREAD_BYTES
+        ):
             self._transport.write(line)
 
     async def connect(self) -> None:

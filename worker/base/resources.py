@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import Counts, ResourceFate
 
-Fate = Literal["closed", "forced", "leaked"]
-Counts = dict[str, dict[str, int]]
 Closer = Callable[[float], Awaitable[Counts]]
 
 
@@ -19,7 +17,7 @@ class Closed:
     """How one resource ended. `counts` is what it was made of, by fate, when it can say so."""
 
     name: str
-    fate: Fate
+    fate: ResourceFate
     seconds: float
     counts: Counts = field(default_factory=dict)
 
@@ -60,7 +58,7 @@ class Resources:
 async def _close(name: str, close: Closer, deadline: float) -> Closed:
     began = now()
     counts: Counts = {}
-    fate: Fate = "closed"
+    fate: ResourceFate = "closed"
     try:
         async with asyncio.timeout(max(0.0, deadline - began)):
             counts = await close(deadline)

@@ -1,88 +1,363 @@
-r"""The control protocol between the supervisor and one worker.
+r"""The control protocol: what the supervisor and its processes say to each other, as typed messages.
 
-A stream socketpair carries one JSON object per line, UTF-8, at most MAX_LINE bytes with its newline:
+A stream socketpair carries one JSON object per line, UTF-8, at most MAX_LINE_BYTES with its newline. `type`
+is the name of a class below in snake case, `v` the version, and each other key a field of that class:
 
-    {"type": "hello", "v": 1, "pid": 4711}\n
-    {"type": "fence", "v": 1, "reason": "SIGTERM"}\n
+    {"type": "ready", "v": 1, "worker_id": "AW_4711", "warm": false}\n
+    {"type": "drain", "v": 1, "drain_at": 81245.2, "close_at": 81270.2}\n
 
-Both sides ignore types and keys they don't know, so that either may be the newer one; a message of another
-major version (`v`) is an error. End of file is the death notice in both directions.
+Each side ignores types and keys that it does not know, so that either side may be the newer one. A known
+message that lacks a field without a default, a bad value in a field, and another version are errors. End of
+file is the death notice in both directions.
 
-| worker says | with |
-| --- | --- |
-| hello | pid |
-| loaded | agent_name, sdk |
-| ready | worker_id, warm: registered with the LiveKit server, at each (re)connection |
-| beat | lag_ms, load, jobs, rss_bytes, registered, accepting, warm (a process waits for its first job) |
-| job_started | job {id, room, dispatch_id, pid or null, accepted_at}: accepted, and again once it runs |
-| job_ended | id, fate (finished, failed, cut, lost, unassigned), seconds |
-| fenced | reason, at: no offer is answered with yes since then, by the monotonic clock |
-| drained | jobs left |
-| resource | name, fate (closed, forced, leaked), counts |
-| closed | nothing more to do, the process is about to exit |
-| metrics | id, text: its own metrics as Prometheus text, empty when too long |
-| shield | pid, open_to: a process that a stop signal would reach |
-| log | event, and whatever belongs to it |
-| fault | exit (78 or 70 or 1), message, traceback |
-
-| supervisor says | with |
-| --- | --- |
-| hold | on |
-| fence | reason |
-| drain | seconds until jobs are asked to shut down, and seconds for that close |
-| hurry | seconds for the close, which begins now |
-| close | nothing: kill what is left and leave |
-| ping | answered by a beat |
-| metrics | id; answered by metrics |
+All times are readings of the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lastcall.worker.base.errors import WireError
 
 VERSION = 1
-MAX_LINE = 256 * 1024
+# Ours: the workers' own metrics are the longest message, and `exposition` stays below half of this.
+MAX_LINE_BYTES = 256 * 1024
 
-Message = dict[str, Any]
+JobFate = Literal["finished", "failed", "cut", "unassigned"]
+ResourceFate = Literal["closed", "forced", "leaked"]
+Counts = dict[str, dict[str, int]]
 
 
-def encode(type: str, **fields: Any) -> bytes:
+# -- what a worker says --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The target was imported, and names this agent."""
+
+    agent_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The worker has registered with the LiveKit server; said at each connection. `warm` as in `Beat`."""
+
+    worker_id: str
+    warm: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The event loop of the worker turns. `warm`: a process waits for a job, or none has to."""
+
+    lag_ms: float
+    load: float
+    rss_bytes: int
+    registered: bool
+    accepting: bool
+    warm: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStarted:
+    """A job was accepted, and has no pid yet; said again, with the pid, once its process runs it."""
+
+    id: str
+    room: str
+    dispatch_id: str
+    accepted_at: float
+    pid: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEnded:
+    """A job has ended, `seconds` after it was accepted."""
+
+    id: str
+    fate: JobFate
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fenced:
+    """The worker has answered no offer with yes since `at`, and does so no more."""
+
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drained:
+    """No job is left, or the time for them is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource:
+    """One resource was closed. `counts`: the parts of the resource by fate, where it has parts."""
+
+    name: str
+    fate: ResourceFate
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """The answer to `AskMetrics` of the same id: Prometheus text, empty when it would be too long."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShieldOpen:
+    """A stop signal would end the process `pid`; `open_to` names the signals."""
+
+    pid: int
+    open_to: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobNotAsked:
+    """A job could not be asked to shut down, because its pipe broke."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """The process ends with the code `exit` for this reason. `traceback` is the user's own part of it."""
+
+    exit: int
+    message: str
+    traceback: str
+
+
+WorkerSays = (
+    Loaded
+    | Ready
+    | Beat
+    | JobStarted
+    | JobEnded
+    | Fenced
+    | Drained
+    | Resource
+    | Metrics
+    | ShieldOpen
+    | JobNotAsked
+    | Fault
+)
+
+
+# -- what the supervisor says to a worker --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Accept nothing for as long as the hold is on."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """Begin the stop: accept nothing more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Wait for jobs until `drain_at`, and be closed by `close_at`; said again whenever the deadlines move.
+
+    A worker that drains early closes within `close_at - drain_at` from then, not within the rest of grace.
+    """
+
+    drain_at: float
+    close_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminate:
+    """Kill what is left, and exit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskMetrics:
+    """Answer with `Metrics` of the same id."""
+
+    id: int
+
+
+WorkerHears = Hold | Fence | Drain | Terminate | AskMetrics
+
+
+# -- what the Inworld broker says and hears ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """The broker accepts connections; said after the first `Key`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerBeat:
+    """The broker's event loop turns; its clients, and the figures of its pool (`pool.figures.Figures`)."""
+
+    lag_ms: float
+    rss_bytes: int
+    clients: int
+    connections: int
+    dialling: int
+    contexts: int
+    waiters: int
+    granted: int
+    waited: int
+    wait_seconds: float
+    refusals: int
+    failed_dials: int
+    retries: int
+    lost: int
+
+
+BrokerSays = Serving | BrokerBeat | Resource | Fault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """The API key for the connections that are made from now on. No other message has it."""
+
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    """Be closed by `close_at`; said again, only to make it sooner."""
+
+    close_at: float
+
+
+BrokerHears = Key | Close
+
+Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears
+M = TypeVar("M", bound=Message)
+Said = TypeVar("Said", bound=Message)
+Heard = TypeVar("Heard", bound=Message)
+
+
+# -- to and from lines ---------------------------------------------------------------------------------------
+
+
+def encode(message: Message) -> bytes:
     """Return one line for a message. Raises WireError when it would be longer than a reader accepts."""
-    line = json.dumps({"type": type, "v": VERSION, **fields}, separators=(",", ":")).encode() + b"\n"
-    if len(line) > MAX_LINE:
-        raise WireError(f"control message {type!r} has {len(line)} bytes, at most {MAX_LINE} are allowed")
+    document = {"type": _type_of(type(message)), "v": VERSION}
+    document |= {each.name: getattr(message, each.name) for each in fields(message)}
+    line = json.dumps(document, separators=(",", ":")).encode() + b"\n"
+    if len(line) > MAX_LINE_BYTES:
+        name = document["type"]
+        raise WireError(
+            f"control message {name!r} has {len(line)} bytes, at most {MAX_LINE_BYTES} are allowed"
+        )
     return line
 
 
-def decode(line: bytes) -> Message:
-    """Return the message of one line. Raises WireError for anything that is not one."""
-    try:
-        message = json.loads(line)
-    except ValueError as error:
-        raise WireError(f"control message is not JSON: {line[:80]!r}") from error
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-        raise WireError(f"control message has no type: {line[:80]!r}")
-    if message.get("v") != VERSION:
-        raise WireError(f"control message speaks version {message.get('v')!r}, expected {VERSION}")
-    return message
+class Vocabulary(Generic[M]):
+    """The messages that one side says, each by its type on the wire."""
+
+    __slots__ = ("_classes",)
+
+    def __init__(self, *classes: type[M]) -> None:
+        self._classes = {_type_of(each): (each, _fields_of(each)) for each in classes}
+
+    def decode(self, line: bytes) -> M | None:
+        """Return the message of one line; None for a type that this side does not know.
+
+        Raises WireError for a line that is no message, of another version, or with a bad value. The text of
+        the error quotes no value, because a value may be the API key.
+        """
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"control message of {len(line)} bytes is not JSON") from error
+        if not isinstance(document, dict) or not isinstance(document.get("type"), str):
+            raise WireError("control message has no type")
+        if document.get("v") != VERSION:
+            raise WireError(f"control message speaks version {document.get('v')!r}, expected {VERSION}")
+        if document["type"] not in self._classes:
+            return None
+        message, known = self._classes[document["type"]]
+        return message(**_values(document, known))
 
 
-class Decoder:
+class Decoder(Generic[M]):
     """Turn chunks of a byte stream into messages; never holds more than one line."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("_rest", "_vocabulary")
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: Vocabulary[M]) -> None:
+        self._vocabulary = vocabulary
         self._rest = bytearray()
 
-    def feed(self, chunk: bytes) -> list[Message]:
-        """Return the messages that this chunk completes. Raises WireError as `decode` does."""
+    def feed(self, chunk: bytes) -> list[M]:
+        """Return the messages that this chunk completes. Raises WireError as `Vocabulary.decode` does."""
         self._rest += chunk
         *lines, rest = self._rest.split(b"\n")
-        if len(rest) > MAX_LINE:
-            raise WireError(f"control message is longer than {MAX_LINE} bytes")
-        self._rest = bytearray(rest)
-        return [decode(bytes(line)) for line in lines if line]
+        if len(rest) > MAX_LINE_BYTES:
+            raise WireError(f"control message is longer than {MAX_LINE_BYTES} bytes")
+        self._rest = rest
+        messages = [self._vocabulary.decode(bytes(line)) for line in lines if line]
+        return [message for message in messages if message is not None]
+
+
+def _type_of(message: type) -> str:
+    """Return `job_started` for JobStarted."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
+
+
+def _fields_of(message: type[M]) -> dict[str, tuple[Any, bool]]:
+    """Return the type of each field, and whether a message must have it.
+
+    The annotations are strings. Resolving them takes time, so that it is done once.
+    """
+    types = get_type_hints(message)
+    return {each.name: (types[each.name], each.default is MISSING) for each in fields(message)}
+
+
+def _values(document: Mapping[str, Any], known: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
+    values = {}
+    for name, (hint, is_required) in known.items():
+        if name in document:
+            if not _is_a(document[name], hint):
+                raise WireError(f"control message {document['type']!r} has a bad {name}")
+            values[name] = document[name]
+        elif is_required:
+            raise WireError(f"control message {document['type']!r} has no {name}")
+    return values
+
+
+def _is_a(value: object, hint: Any) -> bool:  # a type as typing has it: there is no class for all of them
+    """Tell whether a value that came from JSON is of the type, for the types that messages have."""
+    if isinstance(hint, UnionType):
+        return any(_is_a(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is dict:
+        of = get_args(hint)[1]
+        return isinstance(value, dict) and all(_is_a(each, of) for each in value.values())
+    if hint is float:
+        # Python's JSON has NaN and infinity, and a deadline that is NaN would never pass.
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, NoneType if hint is None else hint)
+
+
+OF_WORKER: Vocabulary[WorkerSays] = Vocabulary(*get_args(WorkerSays))
+FOR_WORKER: Vocabulary[WorkerHears] = Vocabulary(*get_args(WorkerHears))
+OF_BROKER: Vocabulary[BrokerSays] = Vocabulary(*get_args(BrokerSays))
+FOR_BROKER: Vocabulary[BrokerHears] = Vocabulary(*get_args(BrokerHears))

@@ -15,7 +15,8 @@ import weakref
 from typing import Any, Protocol, TypeVar
 
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.resources import Closed, Closer, Counts, Resources
+from lastcall.worker.base.resources import Closed, Closer, Resources
+from lastcall.worker.base.wire import Counts
 
 log = logging.getLogger("lastcall.worker")
 

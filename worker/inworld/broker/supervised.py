@@ -15,22 +15,17 @@ LASTCALL_COMPANION, a JSON object (`Settings`):
 
 On the control socket, in the format of `lastcall.worker.base.wire`:
 
-    companion says   with
-    hello            pid
-    ready            ws_url, base_url: it accepts connections; after the first `key`
-    beat             lag_ms, rss_bytes, clients, and the figures of the pool (`figures.Figures`):
-                     connections, dialling, contexts, waiters; and since the start: granted, waited,
-                     wait_seconds, refusals, failed_dials, retries, lost
-    resource         name "inworld-pool", fate, counts {connections: {fate: n}, contexts: {fate: n}}
-    closed           nothing more to do, the process is about to exit
-    fault            exit, message, traceback
+    companion says   when
+    Serving          it accepts connections; after the first `Key`
+    BrokerBeat       every `beat` seconds: its lag, memory and clients, and the figures of the pool
+    Resource         closed: name "inworld-pool", counts {connections: {fate: n}, contexts: {fate: n}}
+    Fault            it ends for a fault
 
-    supervisor says  with
-    key              key: the API key; again at any time, for connections made from then on
-    close            seconds: close within them, from now on; again, to make it sooner
-    ping             answered by a beat
+    supervisor says  when
+    Key              at the start, and again at any time, for connections made from then on
+    Close            close by that time; again, to make it sooner
 
-The key is in this message only: in no argument, variable, log line or answer. SIGTERM and SIGINT do nothing
+The key is in `Key` only: in no argument, variable, log line or answer. SIGTERM and SIGINT do nothing
 here, because jobs that still speak need the broker: the supervisor's word ends it. If the control socket is
 at its end, it serves on until the lifeline is too, or grace is over, and then closes by itself.
 
@@ -49,12 +44,23 @@ import socket
 import traceback
 from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass
+from typing import assert_never
 
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.stopping import Stopping, stop_on_signals
-from lastcall.worker.base.wire import Message
+from lastcall.worker.base.wire import (
+    FOR_BROKER,
+    BrokerBeat,
+    BrokerHears,
+    BrokerSays,
+    Close,
+    Fault,
+    Key,
+    Resource,
+    Serving,
+)
 from lastcall.worker.inworld.broker.broker import Broker, listen
 from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.pool import InworldPool
@@ -111,12 +117,13 @@ class Companion:
         self._lag = 0.0
         fd = settings.control_fd
         sock = None if fd is None else socket.socket(fileno=fd)
-        self._control = Control(sock, self._on_message, self._on_lost)
+        self._control: Control[BrokerSays, BrokerHears] = Control(
+            sock, FOR_BROKER, self._on_message, self._on_lost
+        )
 
     async def run(self, on_ready: Callable[[Broker], None] = lambda _: None) -> int:
         """Serve until the end and return the exit code; `on_ready` hears where, once."""
         with stop_on_signals(asyncio.get_running_loop(), self.stopping):
-            self._control.say("hello", pid=os.getpid())
             await self._control.connect()
             try:
                 return await self._run(on_ready)
@@ -152,7 +159,7 @@ class Companion:
                 )
                 async with broker:
                     self._broker = broker
-                    self._control.say("ready", ws_url=broker.ws_url, base_url=broker.base_url)
+                    self._control.say(Serving())
                     on_ready(broker)
                     return self._report(await self._serve(broker))
 
@@ -161,19 +168,18 @@ class Companion:
             beating = group.create_task(self._beats())
             await self._changed.until(self._is_to_close, lambda: self._sooner(None))
             if self._close_at is None:
-                self._close_at = _pool_close_at(self.settings.close)
+                self._close_at = _pool_close_at(now() + self.settings.close)
             report = await broker.aclose(self._close_at)
             beating.cancel()
         return report
 
     def _report(self, report: CloseReport) -> int:
         log.info("the Inworld pool is closed", extra={"fate": report.fate, **report.counts})
-        self._control.say("resource", name=NAME, fate=report.fate, counts=report.counts)
-        self._control.say("closed")
+        self._control.say(Resource(name=NAME, fate=report.fate, counts=report.counts))
         return 0 if report.fate == "closed" else EX_FORCED
 
     def _fault(self, message: str, text: str) -> int:
-        self._control.say("fault", exit=EX_SOFTWARE, message=message, traceback=text)
+        self._control.say(Fault(exit=EX_SOFTWARE, message=message, traceback=text))
         return EX_SOFTWARE
 
     # -- when to end ----------------------------------------------------------------------------------
@@ -191,19 +197,19 @@ class Companion:
         over_at = self._lost_at + self.settings.grace
         return over_at if at is None else min(at, over_at)
 
-    def _on_message(self, message: Message) -> None:
-        kind = message["type"]
-        if kind == "key":
-            self._key = str(message["key"])
-            if self._broker is not None:
-                self._broker.set_key(self._key)
-        elif kind == "close":
-            at = _pool_close_at(float(message["seconds"]))
-            self._close_at = at if self._close_at is None else min(at, self._close_at)
-            if self._broker is not None:
-                self._broker.pool.hurry(self._close_at)
-        elif kind == "ping":
-            self._beat()
+    def _on_message(self, message: BrokerHears) -> None:
+        match message:
+            case Key(key=key):
+                self._key = key
+                if self._broker is not None:
+                    self._broker.set_key(key)
+            case Close(close_at=close_at):
+                at = _pool_close_at(close_at)
+                self._close_at = at if self._close_at is None else min(at, self._close_at)
+                if self._broker is not None:
+                    self._broker.pool.hurry(self._close_at)
+            case _:
+                assert_never(message)
         self._changed.notify()
 
     def _on_lost(self) -> None:
@@ -240,17 +246,18 @@ class Companion:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[1])
         self._control.say(
-            "beat",
-            lag_ms=round(self._lag * 1000, 2),
-            rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
-            clients=len(self._broker.clients),
-            **asdict(self._broker.pool.figures),
+            BrokerBeat(
+                lag_ms=round(self._lag * 1000, 2),
+                rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+                clients=len(self._broker.clients),
+                **asdict(self._broker.pool.figures),
+            )
         )
 
 
-def _pool_close_at(seconds: float) -> float:
+def _pool_close_at(close_at: float) -> float:
     """Keep some of the time for telling jobs and supervisor: who comes late with the census is killed."""
-    return now() + seconds - min(1.0, 0.2 * seconds)
+    return close_at - min(1.0, 0.2 * max(0.0, close_at - now()))
 
 
 def forbid_dumps() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from lastcall.worker.base.resources import Counts, Fate
+from lastcall.worker.base.wire import Counts, ResourceFate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class CloseReport:
     seconds: float = 0.0
 
     @property
-    def fate(self) -> Fate:
+    def fate(self) -> ResourceFate:
         """The worst of all fates."""
         seen = {*self.connections, *self.contexts}
         if "leaked" in seen or self.tasks:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.resources import Fate
+from lastcall.worker.base.wire import ResourceFate
 from lastcall.worker.inworld.pool import protocol
 from lastcall.worker.inworld.pool.capacity import PoolEntry
 from lastcall.worker.inworld.pool.context import Context, Effects
@@ -67,7 +67,7 @@ class Connection:
         self.idle_since = now()
         self.malformed = 0
         # closed: with close frames. forced: without.
-        self.fate: Fate = "forced"
+        self.fate: ResourceFate = "forced"
         # It ended under open contexts.
         self.was_lost = False
         self.outbox = Outbox(MAX_UNSENT)
