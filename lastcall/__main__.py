@@ -29,15 +29,17 @@ import uvloop
 
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, SupervisorError, UsageError
 from lastcall.supervisor.signals import STOP_SIGNALS, Inbox, receive
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import leave
 
 SUPERVISING = frozenset({"run", "demo", "dev"})
 # The first that fits counts.
 EXIT_CODES: dict[type[Exception], int] = {
-    UsageError: 2,
-    ConfigError: 78,
-    NotRunning: 69,
-    Refused: 1,
-    SupervisorError: 70,
+    UsageError: Exit.USAGE,
+    ConfigError: Exit.CONFIG,
+    NotRunning: Exit.GAVE_UP,
+    Refused: Exit.FAILED,
+    SupervisorError: Exit.FAULT,
 }
 
 
@@ -45,8 +47,8 @@ def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
     if SUPERVISING.intersection(sys.argv[1:2]):
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            _leave(runner.run(_supervise()))
-    _leave(_ask())
+            leave(runner.run(_supervise()))
+    leave(_ask())
 
 
 async def _supervise() -> int:
@@ -90,17 +92,7 @@ def _explain(error: Exception) -> int:
             print(f"lastcall: {error}", file=sys.stderr)
             return code
     traceback.print_exception(error)  # the workers, if any, drain by themselves
-    return 70
-
-
-def _leave(code: int) -> NoReturn:
-    """End without the interpreter's own end: it would wait for a thread that may hang in a write for ever."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue
-    os._exit(code)
+    return Exit.FAULT
 
 
 if __name__ == "__main__":

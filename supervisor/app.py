@@ -21,7 +21,7 @@ from lastcall.supervisor import config as configuration
 from lastcall.supervisor import logs, receipt
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.environment import Surroundings
-from lastcall.supervisor.errors import ConfigError, Exit, Refused
+from lastcall.supervisor.errors import ConfigError, Refused
 from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
@@ -38,10 +38,11 @@ from lastcall.supervisor.views.sd_notify import Manager
 from lastcall.supervisor.views.service_manager import Announcer
 from lastcall.supervisor.views.status import View
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import forbid_dumps
 
 # Two Ctrl-C this close together are one: terminals, wrappers and nervous fingers send duplicates.
 AGAIN_AFTER = 0.3
-PR_SET_DUMPABLE = 4
 AGAIN = "Ctrl-C again ends the drain, a third time kills"
 FLUSH = 0.5
 FENCE_FIRST = 0.005
@@ -123,8 +124,7 @@ class App:
             return None
         environment = environment_of(self.around.environment, config)
         key = key_of(config.inworld, environment)
-        # The key is in our memory now. No boundary within one user, but no core dump has it either.
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        forbid_dumps()  # the key is in our memory now
         return Companion(
             config.inworld,
             key=key,

@@ -19,16 +19,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lastcall.supervisor.errors import ConfigError, UsageError
-from lastcall.worker.base.budget import Shares
+from lastcall.worker.base import variables
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
+from lastcall.worker.base.variables import NOT_OPTION_PREFIXES, NOT_OPTIONS, PREFIX
 
-PREFIX = "LASTCALL_"
 FILES = ("lastcall.toml", "pyproject.toml")
-
-# Set by lastcall for its own children, read by other verbs, or injected by Kubernetes for a Service of
-# that name: no mistake of the user's.
-NOT_OPTIONS = frozenset({"LASTCALL_CONFIG", "LASTCALL_PLATFORM_GRACE", "LASTCALL_MARK", "LASTCALL_WORKER"})
-NOT_OPTION_PREFIXES = ("LASTCALL_WORKER_", "LASTCALL_SERVICE", "LASTCALL_PORT")
-INWORLD = ("LASTCALL_INWORLD_WS_URL", "LASTCALL_INWORLD_URL", "LASTCALL_INWORLD_TOKEN")
 
 # Where the validator's own words name things that no user has heard of.
 SAID_BETTER = {"missing": "more values", "model_type": "a table", "model_attributes_type": "a table"}
@@ -171,7 +166,7 @@ class Config(BaseSettings):
     target: str = ""
     command: list[str] = []
     workers: Annotated[int, Field(ge=1, le=1000)] = 1
-    grace: Seconds = 3600
+    grace: Seconds = DEFAULT_GRACE
     http: Annotated[str, AfterValidator(_http)] = "127.0.0.1:8080"
     control: str = "auto"
     receipt: Annotated[str, AfterValidator(_receipt)] = ""
@@ -227,7 +222,7 @@ def load(
 
     Raises UsageError for a bad flag, ConfigError for whatever else is bad.
     """
-    path, from_file = _read_file(file or environ.get("LASTCALL_CONFIG") or None)
+    path, from_file = _read_file(file or environ.get(variables.CONFIG) or None)
     from_environment = _from_environment(environ)
     given = {name: value for name, value in flags.items() if value is not None}
     if "target" in given:
@@ -246,7 +241,7 @@ def warnings(environ: Mapping[str, str]) -> list[str]:
     known = set(_variables(Config))
     lines = []
     for name in sorted(environ):
-        if not name.startswith(PREFIX) or name in known or name in NOT_OPTIONS or name in INWORLD:
+        if not name.startswith(PREFIX) or name in known or name in NOT_OPTIONS:
             continue
         if name.startswith(NOT_OPTION_PREFIXES):
             continue

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.processes.output_writer import Sink
+from lastcall.worker.base import variables
+from lastcall.worker.base.settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,8 @@ class Surroundings:
     has_terminal: bool
     stdout: Sink
     stderr: Sink
-    # Demo: more settings for the workers, processes of ours that no sweep may touch, and no workers' lines.
-    worker_settings: Mapping[str, object]
+    # Demo, dev and rehearsal: what no option sets of the workers. Demo: no lines of the workers, no receipt.
+    worker_settings: WorkerSettings
     spared_pids: frozenset[int] = frozenset()
     quiet_workers: bool = False
     quiet_receipt: bool = False
@@ -31,13 +32,13 @@ class Surroundings:
 
 def surroundings(**more: Any) -> Surroundings:
     """Return the real surroundings of this process."""
+    rehearsed = os.environ.get(variables.REHEARSAL)
     values: dict[str, Any] = {
         "environment": dict(os.environ),
         "has_terminal": _has_terminal(),
         "stdout": Sink(1),
         "stderr": Sink(2),
-        # Set by a rehearsal for the supervisor that it starts; nobody else's business.
-        "worker_settings": json.loads(os.environ.get("LASTCALL_WORKER_REHEARSAL", "{}")),
+        "worker_settings": WorkerSettings() if not rehearsed else WorkerSettings.from_json(rehearsed),
     }
     return Surroundings(**(values | more))
 

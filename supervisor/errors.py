@@ -1,20 +1,6 @@
-"""Every exception the supervisor raises on purpose; and the exit codes."""
+"""Every exception the supervisor raises on purpose."""
 
 from __future__ import annotations
-
-import enum
-
-
-class Exit(enum.IntEnum):
-    """The exit codes of `lastcall`, all of them."""
-
-    CLEAN = 0
-    REFUSED = 1
-    USAGE = 2
-    GAVE_UP = 69
-    FAULT = 70
-    FORCED = 75
-    CONFIG = 78
 
 
 class SupervisorError(Exception):

@@ -25,13 +25,13 @@ from lastcall.supervisor.config import Inworld
 from lastcall.supervisor.errors import ConfigError, SpawnError, TransitionError
 from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE, SlotEvent, SlotState
-from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.output_reader import Relay
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import ResourceEntry, ResourceFate, StopRecord
 from lastcall.supervisor.signals import SHIELDED
+from lastcall.worker.base import variables
 from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
@@ -65,7 +65,7 @@ PASSED_ON |= {"http_proxy", "https_proxy", "no_proxy"}
 def key_of(config: Inworld, environment: Mapping[str, str]) -> str:
     """Return the API key. Raises ConfigError when there is none."""
     if not config.api_key_file:
-        key = environment.get("INWORLD_API_KEY", "").strip()
+        key = environment.get(variables.INWORLD_API_KEY, "").strip()
         if not key:
             raise ConfigError("inworld.enabled: no API key: set INWORLD_API_KEY, or inworld.api_key_file")
         return key
@@ -139,10 +139,10 @@ class Companion:
         port = self._listener.getsockname()[1]
         return {
             **environment,
-            "LASTCALL_INWORLD_WS_URL": f"ws://127.0.0.1:{port}/",
-            "LASTCALL_INWORLD_URL": f"http://127.0.0.1:{port}/",
-            "LASTCALL_INWORLD_TOKEN": self._token,
-            "INWORLD_API_KEY": self._token,
+            variables.INWORLD_WS_URL: f"ws://127.0.0.1:{port}/",
+            variables.INWORLD_URL: f"http://127.0.0.1:{port}/",
+            variables.INWORLD_TOKEN: self._token,
+            variables.INWORLD_API_KEY: self._token,
         }
 
     # -- what others see ------------------------------------------------------------------------------
@@ -281,8 +281,8 @@ class Companion:
         }
         environment = {
             **self._environment,
-            descendants.MARK: f"{self._id}:{NAME}:{self.restarts}",
-            "LASTCALL_COMPANION": json.dumps(settings),
+            variables.MARK: f"{self._id}:{NAME}:{self.restarts}",
+            variables.COMPANION: json.dumps(settings),
             "PYTHONUNBUFFERED": "1",
         }
         ours: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lastcall.supervisor import config as configuration
@@ -12,6 +12,7 @@ from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.inworld_broker import Companion, key_of
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.processes.reaper import Reaper
+from lastcall.worker.base.settings import WorkerSettings
 
 # What the supervisor itself stands on; a reload keeps the old value and says so.
 FIXED = ("http", "control", "log_format", "inworld")
@@ -21,7 +22,8 @@ FIXED = ("http", "control", "log_format", "inworld")
 class Program:
     """Makes launchers. `reread` returns the configuration as it is now, and may raise ConfigError.
 
-    `settings` are more of them for the workers; `write_output` and `write_errors` take their lines.
+    `settings` are those of the workers that no option sets; `write_output` and `write_errors` take the lines
+    of the workers.
     """
 
     supervisor_id: str
@@ -30,7 +32,7 @@ class Program:
     reaper: Reaper
     coloured: bool
     prefixes: bool
-    settings: Mapping[str, object]
+    settings: WorkerSettings
     write_output: Callable[[bytes], None]
     write_errors: Callable[[bytes], None]
     companion: Companion | None
@@ -41,15 +43,14 @@ class Program:
         environment: Mapping[str, str] = environment_of(self.environment, config)
         if self.companion is not None:
             environment = self.companion.environment_for_workers(environment)
-        shares = config.shares.within(config.grace)
-        settings = {
-            "drain": config.grace - shares.reserved,
-            "close": shares.close,
-            "beat": config.stall.beat,
-            "max_running": config.jobs.max_running,
-            "coloured": self.coloured,
-            **self.settings,
-        }
+        settings = replace(
+            self.settings,
+            grace=config.grace,
+            shares=config.shares,
+            beat=config.stall.beat,
+            max_running=config.jobs.max_running,
+            coloured=self.coloured,
+        )
         return Launcher(
             target=config.target,
             command=tuple(config.command),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
-from lastcall.supervisor.errors import Exit
+from lastcall.worker.base.exit_codes import Exit
 
 SCHEMA = 1
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lastcall.supervisor.fleet.restarts import JITTER, RestartPolicy, Restarts
-from lastcall.worker.base.budget import Deadlines, Shares, plan
+from lastcall.worker.base.budget import Deadlines, Shares, close_by, plan
 
 seconds = st.floats(min_value=0.001, max_value=10_000, allow_nan=False)
 shares = st.builds(Shares, fence=seconds, close=seconds, terminate=seconds, kill=seconds, companion=seconds)
@@ -35,6 +35,18 @@ def test_a_plan_fits_into_grace(started: float, grace: float, shares: Shares) ->
     assert abs(planned.end_at - (started + grace)) <= slack
     assert planned.drain_at - started >= grace / 2 - slack
     assert started - slack <= planned.fence_at <= planned.drain_at + slack
+
+
+@given(grace=seconds, shares=shares, at=st.floats(-1, 2))
+def test_a_close_has_its_share_and_no_more(grace: float, shares: Shares, at: float) -> None:
+    """A close that begins early ends after its share, one that begins late ends where it was planned to."""
+    planned = plan(0.0, grace, shares)
+    now = at * grace
+    end = close_by(now, drain_at=planned.drain_at, close_at=planned.close_at)
+    assert end <= planned.close_at
+    assert end - now <= planned.shares.close + 1e-6 * grace
+    if now <= planned.drain_at:
+        assert end >= now
 
 
 @given(started=st.floats(0, 1e6), grace=seconds, shares=shares, at=st.floats(0, 1))

@@ -19,7 +19,7 @@ from lastcall.supervisor.doctor import checks, probe, report
 from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
 from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
-from lastcall.supervisor.doctor.trial import unshielded
+from lastcall.supervisor.doctor.trial import open_to
 from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import LASTCALL, SAMPLE, Run, StartRun
 
@@ -259,10 +259,10 @@ def test_open_processes_are_seen() -> None:
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            seen.append(unshielded(process.pid))
+            seen.append(open_to(process.pid))
             process.kill()
     assert seen == [("SIGTERM", "SIGINT"), ("SIGINT",)]
-    assert unshielded(2**22 + 1) == ()
+    assert open_to(2**22 + 1) == ()
 
 
 def doctor(*arguments: str, cwd: Path, **environment: str) -> tuple[int, dict[str, Finding]]:

@@ -19,7 +19,7 @@ from lastcall.worker.inworld.pool.lifecycles import (
     ConnectionState,
     ContextState,
 )
-from lastcall.worker.inworld.pool.pool import JITTER
+from lastcall.worker.inworld.pool.pool import REDIAL_JITTER
 from lastcall.worker.inworld.pool.protocol import Action, Kind
 from lastcall.worker.inworld.pool.splitting import split
 
@@ -145,10 +145,10 @@ def test_split_prefers_white_space() -> None:
 
 def test_backoff_doubles_to_its_cap() -> None:
     """0.5, 1, 2, 4, 8, 8 seconds, less up to half; a success begins anew."""
-    backoff = Backoff(first=0.5, cap=8.0, jitter=JITTER, rng=random.Random(1))
+    backoff = Backoff(0.5, 8.0, jitter=REDIAL_JITTER, random=random.Random(1))
     for step in (0.5, 1.0, 2.0, 4.0, 8.0, 8.0):
         assert step / 2 <= backoff.fail() <= step
-    backoff.reset()
+    backoff.succeed()
     assert backoff.fail() <= 0.5
 
 

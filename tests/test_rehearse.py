@@ -7,18 +7,31 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from lastcall.supervisor.rehearsal import drill_report, play, stage
-from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
+from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, SceneResult, Seen, judge
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
-from lastcall.worker.job import setup
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.settings import Rehearsal
+from lastcall.worker.base.wire import (
+    MAX_LINE_BYTES,
+    OF_REHEARSED_JOB,
+    EntrypointBegan,
+    EntrypointFailed,
+    EntrypointOver,
+    ShutdownAsked,
+)
+from lastcall.worker.job.rehearsed import RehearsedEntrypoint
 from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import HERE, LASTCALL, SAMPLE
 
@@ -84,7 +97,10 @@ def test_an_agent_that_ends_its_own_calls_fails(agent: str, says: str) -> None:
 
 def test_nothing_of_a_scene_stays() -> None:
     """An interrupted rehearsal leaves no process, neither of the agent nor of the server."""
-    with pytest.raises(KeyboardInterrupt), Stage(SAMPLE, grace=30, settings={"mock_room": True}) as set_up:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Stage(SAMPLE, grace=30) as set_up,
+    ):
         set_up.wait_ready()
         server = set_up._server
         assert len(set_up.processes()) > 1
@@ -136,7 +152,7 @@ def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
     agent.write_text("import os\nos.environ['SOME_KEY_OF_MINE']\n")
     with (
         pytest.raises(StageError, match=r"69 before it was ready.*KeyError: 'SOME_KEY_OF_MINE'"),
-        Stage(str(agent), grace=30, settings={}) as set_up,
+        Stage(str(agent), grace=30) as set_up,
     ):
         set_up.wait_ready()
 
@@ -148,13 +164,13 @@ async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
         agent.write_text(ELSEWHERE.format(url=server.url))
 
         def register() -> float:
-            with Stage(str(agent), grace=30, settings={}) as set_up:
+            with Stage(str(agent), grace=30) as set_up:
                 began = time.monotonic()
                 with pytest.raises(StageError, match="registered with another server"):
                     set_up.wait_ready()
                 return time.monotonic() - began
 
-        assert await asyncio.to_thread(register) < stage.READY / 2
+        assert await asyncio.to_thread(register) < stage.WORKERS_READY_WITHIN / 2
 
 
 @pytest.mark.parametrize("after", [0.1, 0.15, 0.2, 0.3, 0.5])
@@ -217,10 +233,48 @@ def test_what_is_a_problem(scene: Scene, what: dict[str, Any], problem: str) -> 
     assert warnings == []
 
 
-def test_lines_that_the_rehearsal_looks_for() -> None:
-    """They are written by job processes, and looked for by a package that may not import theirs."""
-    assert (setup.HELD_IN_REHEARSAL, setup.FAILED_IN_REHEARSAL) == (stage.BEGINS, play.FAILED)
-    assert (setup.SHUTDOWN_IN_REHEARSAL, setup.OVER_IN_REHEARSAL) == (play.SHUTDOWN, play.OVER)
+async def test_a_rehearsed_job_tells_how_it_goes(tmp_path: Path) -> None:
+    """Begun, asked to shut down, failed, over: each is heard as a value, and the job ends once."""
+    ended: list[str] = []
+
+    def end(*, reason: str) -> None:
+        ended.append(reason)
+
+    class Context:
+        def __init__(self) -> None:
+            self.job = self
+            self.id = "AJ_1"
+            self.shutdown: Callable[..., None] = end
+
+    async def user(context: Context) -> None:
+        context.shutdown(reason="nobody is there")
+        raise ValueError("no such room")
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as hearing:
+        hearing.bind(str(tmp_path / "s"))
+        hearing.settimeout(5)
+        before = now()
+        rehearsal = Rehearsal(job_seconds=0.05, socket=str(tmp_path / "s"))
+        await RehearsedEntrypoint(user, rehearsal)(Context())
+        heard = [OF_REHEARSED_JOB.decode(hearing.recv(MAX_LINE_BYTES)) for _ in range(4)]
+    asked = heard.pop(1)
+    assert isinstance(asked, ShutdownAsked) and asked.job == "AJ_1" and before <= asked.at <= now()
+    error = EntrypointFailed(job="AJ_1", error="ValueError('no such room')")
+    assert heard == [EntrypointBegan(job="AJ_1"), error, EntrypointOver(job="AJ_1")]
+    assert ended == ["the rehearsal is over"]
+
+
+async def test_a_rehearsed_job_outlives_its_rehearsal(tmp_path: Path) -> None:
+    """Where nobody hears, the job goes on to its end all the same."""
+    ended: list[str] = []
+
+    def end(*, reason: str) -> None:
+        ended.append(reason)
+
+    context = SimpleNamespace(job=SimpleNamespace(id="AJ_1"), shutdown=end)
+    rehearsal = Rehearsal(job_seconds=0.01, socket=str(tmp_path / "gone"))
+    await RehearsedEntrypoint(lambda _: asyncio.sleep(60), rehearsal)(context)
+    assert ended == ["the rehearsal is over"]
 
 
 def test_what_is_none() -> None:
@@ -238,9 +292,9 @@ def test_what_is_none() -> None:
 
 def test_junit_takes_whatever_workers_write() -> None:
     """Characters that XML can't hold do not break a pipeline's parser."""
-    verdict = Verdict(scene=PID, seconds=1.0, problems=("it was cut <&>",), output="a\x00b\x1b[31m\ufffe")
+    verdict = SceneResult(scene=PID, seconds=1.0, problems=("it was cut <&>",), output="a\x00b\x1b[31m\ufffe")
     root = ElementTree.fromstring(drill_report.junit("a.py", [verdict]))
     (failure,) = root.iter("failure")
     assert failure.get("message") == "it was cut <&>"
     assert "FAIL" in drill_report.line(verdict) and "it was cut" in drill_report.line(verdict)
-    assert os.linesep not in drill_report.line(Verdict(scene=PID, seconds=1.0, problems=()))
+    assert os.linesep not in drill_report.line(SceneResult(scene=PID, seconds=1.0, problems=()))

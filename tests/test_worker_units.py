@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lastcall.worker.base import wire
+from lastcall.worker.base import variables, wire
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import WireError
 from lastcall.worker.base.resources import Resources
-from lastcall.worker.base.settings import Settings
-from lastcall.worker.base.stopping import SHIELDED
+from lastcall.worker.base.settings import WorkerSettings
+from lastcall.worker.base.stopping import SHIELDED, unshielded
 from lastcall.worker.base.wire import MAX_LINE_BYTES, Counts, Decoder, encode
-from lastcall.worker.shield import unshielded
 
 Pair = tuple[wire.Vocabulary[Any], wire.Message]
 VOCABULARIES: tuple[tuple[wire.Vocabulary[Any], object], ...] = (
@@ -28,6 +30,7 @@ VOCABULARIES: tuple[tuple[wire.Vocabulary[Any], object], ...] = (
     (wire.FOR_WORKER, wire.WorkerHears),
     (wire.OF_BROKER, wire.BrokerSays),
     (wire.FOR_BROKER, wire.BrokerHears),
+    (wire.OF_REHEARSED_JOB, wire.RehearsedJobSays),
 )
 WORDS = [(vocabulary, word) for vocabulary, union in VOCABULARIES for word in get_args(union)]
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -83,12 +86,12 @@ def test_wire_refuses_bad_values(pair: Pair, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b'{"type":"drain","v":1,"drain_at":NaN,"close_at":1}',
-        b'{"type":"drain","v":1,"drain_at":Infinity,"close_at":1}',
-        b'{"type":"drain","v":1,"drain_at":true,"close_at":1}',
-        b'{"type":"drain","v":1,"drain_at":"1","close_at":1}',
-        b'{"type":"hold","v":1,"on":1}',
-        b'{"type":"ask_metrics","v":1,"id":1.5}',
+        b'{"type":"drain","v":2,"drain_at":NaN,"close_at":1}',
+        b'{"type":"drain","v":2,"drain_at":Infinity,"close_at":1}',
+        b'{"type":"drain","v":2,"drain_at":true,"close_at":1}',
+        b'{"type":"drain","v":2,"drain_at":"1","close_at":1}',
+        b'{"type":"hold","v":2,"on":1}',
+        b'{"type":"ask_metrics","v":2,"id":1.5}',
     ],
 )
 def test_wire_is_strict_about_numbers(line: bytes) -> None:
@@ -98,7 +101,7 @@ def test_wire_is_strict_about_numbers(line: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"x", b"[]", b"{}", b'{"type":1,"v":1}', b'{"type":"a","v":2}', b"[" * 9999]
+    "line", [b"x", b"[]", b"{}", b'{"type":1,"v":2}', b'{"type":"a","v":1}', b"[" * 9999]
 )
 def test_wire_refuses_what_is_no_message(line: bytes) -> None:
     """A line that is no JSON object with a type and our version raises WireError."""
@@ -185,19 +188,46 @@ async def test_resources_close_in_reverse_once_and_bounded() -> None:
         resources.join("late", good)
 
 
-def test_settings_leave_the_environment() -> None:
-    """What the supervisor hands over is for the worker, not for its children."""
-    environment = {"LASTCALL_WORKER": '{"control_fd": 3, "drain": 5, "output_fds": [4, 5]}'}
-    settings = Settings.take(environment)
-    assert (settings.control_fd, settings.drain, settings.output_fds) == (3, 5, (4, 5))
+settings = st.builds(
+    WorkerSettings,
+    grace=st.floats(0.1, 1e6),
+    shares=st.builds(
+        Shares, **{name: st.floats(0.1, 1e3) for name in ("fence", "close", "terminate", "kill")}
+    ),
+    max_running=st.integers(0, 100),
+    output_fds=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    control_fd=st.none() | st.integers(3, 9),
+    scratch=st.text(max_size=10),
+)
+
+
+@given(settings)
+def test_settings_leave_the_environment(given: WorkerSettings) -> None:
+    """A worker takes what the supervisor hands over, as it was; the children of the worker do not see it."""
+    environment = {"LASTCALL_WORKER": given.to_json()}
+    assert WorkerSettings.take(environment) == given
     assert environment == {}
+
+
+def test_settings_of_an_older_supervisor() -> None:
+    """After an upgrade a running supervisor starts newer workers: no key too many or too few is an error."""
+    text = json.dumps({"control_fd": 3, "drain": 5, "output_fds": [4, 5]})
+    assert WorkerSettings.from_json(text) == WorkerSettings(control_fd=3, output_fds=(4, 5))
 
 
 def test_settings_of_a_worker_alone() -> None:
     """LASTCALL_GRACE is its whole budget: what is kept back for the close never takes more than half."""
-    settings = Settings.take({"LASTCALL_GRACE": "20"})
-    assert settings.drain == 10 and settings.close < 10
-    assert Settings.take({}).drain == 3565
+    planned = WorkerSettings.take({"LASTCALL_GRACE": "20"}).plan(0.0)
+    assert planned.drain_at == pytest.approx(10) and planned.close_at - planned.drain_at < 10
+    assert WorkerSettings.take({}).plan(0.0).drain_at == 3565
+    for wrong in ("", "soon", "-1", "inf", "nan"):
+        assert WorkerSettings.take({"LASTCALL_GRACE": wrong}).grace == DEFAULT_GRACE
+
+
+@given(settings, st.floats(0, 1e6))
+def test_a_lost_worker_keeps_the_budget(given: WorkerSettings, started_at: float) -> None:
+    """A worker whose supervisor is gone lays its stop out exactly as the supervisor would have."""
+    assert given.plan(started_at) == plan(started_at, given.grace, given.shares)
 
 
 @pytest.mark.parametrize("how", ["blocked", "ignored", "open"])
@@ -245,3 +275,18 @@ def test_worker_alone_says_its_usage() -> None:
     assert done.returncode == 2 and b"usage: python -m lastcall.worker TARGET" in done.stderr
     done = subprocess.run([*command, "none.py"], capture_output=True, check=False, timeout=20, cwd="/")
     assert done.returncode == 78 and done.stderr.startswith(b"lastcall: no file 'none.py'")
+
+
+def test_variables_have_their_names_in_one_place() -> None:
+    """No code spells the name of a variable of lastcall out; the sample is an agent as users write them."""
+    prefix = variables.PREFIX
+    names = {
+        value for value in vars(variables).values() if isinstance(value, str) and value.startswith(prefix)
+    }
+    root = Path(variables.__file__).parents[2]
+    for path in [*(root / "worker").rglob("*.py"), *(root / "supervisor").rglob("*.py")]:
+        if path.name in ("variables.py", "sample.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            spelled = isinstance(node, ast.Constant) and node.value in names - {prefix}
+            assert not spelled, f"{path}:{getattr(node, 'lineno', 0)}"

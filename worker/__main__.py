@@ -20,33 +20,32 @@ import uvloop
 
 from lastcall.worker import scratch
 from lastcall.worker import target as loading
+from lastcall.worker.base import variables
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError, TargetError
-from lastcall.worker.base.settings import Settings
-from lastcall.worker.base.stopping import OTHERS, Stopping
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import leave
+from lastcall.worker.base.settings import WorkerSettings
+from lastcall.worker.base.stopping import SUPERVISOR_SIGNALS, Stopping
 from lastcall.worker.base.wire import Fault, Loaded
 
 if TYPE_CHECKING:
     from lastcall.worker.host import Host
-
-EX_FAILED = 1
-EX_USAGE = 2
-EX_CONFIG = 78
 
 
 def main() -> NoReturn:
     """Run the worker and end the process with its exit code."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m lastcall.worker TARGET", file=sys.stderr)
-        raise SystemExit(EX_USAGE)
-    settings = Settings.take(os.environ)
+        raise SystemExit(Exit.USAGE)
+    settings = WorkerSettings.take(os.environ)
     for fd in (*settings.output_fds, settings.control_fd, settings.lifeline_fd):
         if fd is not None:
             os.set_inheritable(fd, False)
     # The one signal without a loop handler: its use is to show where a loop that runs no handler is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHERS)
-    os.environ["LASTCALL_WORKER_PID"] = str(os.getpid())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
+    os.environ[variables.WORKER_PID] = str(os.getpid())
     if settings.scratch:
         scratch.use(settings.scratch)
     changed = Condition()
@@ -55,14 +54,13 @@ def main() -> NoReturn:
         # The target is loaded before the loop runs, as it would be in a program of its own. The signals stay
         # blocked until then: uvloop forgets what its handlers received before it ran, the kernel does not.
         code = _host(runner, settings, stopping, changed, sys.argv[1])
-        # Nothing is left to do that an interpreter's end would do better: threads that livekit-agents never
-        # ends would be joined, and 10 ms go by. Output is all that has to get out.
+        # Not by the end of the interpreter: livekit-agents has threads that never end, and 10 ms would go by.
         scratch.remove()
-        _leave(code)
+        leave(code)
 
 
 def _host(
-    runner: asyncio.Runner, settings: Settings, stopping: Stopping, changed: Condition, target: str
+    runner: asyncio.Runner, settings: WorkerSettings, stopping: Stopping, changed: Condition, target: str
 ) -> int:
     from lastcall.worker.host import Host
 
@@ -70,11 +68,11 @@ def _host(
     try:
         _load(host, runner.get_loop(), target)
     except TargetError as error:
-        return _fault(host, EX_CONFIG, error, error.traceback)
+        return _fault(host, Exit.CONFIG, error, error.traceback)
     except Incompatible as error:
-        return _fault(host, EX_CONFIG, error, "")
+        return _fault(host, Exit.CONFIG, error, "")
     except StartError as error:
-        return _fault(host, EX_FAILED, error, error.traceback)
+        return _fault(host, Exit.FAILED, error, error.traceback)
     code = runner.run(host.run())
     if host.engine is not None and host.engine.error is not None:
         failure = host.engine.error
@@ -102,11 +100,13 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     agent_server.set_up_logging(server, coloured=host.settings.coloured)
     agent_server.use_private_ports(server)
     agent_server.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
-    from lastcall.worker.job.setup import Held, Setup
+    from lastcall.worker.job.rehearsed import RehearsedEntrypoint
+    from lastcall.worker.job.setup import Setup
 
     server.setup_fnc = Setup(server.setup_fnc)
-    if host.settings.hold:
-        agent_server.wrap_entrypoint(server, lambda user: Held(user, host.settings.hold))
+    rehearsal = host.settings.rehearsal
+    if rehearsal is not None:
+        agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
     host.adopt(server)
     host.control.say(Loaded(agent_name=agent_server.agent_name(server)))
 
@@ -118,15 +118,6 @@ def _fault(host: "Host", code: int, error: BaseException, traceback: str) -> int
             print(traceback, file=sys.stderr, end="")
         print(f"lastcall: {error}", file=sys.stderr)
     return code
-
-
-def _leave(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue  # nobody reads any more
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.stopping import unshielded
 from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays
 from lastcall.worker.jobs import Job, Jobs
 from lastcall.worker.sdk import agent_server
-from lastcall.worker.shield import unshielded
 
 Report = Callable[[WorkerSays], None]
 

@@ -9,8 +9,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 PREFIX = "lk_agents"
-# Well below what one control message may hold.
-LIMIT = 128 * 1024
+# Half of a control message (`wire.MAX_LINE_BYTES`): JSON escapes each quote and newline of the text.
+MAX_TEXT_BYTES = 128 * 1024
 
 
 class _Only:
@@ -33,4 +33,4 @@ def text() -> str:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     exposition = generate_latest(_Only(registry)).decode()  # type: ignore[arg-type]  # collect() is all it needs
-    return exposition if len(exposition) <= LIMIT else ""
+    return exposition if len(exposition) <= MAX_TEXT_BYTES else ""

@@ -13,16 +13,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import socket
 from typing import Any, assert_never
 
 from lastcall.worker import exposition, orphan_output
+from lastcall.worker.base.budget import close_by
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import rss_bytes
 from lastcall.worker.base.resources import Resources
-from lastcall.worker.base.settings import Settings
+from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import Stopping, stop_on_signals
 from lastcall.worker.base.wire import (
     FOR_WORKER,
@@ -33,7 +35,7 @@ from lastcall.worker.base.wire import (
     Fence,
     Fenced,
     Hold,
-    Metrics,
+    MetricsText,
     Resource,
     ShieldOpen,
     Terminate,
@@ -45,16 +47,16 @@ from lastcall.worker.inworld.plugin.attached import plugin_connections
 
 log = logging.getLogger("lastcall.worker")
 
-# Of the close share, what is kept back for reporting the ends of killed jobs and closing resources.
-TAIL = 5.0
+# Seconds of the close. Ours: killed jobs have to be reported to the server, and the connection is closed, a
+# round trip each.
+KEPT_FOR_REPORTS = 5.0
 OTHERS_FIRST = 0.01
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Host:
     """Owns the engine, the control connection and the stop of one worker process."""
 
-    def __init__(self, settings: Settings, stopping: Stopping, changed: Condition) -> None:
+    def __init__(self, settings: WorkerSettings, stopping: Stopping, changed: Condition) -> None:
         self.settings = settings
         self.stopping = stopping
         self.changed = changed
@@ -119,8 +121,8 @@ class Host:
             self.stopping.begin(reason)
             log.error("worker is going down", extra={"reason": reason})
         if self._deadlines is None:
-            drain_at = now() + self.settings.drain
-            self._deadlines = Drain(drain_at=drain_at, close_at=drain_at + self.settings.close)
+            planned = self.settings.plan(now())
+            self._deadlines = Drain(drain_at=planned.drain_at, close_at=planned.close_at)
         fenced_at = await self._fence(engine)
         # The other workers of the host fence in this very moment. A process that ends takes its time of the
         # processor, and so does a supervisor that hears of it: theirs first.
@@ -129,9 +131,10 @@ class Host:
         self.control.say(Fenced(reason=self.stopping.reason, at=fenced_at))
         await self.changed.until(lambda: not len(engine.jobs), self._drain_at)
         self.control.say(Drained())
-        share = max(0.0, self._deadlines.close_at - self._deadlines.drain_at)
-        close_at = min(self._deadlines.close_at, now() + share)
-        kill_at = close_at - min(TAIL, share / 5)
+        began = now()
+        deadlines = self._deadlines
+        close_at = close_by(began, drain_at=deadlines.drain_at, close_at=deadlines.close_at)
+        kill_at = close_at - min(KEPT_FOR_REPORTS, (close_at - began) / 5)
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
             await engine.end_jobs(self._or_now(kill_at), close_at)
@@ -142,9 +145,9 @@ class Host:
             self.control.say(Resource(name=resource.name, fate=resource.fate, counts=resource.counts))
         await asyncio.sleep(0)
         if failed:
-            return 1
+            return Exit.FAILED
         clean = not engine.jobs.cut and all(r.fate == "closed" for r in census)
-        return 0 if clean else 75
+        return Exit.CLEAN if clean else Exit.FORCED
 
     async def _fence(self, engine: Engine) -> float:
         """Tell the server, and return when that was done."""
@@ -180,7 +183,7 @@ class Host:
                 if self.engine is not None:
                     self.engine.hold(on)
             case AskMetrics(id=id):
-                self.control.say(Metrics(id=id, text=exposition.text()))
+                self.control.say(MetricsText(id=id, text=exposition.text()))
             case _:
                 assert_never(message)
         self.changed.notify()
@@ -219,7 +222,7 @@ class Host:
             Beat(
                 lag_ms=round(self._lag * 1000, 2),
                 load=round(load, 4) if math.isfinite(load) else 0.0,  # a load_fnc may return anything
-                rss_bytes=_rss(),
+                rss_bytes=rss_bytes(),
                 registered=engine.is_registered,
                 accepting=engine.accepts and not self.stopping.is_set,
                 warm=engine.is_warm,
@@ -227,8 +230,3 @@ class Host:
         )
         if engine.is_lost:
             self.changed.notify()
-
-
-def _rss() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * PAGE

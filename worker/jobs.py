@@ -28,8 +28,9 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.wire import JobEnded, JobFate, JobStarted
 
-# Longer names are clipped: a message to the supervisor has a bound, and a job is not refused for its name.
-MAX_NAME = 1024
+# Characters of a name that are told. Ours: a message has a bound (`wire.MAX_LINE_BYTES`), and no job is
+# refused for the length of its name.
+MAX_NAME_LENGTH = 1024
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -91,8 +92,8 @@ class Jobs:
         if record is None:
             record = Job(
                 id=job.id,
-                room=job.room.name[:MAX_NAME],
-                dispatch_id=job.dispatch_id[:MAX_NAME],
+                room=job.room.name[:MAX_NAME_LENGTH],
+                dispatch_id=job.dispatch_id[:MAX_NAME_LENGTH],
                 accepted_at=now(),
             )
             self._jobs[job.id] = record

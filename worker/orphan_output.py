@@ -14,7 +14,8 @@ import contextlib
 import os
 from collections.abc import Iterable
 
-CHUNK = 1 << 16
+# As much as a pipe of Linux holds (pipe(7)).
+PIPE_BYTES = 1 << 16
 
 
 def drain_forever(fds: Iterable[int]) -> None:
@@ -27,4 +28,4 @@ def drain_forever(fds: Iterable[int]) -> None:
 
 def _discard(fd: int) -> None:
     with contextlib.suppress(BlockingIOError):
-        os.read(fd, CHUNK)
+        os.read(fd, PIPE_BYTES)

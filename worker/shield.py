@@ -20,10 +20,9 @@ import asyncio
 import multiprocessing.resource_tracker
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import FrameType
 
-from lastcall.worker.base.stopping import OTHERS, SHIELDED, STOP_SIGNALS
+from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS, SUPERVISOR_SIGNALS
 
 
 def raise_shield(loop: asyncio.AbstractEventLoop) -> None:
@@ -50,7 +49,7 @@ def _start_tracker() -> None:
 
     # Not add_signal_handler: no loop runs yet, and uvloop forgets what comes before one does.
     before = {number: signal.signal(number, catch) for number in STOP_SIGNALS}
-    signal.pthread_sigmask(signal.SIG_BLOCK, OTHERS)  # the tracker keeps these blocked
+    signal.pthread_sigmask(signal.SIG_BLOCK, SUPERVISOR_SIGNALS)  # the tracker keeps these blocked
     try:
         multiprocessing.resource_tracker.ensure_running()
     finally:
@@ -59,23 +58,4 @@ def _start_tracker() -> None:
             signal.signal(number, handler)
         for each in caught:
             signal.raise_signal(each)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHERS)
-
-
-def unshielded(pid: int) -> frozenset[signal.Signals]:
-    """Return the shielded signals that would end the process: neither blocked, ignored nor caught.
-
-    Read from /proc/PID/status; a process that is gone needs no shield and gives an empty set.
-    """
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return frozenset()
-    safe = 0
-    for line in status.splitlines():
-        name, _, value = line.partition(":")
-        if name in ("SigBlk", "SigIgn", "SigCgt"):
-            safe |= int(value, 16)
-        elif name == "State" and value.strip().startswith("Z"):
-            return frozenset()
-    return frozenset(number for number in SHIELDED if not safe >> (number - 1) & 1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)

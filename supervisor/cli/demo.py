@@ -20,12 +20,13 @@ from lastcall.supervisor.cli.local_server import local_server
 from lastcall.supervisor.cli.tables import receipt_table, status_table
 from lastcall.supervisor.config import Config, Inworld
 from lastcall.supervisor.environment import surroundings
-from lastcall.supervisor.errors import Exit
 from lastcall.supervisor.processes.output_writer import Sink
 from lastcall.supervisor.signals import Inbox
 from lastcall.supervisor.views.status import View
 from lastcall.worker import local
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.settings import WorkerSettings
 
 GRACE = 30.0
 CALL_SECONDS = 4.0
@@ -53,7 +54,7 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
         screen = _Screen(console) if console.is_terminal else None
         around = surroundings(
             environment={**os.environ, **server.environment, **speech.environment},
-            worker_settings={"mock_room": True},
+            worker_settings=WorkerSettings(mock_room=True),
             spared_pids=frozenset({server.pid, speech.pid}),
             quiet_workers=True,
             quiet_receipt=True,  # it is shown below, for people

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from lastcall.supervisor.errors import UsageError
+from lastcall.worker.base.budget import DEFAULT_GRACE
 
 KINDS = ("systemd", "docker", "compose", "k8s")
 
@@ -46,7 +47,7 @@ def _unit(
 ) -> None:
     """Print a unit, Dockerfile, compose file or manifests whose kill timers fit the grace."""
     from lastcall.supervisor.deploy import docker, k8s, systemd
-    from lastcall.supervisor.deploy.service import GRACE, Service, Timers, seconds
+    from lastcall.supervisor.deploy.service import Service, Timers, seconds
 
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of unit: expected {', '.join(KINDS)}")
@@ -66,7 +67,7 @@ def _unit(
         program=_program(program) if kind == "systemd" else "lastcall",
         directory=os.getcwd(),
         workers=1 if workers is None else workers,
-        timers=Timers(grace=GRACE if grace is None else grace),
+        timers=Timers(grace=DEFAULT_GRACE if grace is None else grace),
         printed_by=shlex.join(["lastcall", "unit", kind, target, *given]),
     )
     render = {

@@ -18,8 +18,10 @@ from lastcall.supervisor.app import App
 from lastcall.supervisor.cli.local_server import local_server
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.environment import surroundings
-from lastcall.supervisor.errors import Exit, Refused
+from lastcall.supervisor.errors import Refused
 from lastcall.supervisor.signals import Inbox
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.settings import WorkerSettings
 
 GRACE = 10.0
 DEBOUNCE_MS = 300
@@ -50,13 +52,13 @@ async def dev(inbox: Inbox, load: Callable[[], Config], *, directory: Path) -> E
     async with AsyncExitStack() as stack:
         environment = dict(os.environ)
         known = {**environment, **configuration.environment_of(config.env_file)}
-        settings: dict[str, object] = {}
+        settings = WorkerSettings()
         spared: frozenset[int] = frozenset()
         is_local = not known.get("LIVEKIT_URL")
         if is_local:
             server = await stack.enter_async_context(local_server("lastcall.worker.local", ["--greet"]))
             environment |= server.environment
-            settings, spared = {"mock_room": True}, frozenset({server.pid})
+            settings, spared = WorkerSettings(mock_room=True), frozenset({server.pid})
         around = surroundings(
             environment=environment,
             worker_settings=settings,

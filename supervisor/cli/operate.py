@@ -17,6 +17,7 @@ from rich.live import Live
 from lastcall.supervisor.cli.tables import status_table
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.base import variables
 
 REFRESH = 0.5
 LOOK_AGAIN = 0.1
@@ -33,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 
 def _socket(control: str) -> Path:
     if control == "auto":
-        control = os.environ.get("LASTCALL_CONTROL", "auto")
+        control = os.environ.get(variables.CONTROL, "auto")
     return control_socket.find(control)
 
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 
 from lastcall.supervisor.config import Start
 from lastcall.supervisor.errors import UsageError
-from lastcall.worker.base.budget import Shares
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
 MARGIN = 30
-GRACE = 3600.0
 # A job's shutdown callbacks run 15 s after it was asked to end, and the last 5 s of the share aren't its own.
 CALLBACKS_NEED = 18.0
 
@@ -33,7 +32,7 @@ HOMES = ("/home", "/root", "/run/user")
 class Timers:
     """Seconds. Every kill timer that lastcall prints is one of these properties."""
 
-    grace: float = GRACE
+    grace: float = DEFAULT_GRACE
     pre_stop: int = 0
     margin: int = MARGIN
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lastcall.supervisor.deploy.service import MARGIN, Timers, seconds
 from lastcall.supervisor.doctor.facts import Facts, Finding, Verdict
+from lastcall.worker.base import variables
 
 Check = Callable[[Facts], Finding | None]
 
@@ -152,7 +153,7 @@ def unit(facts: Facts) -> Finding | None:
 
 def kill_timer(facts: Facts) -> Finding:
     """The platform's kill timer against grace."""
-    given = facts.environment.get("LASTCALL_PLATFORM_GRACE", "")
+    given = facts.environment.get(variables.PLATFORM_GRACE, "")
     platform = next((each for each in PLATFORMS if each.variable in facts.environment), None)
     needed = Timers(grace=facts.grace).kill_after
     name = platform.name if platform else "the container runtime" if facts.in_container else "the platform"
@@ -167,7 +168,7 @@ def kill_timer(facts: Facts) -> Finding:
         except ValueError:
             timer = math.nan
         if math.isnan(timer):
-            why = f"LASTCALL_PLATFORM_GRACE is {given!r}, no number"
+            why = f"{variables.PLATFORM_GRACE} is {given!r}, no number"
             return Finding(check="kill timer", verdict="fail", why=why, do="give the kill timer in seconds")
         if timer < facts.grace:
             why = f"{name} kills after {timer:g} s, grace is {seconds(facts.grace)} s: calls would be cut"
@@ -183,7 +184,7 @@ def kill_timer(facts: Facts) -> Finding:
             check="kill timer",
             verdict="warn",
             why=f"{name} kills after {default} s unless told otherwise, and nothing says what it was told",
-            do=f"set its timer to {needed} s, and LASTCALL_PLATFORM_GRACE={needed} beside it",
+            do=f"set its timer to {needed} s, and {variables.PLATFORM_GRACE}={needed} beside it",
         )
     why = "no container and no platform that would kill by itself"
     return Finding(check="kill timer", verdict="ok", why=why)

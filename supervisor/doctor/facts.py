@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lastcall.worker.base.budget import DEFAULT_GRACE
+
 Verdict = Literal["ok", "warn", "fail"]
 
 
@@ -55,7 +57,7 @@ class Facts:
 
     config_error: str = ""
     target: str = ""
-    grace: float = 3600.0
+    grace: float = DEFAULT_GRACE
     workers: int = 1
     http: str = "127.0.0.1:8080"
     pid: int = 2

@@ -11,6 +11,7 @@ from lastcall.supervisor.doctor.facts import Trial
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.base.stopping import unshielded
 
 GRACE = 10.0
 WARM = 10.0
@@ -21,16 +22,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def look(target: str) -> Trial:
     """Return what was seen; that the target can't be started is a finding, and no error of ours."""
     try:
-        with Stage(target, grace=GRACE, settings={"mock_room": True}) as stage:
+        with Stage(target, grace=GRACE) as stage:
             stage.wait_ready()
             document = control_socket.ask(stage.directory / "control", "status")
             ours = {stage.pid, *(slot["pid"] for slot in document["slots"])}
             due = time.monotonic() + WARM
             while not (others := _framework(stage, ours)) and time.monotonic() < due:
                 time.sleep(0.1)
-            holes = {
-                f"{name} (pid {pid})": found for pid, name in others.items() if (found := unshielded(pid))
-            }
+            holes = {f"{name} (pid {pid})": found for pid, name in others.items() if (found := open_to(pid))}
             pss = sum(_pss(pid) for pid in stage.processes() if pid != stage.pid)
             stage.signal(signal.SIGTERM)
             code = stage.wait_end(END, lambda: None)
@@ -50,17 +49,9 @@ def _framework(stage: Stage, ours: set[int]) -> dict[int, str]:
     return found
 
 
-def unshielded(pid: int) -> tuple[str, ...]:
-    """Return the stop signals that would end the process: neither blocked, ignored nor caught."""
-    safe = 0
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("SigBlk", "SigIgn", "SigCgt"):
-                safe |= int(value, 16)
-    except OSError:
-        return ()  # it has ended
-    return tuple(number.name for number in STOP_SIGNALS if not safe >> (number - 1) & 1)
+def open_to(pid: int) -> tuple[str, ...]:
+    """Return the stop signals that would end the process."""
+    return tuple(number.name for number in STOP_SIGNALS if number in unshielded(pid))
 
 
 def _pss(pid: int) -> int:

@@ -24,6 +24,7 @@ from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import JobEntry, Ledger, StopRecord
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import (
     OF_WORKER,
     Beat,
@@ -302,7 +303,7 @@ class Generation:
             return False
         if self.is_opaque:  # its exit code is its own affair, and to die of SIGTERM is the default
             return status.code is not None or status.signal is signal.SIGTERM
-        return status.code in (0, 75)
+        return status.code in (Exit.CLEAN, Exit.FORCED)
 
     def _post_mortem(self, launched: Launched) -> dict[str, Any]:
         """Return what helps at three in the morning: the last sign of life and the last words."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from lastcall.worker.base.backoff import Backoff
 
+# Of each delay. Ours: enough to spread a few slots, and no delay is much shorter than the one configured.
 JITTER = 0.2
 
 
@@ -31,15 +32,14 @@ class Restarts:
 
     def __init__(self, policy: RestartPolicy, rng: random.Random) -> None:
         self._policy = policy
-        self._backoff = Backoff(first=policy.first, cap=policy.cap, jitter=JITTER, rng=rng)
-        # The next failure is the first after a stable time.
-        self._was_stable = True
+        self._backoff = Backoff(policy.first, policy.cap, jitter=JITTER, random=rng)
         self._failures: deque[float] = deque(maxlen=policy.intensity + 1)
+        self._was_stable = True
 
     def forget(self) -> None:
         """Start afresh, as for a new program."""
         self._was_stable = True
-        self._backoff.reset()
+        self._backoff.succeed()
         self._failures.clear()
 
     def delay(self, now: float, *, uptime: float) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any, assert_never
 
 from lastcall.supervisor.receipt import JobEntry, Ledger, ResourceEntry, StopRecord
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import (
     Beat,
     Drained,
@@ -16,14 +17,12 @@ from lastcall.worker.base.wire import (
     JobNotAsked,
     JobStarted,
     Loaded,
-    Metrics,
+    MetricsText,
     Ready,
     Resource,
     ShieldOpen,
     WorkerSays,
 )
-
-EX_CONFIG = 78
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +98,7 @@ class WorkerView:
                 if self.counts_for_receipt:
                     entry = ResourceEntry(name=name, fate=fate, slot=self._slot, counts=counts)
                     self._record.resources.append(entry)
-            case Metrics(id=id, text=text):
+            case MetricsText(id=id, text=text):
                 self.metrics = text
                 self.metrics_told = id
             case ShieldOpen(pid=pid, open_to=open_to):
@@ -108,7 +107,7 @@ class WorkerView:
                 self._log.warning("job could not be asked to end", error=text)
             case Fault():
                 self.fault = message.message
-                self.is_config_error = message.exit == EX_CONFIG
+                self.is_config_error = message.exit == Exit.CONFIG
             case _:
                 assert_never(message)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-MARK = "LASTCALL_MARK"
+from lastcall.worker.base.variables import MARK
 
 
 def mark_of(supervisor: str, slot: int, generation: int) -> str:
@@ -79,14 +79,6 @@ def kill(processes: Iterable[psutil.Process]) -> int:
             process.kill()
             hit += 1
     return hit
-
-
-def rss_bytes(pid: int | None = None) -> int:
-    """Return the resident size of a process, this one by default; 0 when it is gone."""
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -12,21 +12,22 @@ An opaque worker gets the first two rows only.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lastcall.supervisor.errors import SpawnError
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
-from lastcall.supervisor.processes.descendants import MARK, mark_of
+from lastcall.supervisor.processes.descendants import mark_of
 from lastcall.supervisor.processes.output_reader import Relay
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.supervisor.signals import SHIELDED
+from lastcall.worker.base import variables
+from lastcall.worker.base.settings import WorkerSettings
 
 CONTROL_FD = 3
 OUTPUT_FDS = (4, 5)
@@ -74,7 +75,7 @@ class Launcher:
     command: Sequence[str]
     supervisor_id: str
     environment: Mapping[str, str]
-    settings: Mapping[str, object]
+    settings: WorkerSettings
     reaper: Reaper
     prefixes: bool
     # A pipe's end that workers hold for as long as they live; the companion has the other.
@@ -90,7 +91,7 @@ class Launcher:
         """Start one worker. Raises SpawnError."""
         mark = mark_of(self.supervisor_id, slot, generation)
         environment = {k: v for k, v in self.environment.items() if k not in NOT_INHERITED}
-        environment[MARK] = mark
+        environment[variables.MARK] = mark
         ours: list[int] = []
         theirs: dict[int, int] = {}
         control = None
@@ -108,16 +109,16 @@ class Launcher:
                 theirs[CONTROL_FD] = high(far.detach())
                 if self.lifeline is not None:
                     theirs[LIFELINE_FD] = high(os.dup(self.lifeline))
-                settings = {
-                    **self.settings,
-                    "control_fd": CONTROL_FD,
-                    "output_fds": OUTPUT_FDS,
-                    "lifeline_fd": LIFELINE_FD if self.lifeline is not None else None,
-                    "slot": slot,
-                    "generation": generation,
-                    "scratch": scratch,
-                }
-                environment["LASTCALL_WORKER"] = json.dumps(settings)
+                settings = replace(
+                    self.settings,
+                    control_fd=CONTROL_FD,
+                    output_fds=OUTPUT_FDS,
+                    lifeline_fd=LIFELINE_FD if self.lifeline is not None else None,
+                    slot=slot,
+                    generation=generation,
+                    scratch=scratch,
+                )
+                environment[variables.WORKER] = settings.to_json()
                 environment.setdefault("PYTHONUNBUFFERED", "1")
                 argv = [sys.executable, "-P", "-m", "lastcall.worker", self.target]
             child = spawn(

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from lastcall.supervisor.rehearsal.scenes import Verdict
+from lastcall.supervisor.rehearsal.scenes import SceneResult
 
 SCHEMA = 1
 
 
-def line(verdict: Verdict) -> str:
+def line(verdict: SceneResult) -> str:
     """Return what is printed of one scene, with its problems below it."""
     head = f"{'ok  ' if verdict.is_good else 'FAIL'}  {verdict.scene.name:<10} {verdict.seconds:5.1f} s"
     below = [f"        {problem}" for problem in verdict.problems]
@@ -19,7 +19,7 @@ def line(verdict: Verdict) -> str:
     return "\n".join([f"{head}  {verdict.scene.says}", *below])
 
 
-def document(target: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def document(target: str, verdicts: Sequence[SceneResult]) -> dict[str, Any]:
     """Return the result, ready for JSON."""
     return {
         "schema": SCHEMA,
@@ -41,7 +41,7 @@ def document(target: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def junit(target: str, verdicts: Sequence[Verdict]) -> str:
+def junit(target: str, verdicts: Sequence[SceneResult]) -> str:
     """Return the result as JUnit XML, one test case a scene."""
     seconds = f"{sum(verdict.seconds for verdict in verdicts):.3f}"
     failures = str(sum(not verdict.is_good for verdict in verdicts))

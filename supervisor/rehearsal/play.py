@@ -6,18 +6,20 @@ import signal
 import time
 from collections.abc import Iterator
 
-from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, Seen, Verdict, judge
-from lastcall.supervisor.rehearsal.stage import BEGINS, Stage, StageError
+from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, SceneResult, Seen, judge
+from lastcall.supervisor.rehearsal.stage import Stage, StageError
+from lastcall.worker.base.wire import EntrypointBegan, EntrypointFailed, EntrypointOver, ShutdownAsked
 
+# Ours: one job would not show that the second is cut, and more take memory that a pipeline may not have.
 JOBS = 2
-JOBS_UP = 25.0
+# Seconds until they run. livekit-agents gives a job process 10 s to initialize (`initialize_process_timeout`
+# in worker.py), and on a small machine starts one after the other.
+JOBS_RUN_WITHIN = 25.0
+# Seconds between offers during the stop. Ours: some fall into the fence, which takes milliseconds.
 OFFER_EVERY = 0.1
-FAILED = "entrypoint failed in the rehearsal"
-OVER = "entrypoint is over in the rehearsal"
-SHUTDOWN = "shutdown was asked for in the rehearsal"
 
 
-def rehearse(target: str, *, workers: int) -> Iterator[Verdict]:
+def rehearse(target: str, *, workers: int) -> Iterator[SceneResult]:
     """Yield the verdict on each scene as it is over. Raises ConfigError when the target is wrong.
 
     A scene that could not be played is the last: what was in its way would be in the way of the others.
@@ -29,18 +31,17 @@ def rehearse(target: str, *, workers: int) -> Iterator[Verdict]:
             return
 
 
-def play(scene: Scene, target: str, *, workers: int) -> Verdict:
+def play(scene: Scene, target: str, *, workers: int) -> SceneResult:
     """Play one scene. Raises ConfigError when the target is wrong."""
     began = time.monotonic()
-    settings = {"mock_room": True, "hold": scene.hold}
-    with Stage(target, grace=scene.grace, settings=settings, workers=workers) as stage:
+    with Stage(target, grace=scene.grace, job_seconds=scene.job_seconds, workers=workers) as stage:
         try:
             stage.wait_ready()
-            stage.wait_jobs(JOBS, JOBS_UP)
+            stage.wait_jobs(JOBS, JOBS_RUN_WITHIN)
             seen = _stop(scene, stage)
         except StageError as error:
             seconds = time.monotonic() - began
-            return Verdict(
+            return SceneResult(
                 scene=scene,
                 seconds=seconds,
                 problems=(str(error), *stage.errors()),
@@ -48,7 +49,7 @@ def play(scene: Scene, target: str, *, workers: int) -> Verdict:
                 output=stage.tail(),
             )
         problems, warnings = judge(scene, seen)
-        return Verdict(
+        return SceneResult(
             scene=scene,
             seconds=time.monotonic() - began,
             problems=tuple(problems),
@@ -76,24 +77,18 @@ def _stop(scene: Scene, stage: Stage) -> Seen:
 
     code = stage.wait_end(scene.patience, between)
     over_at = time.monotonic()
-    said = list(stage.log())
-
-    def jobs(message: str) -> frozenset[str]:
-        return frozenset(str(line.get("held_job")) for line in said if line.get("message") == message)
-
-    failures = (str(line.get("error", "")) for line in said if line.get("message") == FAILED)
+    heard = stage.heard
+    failures = (message.error for message in heard if isinstance(message, EntrypointFailed))
     return Seen(
         exit_code=code,
         seconds=over_at - stage.asked_at,
         ends=stage.ends(),
-        begun=jobs(BEGINS),
-        over=jobs(OVER),
+        begun=frozenset(message.job for message in heard if isinstance(message, EntrypointBegan)),
+        over=frozenset(message.job for message in heard if isinstance(message, EntrypointOver)),
         hung_up=frozenset(
-            str(line.get("held_job"))
-            for line in said
-            if line.get("message") == SHUTDOWN
-            and line.get("has_handler")
-            and float(line.get("held_at", 0.0)) >= stage.asked_at
+            message.job
+            for message in heard
+            if isinstance(message, ShutdownAsked) and message.has_handler and message.at >= stage.asked_at
         ),
         late=tuple(stage.accepted_late()),
         left=tuple(stage.processes()) if code is not None else (),

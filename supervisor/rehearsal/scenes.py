@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-HOLD = 3.0
-MARGIN = 10.0
-# A whole stop may be late by what a busy machine is late.
-LATE = 2.0
+from lastcall.worker.base.exit_codes import Exit
+
+# How long each job of a scene goes on. Ours: longer than a stop takes to reach everything.
+JOB_SECONDS = 3.0
+# Seconds after grace until a stop is no longer waited for. Ours.
+GIVE_UP_AFTER = 10.0
+# Seconds by which a whole stop may be late. Ours: what a busy machine is late.
+LATE_BY_AT_MOST = 2.0
 
 To = Literal["pid", "group", "everybody"]
 
@@ -22,17 +26,17 @@ class Scene:
     says: str
     sends: tuple[tuple[To, float], ...]
     grace: float = 30.0
-    hold: float = HOLD
+    job_seconds: float = JOB_SECONDS
 
     @property
     def is_cut_short(self) -> bool:
         """Whether the jobs are meant to outlast grace."""
-        return self.hold > self.grace
+        return self.job_seconds > self.grace
 
     @property
     def patience(self) -> float:
         """Seconds after which a stop that is not over will not be waited for."""
-        return self.grace + MARGIN
+        return self.grace + GIVE_UP_AFTER
 
 
 SCENES = (
@@ -40,7 +44,7 @@ SCENES = (
     Scene(name="group", says="kill -TERM -PGID, dumb-init, supervisord", sends=(("group", 0.0),)),
     Scene(name="everybody", says="systemd's default KillMode, Heroku", sends=(("everybody", 0.0),)),
     Scene(name="twice", says="a retry while it drains", sends=(("pid", 0.0), ("everybody", 0.3))),
-    Scene(name="deadline", says="a call longer than grace", sends=(("pid", 0.0),), grace=6.0, hold=60.0),
+    Scene(name="deadline", says="a call longer than grace", sends=(("pid", 0.0),), grace=6.0, job_seconds=60),
 )
 
 
@@ -65,7 +69,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class SceneResult:
     """What was wrong with a scene, and what is only worth knowing."""
 
     scene: Scene
@@ -84,13 +88,13 @@ class Verdict:
 def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
     """Return problems and warnings, each one line."""
     problems = []
-    code = 75 if scene.is_cut_short else 0
+    code = Exit.FORCED if scene.is_cut_short else Exit.CLEAN
     if seen.exit_code is None:
         problems.append(f"the stop was not over after {scene.patience:.0f} s")
     elif seen.exit_code != code:
         outcome = seen.receipt.get("outcome", "none")
         problems.append(f"exit code {seen.exit_code}, expected {code} (receipt: {outcome})")
-    if seen.exit_code is not None and seen.seconds > scene.grace + LATE:
+    if seen.exit_code is not None and seen.seconds > scene.grace + LATE_BY_AT_MOST:
         problems.append(f"the stop took {seen.seconds:.1f} s with a grace of {scene.grace:g} s")
     told = ((job, _what_happened(scene, seen, job, end)) for job, end in seen.ends.items())
     problems += [f"job {job}: {what}" for job, what in told if what]

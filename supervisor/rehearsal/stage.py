@@ -12,6 +12,7 @@ import os
 import secrets
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,20 +23,23 @@ from typing import Any
 
 from lastcall.supervisor.errors import ConfigError, NotRunning, SupervisorError
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.base import variables
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.settings import Rehearsal, WorkerSettings
+from lastcall.worker.base.wire import MAX_LINE_BYTES, OF_REHEARSED_JOB, EntrypointBegan, RehearsedJobSays
 
-TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
-SETTINGS = "LASTCALL_WORKER_REHEARSAL"
-SERVER_START = 20.0
-READY = 90.0
-# A worker that is registered, and not seen here for so long, is registered somewhere else.
-ELSEWHERE = 3.0
-LOOK = 0.02
-EX_CONFIG = 78
-# An agent that drops warnings does not say when its entrypoint begins; it is not waited for longer than this.
-BEGUN = 5.0
-BEGINS = "entrypoint begins in the rehearsal"
-# Where a log line, ours or livekit-agents', says what is wrong.
-SAYING = ("event", "message", "reason", "exc_info", "traceback")
+# Seconds. Ours: it takes about one, and much longer on a machine that is busy with other builds.
+SERVER_STARTS_WITHIN = 20.0
+# Seconds. Ours: agents load models at their start, and nobody waits in front of a pipeline.
+WORKERS_READY_WITHIN = 90.0
+# Seconds. Ours: the server sees a registration within milliseconds. A worker that is registered for so long,
+# and not seen here, is registered with another server.
+SEEN_HERE_WITHIN = 3.0
+LOOK_EVERY = 0.02
+# Seconds that entrypoints of running jobs may take to begin. Ours: the process of such a job is up already.
+ENTRYPOINTS_BEGIN_WITHIN = 5.0
+# Where a log line of lastcall, or of livekit-agents, says what is wrong.
+KEYS_THAT_SAY_WHY = ("event", "message", "reason", "exc_info", "traceback")
 
 
 class StageError(SupervisorError):
@@ -45,13 +49,12 @@ class StageError(SupervisorError):
 class Stage:
     """One supervisor and one dispatch server; use as a context manager."""
 
-    def __init__(
-        self, target: str, *, grace: float, settings: Mapping[str, object], workers: int = 1
-    ) -> None:
+    def __init__(self, target: str, *, grace: float, job_seconds: float = 0.0, workers: int = 1) -> None:
         self.target = target
         self.events: list[dict[str, Any]] = []
+        self.heard: list[RehearsedJobSays] = []
         self._grace = grace
-        self._settings = settings
+        self._job_seconds = job_seconds
         self._workers = workers
         self._token = secrets.token_hex(8)
         self._stack = contextlib.ExitStack()
@@ -61,6 +64,9 @@ class Stage:
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as stack:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lastcall-")))
+            self._jobs = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            self._jobs.setblocking(False)
+            self._jobs.bind(str(self.directory / "jobs"))
             environment = self._start_server(stack)
             self._start_supervisor(stack, environment)
             self._stack = stack.pop_all()
@@ -79,7 +85,7 @@ class Stage:
         stack.callback(_end, self._server)
         assert self._server.stdout is not None
         os.set_blocking(self._server.stdout.fileno(), False)
-        self._until(lambda: self.events, SERVER_START, "the local dispatch server did not start")
+        self._until(lambda: self.events, SERVER_STARTS_WITHIN, "the local dispatch server did not start")
         environment: dict[str, str] = self.events.pop(0)["environment"]
         return environment
 
@@ -88,8 +94,12 @@ class Stage:
         config = self.directory / "lastcall.toml"
         # What fails to start here will not mend itself: it is not tried for long.
         config.write_text("[restart]\nintensity = 2\nbackoff = [0.1, 0.2]\n")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LASTCALL_")}
-        environment |= {**livekit, TOKEN: self._token, SETTINGS: json.dumps(self._settings)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(variables.PREFIX)}
+        environment |= livekit
+        environment |= {
+            variables.REHEARSAL_TOKEN: self._token,
+            variables.REHEARSAL: self._worker_settings().to_json(),
+        }
         command = [sys.executable, "-P", "-m", "lastcall", "run", self.target, "--http", "off"]
         command += ["--config", str(config), "--log-format", "json"]
         command += ["--workers", str(self._workers), "--grace", str(self._grace)]
@@ -110,6 +120,12 @@ class Stage:
             )
         stack.callback(self._take_down)
 
+    def _worker_settings(self) -> WorkerSettings:
+        rehearsal = None
+        if self._job_seconds:
+            rehearsal = Rehearsal(job_seconds=self._job_seconds, socket=str(self.directory / "jobs"))
+        return WorkerSettings(mock_room=True, rehearsal=rehearsal)
+
     def _take_down(self) -> None:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
@@ -121,15 +137,17 @@ class Stage:
 
     def wait_ready(self) -> None:
         """Wait until every worker is registered here. Raises StageError, ConfigError for a wrong target."""
-        deadline, ready_at = time.monotonic() + READY, 0.0
+        deadline, ready_at = time.monotonic() + WORKERS_READY_WITHIN, 0.0
         while len(self.seen("registered")) < self._workers:
-            self._pump(LOOK)
+            self._pump(LOOK_EVERY)
             if self._supervisor.poll() is not None:
                 self._explain_end()
             ready_at = ready_at or (time.monotonic() if self._accepts() else 0.0)
-            if time.monotonic() > (ready_at + ELSEWHERE if ready_at else deadline):
+            if time.monotonic() > (ready_at + SEEN_HERE_WITHIN if ready_at else deadline):
                 raise StageError(self._why_not_ready())
-        self._until(self._accepts, READY, "no worker accepts jobs although all have registered")
+        self._until(
+            self._accepts, WORKERS_READY_WITHIN, "no worker accepts jobs although all have registered"
+        )
 
     def dispatch(self, room: str) -> None:
         """Offer one job; how it went is seen in the events."""
@@ -160,9 +178,9 @@ class Stage:
                     " refuses, or its job processes do not come up"
                 )
 
-        due = time.monotonic() + BEGUN
+        due = time.monotonic() + ENTRYPOINTS_BEGIN_WITHIN
         while self._begun() < count and time.monotonic() < due:
-            self._pump(LOOK)
+            self._pump(LOOK_EVERY)
 
     def signal(self, number: signal.Signals, *, group: bool = False, everybody: bool = False) -> None:
         """Send a signal to the supervisor, its process group, or every process there is."""
@@ -237,7 +255,7 @@ class Stage:
         """Return the last error that a worker has logged, with the exception's own line; or nothing."""
         found = [line for line in self.log() if str(line.get("level", "")).lower() == "error"]
         texts = [
-            ": ".join(str(text).strip().splitlines()[-1] for text in map(line.get, SAYING) if text)
+            ": ".join(str(text).strip().splitlines()[-1] for text in map(line.get, KEYS_THAT_SAY_WHY) if text)
             for line in found[-1:]
         ]
         return [f"its last error: {text}" for text in texts]
@@ -248,7 +266,7 @@ class Stage:
 
     def processes(self) -> list[int]:
         """Return every living process of this stage, wherever it went."""
-        mark = f"{TOKEN}={self._token}".encode()
+        mark = f"{variables.REHEARSAL_TOKEN}={self._token}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -258,28 +276,35 @@ class Stage:
         return found
 
     def _begun(self) -> int:
-        return sum(line.get("message") == BEGINS for line in self.log())
+        return sum(isinstance(message, EntrypointBegan) for message in self.heard)
 
     # -- waiting --------------------------------------------------------------------------------------
 
     def _until(self, condition: Callable[[], object], timeout: float, otherwise: str) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            self._pump(LOOK)
+            self._pump(LOOK_EVERY)
             if time.monotonic() > deadline:
                 raise StageError(otherwise)
 
     def _pump(self, seconds: float) -> None:
-        """Read what the server has said, waiting so long at most."""
+        """Read what the server and the jobs have said, waiting so long at most."""
         assert self._server.stdout is not None
-        fd = self._server.stdout.fileno()
+        server, jobs = self._server.stdout.fileno(), self._jobs.fileno()
         due = time.monotonic() + seconds
-        while select.select([fd], [], [], max(0.0, due - time.monotonic()))[0]:
-            data = os.read(fd, 1 << 16)
-            if not data:
-                raise StageError("the local dispatch server has ended; its own message is above")
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            self.events += [json.loads(line) for line in lines]
+        while readable := select.select([server, jobs], [], [], max(0.0, due - time.monotonic()))[0]:
+            if server in readable:
+                self._read_server(server)
+            if jobs in readable:
+                message = OF_REHEARSED_JOB.decode(self._jobs.recv(MAX_LINE_BYTES))
+                self.heard += [] if message is None else [message]
+
+    def _read_server(self, fd: int) -> None:
+        data = os.read(fd, 1 << 16)
+        if not data:
+            raise StageError("the local dispatch server has ended; its own message is above")
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self.events += [json.loads(line) for line in lines]
 
     def _accepts(self) -> bool:
         try:
@@ -292,7 +317,7 @@ class Stage:
         receipt = self.receipt()
         last = (self.directory / "log").read_text(errors="replace").strip().splitlines()[-1:]
         text = receipt.get("fault") or receipt.get("reason") or "".join(last).removeprefix("lastcall: ")
-        if self._supervisor.returncode == EX_CONFIG:
+        if self._supervisor.returncode == Exit.CONFIG:
             raise ConfigError(text)
         raise StageError(
             f"the supervisor ended with {self._supervisor.returncode} before it was ready: {text}"
@@ -305,8 +330,8 @@ class Stage:
                 " (ws_url=, or load_dotenv(override=True)); let LIVEKIT_URL of the environment win"
             )
         return (
-            f"no worker registered within {READY:.0f} s; if its URL is set in code, let LIVEKIT_URL of the"
-            " environment win"
+            f"no worker registered within {WORKERS_READY_WITHIN:.0f} s; if its URL is set in code, let"
+            " LIVEKIT_URL of the environment win"
         )
 
 

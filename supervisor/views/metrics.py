@@ -10,10 +10,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 
 from lastcall.supervisor.fleet.states import SlotState
-from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.views.status import View
 from lastcall.supervisor.views.worker_metrics import Joined
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.process import rss_bytes
 from lastcall.worker.base.wire import AskMetrics
 
 LABELS = ["slot", "generation"]
@@ -55,7 +55,7 @@ class Collector:
         yield GaugeMetricFamily(
             "lastcall_resident_memory_bytes",
             "Resident memory of the supervisor.",
-            value=descendants.rss_bytes(),
+            value=rss_bytes(),
         )
 
     def _slots(self) -> Iterator[Metric]:

@@ -30,7 +30,11 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
-        floors=("errors clock backoff", "condition wire budget settings", "stopping resources channel"),
+        floors=(
+            "errors clock exit_codes variables process backoff budget",
+            "condition wire settings",
+            "stopping resources channel",
+        ),
     ),
     "lastcall.worker.sdk": Room(
         idea="the private names of livekit-agents and multiprocessing",
@@ -38,7 +42,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
-        floors=("teardown", "setup"),
+        floors=("teardown", "setup", "rehearsed"),
     ),
     "lastcall.worker.inworld": Room(
         idea="the Inworld pool, the broker that shares it, and the plugin's side",

@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+# Seconds. Ours: no call of the users that we know of is longer, and platforms allow as much.
+DEFAULT_GRACE = 3600.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
@@ -91,6 +94,15 @@ def earliest(plans: Iterable[Deadlines]) -> Deadlines:
         end_at=tightest.end_at,
         shares=tightest.shares,
     )
+
+
+def close_by(now: float, *, drain_at: float, close_at: float) -> float:
+    """Return by when a close that begins now is over: after the close's share, and not later than planned.
+
+    A worker that has drained early gets the share from now on. With the rest of grace for its close, a
+    worker that hangs there would hold up the whole stop.
+    """
+    return min(close_at, now + max(0.0, close_at - drain_at))
 
 
 def plan(started_at: float, grace: float, shares: Shares) -> Deadlines:

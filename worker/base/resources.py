@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Counts, ResourceFate
 
-Closer = Callable[[float], Awaitable[Counts]]
+CloseFunction = Callable[[float], Awaitable[Counts]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,22 +23,22 @@ class Closed:
 
 
 class Resources:
-    """Closers, run in the reverse of the order in which they joined, under one deadline.
+    """Functions that close, run in the reverse of the order in which they joined, under one deadline.
 
-    A closer gets the absolute deadline and returns its counts. One that fails or overruns is `forced` and
-    does not keep the others from their turn. Closing again, also while the first is under way, returns the
+    Each gets the absolute deadline and returns its counts. One that fails or overruns is `forced` and does
+    not keep the others from their turn. Closing again, also while the first is under way, returns the
     same census.
     """
 
     def __init__(self) -> None:
-        self._closers: list[tuple[str, Closer]] = []
+        self._functions: list[tuple[str, CloseFunction]] = []
         self._census: asyncio.Future[list[Closed]] | None = None
 
-    def join(self, name: str, close: Closer) -> None:
+    def join(self, name: str, close: CloseFunction) -> None:
         """Have `close` run at the end, before everything that joined earlier."""
         if self._census is not None:
             raise RuntimeError(f"{name!r} joined after the close had begun")
-        self._closers.append((name, close))
+        self._functions.append((name, close))
 
     async def aclose(self, deadline: float) -> list[Closed]:
         """Close everything and say how it went. Idempotent, safe to call concurrently."""
@@ -47,15 +47,15 @@ class Resources:
         self._census = asyncio.get_running_loop().create_future()
         census: list[Closed] = []
         try:
-            while self._closers:
-                name, close = self._closers.pop()
+            while self._functions:
+                name, close = self._functions.pop()
                 census.append(await _close(name, close, deadline))
         finally:
             self._census.set_result(census)
         return census
 
 
-async def _close(name: str, close: Closer, deadline: float) -> Closed:
+async def _close(name: str, close: CloseFunction, deadline: float) -> Closed:
     began = now()
     counts: Counts = {}
     fate: ResourceFate = "closed"

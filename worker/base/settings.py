@@ -1,59 +1,89 @@
-"""What a worker process is told at its birth."""
+"""The settings that a worker process is given at its start."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 
-VARIABLE = "LASTCALL_WORKER"
-GRACE = 3600.0
-CLOSE = 25.0
-END = 10.0
+from lastcall.worker.base import variables
+from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Budget in seconds, descriptors, and place; the supervisor hands them over as JSON in one variable.
+class Rehearsal:
+    """How long each job is kept open, in seconds, and the datagram socket to which it says how it goes."""
 
-    `drain` and `close` are only what a worker uses until the supervisor sends better ones, and when it has
-    lost the supervisor. `max_running` is the most jobs at a time, 0 for no limit. `output_fds` are the read
-    ends of the worker's own standard output and error. `lifeline_fd` is only held, for as long as we live.
-    `hold`: seconds that a rehearsal keeps each job open. `scratch`: for multiprocessing's sockets.
+    job_seconds: float
+    socket: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Budget, limits, descriptors and place of one worker; times are in seconds.
+
+    The supervisor builds one value for all workers (`supervisor.program`), replaces the last six fields for
+    each worker (`processes.launch`), and hands the value over as JSON in one variable.
+
+    `max_running`: the most jobs at a time, 0 for no limit. `output_fds`: the read ends of the standard output
+    and error of the worker. `lifeline_fd`: only held, for as long as the worker lives. `scratch`: the
+    directory for the sockets of multiprocessing.
     """
 
+    grace: float = DEFAULT_GRACE
+    shares: Shares = field(default_factory=Shares)
+    beat: float = 1.0
+    max_running: int = 0
+    coloured: bool = False
+    mock_room: bool = False
+    rehearsal: Rehearsal | None = None
     control_fd: int | None = None
     output_fds: tuple[int, ...] = ()
     lifeline_fd: int | None = None
     slot: int = 0
     generation: int = 1
-    drain: float = GRACE - CLOSE - END
-    close: float = CLOSE
-    beat: float = 1.0
-    max_running: int = 0
-    coloured: bool = False
-    mock_room: bool = False
-    hold: float = 0.0
     scratch: str = ""
 
+    def plan(self, started_at: float) -> Deadlines:
+        """Return the deadlines of a stop that no supervisor has planned: the same as the supervisor's."""
+        return plan(started_at, self.grace, self.shares)
+
+    def to_json(self) -> str:
+        """Return the settings as the text that `from_json` reads."""
+        return json.dumps(asdict(self))
+
     @classmethod
-    def take(cls, environ: MutableMapping[str, str]) -> Settings:
-        """Read the settings and remove them from the environment, so that no child inherits them."""
-        text = environ.pop(VARIABLE, "")
+    def from_json(cls, text: str) -> WorkerSettings:
+        """Return the settings that `to_json` wrote, perhaps in an older or a newer version.
+
+        After an upgrade and a reload the supervisor is older than the workers that it starts: keys that are
+        not known are left out, keys that are missing have their defaults.
+        """
+        values = json.loads(text)
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        known["shares"] = Shares(**known.get("shares", {}))
+        known["output_fds"] = tuple(known.get("output_fds", ()))
+        if known.get("rehearsal") is not None:
+            known["rehearsal"] = Rehearsal(**known["rehearsal"])
+        return cls(**known)
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> WorkerSettings:
+        """Read the settings and remove them from the environment, so that no child inherits them.
+
+        Without a supervisor there are none, and LASTCALL_GRACE is the whole budget.
+        """
+        text = environ.pop(variables.WORKER, "")
         if text:
-            values = json.loads(text)
-            values["output_fds"] = tuple(values.get("output_fds", ()))
-            return cls(**values)
-        grace = _seconds(environ.get("LASTCALL_GRACE", ""))
-        reserved = min(CLOSE + END, grace / 2)
-        close = reserved * CLOSE / (CLOSE + END)
-        return cls(drain=grace - reserved, close=close, coloured=os.isatty(1))
+            return cls.from_json(text)
+        return cls(grace=_grace_of(environ.get(variables.GRACE, "")), coloured=os.isatty(1))
 
 
-def _seconds(text: str) -> float:
+def _grace_of(text: str) -> float:
     try:
-        value = float(text)
+        grace = float(text)
     except ValueError:
-        return GRACE
-    return value if value > 0 else GRACE
+        return DEFAULT_GRACE
+    return grace if grace > 0 and math.isfinite(grace) else DEFAULT_GRACE

@@ -1,6 +1,6 @@
-"""Signals and other reasons to stop, as one event with a reason and a count.
+"""Signals and other reasons to stop, as one event with a reason; and which signals a process is open to.
 
-A handler records and wakes, nothing else. Whoever decides reads `Stopping` afterwards, from ordinary code.
+A handler records and wakes, nothing else. Ordinary code reads `Stopping` afterwards, and decides.
 """
 
 from __future__ import annotations
@@ -9,32 +9,29 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lastcall.worker.base.condition import Condition
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
-# What they ask for is the supervisor's to do; whoever sends them to a whole group means it, too.
-OTHERS = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
-SHIELDED = STOP_SIGNALS | OTHERS
+# The supervisor acts on these. A process group that gets one of them has the supervisor in it.
+SUPERVISOR_SIGNALS = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+SHIELDED = STOP_SIGNALS | SUPERVISOR_SIGNALS
 
 
 class Stopping:
-    """Set once, by the first reason; later ones only count."""
+    """Set once, by the first reason; later reasons change nothing."""
 
     def __init__(self, changed: Condition) -> None:
         self.reason = ""
-        self.count = 0
+        self.is_set = False
         self._changed = changed
 
-    @property
-    def is_set(self) -> bool:
-        return self.count > 0
-
     def begin(self, reason: str) -> None:
-        """Record a reason to stop and wake who waits for one."""
-        self.count += 1
-        if self.count == 1:
+        """Record a reason to stop, and wake everybody who waits for one."""
+        if not self.is_set:
             self.reason = reason
+            self.is_set = True
         self._changed.notify()
 
 
@@ -55,3 +52,22 @@ def stop_on_signals(loop: asyncio.AbstractEventLoop, stopping: Stopping) -> Iter
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for number in STOP_SIGNALS:
             loop.remove_signal_handler(number)
+
+
+def unshielded(pid: int) -> frozenset[signal.Signals]:
+    """Return the shielded signals that would end the process: neither blocked, ignored nor caught.
+
+    Read from /proc/PID/status. A process that has ended, or may not be looked at, gives an empty set.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return frozenset()
+    safe = 0
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name in ("SigBlk", "SigIgn", "SigCgt"):
+            safe |= int(value, 16)
+        elif name == "State" and value.strip().startswith("Z"):
+            return frozenset()
+    return frozenset(number for number in SHIELDED if not safe >> (number - 1) & 1)

@@ -3,8 +3,8 @@ r"""The control protocol: what the supervisor and its processes say to each othe
 A stream socketpair carries one JSON object per line, UTF-8, at most MAX_LINE_BYTES with its newline. `type`
 is the name of a class below in snake case, `v` the version, and each other key a field of that class:
 
-    {"type": "ready", "v": 1, "worker_id": "AW_4711", "warm": false}\n
-    {"type": "drain", "v": 1, "drain_at": 81245.2, "close_at": 81270.2}\n
+    {"type": "ready", "v": 2, "worker_id": "AW_4711", "warm": false}\n
+    {"type": "drain", "v": 2, "drain_at": 81245.2, "close_at": 81270.2}\n
 
 Each side ignores types and keys that it does not know, so that either side may be the newer one. A known
 message that lacks a field without a default, a bad value in a field, and another version are errors. End of
@@ -25,7 +25,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_typ
 
 from lastcall.worker.base.errors import WireError
 
-VERSION = 1
+VERSION = 2
 # Ours: the workers' own metrics are the longest message, and `exposition` stays below half of this.
 MAX_LINE_BYTES = 256 * 1024
 
@@ -107,7 +107,7 @@ class Resource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metrics:
+class MetricsText:
     """The answer to `AskMetrics` of the same id: Prometheus text, empty when it would be too long."""
 
     id: int
@@ -147,7 +147,7 @@ WorkerSays = (
     | Fenced
     | Drained
     | Resource
-    | Metrics
+    | MetricsText
     | ShieldOpen
     | JobNotAsked
     | Fault
@@ -244,7 +244,44 @@ class Close:
 
 BrokerHears = Key | Close
 
-Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears
+
+# -- what a job says to the rehearsal that it runs in; one line each in a datagram ---------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntrypointBegan:
+    """The job's process calls the entrypoint of the agent."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntrypointFailed:
+    """The entrypoint of the agent raised; the job is kept open all the same."""
+
+    job: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownAsked:
+    """Code of the agent asked for the end of its job. `has_handler`: the agent handles SIGTERM by itself."""
+
+    job: str
+    at: float
+    has_handler: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntrypointOver:
+    """The job was kept open for as long as it had to be, and ends now."""
+
+    job: str
+
+
+RehearsedJobSays = EntrypointBegan | EntrypointFailed | ShutdownAsked | EntrypointOver
+
+Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays
 M = TypeVar("M", bound=Message)
 Said = TypeVar("Said", bound=Message)
 Heard = TypeVar("Heard", bound=Message)
@@ -361,3 +398,4 @@ OF_WORKER: Vocabulary[WorkerSays] = Vocabulary(*get_args(WorkerSays))
 FOR_WORKER: Vocabulary[WorkerHears] = Vocabulary(*get_args(WorkerHears))
 OF_BROKER: Vocabulary[BrokerSays] = Vocabulary(*get_args(BrokerSays))
 FOR_BROKER: Vocabulary[BrokerHears] = Vocabulary(*get_args(BrokerHears))
+OF_REHEARSED_JOB: Vocabulary[RehearsedJobSays] = Vocabulary(*get_args(RehearsedJobSays))

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import faulthandler
 import json
+import logging
 import os
 import secrets
 import sys
@@ -17,6 +18,9 @@ from typing import NoReturn
 
 import uvloop
 
+from lastcall.worker.base import variables
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import forbid_dumps
 from lastcall.worker.inworld.broker import json_log
 from lastcall.worker.inworld.broker.broker import Broker, listen
 from lastcall.worker.inworld.broker.supervised import (
@@ -24,17 +28,17 @@ from lastcall.worker.inworld.broker.supervised import (
     INWORLD_WS_URL,
     Companion,
     Settings,
-    forbid_dumps,
 )
 from lastcall.worker.inworld.plugin.arguments import TOKEN, URL, WS_URL
 
-EX_CONFIG = 78
+log = logging.getLogger("lastcall.inworld")
 
 
 def main() -> NoReturn:
     """Run the broker and end with its exit code."""
-    forbid_dumps()
     json_log.set_up()
+    if not forbid_dumps():  # the API key comes into the memory of this process
+        log.warning("this system does not let a process forbid its core dumps")
     # As in a worker: the one signal without a loop handler shows where a loop that runs none is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
     settings = Settings.take(os.environ)
@@ -45,13 +49,13 @@ def main() -> NoReturn:
         companion = Companion(settings)
         raise SystemExit(run(companion))
     settings = alone(sys.argv[1:])
-    key = os.environ.pop("INWORLD_API_KEY", "")
+    key = os.environ.pop(variables.INWORLD_API_KEY, "")
     if not key:
         print(
             "lastcall: INWORLD_API_KEY is not set, expected the key as the Inworld portal gives it",
             file=sys.stderr,
         )
-        raise SystemExit(EX_CONFIG)
+        raise SystemExit(Exit.CONFIG)
     raise SystemExit(run(Companion(settings, key=key), say=True))
 
 
@@ -60,7 +64,7 @@ def alone(arguments: list[str]) -> Settings:
     parser = argparse.ArgumentParser(
         prog="python -m lastcall.worker.inworld",
         description="Share one pool of Inworld connections among the processes of this machine. "
-        "Needs INWORLD_API_KEY; LASTCALL_INWORLD_TOKEN is the token, if set. Prints where it serves.",
+        f"Needs INWORLD_API_KEY; {TOKEN} is the token, if set. Prints where it serves.",
     )
     parser.add_argument("--ws-url", default=INWORLD_WS_URL, help="Inworld's WebSocket URL")
     parser.add_argument("--base-url", default=INWORLD_URL, help="Inworld's HTTP URL")
@@ -70,7 +74,7 @@ def alone(arguments: list[str]) -> Settings:
         listener = listen(given.port)
     except OSError as error:
         print(f"lastcall: port {given.port} can't be listened on: {error.strerror}", file=sys.stderr)
-        raise SystemExit(EX_CONFIG) from error
+        raise SystemExit(Exit.CONFIG) from error
     return Settings(
         listen_fd=listener.detach(),
         token=os.environ.get(TOKEN) or secrets.token_urlsafe(24),
@@ -88,7 +92,7 @@ def run(companion: Companion, *, say: bool = False) -> int:
             WS_URL: broker.ws_url,
             URL: broker.base_url,
             TOKEN: token,
-            "INWORLD_API_KEY": token,
+            variables.INWORLD_API_KEY: token,
         }
         where = {"ws_url": broker.ws_url, "base_url": broker.base_url, "environment": environment}
         print(json.dumps(where), flush=True)

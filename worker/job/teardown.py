@@ -15,14 +15,15 @@ import weakref
 from typing import Any, Protocol, TypeVar
 
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.resources import Closed, Closer, Resources
+from lastcall.worker.base.resources import Closed, CloseFunction, Resources
 from lastcall.worker.base.wire import Counts
 
 log = logging.getLogger("lastcall.worker")
 
-# Seconds. Together less than the 10 s that livekit-agents gives a job which has said that it is ending.
-JOINED = 4.0
-OURS = 4.0
+# Seconds for what the agent gave to `closing`, and for what lastcall closes. Together less than the 10 s that
+# livekit-agents gives a job which has said that it is ending (ipc/supervised_proc.py:328-351).
+JOINED_CLOSE_WITHIN = 4.0
+OWN_CLOSE_WITHIN = 4.0
 
 
 class Closable(Protocol):
@@ -37,20 +38,20 @@ T = TypeVar("T", bound=Closable)
 class JobEnd:
     """The end of one job."""
 
-    def __init__(self, ours: dict[str, Closer]) -> None:
+    def __init__(self, ours: dict[str, CloseFunction]) -> None:
         self._joined = Resources()
         self._ours = Resources()
         for name, close in ours.items():
             self._ours.join(name, close)
 
-    def join(self, name: str, close: Closer) -> None:
+    def join(self, name: str, close: CloseFunction) -> None:
         """Have `close` run when the job ends, before what joined earlier. Raises RuntimeError if it has."""
         self._joined.join(name, close)
 
     async def aclose(self) -> list[Closed]:
         """Close everything, and log what had to be forced."""
-        census = await self._joined.aclose(now() + JOINED)
-        census += await self._ours.aclose(now() + OURS)
+        census = await self._joined.aclose(now() + JOINED_CLOSE_WITHIN)
+        census += await self._ours.aclose(now() + OWN_CLOSE_WITHIN)
         for each in census:
             if each.fate != "closed":
                 fields = {"resource": each.name, "fate": each.fate, "counts": each.counts}
@@ -63,7 +64,7 @@ class JobEnd:
 _ends: weakref.WeakKeyDictionary[Any, JobEnd] = weakref.WeakKeyDictionary()
 
 
-def begin(process: Any, ours: dict[str, Closer]) -> None:
+def begin(process: Any, ours: dict[str, CloseFunction]) -> None:
     """Give a job process its end, before its job runs."""
     _ends[process] = JobEnd(ours)
 

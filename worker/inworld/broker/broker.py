@@ -16,6 +16,7 @@ import socket
 
 from aiohttp import web
 
+from lastcall.worker.base.variables import INWORLD_TOKEN
 from lastcall.worker.inworld.broker.client import (
     CLOSE_HANDSHAKE_TIMEOUT,
     MAX_REQUEST,
@@ -115,7 +116,7 @@ class Broker:
     def _refusal(self, request: web.Request) -> web.Response | None:
         given = request.headers.get("Authorization") or request.query.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Basic {self._token}".encode()):
-            return _answer(401, UNAUTHENTICATED, "the token is not this broker's: see LASTCALL_INWORLD_TOKEN")
+            return _answer(401, UNAUTHENTICATED, f"the token is not this broker's: see {INWORLD_TOKEN}")
         if self._is_closing:
             return _answer(503, UNAVAILABLE, "the Inworld broker is closing")
         return None

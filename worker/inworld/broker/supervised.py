@@ -36,7 +36,6 @@ or a key that never came, 78 for a command line without a key.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -46,9 +45,13 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import assert_never
 
+from lastcall.worker.base import variables
+from lastcall.worker.base.budget import DEFAULT_GRACE
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import rss_bytes
 from lastcall.worker.base.stopping import Stopping, stop_on_signals
 from lastcall.worker.base.wire import (
     FOR_BROKER,
@@ -67,11 +70,7 @@ from lastcall.worker.inworld.pool.pool import InworldPool
 
 log = logging.getLogger("lastcall.inworld")
 
-VARIABLE = "LASTCALL_COMPANION"
 NAME = "inworld-pool"
-EX_FORCED = 75
-EX_SOFTWARE = 70
-PR_SET_DUMPABLE = 4
 KEY_PATIENCE = 30.0
 INWORLD_WS_URL = "wss://api.inworld.ai/"
 INWORLD_URL = "https://api.inworld.ai/"
@@ -86,7 +85,7 @@ class Settings:
     lifeline_fd: int | None = None
     token: str
     close: float = 5.0
-    grace: float = 3600.0
+    grace: float = DEFAULT_GRACE
     beat: float = 1.0
     ws_url: str = INWORLD_WS_URL
     base_url: str = INWORLD_URL
@@ -98,7 +97,7 @@ class Settings:
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Settings | None:
         """Read the settings and remove them from the environment; None when the process is alone."""
-        text = environ.pop(VARIABLE, "")
+        text = environ.pop(variables.COMPANION, "")
         return cls(**json.loads(text)) if text else None
 
 
@@ -176,11 +175,11 @@ class Companion:
     def _report(self, report: CloseReport) -> int:
         log.info("the Inworld pool is closed", extra={"fate": report.fate, **report.counts})
         self._control.say(Resource(name=NAME, fate=report.fate, counts=report.counts))
-        return 0 if report.fate == "closed" else EX_FORCED
+        return Exit.CLEAN if report.fate == "closed" else Exit.FORCED
 
     def _fault(self, message: str, text: str) -> int:
-        self._control.say(Fault(exit=EX_SOFTWARE, message=message, traceback=text))
-        return EX_SOFTWARE
+        self._control.say(Fault(exit=Exit.FAULT, message=message, traceback=text))
+        return Exit.FAULT
 
     # -- when to end ----------------------------------------------------------------------------------
 
@@ -243,12 +242,10 @@ class Companion:
     def _beat(self) -> None:
         if self._broker is None:
             return
-        with open("/proc/self/statm") as file:
-            pages = int(file.read().split()[1])
         self._control.say(
             BrokerBeat(
                 lag_ms=round(self._lag * 1000, 2),
-                rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+                rss_bytes=rss_bytes(),
                 clients=len(self._broker.clients),
                 **asdict(self._broker.pool.figures),
             )
@@ -258,9 +255,3 @@ class Companion:
 def _pool_close_at(close_at: float) -> float:
     """Keep some of the time for telling jobs and supervisor: who comes late with the census is killed."""
     return close_at - min(1.0, 0.2 * max(0.0, close_at - now()))
-
-
-def forbid_dumps() -> None:
-    """Keep the key out of core dumps and from casual reads of our memory. No boundary within one user."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
-        log.warning("this system does not let a process forbid its core dumps")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-WS_URL = "LASTCALL_INWORLD_WS_URL"
-URL = "LASTCALL_INWORLD_URL"
-TOKEN = "LASTCALL_INWORLD_TOKEN"
+from lastcall.worker.base import variables
+
+WS_URL = variables.INWORLD_WS_URL
+URL = variables.INWORLD_URL
+TOKEN = variables.INWORLD_TOKEN
 
 _ARGUMENTS = {"ws_url": WS_URL, "base_url": URL, "api_key": TOKEN}
 

@@ -68,8 +68,8 @@ HANDSHAKE_SHARE = 0.4
 # Seconds to join tasks whose sockets are gone. Ours: they need a few turns of the loop, on a busy machine
 # too.
 JOIN_SECONDS = 0.25
-# The random part of a back-off. Ours: machines that were refused together spread over half of the pause.
-JITTER = 0.5
+# Part of each delay that is random. Ours: machines that Inworld refused together must not come back together.
+REDIAL_JITTER = 0.5
 
 
 @dataclass(slots=True)
@@ -118,10 +118,10 @@ class InworldPool:
         # Those of them that the server has not been asked for.
         self._waiting: dict[Context, Waiting] = {}
         self._backoff = Backoff(
-            first=self.timings.retry_first,
-            cap=self.timings.retry_cap,
-            jitter=JITTER,
-            rng=random.Random(seed),
+            self.timings.retry_first,
+            self.timings.retry_cap,
+            jitter=REDIAL_JITTER,
+            random=random.Random(seed),
         )
         self._redial_at = 0.0
         self._dialled_at: dict[PoolEntry, float] = {}
@@ -205,7 +205,7 @@ class InworldPool:
     def set_key(self, key: str) -> None:
         """Use another key for new connections. A refused handshake may be tried again at once."""
         self._key = key
-        self._backoff.reset()
+        self._backoff.succeed()
         self._redial_at = 0.0
         self._dial_as_wanted()
 
@@ -399,7 +399,7 @@ class InworldPool:
             return
         connection = Connection(entry, ws, timings=timings, callbacks=self._callbacks)
         if entry.state is ConnectionState.DIALLING:
-            self._backoff.reset()
+            self._backoff.succeed()
             self.connections[entry] = connection
             self.capacity.opened(entry)
             connection.report_idle()

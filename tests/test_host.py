@@ -1,0 +1,201 @@
+"""The stop of a worker as its host runs it, over a real control socketpair, with an engine that is faked."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+
+from lastcall.supervisor.processes.worker_channel import Channel
+from lastcall.worker.base.budget import Shares
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.settings import WorkerSettings
+from lastcall.worker.base.stopping import Stopping
+from lastcall.worker.base.wire import (
+    OF_WORKER,
+    AskMetrics,
+    Beat,
+    Counts,
+    Drain,
+    Drained,
+    Fence,
+    Fenced,
+    MetricsText,
+    Resource,
+    Terminate,
+    WorkerHears,
+    WorkerSays,
+)
+from lastcall.worker.engine import Engine
+from lastcall.worker.host import Host
+
+PATIENCE = 20.0
+SETTINGS = WorkerSettings(grace=60.0, shares=Shares(close=10.0), beat=30.0)
+
+
+class Jobs(list[str]):
+    """Jobs that run, and how many were cut."""
+
+    cut = 0
+
+
+@dataclass
+class FakeEngine:
+    """An engine that runs nothing, and notes what it is told."""
+
+    jobs: Jobs
+    changed: Condition
+    ended: bool = False
+    is_lost: bool = False
+    is_registered: bool = True
+    accepts: bool = True
+    is_warm: bool = True
+    load: float = float("nan")
+    error: BaseException | None = None
+    is_fenced: bool = False
+    ends: list[tuple[float, float]] = field(default_factory=list)
+
+    async def run(self) -> None:
+        await self.changed.until(lambda: self.ended)
+
+    async def keep_told(self) -> None:
+        await asyncio.Event().wait()
+
+    async def fence(self) -> None:
+        self.is_fenced = True
+
+    async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
+        self.ends.append((kill_at, give_up_at))
+        self.jobs.cut += len(self.jobs)
+        self.jobs.clear()
+
+    async def close(self, deadline: float) -> Counts:
+        self.ended = True
+        self.changed.notify()
+        return {}
+
+
+@dataclass
+class Pair:
+    """A host that runs, and the supervisor's end of its control socketpair."""
+
+    engine: FakeEngine
+    running: asyncio.Task[int]
+    channel: Channel[WorkerHears, WorkerSays]
+    heard: list[WorkerSays]
+    changed: Condition
+
+    async def hears(self, kind: type[Any]) -> Any:  # the message of that class; no narrower type fits all
+        def last() -> WorkerSays | None:
+            return next((message for message in reversed(self.heard) if isinstance(message, kind)), None)
+
+        at = now() + PATIENCE
+        assert await self.changed.until(lambda: last() is not None, lambda: at), self.heard
+        return last()
+
+    async def ends(self) -> int:
+        async with asyncio.timeout(PATIENCE):
+            return await self.running
+
+
+@asynccontextmanager
+async def pair(*jobs: str, settings: WorkerSettings = SETTINGS) -> AsyncIterator[Pair]:
+    ours, theirs = socket.socketpair()
+    changed, heard_changed = Condition(), Condition()
+    host = Host(replace(settings, control_fd=theirs.detach()), Stopping(changed), changed)
+    engine = FakeEngine(jobs=Jobs(jobs), changed=changed)
+    host.engine = cast(Engine, engine)
+    host.resources.join("livekit", engine.close)
+    heard: list[WorkerSays] = []
+
+    def on_message(message: WorkerSays) -> None:
+        heard.append(message)
+        heard_changed.notify()
+
+    running = asyncio.create_task(host._run())
+    channel: Channel[WorkerHears, WorkerSays] = await Channel.open(
+        ours, OF_WORKER, on_message, lambda _: heard_changed.notify()
+    )
+    try:
+        yield Pair(engine=engine, running=running, channel=channel, heard=heard, changed=heard_changed)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        channel.close()
+        await asyncio.sleep(0)
+
+
+async def test_the_stop_over_the_wire() -> None:
+    """Fence, and a drain that ends when the last job does: fenced, drained, the connection closed, exit 0."""
+    async with pair("AJ_1") as p:
+        before = now()
+        p.channel.say(Fence(reason="SIGTERM"))
+        p.channel.say(Drain(drain_at=now() + 600, close_at=now() + 610))
+        fenced = await p.hears(Fenced)
+        assert fenced.reason == "SIGTERM" and before <= fenced.at <= now()
+        assert p.engine.is_fenced and not any(isinstance(message, Drained) for message in p.heard)
+        p.engine.jobs.clear()
+        p.engine.changed.notify()
+        await p.hears(Drained)
+        assert await p.hears(Resource) == Resource(name="livekit", fate="closed", counts={})
+        assert await p.ends() == Exit.CLEAN
+        assert p.engine.ends == []
+
+
+async def test_deadlines_that_move_over_the_wire() -> None:
+    """An earlier time ends the drain at once; the jobs have what the close has, and no more."""
+    async with pair("AJ_1") as p:
+        p.channel.say(Fence(reason="SIGTERM"))
+        p.channel.say(Drain(drain_at=now() + 600, close_at=now() + 610))
+        await p.hears(Fenced)
+        close_at = now() + 10
+        p.channel.say(Drain(drain_at=now(), close_at=close_at))
+        assert await p.ends() == Exit.FORCED
+        ((kill_at, give_up_at),) = p.engine.ends
+        assert give_up_at <= close_at and give_up_at - 5 <= kill_at < give_up_at
+
+
+async def test_terminate_over_the_wire() -> None:
+    """Nothing is waited for: jobs are killed now, and a drain that is said later changes nothing."""
+    async with pair("AJ_1") as p:
+        p.channel.say(Terminate())
+        p.channel.say(Drain(drain_at=now() + 600, close_at=now() + 610))
+        assert await p.ends() == Exit.FORCED
+        ((kill_at, give_up_at),) = p.engine.ends
+        assert max(kill_at, give_up_at) <= now()
+
+
+@pytest.mark.parametrize("was_told", [False, True])
+async def test_a_lost_supervisor_begins_the_stop(was_told: bool) -> None:
+    """End of file: the worker stops by itself, by the deadlines that it was told, or by its settings."""
+    settings = WorkerSettings(grace=0.4, shares=Shares(close=0.2), beat=30.0)
+    async with pair("AJ_1", settings=settings) as p:
+        if was_told:
+            p.channel.say(Drain(drain_at=now() + 0.1, close_at=now() + 30))
+            await asyncio.sleep(0)
+        lost_at = now()
+        p.channel.close()
+        assert await p.ends() == Exit.FORCED
+        ((kill_at, give_up_at),) = p.engine.ends
+        assert p.engine.is_fenced and kill_at < give_up_at
+        if was_told:
+            assert lost_at + 1 < give_up_at <= lost_at + 30 + 0.2
+        else:
+            drain_at = settings.plan(lost_at).drain_at
+            assert drain_at <= now() and give_up_at <= settings.plan(now()).close_at
+
+
+async def test_what_is_no_number_is_not_said() -> None:
+    """A load_fnc may return anything: a beat has a number all the same, and a request is answered."""
+    async with pair(settings=replace(SETTINGS, beat=0.01)) as p:
+        beat = await p.hears(Beat)
+        assert beat.load == 0.0 and beat.rss_bytes > 0 and beat.accepting
+        p.channel.say(AskMetrics(id=7))
+        assert (await p.hears(MetricsText)).id == 7

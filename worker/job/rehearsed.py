@@ -1,0 +1,69 @@
+"""The entrypoint of a job in a rehearsal: a call that goes on for a given time, whatever the agent does.
+
+The job says how it goes to the rehearsal itself, in datagrams, and not through the log: an agent may set up
+its log as it likes, and one that ends its process by `os._exit` would take unsent records with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.settings import Rehearsal
+from lastcall.worker.base.wire import (
+    EntrypointBegan,
+    EntrypointFailed,
+    EntrypointOver,
+    RehearsedJobSays,
+    ShutdownAsked,
+    encode,
+)
+from lastcall.worker.job.setup import has_handler
+
+# Seconds. Ours: a rehearsal reads its socket several times a second. One that is gone must not hold up a job.
+SEND_TIMEOUT = 1.0
+# Characters of an exception that are told: a datagram has a bound.
+MAX_ERROR = 2000
+
+
+class RehearsedEntrypoint:
+    """Run the user's entrypoint, and keep the job open until its time is over. livekit-agents pickles it.
+
+    In a mock room the user's own may fail, wait for ever, or shut the job down for want of a caller; none of
+    these says anything about a stop. A shutdown by a signal handler of the agent does, so each is told.
+    """
+
+    def __init__(self, user: Callable[[Any], Awaitable[None]], rehearsal: Rehearsal) -> None:
+        self.user = user
+        self.rehearsal = rehearsal
+
+    async def __call__(self, context: Any) -> None:
+        loop = asyncio.get_running_loop()
+        over_at = loop.time() + self.rehearsal.job_seconds
+        job: str = context.job.id
+        self._say(EntrypointBegan(job=job))
+
+        def asked(*_: object, **__: object) -> None:
+            self._say(ShutdownAsked(job=job, at=now(), has_handler=has_handler()))
+
+        shutdown, context.shutdown = context.shutdown, asked
+        try:
+            async with asyncio.timeout_at(over_at):
+                await self.user(context)
+        except TimeoutError:
+            pass  # the time is over, or a timeout of the user's own: the job goes on to its end in both cases
+        except Exception as error:
+            self._say(EntrypointFailed(job=job, error=repr(error)[:MAX_ERROR]))
+        await asyncio.sleep(over_at - loop.time())
+        self._say(EntrypointOver(job=job))
+        shutdown(reason="the rehearsal is over")
+
+    def _say(self, message: RehearsedJobSays) -> None:
+        # A new socket for each message: `asked` may run in a signal handler, between any two instructions.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sending:
+            sending.settimeout(SEND_TIMEOUT)
+            sending.sendto(encode(message), self.rehearsal.socket)
