@@ -32,7 +32,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process backoff budget",
-            "condition wire settings",
+            "condition wire settings broker_settings",
             "stopping resources channel",
         ),
     ),
@@ -60,7 +60,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.inworld.broker": Room(
         idea="one pool for all jobs of a machine, on loopback",
-        floors=("json_log client passthrough", "broker", "supervised"),
+        floors=("json_log client passthrough", "broker", "broker_process"),
     ),
     "lastcall.worker.inworld.plugin": Room(
         idea="livekit-plugins-inworld inside a job process",
@@ -80,7 +80,7 @@ ROOMS: dict[str, Room] = {
             "errors signals",
             "config receipt",
             "processes",
-            "logs environment",
+            "logs environment inworld_endpoint",
             "fleet",
             "inworld_broker",
             "program shutdown",
