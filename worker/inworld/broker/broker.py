@@ -31,12 +31,17 @@ from lastcall.worker.inworld.pool.pool import InworldPool
 
 log = logging.getLogger("lastcall.inworld")
 
+# Bytes of one HTTP request. Ours: a text of 1,000 characters and its settings are a few kB.
 MAX_BODY = 1024 * 1024
+
+
+# Connections that wait to be accepted. Ours: more than the jobs of one machine.
+BACKLOG = 1024
 
 
 def listen(port: int = 0) -> socket.socket:
     """Return a socket that listens on loopback. Raises OSError when the port is taken."""
-    return socket.create_server(("127.0.0.1", port), backlog=1024)
+    return socket.create_server(("127.0.0.1", port), backlog=BACKLOG)
 
 
 class Broker:

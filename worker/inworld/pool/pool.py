@@ -236,7 +236,7 @@ class InworldPool:
         if connection is None:
             self.tasks[entry].cancel()
         else:
-            at = now() + self.timings.goodbye
+            at = now() + self.timings.close_handshake
             connection.close(at if self._close_at is None else min(at, self._close_at))
 
     @property
@@ -392,7 +392,11 @@ class InworldPool:
         timings = self.timings
         try:
             ws = await dial(
-                self._session, self.url, self._key, patience=timings.dial, goodbye=timings.goodbye
+                self._session,
+                self.url,
+                self._key,
+                timeout=timings.dial,
+                close_timeout=timings.close_handshake,
             )
         except DialError as error:
             self._dial_failed(entry, error)
@@ -407,7 +411,7 @@ class InworldPool:
                 self._timer.set(now())
             self._dial_as_wanted()
         else:
-            connection.close(now() + timings.goodbye)
+            connection.close(now() + timings.close_handshake)
         await connection.run()
         self._counters.lost += connection.was_lost
 

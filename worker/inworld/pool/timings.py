@@ -33,6 +33,6 @@ class Timings:
     # without activity is closed after 10 minutes. Ours: a minute less.
     warm: float = 540.0
     # The closing handshake of one connection. Ours: many round trips, and less than `aclose`.
-    goodbye: float = 3.0
+    close_handshake: float = 3.0
     # For aclose() without a deadline of the caller's. Ours: as the default of `[stop] companion`.
     aclose: float = 5.0
