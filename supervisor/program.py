@@ -9,7 +9,8 @@ from typing import Any
 from lastcall.supervisor import config as configuration
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import ConfigError
-from lastcall.supervisor.inworld_broker import Companion, key_of
+from lastcall.supervisor.inworld_broker import Companion
+from lastcall.supervisor.inworld_endpoint import key_of
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.worker.base.settings import WorkerSettings

@@ -70,7 +70,7 @@ def test_every_living_state_can_end() -> None:
     assert list(Phase) == sorted(Phase)
 
 
-@pytest.mark.parametrize("states", [SlotState, Phase, lifecycles.ContextState, lifecycles.LineState])
+@pytest.mark.parametrize("states", [SlotState, Phase, lifecycles.ContextState, lifecycles.ConnectionState])
 def test_every_state_has_a_meaning(states: type[enum.Enum]) -> None:
     """Each member has one line of text, made of sentences and free of what would break a table."""
     texts = meanings(states)

@@ -60,8 +60,8 @@ class Setup:
     def __call__(self, process: Any) -> Any:
         unmask()
         # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.
-        from lastcall.worker.inworld.plugin.attached import closer
+        from lastcall.worker.inworld.plugin.attached import plugin_connections
 
-        teardown.begin(process, {"inworld": closer.aclose})
+        teardown.begin(process, {"inworld": plugin_connections.aclose})
         job_process.at_job_end(teardown.end)
         return None if self.user is None else self.user(process)

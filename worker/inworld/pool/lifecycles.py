@@ -75,7 +75,7 @@ CONTEXT_TABLE = MappingProxyType(
 )
 
 
-class LineState(enum.Enum):
+class ConnectionState(enum.Enum):
     """The state of one connection. All but GONE count against the account's limit."""
 
     DIALLING = "dialling"
@@ -98,7 +98,7 @@ class LineState(enum.Enum):
     """The socket is closed, and the connection no longer counts against the account's limit."""
 
 
-class LineEvent(enum.Enum):
+class ConnectionEvent(enum.Enum):
     """An event that changes the state of a connection."""
 
     CONNECT = "connect"
@@ -107,10 +107,10 @@ class LineEvent(enum.Enum):
     END = "end"
 
 
-L, V = LineState, LineEvent
+L, V = ConnectionState, ConnectionEvent
 
 # A connection that is RETIRED is closed by the pool once the last context on the connection has ended.
-LINE_TABLE = MappingProxyType(
+CONNECTION_TABLE = MappingProxyType(
     {
         (L.DIALLING, V.CONNECT): L.OPEN,
         (L.DIALLING, V.CLOSE): L.CLOSING,  # no context waits for the connection any more, or the pool closes
