@@ -69,7 +69,7 @@ def test_a_flag_for_the_target_takes_the_command_away(empty_directory: Path) -> 
     ],
 )
 def test_variables(environ: dict[str, str], values: dict[str, Any]) -> None:
-    """A single option is text, a list and a section are JSON, an option of a section is one of its own."""
+    """A single option is text, also one of a section. A list and a section are JSON."""
     assert read_environment(environ) == values
 
 
@@ -115,7 +115,7 @@ def test_unknown_variables_are_warned_of() -> None:
 
 
 def test_env_file(tmp_path: Path) -> None:
-    """KEY=value lines; a name without a value sets nothing; a file that is not there is an error."""
+    """A name without a value sets nothing, and a file that is not there is an error."""
     file = tmp_path / "agent.env"
     file.write_text("# comment\nA=1\nB='two words'\nexport C=3\nD\n")
     assert environment_of(str(file)) == {"A": "1", "B": "two words", "C": "3"}

@@ -63,7 +63,7 @@ async def test_a_change_is_a_reload(run: StartRun, terminal: Terminal, tmp_path:
 
 
 async def test_ctrl_c_twice_ends_at_once(run: StartRun, terminal: Terminal, tmp_path: Path) -> None:
-    """The second kills: who develops does not wait."""
+    """The second Ctrl-C kills, because a developer does not wait."""
     (tmp_path / "agent.py").write_text(AGENT_TEXT)
     r = await start(run, terminal, tmp_path, "--grace", "600", "agent.py")
     await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
@@ -94,7 +94,7 @@ def test_what_git_ignores(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_a_source(name: str, source: bool) -> None:
-    """What an agent writes itself is no reason to replace it."""
+    """A file that an agent writes is no reason to replace the agent."""
     assert is_source(Path(name)) is source
 
 

@@ -139,7 +139,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("check", "verdict", "facts", "why"), CASES)
 def test_check(check: str, verdict: str, facts: dict[str, Any], why: str) -> None:
-    """One check, its verdict and why; what is not well comes with what to do; the exit code follows."""
+    """A check says its verdict and why, and what to do if anything; the exit code follows."""
     findings = checks.examine(replace(GOOD, **facts))
     (finding,) = [finding for finding in findings if finding.check == check]
     assert (finding.verdict, why in finding.why) == (verdict, True), finding
@@ -196,7 +196,7 @@ async def test_livekit_is_asked_as_a_worker_asks() -> None:
     ],
 )
 def test_livekit_that_is_no_livekit(says: bytes, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is there: one line in the end, in time, with nothing in it that a terminal would obey."""
+    """The answer is one line, in time, with nothing in it that a terminal would obey."""
     monkeypatch.setattr(probe, "TIMEOUT", 2.0)
     drip = f"""
 import socket, time

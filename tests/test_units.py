@@ -1,4 +1,4 @@
-"""What `lastcall unit` prints, and that the files which the project ships are that."""
+"""`lastcall unit` prints artefacts that fit the grace, and the shipped files are what it prints."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_targets(text: str, is_one: bool) -> None:
 
 
 def test_entrypoint_turns_the_environment_into_a_command(tmp_path: Path) -> None:
-    """Target, options or verb; PORT; secrets from files, where a variable that is set wins."""
+    """It understands target, options or verb, PORT, and secrets from files; a variable that is set wins."""
     fake = tmp_path / "lastcall"
     fake.write_text(
         f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"

@@ -23,7 +23,7 @@ from lastcall.worker.base.budget import DEFAULT_GRACE
 KINDS = ("systemd", "docker", "compose", "k8s")
 
 
-def register(app: typer.Typer) -> None:
+def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("unit")(_unit)
     app.command("doctor")(_doctor)

@@ -1,4 +1,4 @@
-"""`lastcall dev`: one worker, replaced whenever the code changes; a running call finishes on the old code."""
+"""`lastcall dev`: one worker, which is replaced whenever the code changes."""
 
 from __future__ import annotations
 

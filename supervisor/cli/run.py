@@ -16,7 +16,7 @@ from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
 
-# typer's newer versions carry a click of their own, so the class is taken from what typer exports.
+# Newer versions of typer bundle click, so the class is taken from a name that typer exports.
 CommandLineError: Any = typer.BadParameter.__base__
 
 HELP = "Run LiveKit agent workers so that a stop cuts no call."
@@ -41,7 +41,7 @@ DEV_DEFAULTS: dict[str, Any] = {
 
 
 class _Session:
-    """What a verb is given beside its options, and what it wants to have run in the loop afterwards."""
+    """A verb gets the inbox and the command from here, and leaves `work` here to be run in the loop."""
 
     def __init__(self, inbox: Inbox | None, command: list[str]) -> None:
         self.inbox = inbox
@@ -120,7 +120,7 @@ def _dev(
 ) -> None:
     """Develop: one worker, replaced whenever a source file here changes.
 
-    A running call finishes on the old code. Without LIVEKIT_URL a local dispatch server is used, which sends
+    A running call finishes on the old code. Without LIVEKIT_URL a local LiveKit server is used, which sends
     each new worker one call in a mock room. Ctrl-C drains briefly, a second one kills.
     """
     from lastcall.supervisor.cli.dev import dev
@@ -152,7 +152,7 @@ def _demo(
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
-deployment.register(app)
+deployment.add_to(app)
 
 
 def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any, int]:
@@ -162,7 +162,7 @@ def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any,
     """
     command: list[str] = []
     if "--" in arguments:
-        # Taken apart here: click would join both sides, and the command's own flags must stay its own.
+        # Taken apart here, because click would join both sides and take flags of the command for its flags.
         at = arguments.index("--")
         arguments, command = arguments[:at], arguments[at + 1 :]
         if not command:

@@ -1,4 +1,4 @@
-"""Which files of an agent change: the trigger of a reload while somebody develops."""
+"""Changes of an agent's source files, which trigger a reload while somebody develops."""
 
 from __future__ import annotations
 

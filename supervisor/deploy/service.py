@@ -52,7 +52,7 @@ class Timers:
 
     @property
     def close_share(self) -> float:
-        """What jobs that outlast the drain have to end in, before the shares are configured otherwise."""
+        """Seconds in which jobs that outlast the drain have to end, under the default shares."""
         return Shares().within(self.grace).close
 
     @property
@@ -68,7 +68,7 @@ class Timers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """What is to be run, and where from. Raises UsageError for a value that no platform would take."""
+    """A target and where it runs. Raises UsageError for a value that no platform would take."""
 
     target: str
     name: str = "lastcall"

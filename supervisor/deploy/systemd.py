@@ -1,6 +1,6 @@
 """The systemd unit, for 252 and newer, and its drop-ins for newer ones.
 
-Left out on purpose: Delegate (there are no cgroups of our own to make), MemoryDenyWriteExecute (ONNX and cffi
+Left out on purpose: Delegate (lastcall makes no cgroups), MemoryDenyWriteExecute (ONNX and cffi
 write code), ProcSubset=pid (the load is read from /proc), MemoryMax and CPUQuota (the machine's business).
 """
 

@@ -1,4 +1,4 @@
-"""One check a function: the facts in, a finding out; None where there is nothing to say."""
+"""The checks: each is a pure function of the facts. A check returns None when it has nothing to say."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ GIB = 1 << 30
 # Threads count as processes in a cgroup. Ours: a worker with its idle job processes has some hundred.
 PROCESSES_PER_WORKER = 500
 # Seconds that clocks may differ. LiveKit allows a minute (DEFAULT_LEEWAY in livekit/api/access_token.py).
-# The lower figure is ours, to warn in time.
+# Ours: the lower figure, to warn in time.
 SKEW_WARN, SKEW_FAIL = 10.0, 60.0
-# Open files of one process: DefaultLimitNOFILE of systemd-system.conf(5), and a quarter of it, which is ours.
+# Open files of one process: DefaultLimitNOFILE of systemd-system.conf(5), and a quarter of it.
 OPEN_FILES_WARN, OPEN_FILES_FAIL = 1024, 256
 # Seconds from the signal to SIGKILL, for `docker stop` and `podman stop` without -t:
 # https://docs.docker.com/reference/cli/docker/container/stop/
@@ -82,7 +82,7 @@ def grace(facts: Facts) -> Finding | None:
 
 
 def init(facts: Facts) -> Finding:
-    """Who is PID 1, and so who gets a container's SIGTERM."""
+    """Whether the process that gets a container's SIGTERM passes it on."""
     name = posixpath.basename(facts.init[0]) if facts.init else "unknown"
     if facts.pid == 1 or any(posixpath.basename(word) == "lastcall" for word in facts.init[:2]):
         why = "lastcall is PID 1: it gets the signal itself and reaps orphans"
@@ -295,7 +295,7 @@ def limits(facts: Facts) -> Finding:
 
 
 def clock(facts: Facts) -> Finding:
-    """Our clock against the LiveKit server's: tokens are valid by time."""
+    """This machine's clock against the LiveKit server's: tokens are valid by time."""
     skew = facts.livekit.skew_s if facts.livekit else None
     if skew is None:
         why = "compared with nothing: no LiveKit server told the time"

@@ -1,4 +1,4 @@
-"""Gathers the facts. Every look is bounded in time, and what can't be seen is None."""
+"""Gathers the facts. Every look is bounded in time; a fact that can't be seen is None."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _is_readable(path: str) -> bool:
 
 
 def _limit(*names: str) -> int | None:
-    """Return the lowest limit from our own cgroup up to the root's, whichever hierarchy has it."""
+    """Return the lowest limit from the cgroup of this process up to the root, in either hierarchy."""
     own = [line.rpartition(":")[2].lstrip("/") for line in _read("/proc/self/cgroup").splitlines()]
     found = []
     for name in names:
@@ -166,7 +166,7 @@ def _http_problem(address: str) -> str:
                 sock.bind(where)
     except OSError as error:
         if error.errno == errno.EADDRINUSE and _is_lastcall(address):
-            return ""  # doctor beside a running one: it is its own port
+            return ""  # doctor runs beside a supervisor that has the port already
         return f"http {address} can't be used: {error.strerror or error}"
     return ""
 

@@ -1,4 +1,4 @@
-"""Starts one worker of the target on a local dispatch server, looks at its processes, and stops it."""
+"""Starts one worker of the target on a local LiveKit server, looks at its processes, and stops it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def look(target: str) -> Trial:
-    """Return what was seen; that the target can't be started is a finding, and no error of ours."""
+    """Return what was seen; a target that can't be started is a finding, and raises nothing."""
     try:
         with Stage(target, grace=GRACE) as stage:
             stage.wait_ready()

@@ -29,7 +29,7 @@ class JobEntry:
 
 
 class Ledger:
-    """Running jobs by slot, generation and id; the totals; and the jobs of the stop, once there is one."""
+    """Running jobs by slot, generation and id, the totals, and the jobs of the stop once it has begun."""
 
     def __init__(self) -> None:
         self.running: dict[tuple[int, int, str], JobEntry] = {}
