@@ -1,15 +1,31 @@
-"""lastcall: a process supervisor for LiveKit agent workers. What agents may import of it.
+"""lastcall: a process supervisor for LiveKit agent workers. A stop cuts no call.
 
-`closing(ctx, obj)` closes anything with an `aclose` when a job ends, `inworld.TTS` is the Inworld plugin's
-class, `__version__` is the installed version.
+The command `lastcall`, also `python -m lastcall`, supervises the workers of an unmodified agent. An agent
+imports this package for the following names, which are the whole public API:
 
-This file runs in front of the first statement of each process of lastcall, which blocks the stop signals, so
-every import stands inside a function: `import lastcall` loads neither asyncio nor livekit nor aiohttp.
+closing(ctx, closable)
+    Closes `closable` when the job of `ctx` ends, and returns `closable`. Since 0.2.0.
+
+inworld.TTS(**arguments)
+    The text-to-speech class of livekit-plugins-inworld, pointed at lastcall's connection pool where there is
+    one. `from lastcall import inworld` takes the place of `from livekit.plugins import inworld`. The first
+    use of `inworld.TTS` raises ImportError where livekit-plugins-inworld is not installed; the extra
+    `lastcall[inworld]` installs the plugin. Since 0.2.0.
+
+__version__
+    The version of the installed distribution, a str such as "0.2.0". Its use raises
+    importlib.metadata.PackageNotFoundError where lastcall is on the path but not installed. Since 0.2.0.
+
+`import lastcall` loads neither asyncio nor livekit nor aiohttp: each name is imported when it is first used.
+Python runs this file before the first statement of every process of lastcall. That first statement blocks
+the stop signals, and a SIGTERM that arrives earlier kills the process without a receipt.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # a type checker takes this name for true; `typing` itself costs milliseconds
+# Type checkers take a variable of this name for true. `from typing import TYPE_CHECKING` would load `typing`,
+# which takes some milliseconds, before a process can block its stop signals.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lastcall.worker import inworld
     from lastcall.worker.job.teardown import closing
@@ -20,6 +36,7 @@ __all__ = ["__version__", "closing", "inworld"]
 
 
 def __getattr__(name: str) -> object:
+    """Import a public name at its first use. Raises AttributeError for a name that is not public."""
     if name == "closing":
         from lastcall.worker.job.teardown import closing
 
@@ -36,4 +53,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
+    """List the public names too, so that help() and completion show them before their first use."""
     return sorted({*globals(), *__all__})

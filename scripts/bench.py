@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from lastcall.worker.local.livekit_server import DispatchServer  # noqa: E402
 from scripts.pages import write_section  # noqa: E402
 
-AGENT = str(ROOT / "worker" / "local" / "sample.py")
+AGENT = str(ROOT / "lastcall" / "worker" / "local" / "sample.py")
 LASTCALL = [str(Path(sys.executable).parent / "lastcall")]
 
 

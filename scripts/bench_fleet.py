@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from scripts.pages import write_section
 
 ROOT = Path(__file__).parent.parent
 AGENT = str(ROOT / "tests" / "agents" / "calls.py")
-SAMPLE = str(ROOT / "worker" / "local" / "sample.py")
+SAMPLE = str(ROOT / "lastcall" / "worker" / "local" / "sample.py")
 RATE = 10.0
 
 
@@ -35,6 +36,11 @@ def log_of(directory: Path, event: str) -> list[dict[str, Any]]:
         if line.startswith("{") and f'"event": "{event}"' in line:
             found.append(json.loads(line))
     return found
+
+
+def reloaded_since(directory: Path, done: int) -> bool:
+    """Tell whether one more reload has ended."""
+    return len(log_of(directory, "reload done")) > done
 
 
 async def flow(server: DispatchServer, on: asyncio.Event, outcomes: list[str]) -> None:
@@ -75,9 +81,10 @@ async def reloads(runs: int, directory: Path) -> dict[str, Any]:
             before_at = time.monotonic()
             await asyncio.sleep(20.0)
             reload_at = time.monotonic()
-            for run in range(runs):
+            for _ in range(runs):
+                done = len(log_of(directory, "reload done"))
                 process.send_signal(signal.SIGHUP)
-                await until(lambda run=run: len(log_of(directory, "reload done")) == run + 1, 120, 0.1)
+                await until(partial(reloaded_since, directory, done), 120, 0.1)
             over_at = time.monotonic()
             on.clear()
             await flowing

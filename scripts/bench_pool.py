@@ -38,7 +38,7 @@ def summary(values: list[float]) -> dict[str, float]:
 # -- clients: each runs in a process of its own ---------------------------------------------------
 
 
-class OurSink:
+class OurListener:
     """Notes when a context was created, and when it ended."""
 
     def __init__(self) -> None:
@@ -63,16 +63,16 @@ async def ours(url: str, key: str, streams: int, seconds: float) -> dict[str, An
 
         async def live(until: float) -> None:
             while time.perf_counter() < until:
-                sink = OurSink()
-                pool.start(CONFIG, sink).close()
-                await sink.ended
-                created.append(sink.created - sink.began)
+                listener = OurListener()
+                pool.close(pool.start(CONFIG, listener))
+                await listener.ended
+                created.append(listener.created - listener.began)
 
         async def cold() -> float:
-            sink = OurSink()
-            pool.start(CONFIG, sink).close()
-            await sink.ended
-            return sink.created - sink.began
+            listener = OurListener()
+            pool.close(pool.start(CONFIG, listener))
+            await listener.ended
+            return listener.created - listener.began
 
         first = await cold()
         return {"cold_ms": round(first * 1000, 3), **await rate(live, streams, seconds, created)}

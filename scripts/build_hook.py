@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class LinksHook(BuildHookInterface):  # type: ignore[type-arg, misc]  # hatchling ships no types for it
+class LinksHook(BuildHookInterface[BuilderConfig]):
     """Runs in front of each build, of an editable install too."""
 
     PLUGIN_NAME = "custom"

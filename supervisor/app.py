@@ -25,7 +25,8 @@ from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
 from lastcall.supervisor.fleet.states import Phase
-from lastcall.supervisor.inworld_broker import Companion, key_of
+from lastcall.supervisor.inworld_broker import Companion
+from lastcall.supervisor.inworld_endpoint import key_of
 from lastcall.supervisor.outputs import Outputs
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.program import Program, environment_of

@@ -28,4 +28,4 @@ class SpawnError(SupervisorError):
 
 
 class TransitionError(SupervisorError):
-    """Raised when code asks for a change of state that the table does not list; always a fault of ours."""
+    """Raised when code asks for a change of state that the table does not list: a fault of lastcall."""

@@ -1,28 +1,20 @@
 """The companion `inworld-pool`: one broker for every job of the machine, up before the workers, closed last.
 
-`worker/inworld/companion.py` has the contract. What has to outlive a broker that dies is kept here and handed
-to each one: the listening socket, so that its port stays and connections made in between wait in the backlog;
-the token that jobs show; the lifeline, a pipe whose write end every worker holds. The real key goes over the
-control socket only, and workers are given the token in its place.
+`worker/inworld/broker/broker_process.py` has the contract with the broker. A broker that dies is replaced on
+the same endpoint (`inworld_endpoint`), and is told the API key over its control socket.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
-import secrets
 import signal
-import socket
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, assert_never
 
 from lastcall.supervisor.config import Inworld
-from lastcall.supervisor.errors import ConfigError, SpawnError, TransitionError
+from lastcall.supervisor.errors import SpawnError, TransitionError
 from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
 from lastcall.supervisor.fleet.states import (
     ALIVE,
@@ -31,16 +23,16 @@ from lastcall.supervisor.fleet.states import (
     SlotEvent,
     SlotState,
 )
-from lastcall.supervisor.processes.child import Child, high, pipe, spawn
+from lastcall.supervisor.inworld_endpoint import BrokerEndpoint
+from lastcall.supervisor.processes.child import Child
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import ResourceEntry, ResourceFate, StopRecord
-from lastcall.worker.base import variables
+from lastcall.worker.base.broker_settings import COMPANION_NAME
 from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.stopping import SHIELDED
 from lastcall.worker.base.wire import (
     OF_BROKER,
     BrokerBeat,
@@ -55,33 +47,19 @@ from lastcall.worker.base.wire import (
 
 E, S = SlotEvent, SlotState
 
-NAME = "inworld-pool"
-CONTROL_FD, LISTEN_FD, LIFELINE_FD = 3, 4, 5
-BACKLOG = 512
-# Utterances wait for a new broker in its backlog, so it is never given up, and never later than in a second.
-POLICY = RestartPolicy(intensity=1_000_000, period=60.0, first=0.1, cap=0.8)
-READY = 10.0
-KILLED_IN = 1.0
-# What a broker needs of the environment: to find programs and certificates, and the way out.
-PASSED_ON = frozenset({"PATH", "HOME", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH"})
-PASSED_ON |= {"VIRTUAL_ENV", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
-PASSED_ON |= {"http_proxy", "https_proxy", "no_proxy"}
-
-
-def key_of(config: Inworld, environment: Mapping[str, str]) -> str:
-    """Return the API key. Raises ConfigError when there is none."""
-    if not config.api_key_file:
-        key = environment.get(variables.INWORLD_API_KEY, "").strip()
-        if not key:
-            raise ConfigError("inworld.enabled: no API key: set INWORLD_API_KEY, or inworld.api_key_file")
-        return key
-    try:
-        key = Path(config.api_key_file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} can't be read: {error}") from error
-    if not key:
-        raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} is empty; expected the API key")
-    return key
+# Ours: what jobs say waits in the backlog meanwhile, so a new broker is started within a second, and however
+# often one has failed: the number is one that nobody reaches.
+RESTART_POLICY = RestartPolicy(intensity=1_000_000, period=60.0, first=0.1, cap=0.8)
+# Seconds until the first broker has to serve. Ours: its imports take about one second; after ten the workers
+# are started all the same, because a job may not need the broker.
+READY_TIMEOUT = 10.0
+# Seconds from SIGKILL, or from an exit, to its last consequence. Ours: the kernel needs milliseconds.
+EXIT_TIMEOUT = 1.0
+# Of the companion's share of a stop: what is kept for the exit after the close, and what the close gets at
+# least. Ours: an interpreter ends in a tenth of a second or two, and sockets are taken away at once without
+# any time.
+EXIT_SECONDS = 0.25
+MIN_CLOSE_SECONDS = 0.05
 
 
 class Companion:
@@ -104,28 +82,23 @@ class Companion:
         on_change: Callable[[], None],
         log: Any,
     ) -> None:
-        self.name = NAME
+        self.name = COMPANION_NAME
         self.state = S.STOPPED
         self.restarts = 0
         self.figures: dict[str, Any] = {}
         self.changed = Condition()
-        self._config = config
         self._key = key
-        self._grace = grace
         self._close = close
         self._id = supervisor_id
-        self._environment = {name: environment[name] for name in PASSED_ON if name in environment}
         self._reaper = reaper
         self._record = record
         self._stop_has_begun = is_stopping
         self._known_pids = known_pids
         self._write = write
         self._on_change = on_change
-        self._log = log.bind(companion=NAME)
-        self._restarts = Restarts(POLICY, random.Random())
-        self._token = secrets.token_urlsafe(32)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
-        self._lifeline, self._held_by_workers = pipe()
+        self._log = log.bind(companion=COMPANION_NAME)
+        self._restarts = Restarts(RESTART_POLICY, random.Random())
+        self._endpoint = BrokerEndpoint(config, close=close, grace=grace, environment=environment)
         self._child: Child | None = None
         self._channel: Channel[BrokerHears, BrokerSays] | None = None
         self._channel_lost = False
@@ -138,18 +111,11 @@ class Companion:
     @property
     def lifeline(self) -> int:
         """The descriptor that a worker holds for as long as it lives."""
-        return self._held_by_workers
+        return self._endpoint.lifeline
 
     def environment_for_workers(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Return the environment with the way to the broker in it, and without the key."""
-        port = self._listener.getsockname()[1]
-        return {
-            **environment,
-            variables.INWORLD_WS_URL: f"ws://127.0.0.1:{port}/",
-            variables.INWORLD_URL: f"http://127.0.0.1:{port}/",
-            variables.INWORLD_TOKEN: self._token,
-            variables.INWORLD_API_KEY: self._token,
-        }
+        return self._endpoint.environment_for_workers(environment)
 
     # -- what others see ------------------------------------------------------------------------------
 
@@ -162,9 +128,9 @@ class Companion:
         return self.state is S.READY
 
     def document(self) -> dict[str, Any]:
-        """Return its part of the status, ready for JSON."""
+        """Return the companion's part of the status, ready for JSON."""
         return {
-            "name": NAME,
+            "name": COMPANION_NAME,
             "state": self.state.value,
             "pid": self.pid,
             "restarts": self.restarts,
@@ -189,17 +155,15 @@ class Companion:
             if self.state is not S.STOPPED:
                 self._change(E.STOP)
         finally:
-            self._listener.close()
-            for fd in (self._lifeline, self._held_by_workers):
-                os.close(fd)
+            self._endpoint.close()
 
     async def until_ready(self, is_stopping: Callable[[], object]) -> bool:
         """Wait for the first broker, or for a stop; False when neither comes in time."""
-        due = now() + READY
+        due = now() + READY_TIMEOUT
         return await self.changed.until(lambda: self.is_ready or is_stopping(), lambda: due)
 
     def wake(self) -> None:
-        """Have whoever waits here look again."""
+        """Have every waiter look again."""
         self.changed.notify()
 
     def set_key(self, key: str) -> None:
@@ -213,31 +177,31 @@ class Companion:
         self.changed.notify()
         child = self._child
         if child is None or child.status is not None:
-            # Whatever it had open went with it; nobody closed that in order.
+            # What the broker had open went with its process; nothing of that was closed in order.
             self._note("forced")
             return
         self._change(E.FENCE)
         self._change(E.CLOSE)
         share = max(0.0, min(self._close, deadlines().end_at - now()))
         due = now() + share
-        self._say(Close(close_at=due - min(0.25, share - 0.05)))
+        self._say(Close(close_at=due - min(EXIT_SECONDS, share - MIN_CLOSE_SECONDS)))
         if await self.changed.until(lambda: child.status is not None, lambda: min(due, deadlines().end_at)):
             return
         self._change(E.KILL)
         child.send(signal.SIGKILL)
-        if self._ready_at is not None:  # one that never served has nothing that could be lost
-            killed = {"what": "companion", "name": NAME, "pid": child.pid}
+        if self._ready_at is not None:  # a broker that never served has nothing open
+            killed = {"what": "companion", "name": COMPANION_NAME, "pid": child.pid}
             self._record.killed.append(killed)
         if not self._was_told:
             self._note("closed" if self._ready_at is None else "forced")
-        at = now() + KILLED_IN
+        at = now() + EXIT_TIMEOUT
         await self.changed.until(lambda: child.status is not None, lambda: at)
 
     def _change(self, event: SlotEvent, **why: Any) -> None:
         try:
             after = SLOT_TABLE[self.state, event]
         except KeyError:
-            raise TransitionError(f"{NAME}: {event.name} in state {self.state.name}") from None
+            raise TransitionError(f"{COMPANION_NAME}: {event.name} in state {self.state.name}") from None
         before, self.state = self.state, after
         write = self._log.warning if after is S.FAILED else self._log.info
         write(COMPANION_LOG_EVENT[after], was=before.value, **why)
@@ -249,10 +213,15 @@ class Companion:
         self._channel_lost = False
         self.figures = {}
         try:
-            child, control, relays = self._spawn()
+            child, control, output = self._endpoint.spawn(
+                mark=f"{self._id}:{COMPANION_NAME}:{self.restarts}",
+                reaper=self._reaper,
+                on_exit=lambda _status: self.changed.notify(),
+            )
         except (SpawnError, OSError) as error:
             self._change(E.FAIL, reason=str(error))
             return
+        relay = OutputReader(output, self._write)
         self._child = child
         self._known_pids.add(child.pid)
         self._change(E.SPAWN, pid=child.pid)
@@ -263,71 +232,22 @@ class Companion:
         except asyncio.CancelledError:
             child.send(signal.SIGKILL)
             raise
-        due = now() + KILLED_IN
+        due = now() + EXIT_TIMEOUT
         await self.changed.until(lambda: self._channel_lost, lambda: due)
         self._channel.close()
         self._channel = None
-        for relay in relays:
-            relay.close()
+        relay.close()
         self._known_pids.discard(child.pid)
         was_asked = self.state in (S.CLOSING, S.KILLING)
         if not was_asked and self._ready_at is not None and self._stop_has_begun():
-            self._note("forced")  # what it had open was cut; the next one knows nothing of it
+            self._note("forced")  # what was open is cut, and the next broker knows nothing of it
         self._change(E.EXIT if was_asked else E.FAIL, exit=str(child.status))
 
-    def _spawn(self) -> tuple[Child, socket.socket, list[OutputReader]]:
-        settings = {
-            "control_fd": CONTROL_FD,
-            "listen_fd": LISTEN_FD,
-            "lifeline_fd": LIFELINE_FD,
-            "token": self._token,
-            "close": self._close,
-            "grace": self._grace,
-            **self._config.model_dump(exclude={"enabled", "api_key_file"}),
-        }
-        environment = {
-            **self._environment,
-            variables.MARK: f"{self._id}:{NAME}:{self.restarts}",
-            variables.COMPANION: json.dumps(settings),
-            "PYTHONUNBUFFERED": "1",
-        }
-        ours: list[int] = []
-        theirs: dict[int, int] = {}
-        control, far = socket.socketpair()
-        try:
-            out, out_write = pipe()
-            ours.append(out)
-            theirs = {
-                0: high(os.open(os.devnull, os.O_RDONLY)),
-                1: out_write,
-                2: high(os.dup(out_write)),
-                CONTROL_FD: high(far.detach()),
-                LISTEN_FD: high(os.dup(self._listener.fileno())),
-                LIFELINE_FD: high(os.dup(self._lifeline)),
-            }
-            child = spawn(
-                [sys.executable, "-P", "-m", "lastcall.worker.inworld"],
-                environment=environment,
-                descriptors=theirs,
-                blocked=SHIELDED,
-                reaper=self._reaper,
-                on_exit=lambda _status: self.changed.notify(),
-            )
-        except BaseException:
-            for fd in ours:
-                os.close(fd)
-            control.close()
-            raise
-        finally:
-            for fd in theirs.values():
-                os.close(fd)
-        return child, control, [OutputReader(out, self._write)]
-
     def _note(self, fate: ResourceFate) -> None:
-        """Put a broker that could not say itself how it closed into the receipt."""
+        """Put a broker that has said nothing of its close into the receipt."""
         counts = {what: {"cut": self.figures[what]} for what in ("connections", "contexts") if self.figures}
         known = {what: each for what, each in counts.items() if each["cut"]}
-        entry = ResourceEntry(name=NAME, fate=fate, counts=known if fate != "closed" else {})
+        entry = ResourceEntry(name=COMPANION_NAME, fate=fate, counts=known if fate != "closed" else {})
         self._record.resources.append(entry)
 
     # -- what is said ---------------------------------------------------------------------------------
@@ -353,7 +273,9 @@ class Companion:
             case Resource(fate=fate, counts=counts):
                 self._was_told = True
                 if self._is_stopping:
-                    self._record.resources.append(ResourceEntry(name=NAME, fate=fate, counts=counts))
+                    self._record.resources.append(
+                        ResourceEntry(name=COMPANION_NAME, fate=fate, counts=counts)
+                    )
             case Fault():
                 self._log.error("companion failed", reason=message.message, traceback=message.traceback)
             case _:

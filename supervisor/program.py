@@ -1,4 +1,4 @@
-"""What a start is made from: configuration and environment, read at the beginning and at each reload."""
+"""Configuration and environment, read at the start and at each reload, and the launcher made from them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from lastcall.supervisor import config as configuration
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import ConfigError
-from lastcall.supervisor.inworld_broker import Companion, key_of
+from lastcall.supervisor.inworld_broker import Companion
+from lastcall.supervisor.inworld_endpoint import key_of
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.worker.base.settings import WorkerSettings
 
-# What the supervisor itself stands on; a reload keeps the old value and says so.
-FIXED = ("http", "control", "log_format", "inworld")
+# The supervisor itself was set up by these keys: a reload keeps the old value, and logs that it does.
+KEPT_BY_A_RELOAD = ("http", "control", "log_format", "inworld")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Program:
     log: Any
 
     def launcher(self, config: Config) -> Launcher:
-        """Return what starts workers under a configuration. Raises ConfigError for a bad env_file."""
+        """Return the launcher of workers for a configuration. Raises ConfigError for a bad env_file."""
         environment: Mapping[str, str] = environment_of(self.environment, config)
         if self.companion is not None:
             environment = self.companion.environment_for_workers(environment)
@@ -72,7 +73,9 @@ class Program:
                 "a reload can't turn a target into a command or back; restart lastcall for that"
             )
         kept = {
-            name: getattr(current, name) for name in FIXED if getattr(new, name) != getattr(current, name)
+            name: getattr(current, name)
+            for name in KEPT_BY_A_RELOAD
+            if getattr(new, name) != getattr(current, name)
         }
         for name, value in kept.items():
             self.log.warning(
@@ -86,5 +89,5 @@ class Program:
 
 
 def environment_of(environment: Mapping[str, str], config: Config) -> dict[str, str]:
-    """Return the environment with the env_file's variables in it. Raises ConfigError when it is no such."""
+    """Return the environment with the variables of the env_file. Raises ConfigError for a bad env_file."""
     return {**environment, **configuration.environment_of(config.env_file)}

@@ -4,25 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+from tests.support import left_out, selection
 from tests.support.harness import Run, StartRun
-from tests.support.left_out import pytest_collection_modifyitems, pytest_terminal_summary
 from tests.support.program import Program
 from tests.support.terminal import Terminal
 
-__all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
-
 
 def pytest_configure() -> None:
-    """Undo a nohup around the tests: what they start inherits an ignored SIGHUP, and keeps to it."""
+    """Set up the process that runs tests, before any test is imported."""
+    # Undo a nohup around the tests: a program that a test starts inherits an ignored SIGHUP, and keeps to it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    selection.watch()
+    # Hypothesis fails an example that takes longer than 200 ms, or slow data; beside other tests both happen.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("beside others", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("beside others")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what can't run here, and mark the rest; `-m` chooses among the marks after that."""
+    left_out.leave_out(config, items)
+    selection.mark(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hold a quick test to it."""
+    selection.begin(item)
+    try:
+        yield
+    finally:
+        selection.end()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out, and how much of the processors was used."""
+    left_out.say(terminalreporter)
+    own, children = (resource.getrusage(each) for each in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
+    terminalreporter.write_line(f"{seconds:.0f} s of CPU, of every process that was waited for")
 
 
 @pytest.hookimpl(tryfirst=True)

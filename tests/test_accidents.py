@@ -91,6 +91,7 @@ async def test_worker_frozen_while_its_last_job_ends(run: StartRun) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "launch",
     [
@@ -113,6 +114,7 @@ async def test_odd_launchers(run: StartRun, launch: str) -> None:
     await r.clean(job)
 
 
+@pytest.mark.alone
 async def test_room_with_a_very_long_name(run: StartRun) -> None:
     """A name is clipped in status and receipt; the job runs, and is counted once."""
     r: Run = await run("run", "--grace", "30", AGENT)

@@ -100,7 +100,7 @@ def test_backoff_doubles_to_its_cap(first: float, cap: float, seed: int) -> None
 
 
 def test_backoff_is_reset_after_a_stable_time() -> None:
-    """What stayed up for a whole period is started again at once."""
+    """A worker that stayed up for a whole period is started again at once."""
     restarts = Restarts(RestartPolicy(period=60), random.Random(0))
     assert restarts.delay(0.0, uptime=0.0) == 0
     assert restarts.delay(1.0, uptime=0.0) != 0

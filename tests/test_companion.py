@@ -97,6 +97,7 @@ async def test_sigterm_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
         assert resource(r)["fate"] == "closed"
 
 
+@pytest.mark.alone
 async def test_deadline_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
     """A job that is cut has its contexts cancelled before their connection is closed."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
@@ -182,6 +183,7 @@ async def test_broker_killed_in_a_stop(run: StartRun, tmp_path: Path) -> None:
         await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_short_grace_while_the_broker_starts(run: StartRun, tmp_path: Path) -> None:
     """Its share may be shorter than its start takes: nothing was open, so nothing was forced."""
     async with InworldServer(api_key=KEY) as server:
@@ -193,6 +195,7 @@ async def test_short_grace_while_the_broker_starts(run: StartRun, tmp_path: Path
         await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_server_that_never_answers(run: StartRun, tmp_path: Path) -> None:
     """The close costs no more than its share, and is called forced."""
     async with InworldServer(api_key=KEY, faults=Faults(ignore_close=True)) as server:

@@ -36,6 +36,7 @@ def test_names_are_there() -> None:
 
 
 def test_what_is_a_server() -> None:
+    """WorkerOptions become a server with an entrypoint; a bare function is no server."""
     options = WorkerOptions(entrypoint_fnc=entrypoint)
     made = agent_server.as_server(options)
     assert isinstance(made, AgentServer) and agent_server.has_entrypoint(made)
@@ -45,6 +46,7 @@ def test_what_is_a_server() -> None:
 
 
 def test_ports_are_private() -> None:
+    """The server's own HTTP port is a free one of the loopback interface."""
     made = server()
     agent_server.use_private_ports(made)
     assert (made._port, made._host) == (0, "127.0.0.1")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lastcall.supervisor.cli.dev import ignored_by_git, is_source, remarks
+from lastcall.supervisor.cli.dev import remote_host
+from lastcall.supervisor.cli.source_changes import ignored_by_git, is_source
 from tests.support.harness import Run, StartRun
 from tests.support.terminal import Terminal
 
@@ -62,7 +63,7 @@ async def test_a_change_is_a_reload(run: StartRun, terminal: Terminal, tmp_path:
 
 
 async def test_ctrl_c_twice_ends_at_once(run: StartRun, terminal: Terminal, tmp_path: Path) -> None:
-    """The second kills: who develops does not wait."""
+    """The second Ctrl-C kills, because a developer does not wait."""
     (tmp_path / "agent.py").write_text(AGENT_TEXT)
     r = await start(run, terminal, tmp_path, "--grace", "600", "agent.py")
     await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
@@ -93,7 +94,7 @@ def test_what_git_ignores(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_a_source(name: str, source: bool) -> None:
-    """What an agent writes itself is no reason to replace it."""
+    """A file that an agent writes is no reason to replace the agent."""
     assert is_source(Path(name)) is source
 
 
@@ -107,4 +108,4 @@ def test_what_is_a_source(name: str, source: bool) -> None:
 )
 def test_remote_project_is_pointed_out(url: str, warned: bool) -> None:
     """Real calls would come here."""
-    assert bool(remarks({"LIVEKIT_URL": url})) is warned
+    assert bool(remote_host(url)) is warned

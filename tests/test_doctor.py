@@ -8,12 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from lastcall.supervisor.doctor import checks, probe, report
 from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
@@ -21,8 +22,7 @@ from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import open_to
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import LASTCALL, Run, StartRun
-from tests.test_rehearse import SAMPLE
+from tests.support.harness import LASTCALL, SAMPLE, Run, StartRun
 
 GOOD = Facts(
     target="agent.py",
@@ -139,7 +139,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("check", "verdict", "facts", "why"), CASES)
 def test_check(check: str, verdict: str, facts: dict[str, Any], why: str) -> None:
-    """One check, its verdict and why; what is not well comes with what to do; the exit code follows."""
+    """A check says its verdict and why, and what to do if anything; the exit code follows."""
     findings = checks.examine(replace(GOOD, **facts))
     (finding,) = [finding for finding in findings if finding.check == check]
     assert (finding.verdict, why in finding.why) == (verdict, True), finding
@@ -177,7 +177,12 @@ async def test_livekit_is_asked_as_a_worker_asks() -> None:
     gone = await asyncio.to_thread(ask, server.environment)
     assert gone is not None and "refused" in gone.error.lower()
     assert ask({}) is None
-    for url in ("example", "ws://[::1", "ws://user:password@?token=password"):
+    for url in (
+        "example",
+        "ws://[::1",
+        "ws://user:password@?token=password",
+        "ws://user:password/x@h:1/?password",
+    ):
         odd = ask({"LIVEKIT_URL": url, "LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s"})
         assert odd is not None and odd.error and "password" not in odd.url + odd.error
 
@@ -191,7 +196,7 @@ async def test_livekit_is_asked_as_a_worker_asks() -> None:
     ],
 )
 def test_livekit_that_is_no_livekit(says: bytes, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is there: one line in the end, in time, with nothing in it that a terminal would obey."""
+    """The answer is one line, in time, with nothing in it that a terminal would obey."""
     monkeypatch.setattr(probe, "TIMEOUT", 2.0)
     drip = f"""
 import socket, time
@@ -220,31 +225,54 @@ while True:
             server.kill()
 
 
-def test_a_server_that_tells_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_tells_no_time() -> None:
     """It lets the worker in; that a second question is not answered says nothing against it."""
-    real = probe._get
 
-    def get(url: str, path: str, headers: dict[str, str]) -> Any:
-        if path == "/":
-            raise ConnectionResetError
-        status, answer = real(url, path, headers)
-        del answer["Date"]
-        return status, answer
+    async def let_in(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive()
+        return socket
 
-    async def look() -> Any:
-        async with DispatchServer() as server:
-            return await asyncio.to_thread(ask, server.environment)
+    async def hang_up(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
 
-    monkeypatch.setattr(probe, "_get", get)
-    answer = asyncio.run(look())
+    app = web.Application()
+    app.add_routes([web.get("/agent", let_in), web.get("/", hang_up)])
+    async with TestServer(app) as server:
+        credentials = {"LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s" * 32}
+        answer = await asyncio.to_thread(ask, {"LIVEKIT_URL": str(server.make_url("")), **credentials})
+    assert answer is not None
     assert (answer.status, answer.error, answer.skew_s) == (101, "", None)
+
+
+async def test_a_server_that_never_closes() -> None:
+    """A server that lets the worker in and then says nothing more has answered."""
+    closed = asyncio.Event()
+
+    async def let_in(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(autoclose=False)
+        await socket.prepare(request)
+        await closed.wait()
+        return socket
+
+    app = web.Application()
+    app.add_routes([web.get("/agent", let_in)])
+    async with TestServer(app) as server:
+        credentials = {"LIVEKIT_API_KEY": "k", "LIVEKIT_API_SECRET": "s" * 32}
+        answer = await asyncio.to_thread(ask, {"LIVEKIT_URL": str(server.make_url("")), **credentials})
+        closed.set()
+    assert answer is not None and (answer.status, answer.error) == (101, "")
+    assert answer.skew_s is not None and abs(answer.skew_s) < 5
 
 
 def test_token_is_what_livekit_verifies() -> None:
     """LiveKit's own verifier takes it, with the agent grant."""
     from livekit import api
 
-    claims = api.TokenVerifier("key", "secret" * 6).verify(token("key", "secret" * 6, time.time()))
+    claims = api.TokenVerifier("key", "secret" * 6).verify(token("key", "secret" * 6))
     assert claims.video is not None and claims.video.agent
 
 

@@ -1,4 +1,4 @@
-"""Faults: one of lastcall's own cuts no call and becomes an ordinary stop; one of a job's start is told."""
+"""Faults: a fault of lastcall cuts no call, and becomes an ordinary stop."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def test_why_recycle(limits: dict[str, int], reason: str) -> None:
     from lastcall.supervisor.fleet.states import SlotState
     from lastcall.supervisor.fleet.worker_view import LastBeat
     from lastcall.worker.base.clock import now
-    from tests.test_states import generation_in
+    from tests.support.generations import generation_in
 
     generation, _log = generation_in(SlotState.READY)
     generation.ready_at = now() - 60

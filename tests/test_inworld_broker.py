@@ -5,51 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from lastcall.worker.inworld.broker.broker import Broker, listen
+from lastcall.worker.inworld.broker.broker import Broker
 from lastcall.worker.local.inworld_server import Faults, Limits, Speech
-from tests.support.inworld import PATIENCE, Pair, pair, quick, until
-from tests.support.inworld_job import CONFIG, PATH, Job
+from tests.support.broker import LONG, SPEAKING, TOKEN, brokered
+from tests.support.inworld import PATIENCE, quick, until
+from tests.support.inworld_job import CONFIG, PATH
 
-TOKEN = "a-local-token"
-SPEAKING = Speech(pace="real-time")
-LONG = "This goes on and on. " * 40
 CREATED_TO_CLOSED = ["contextCreated", "audioChunk", "flushCompleted", "contextClosed"]
-
-
-@dataclass(slots=True, kw_only=True)
-class Setting:
-    """An Inworld server, a pool of it, a broker of that."""
-
-    pair: Pair
-    broker: Broker
-
-    def job(self, token: str = TOKEN) -> Job:
-        return Job(self.broker.ws_url, token)
-
-
-@asynccontextmanager
-async def brokered(*, max_unread: int = 1 << 24, **options: Any) -> AsyncIterator[Setting]:
-    async with pair(**options) as p:
-        with listen() as listener:
-            broker = Broker(
-                p.pool,
-                listener,
-                token=TOKEN,
-                key=p.server.api_key,
-                base_url=p.server.base_url,
-                max_unread=max_unread,
-            )
-            async with broker:
-                yield Setting(pair=p, broker=broker)
 
 
 async def test_a_burst_is_spoken_under_the_jobs_own_id() -> None:

@@ -9,10 +9,9 @@ import random
 import pytest
 
 from lastcall.worker.base.clock import now
-from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.errors import ConnectionLost, InworldError, PoolClosed
 from lastcall.worker.inworld.pool.pool import InworldPool
-from lastcall.worker.inworld.pool.stream import Stream
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
 from tests.support.inworld import (
     CONFIG,
@@ -25,6 +24,7 @@ from tests.support.inworld import (
     sockets,
     until,
 )
+from tests.support.inworld_stream import Stream, acquire
 
 SPEAKING = Speech(pace="real-time")
 LONG = "This goes on and on. " * 40
@@ -117,9 +117,9 @@ async def test_every_timing_of_release_cancel_and_close() -> None:
             async with InworldPool(
                 server.ws_url, server.api_key, timings=QUICK, max_connections=1, max_contexts=1
             ) as pool:
-                holder = await pool.acquire(CONFIG)
-                waiters = [asyncio.ensure_future(pool.acquire(CONFIG, timeout=600.0)) for _ in range(3)]
-                closing: asyncio.Future[Census] | None = None
+                holder = await acquire(pool, CONFIG)
+                waiters = [asyncio.ensure_future(acquire(pool, CONFIG, timeout=600.0)) for _ in range(3)]
+                closing: asyncio.Future[CloseReport] | None = None
                 for turn in range(12):
                     if turn == release:
                         holder.cancel()
@@ -210,7 +210,7 @@ async def test_the_end_of_a_cancelled_block_closes_too() -> None:
 
         async def work() -> None:
             async with InworldPool(server.ws_url, server.api_key, timings=quick(aclose=0.5)) as pool:
-                await pool.acquire(CONFIG)
+                await acquire(pool, CONFIG)
                 await asyncio.get_running_loop().create_future()
 
         for twice in (False, True):
@@ -244,12 +244,31 @@ async def test_a_connection_that_is_cancelled_twice_tells_everybody() -> None:
             await until(lambda: not p.pool.tasks and p.server.open_connections == 0)
 
 
+async def test_a_connection_that_is_cancelled_takes_no_waiter_along() -> None:
+    """The place that comes free with the connection is not given away: the waiter gets a new connection.
+
+    Fails if the connection still takes contexts while its task ends.
+    """
+    async with pair(max_connections=1, max_contexts=1) as p:
+        first = await p.acquire()
+        second = asyncio.ensure_future(p.acquire())
+        await until(lambda: p.pool.figures.waiters == 1)
+        (task,) = p.pool.tasks.values()
+        task.cancel()
+        with pytest.raises(ConnectionLost):
+            await anext(first)
+        async with asyncio.timeout(PATIENCE):
+            await (await second).release()
+        assert p.server.counts["connected"] == 2
+        assert p.pool.figures.retries == 0
+
+
 async def test_an_error_in_the_block_comes_out_as_it_is() -> None:
     """The pool closes, and does not wrap what its user raised."""
     async with InworldServer() as server:
         with pytest.raises(ZeroDivisionError):
             async with InworldPool(server.ws_url, server.api_key, timings=QUICK) as pool:
-                await pool.acquire(CONFIG)
+                await acquire(pool, CONFIG)
                 raise ZeroDivisionError
         await server.until(lambda: server.open_connections == 0, PATIENCE)
 
@@ -276,7 +295,7 @@ async def test_acquire_cancelled_at_every_turn_cold() -> None:
 
         async def operation() -> None:
             async with InworldPool(server.ws_url, server.api_key, timings=QUICK) as pool:
-                (await pool.acquire(CONFIG)).cancel()
+                (await acquire(pool, CONFIG)).cancel()
 
         async def check() -> None:
             await until(lambda: server.open_connections == 0 and sockets() <= before)
@@ -319,7 +338,7 @@ async def test_close_cancelled_at_every_turn() -> None:
         async def operation() -> None:
             async with InworldPool(server.ws_url, server.api_key, timings=QUICK) as pool:
                 for _ in range(6):
-                    await pool.acquire(CONFIG)
+                    await acquire(pool, CONFIG)
                 task = asyncio.ensure_future(pool.aclose())
                 for _ in range(turns):
                     await asyncio.sleep(0)

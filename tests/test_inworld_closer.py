@@ -110,6 +110,7 @@ async def test_a_shutdown_callback_that_raises(run: StartRun) -> None:
         await r.clean(job)
 
 
+@pytest.mark.alone
 async def test_a_job_that_is_told_to_end(run: StartRun) -> None:
     """Cut at the deadline, but it cooperates: closed in order all the same."""
     async with inworld() as server:

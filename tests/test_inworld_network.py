@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from lastcall.worker.inworld.pool.errors import InworldError
 from tests.support.inworld import CONFIG, PATIENCE, pair, quick, until
+from tests.support.inworld_stream import acquire
 
 
 class Proxy:
@@ -100,8 +101,8 @@ async def test_a_connection_may_end_at_any_byte() -> None:
             except InworldError:
                 await p.say("Hi.", timeout=PATIENCE)  # it was cut in mid-stream; the next is served
             for connection in list(p.pool.connections.values()):
-                p.pool.end_line(connection.line)
+                p.pool.close_entry(connection.entry)
             await until(lambda: not p.pool.tasks)
             await p.settled()
-        stream = await p.pool.acquire(CONFIG)
+        stream = await acquire(p.pool, CONFIG)
         await stream.release()

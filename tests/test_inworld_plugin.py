@@ -20,8 +20,8 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Counts
 from lastcall.worker.inworld.plugin import private_names
 from lastcall.worker.inworld.plugin.arguments import broker_arguments
-from lastcall.worker.inworld.plugin.attached import closer
-from lastcall.worker.inworld.plugin.closer import Closer
+from lastcall.worker.inworld.plugin.attached import plugin_connections
+from lastcall.worker.inworld.plugin.connections import PluginConnections
 from lastcall.worker.job import teardown
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
 from lastcall.worker.sdk import job_process
@@ -82,7 +82,7 @@ def real_time(**faults: Any) -> InworldServer:
     return InworldServer(speech=Speech(pace="real-time"), faults=Faults(**faults))
 
 
-# -- the closer --------------------------------------------------------------------------------------------
+# -- the close of what the plugin has open ------------------------------------------------------------------
 
 
 async def test_contexts_first_then_connections() -> None:
@@ -92,8 +92,8 @@ async def test_contexts_first_then_connections() -> None:
         for _ in range(count):
             s.speak()
         await until(lambda: server.open_contexts == count)
-        assert closer.is_needed
-        counts = await closer.aclose(now() + 5)
+        assert plugin_connections.is_needed
+        counts = await plugin_connections.aclose(now() + 5)
         connections = 1 if IS_SHARED else 2
         assert counts == {
             "contexts": {"closed": count, "forced": 0},
@@ -104,7 +104,7 @@ async def test_contexts_first_then_connections() -> None:
         assert {str(e.detail) for e in server.events_of("connection_closed")} == {
             "{'code': 1000, 'clean': True}"
         }
-        assert await closer.aclose(now() + 5) == {}
+        assert await plugin_connections.aclose(now() + 5) == {}
 
 
 async def test_nothing_is_opened_after_the_close() -> None:
@@ -112,7 +112,7 @@ async def test_nothing_is_opened_after_the_close() -> None:
     async with real_time() as server, speaker(server) as s:
         s.speak("Good bye.")
         await until(lambda: s.ended == [None])
-        await closer.aclose(now() + 5)
+        await plugin_connections.aclose(now() + 5)
         s.speak()
         await until(lambda: len(s.ended) == 2)
         assert isinstance(s.ended[1], APIConnectionError)
@@ -132,7 +132,7 @@ async def test_a_handshake_under_way(faults: dict[str, Any]) -> None:
         s.speak()
         s.speak()
         await until(lambda: server.open_handshakes > 0)
-        await closer.aclose(now() + 5)
+        await plugin_connections.aclose(now() + 5)
         await until(lambda: server.open_handshakes == 0 and len(s.ended) == 2)
         assert server.counts["connected"] == 0
 
@@ -143,7 +143,7 @@ async def test_a_connection_that_the_plugin_forgot() -> None:
         s.speak()
         await until(lambda: server.counts["context_created"])
         await until(lambda: server.counts["connected"] > 1)  # the framework tries again
-        await closer.aclose(now() + 5)
+        await plugin_connections.aclose(now() + 5)
         await until(lambda: server.open_connections == 0 and s.ended)
         assert all(e.detail["clean"] for e in server.events_of("connection_closed"))
 
@@ -154,7 +154,7 @@ async def test_a_server_that_answers_nothing() -> None:
         s.speak()
         await until(lambda: server.counts["text"])
         began = now()
-        counts = await closer.aclose(now() + 0.5)
+        counts = await plugin_connections.aclose(now() + 0.5)
         assert now() - began < TIMEOUT
         assert counts["contexts"]["forced"] == counts["connections"]["forced"] == 1
         await until(lambda: server.open_connections == 0)
@@ -175,7 +175,7 @@ async def test_a_plain_request_under_way() -> None:
         stream = tts.synthesize(LONG)
         async with asyncio.timeout(TIMEOUT):
             await stream.__anext__()
-        await closer.aclose(now() + 5)
+        await plugin_connections.aclose(now() + 5)
         with pytest.raises(StopAsyncIteration):
             while True:
                 await stream.__anext__()
@@ -207,7 +207,7 @@ async def test_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
             closed.append(self.how)
 
     monkeypatch.setattr(private_names, "tts_class", lambda: TTS)
-    mine = Closer()
+    mine = PluginConnections()
     mine.attach({})
     mine.attach({})  # once is enough, twice is harmless
     made = [TTS("well"), TTS("fails"), TTS("hangs"), TTS("never used")]
@@ -232,7 +232,7 @@ def test_a_tts_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
             closed.append(asyncio.get_running_loop())
 
     monkeypatch.setattr(private_names, "tts_class", lambda: TTS)
-    mine, tts = Closer(), TTS()
+    mine, tts = PluginConnections(), TTS()
     mine.attach({})
 
     async def use() -> None:
@@ -264,9 +264,9 @@ def test_keyword_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     init: Any = inspect.unwrap(inworld.TTS.__init__)
     monkeypatch.setattr(init, "__kwdefaults__", dict(init.__kwdefaults__))
     monkeypatch.setenv("INWORLD_API_KEY", "the real key")
-    Closer().attach({})
+    PluginConnections().attach({})
     assert inworld.TTS()._ws_url == "wss://api.inworld.ai/"
-    Closer().attach(BROKER)
+    PluginConnections().attach(BROKER)
     tts = inworld.TTS()
     assert (tts._ws_url, tts._base_url) == ("ws://127.0.0.1:1/", "http://127.0.0.1:1/")
     assert tts._authorization == "Basic token"

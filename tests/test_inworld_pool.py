@@ -94,7 +94,7 @@ async def test_cancelled_callers_leave_no_reservation() -> None:
             for caller in callers:
                 caller.cancel()
             await asyncio.wait(callers)
-            await until(lambda: not p.pool.slots.lines)
+            await until(lambda: not p.pool.capacity.entries)
         p.server.faults.handshake_hang = False
         await many(100, p)
 
@@ -159,7 +159,7 @@ async def test_acquire_keeps_its_timeout_in_a_hung_handshake() -> None:
         with pytest.raises(AcquireTimeout):
             async with asyncio.timeout(PATIENCE):
                 await p.acquire(timeout=0.1)
-        await until(lambda: not p.pool.slots.lines)
+        await until(lambda: not p.pool.capacity.entries)
 
 
 async def test_one_hung_handshake_holds_nobody_up() -> None:
@@ -202,7 +202,7 @@ async def test_nobody_waits_so_nothing_is_dialled() -> None:
         with pytest.raises(AcquireTimeout):
             await p.acquire(timeout=0.2)
         await until(lambda: not p.pool.tasks)
-        assert p.pool.slots.wanted() == 0
+        assert p.pool.capacity.wanted() == 0
 
 
 async def test_a_refused_key_is_told_at_once() -> None:
@@ -333,8 +333,8 @@ async def test_an_idle_pool_sets_no_alarm_but_its_own() -> None:
         await p.settled()
         (connection,) = p.pool.connections.values()
         # Those of the dial and of the last context ring once more.
-        await until(lambda: p.pool._alarm.at >= connection.idle_since + 300.0)
-        await until(lambda: connection._alarm._handle is None)
+        await until(lambda: p.pool._timer.at >= connection.idle_since + 300.0)
+        await until(lambda: connection._timer._handle is None)
 
 
 # -- after the close ----------------------------------------------------------------------------------------

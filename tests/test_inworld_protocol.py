@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 
 from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.inworld.pool import idling, protocol
+from lastcall.worker.inworld.pool.capacity import PoolEntry
 from lastcall.worker.inworld.pool.errors import Malformed
-from lastcall.worker.inworld.pool.lifecycles import CONTEXT_TABLE, LINE_TABLE, ContextState, LineState
-from lastcall.worker.inworld.pool.places import Line
+from lastcall.worker.inworld.pool.lifecycles import (
+    CONNECTION_TABLE,
+    CONTEXT_TABLE,
+    ConnectionState,
+    ContextState,
+)
+from lastcall.worker.inworld.pool.pool import REDIAL_JITTER
 from lastcall.worker.inworld.pool.protocol import Action, Kind
 from lastcall.worker.inworld.pool.splitting import split
 
@@ -139,32 +145,32 @@ def test_split_prefers_white_space() -> None:
 
 def test_backoff_doubles_to_its_cap() -> None:
     """0.5, 1, 2, 4, 8, 8 seconds, less up to half; a success begins anew."""
-    backoff = Backoff(0.5, 8.0, jitter=0.5, random=random.Random(1))
+    backoff = Backoff(0.5, 8.0, jitter=REDIAL_JITTER, random=random.Random(1))
     for step in (0.5, 1.0, 2.0, 4.0, 8.0, 8.0):
         assert step / 2 <= backoff.fail() <= step
     backoff.succeed()
     assert backoff.fail() <= 0.5
 
 
-def idle(since: float, *, used: bool = True) -> tuple[float, Line]:
-    line = Line(1)
-    line.was_used = used
-    return since, line
+def idle(since: float, *, used: bool = True) -> tuple[float, PoolEntry]:
+    entry = PoolEntry(1)
+    entry.was_used = used
+    return since, entry
 
 
-def plan(lines: list[tuple[float, Line]], at: float, **changes: bool) -> idling.Plan:
+def plan(entries: list[tuple[float, PoolEntry]], at: float, **changes: bool) -> idling.IdlePlan:
     settings = {"is_all": True, "has_room": True, **changes}
-    return idling.plan(lines, at=at, timeout=300.0, warm=540.0, **settings)
+    return idling.plan(entries, at=at, timeout=300.0, warm=540.0, **settings)
 
 
 def test_all_idle_connections_but_the_freshest_are_closed() -> None:
     """After 300 s idle each is closed, except the last open one."""
-    lines = [idle(0.0), idle(10.0), idle(200.0)]
-    assert plan(lines, 300.0).close == (lines[0][1],)
-    assert plan(lines, 300.0).look_at == 310.0
-    assert plan(lines, 500.0).close == (lines[0][1], lines[1][1])
-    assert plan(lines, 500.0).look_at == 740.0
-    assert plan(lines[:1], 300.0, is_all=False).close == (lines[0][1],)
+    entries = [idle(0.0), idle(10.0), idle(200.0)]
+    assert plan(entries, 300.0).close == (entries[0][1],)
+    assert plan(entries, 300.0).look_at == 310.0
+    assert plan(entries, 500.0).close == (entries[0][1], entries[1][1])
+    assert plan(entries, 500.0).look_at == 740.0
+    assert plan(entries[:1], 300.0, is_all=False).close == (entries[0][1],)
 
 
 def test_the_warm_connection_is_replaced_before_the_server_ends_it() -> None:
@@ -180,7 +186,7 @@ def test_tables_end_everywhere() -> None:
     """From every state of a context or a connection its end can be reached; the end takes nothing."""
     for table, states, end in (
         (CONTEXT_TABLE, ContextState, ContextState.ENDED),
-        (LINE_TABLE, LineState, LineState.GONE),
+        (CONNECTION_TABLE, ConnectionState, ConnectionState.GONE),
     ):
         assert not [key for key in table if key[0] is end]
         reach = {end}

@@ -8,7 +8,7 @@ import pytest
 
 from lastcall.worker.inworld.pool.connection import MAX_UNSENT
 from lastcall.worker.inworld.pool.errors import ConnectionLost, ContextError, InworldError, Overflow, Silent
-from lastcall.worker.inworld.pool.lifecycles import LineState
+from lastcall.worker.inworld.pool.lifecycles import ConnectionState
 from lastcall.worker.inworld.pool.protocol import Action, Kind, send_text
 from lastcall.worker.local.inworld_server import Faults, Speech
 from tests.support.inworld import CONFIG, PATIENCE, many, pair, quick, until
@@ -43,7 +43,7 @@ async def test_malformed_frames_have_a_defined_end(kind: str) -> None:
         p.server.faults.malformed = kind  # type: ignore[assignment]  # one of its literals
         stream = await p.acquire()
         (connection,) = p.pool.connections.values()
-        assert connection.line.state is LineState.RETIRED
+        assert connection.entry.state is ConnectionState.RETIRED
         assert [frame async for frame in stream.speak("Still here.")]
         await until(lambda: p.server.open_connections == 0)
         p.server.faults.malformed = ""
@@ -69,7 +69,7 @@ async def test_a_context_that_is_never_closed_costs_its_connection() -> None:
         with pytest.raises(Silent):
             await p.say()
         (connection,) = p.pool.connections.values()
-        assert connection.line.state is LineState.RETIRED
+        assert connection.entry.state is ConnectionState.RETIRED
         await other.send_text("I am still served.")
         await other.flush()
         assert (await anext(other)).kind is Kind.AUDIO
@@ -78,7 +78,7 @@ async def test_a_context_that_is_never_closed_costs_its_connection() -> None:
         assert p.server.counts["connected"] == 2
         other.close()
         fresh.close()
-        await until(lambda: connection.line.state is LineState.GONE)
+        await until(lambda: connection.entry.state is ConnectionState.GONE)
 
 
 async def test_barge_in_frees_the_place_at_once() -> None:
@@ -153,15 +153,15 @@ async def test_a_peer_that_does_not_read_is_given_up() -> None:
                     await stream.send_text("x" * 100_000)
                     most = max(most, connection.outbox.size)
         assert most < 2 * MAX_UNSENT
-        await until(lambda: connection.line.state is LineState.GONE)
+        await until(lambda: connection.entry.state is ConnectionState.GONE)
         p.server.faults.stop_reading = False
         await p.say()
 
 
 async def test_a_reader_that_does_not_read_is_told() -> None:
     """Unread audio is bounded; the context is cancelled, and others of its connection go on."""
-    async with pair(max_unread=50_000) as p:
-        slow, other = await p.acquire(), await p.acquire()
+    async with pair() as p:
+        slow, other = await p.acquire(max_unread=50_000), await p.acquire()
         await slow.send_text(LONG)
         await slow.flush()
         await until(lambda: p.server.events_of("cancel_requested"))
@@ -185,15 +185,15 @@ async def test_what_is_sent_before_the_context_exists_is_bounded() -> None:
     async with pair(faults=Faults(handshake_hang=True)) as p:
         seen: list[InworldError | None] = []
 
-        class Sink:
+        class Owner:
             def on_frame(self, frame: object, context: object) -> None:
                 raise AssertionError("no frame can come")
 
             def on_end(self, error: InworldError | None, frame: object, context: object) -> None:
                 seen.append(error)
 
-        context = p.pool.start(CONFIG, Sink())
+        context = p.pool.start(CONFIG, Owner())
         for _ in range(100):
-            context.send(Action.TEXT, send_text("x" * 1000))
+            p.pool.send(context, Action.TEXT, send_text("x" * 1000))
         assert len(seen) == 1 and isinstance(seen[0], Overflow)
         assert p.pool.figures.waiters == 0

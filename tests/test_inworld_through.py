@@ -14,9 +14,9 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Close
 from lastcall.worker.inworld.broker.broker import listen
 from lastcall.worker.local.inworld_server import InworldServer, Speech
+from tests.support.broker import TOKEN, Setting, brokered
+from tests.support.companion import Companion
 from tests.support.inworld import PATIENCE, until
-from tests.test_inworld_broker import TOKEN, Setting, brokered
-from tests.test_inworld_companion import Companion
 
 pytestmark = pytest.mark.core
 OPTIONS = APIConnectOptions(max_retry=3, retry_interval=0.1, timeout=5.0)

@@ -20,6 +20,8 @@ EDGES = {
         "lastcall.worker.inworld.plugin.private_names",
         "lastcall.worker.local.livekit_server",
         "lastcall.worker.local.sample",
+        # In the process of the verb `doctor`, which supervises nothing.
+        "lastcall.supervisor.doctor.probe",
     },
 }
 

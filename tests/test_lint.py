@@ -71,7 +71,7 @@ def resources() -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("version", ["1.30", "1.32", "1.34"])
 def test_manifests(version: str) -> None:
-    """Kubernetes' own schema, strictly: no unknown key, no wrong type; the overlay's result too."""
+    """The schema of Kubernetes finds no unknown key and no wrong type, in the overlay's result too."""
     validate = importlib.import_module("kubernetes_validate").validate
     seen = set()
     for resource in resources():

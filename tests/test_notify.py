@@ -19,7 +19,7 @@ from lastcall.supervisor.views.sd_notify import (
     Snapshot,
 )
 from tests.support.harness import AGENT, Run, StartRun
-from tests.test_opaque import DEAF, polite
+from tests.support.program import DEAF, polite
 
 UP = Snapshot(is_ready=True, text="running")
 

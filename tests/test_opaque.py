@@ -17,25 +17,9 @@ import psutil
 import pytest
 
 from tests.support.harness import LASTCALL, Run, StartRun, lives
+from tests.support.program import DEAF, POLITE, polite
 
 PY = sys.executable
-# Prints a line when it handles SIGTERM, works for a while after it, and says how often it came.
-POLITE = """
-import signal, sys, time
-seen = []
-signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
-print("up", flush=True)
-while not seen:
-    time.sleep(0.01)
-time.sleep({after})
-print("terms", len(seen), flush=True)
-"""
-DEAF = """
-import signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print('up', flush=True)
-time.sleep(600)
-"""
 ORPHANS = """
 import os, time, sys
 for _ in range(100):
@@ -51,10 +35,6 @@ time.sleep(600)
 FAST = "[restart]\nintensity = 3\nbackoff = [0.02, 0.1]\n"
 
 
-def polite(after: float = 0.0) -> list[str]:
-    return ["--", PY, "-c", POLITE.format(after=after)]
-
-
 async def test_one_sigterm_and_time(run: StartRun) -> None:
     """It gets exactly one SIGTERM, however often the supervisor does, and all the time it needs."""
     r: Run = await run("run", "--grace", "20", *polite(1.0), livekit=False)
@@ -68,6 +48,7 @@ async def test_one_sigterm_and_time(run: StartRun) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_deadline(run: StartRun) -> None:
     """One that never ends is killed in time, which is a reason for 75."""
     r: Run = await run("run", "--grace", "2", "--", PY, "-c", DEAF, livekit=False)
@@ -116,6 +97,7 @@ async def test_no_such_program(run: StartRun) -> None:
     assert "'no-such-program-here'" in r.err.read_text()
 
 
+@pytest.mark.alone
 async def test_sigterm_during_backoff(run: StartRun) -> None:
     """Nothing runs, so nothing is waited for."""
     slow = "[restart]\nintensity = 50\nbackoff = [20, 20]\n"

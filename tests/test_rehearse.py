@@ -33,10 +33,9 @@ from lastcall.worker.base.wire import (
 )
 from lastcall.worker.job.rehearsed import RehearsedEntrypoint
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import HERE, LASTCALL
+from tests.support.harness import HERE, LASTCALL, SAMPLE
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
-SAMPLE = str(HERE.parent / "worker" / "local" / "sample.py")
 FRAGILE = str(HERE / "agents" / "fragile.py")
 
 
@@ -158,6 +157,7 @@ def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
         set_up.wait_ready()
 
 
+@pytest.mark.alone
 async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
     """It registers where nobody dispatches for the rehearsal: said at once, and not by a timeout."""
     async with DispatchServer() as server:

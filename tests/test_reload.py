@@ -101,6 +101,7 @@ async def test_recycle_under_a_stream(run: StartRun, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_hold_under_a_stream(run: StartRun) -> None:
     """While one of two supervisors' worth of workers is held the server sees it full; released, it serves."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)

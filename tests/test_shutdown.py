@@ -14,7 +14,7 @@ from lastcall.supervisor.receipt import Ledger, StopRecord
 from lastcall.supervisor.shutdown import PhaseClock, Shutdown
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from tests.test_states import Silent
+from tests.support.generations import Silent
 
 
 @pytest.fixture

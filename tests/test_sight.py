@@ -12,6 +12,7 @@ import jsonschema
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from lastcall.supervisor.views.metrics import POOL_COUNTERS, POOL_GAUGES
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.program import status, verb
 
@@ -95,21 +96,29 @@ async def test_status_while_it_stops(run: StartRun) -> None:
     assert await r.exit() == 0
 
 
-async def exported(run: StartRun) -> set[str]:
-    r: Run = await run("run", "--http", "127.0.0.1:0", "--", "sleep", "600", livekit=False)
-    await r.until(lambda: r.log("ready"))
-    names = set(await scrape(r))
+async def exported(run: StartRun, directory: Path) -> set[str]:
+    """Return every name that a supervisor exports with a worker and the Inworld pool, both of which beat."""
+    config = directory / "lastcall.toml"
+    # Nothing is said, so nothing is dialled.
+    config.write_text('[inworld]\nenabled = true\nws_url = "ws://127.0.0.1:9/"\n')
+    options = ("--config", str(config), "--http", "127.0.0.1:0")
+    r: Run = await run("run", *options, AGENT, environment={"INWORLD_API_KEY": "a-key"})
+    await r.ready()
+    names: set[str] = set()
+    async with asyncio.timeout(20):
+        while not {"lastcall_pool_connections", "lastcall_worker_loop_lag_seconds"} <= names:
+            names = set(await scrape(r))
     r.kill()
     assert await r.exit() == 0
     return names
 
 
-async def test_dashboard_alerts_and_page_name_what_there_is(run: StartRun) -> None:
-    """Every name that they use is exported; every name that is exported is on the page."""
-    names = await exported(run)
-    known = names | {"lastcall_worker_loop_lag_seconds", "lastcall_worker_last_beat_seconds"}
-    known |= {"lastcall_worker_resident_memory_bytes"}  # of workers that beat; an opaque one does not
-    known = {name for name in known if name.startswith("lastcall_")}
+async def test_dashboard_alerts_and_page_name_what_there_is(run: StartRun, tmp_path: Path) -> None:
+    """Every name that they use is exported; every name that is exported is on the page, the pool's too."""
+    names = await exported(run, tmp_path)
+    known = {name for name in names if name.startswith("lastcall_")}
+    assert {f"lastcall_pool_{name}" for name in POOL_GAUGES} <= known
+    assert {f"lastcall_pool_{name}_total" for name in POOL_COUNTERS} <= known
     dashboard = json.loads(DASHBOARD.read_text())
     used = {
         name

@@ -281,6 +281,7 @@ CONFIGURATION = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", CONFIGURATION)
 async def test_wrong_configuration(run: StartRun, tmp_path: Path, case: str) -> None:
     """Exit 78 within two seconds and one line: the value, what was expected, the nearest right name."""

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import ast
+import enum
 import random
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import TransitionError
-from lastcall.supervisor.fleet.generation import Generation
-from lastcall.supervisor.fleet.histogram import Histogram
-from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.states import (
     ALIVE,
     PHASE_OF,
@@ -28,47 +24,15 @@ from lastcall.supervisor.fleet.states import (
     SlotEvent,
     SlotState,
 )
-from lastcall.supervisor.receipt import Ledger, StopRecord
-from lastcall.worker.base.condition import Condition
-
-
-class Silent:
-    """A logger that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[tuple[str, dict[str, Any]]] = []
-
-    def bind(self, **_: Any) -> Silent:
-        return self
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.lines.append((event, fields))
-
-    warning = info
-
-
-def generation_in(state: SlotState) -> tuple[Generation, Silent]:
-    log = Silent()
-    shared = Shared(
-        config=Config(),
-        ledger=Ledger(),
-        record=StopRecord(),
-        log=log,
-        known_pids=set(),
-        on_change=lambda: None,
-        may_sweep_unmarked=lambda: False,
-        fence_seconds=Histogram([1.0]),
-        drain_seconds=Histogram([1.0]),
-    )
-    launcher: Any = None  # no process is started here
-    generation = Generation(0, 1, launcher=launcher, shared=shared, changed=Condition(), state=state)
-    return generation, log
+from lastcall.worker.inworld.pool import lifecycles
+from tests.support.generations import generation_in
+from tests.support.meanings import meanings
 
 
 @pytest.mark.parametrize("state", SlotState)
 @pytest.mark.parametrize("event", SlotEvent)
 def test_every_state_with_every_event(state: SlotState, event: SlotEvent) -> None:
-    """What the table lists is done and logged once; everything else raises and changes nothing."""
+    """An event that the table lists is done and logged once; every other raises and changes nothing."""
     generation, log = generation_in(state)
     after = SLOT_TABLE.get((state, event))
     if after is None:
@@ -104,6 +68,27 @@ def test_every_living_state_can_end() -> None:
         )
     assert set(PHASE_OF) == set(ALIVE)
     assert list(Phase) == sorted(Phase)
+
+
+@pytest.mark.parametrize("states", [SlotState, Phase, lifecycles.ContextState, lifecycles.ConnectionState])
+def test_every_state_has_a_meaning(states: type[enum.Enum]) -> None:
+    """Each member has one line of text, made of sentences and free of what would break a table."""
+    texts = meanings(states)
+    assert set(texts) == {member.name for member in states}
+    for name, text in texts.items():
+        assert text.endswith(".") and "|" not in text, name
+
+
+def test_a_state_without_a_meaning_is_found() -> None:
+    """A member without a text is missing from the meanings, so the test above fails for that member."""
+
+    class Lamp(enum.Enum):
+        ON = "on"
+        """The lamp burns."""
+
+        OFF = "off"
+
+    assert meanings(Lamp) == {"ON": "The lamp burns."}
 
 
 def test_the_page_shows_the_table() -> None:

@@ -177,6 +177,7 @@ async def test_assignment_that_never_comes(run: StartRun) -> None:
     await r.clean()
 
 
+@pytest.mark.alone
 async def test_idle_worker(run: StartRun) -> None:
     """Nothing to drain: the fence is told all the same, and the end comes at once."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -188,6 +189,7 @@ async def test_idle_worker(run: StartRun) -> None:
     assert r.receipt()["seconds"] < 5
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("mode", ["sleep", "swallow", "block"])
 async def test_deadline_shorter_than_the_job(run: StartRun, mode: str) -> None:
     """Whatever a job does, the stop ends within its grace, the job's end is reported, and the code is 75."""
@@ -210,6 +212,7 @@ async def test_deadline_shorter_than_the_job(run: StartRun, mode: str) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_deadline_before_the_job_has_a_process(run: StartRun) -> None:
     """A job whose process is still starting when the grace is over is cut, and the server hears of it."""
     r: Run = await run("run", "--grace", "6", AGENT)
@@ -373,6 +376,7 @@ async def test_connection_cut_during_the_drain(run: StartRun) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_sigquit_kills_at_once(run: StartRun) -> None:
     """Nothing is waited for; the receipt says what was cut."""
     r: Run = await run("run", "--grace", "40", AGENT)

@@ -16,7 +16,7 @@ from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Ending, Progress, Seen, Step, StopState, step
 from lastcall.supervisor.fleet.stop_steps import Action as A
 from lastcall.worker.base.budget import Shares, plan
-from tests.test_states import generation_in
+from tests.support.generations import generation_in
 
 T0 = 1000.0
 DEADLINES = plan(T0, 100.0, Shares(fence=2.0, close=20.0, terminate=5.0, kill=5.0))

@@ -14,6 +14,7 @@ from tests.support.harness import AGENT, Run, StartRun
 from tests.support.terminal import Terminal
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("times", [1, 2, 3])
 async def test_ctrl_c(run: StartRun, terminal: Terminal, times: int) -> None:
     """Once drains; twice asks the jobs to shut down now; a third time kills."""

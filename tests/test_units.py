@@ -1,4 +1,4 @@
-"""What `lastcall unit` prints, and that the files which the project ships are that."""
+"""`lastcall unit` prints artefacts that fit the grace, and the shipped files are what it prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lastcall.supervisor.deploy import docker, k8s, systemd
+from lastcall.supervisor.deploy import docker, k8s, systemd, template
 from lastcall.supervisor.deploy.service import Service, Timers, is_target
 from lastcall.supervisor.deploy.tree import BY_HAND, shipped
 from lastcall.supervisor.errors import UsageError
@@ -33,6 +33,24 @@ def test_shipped_files_are_what_the_source_of_truth_says() -> None:
     found = {str(path.relative_to(DEPLOY)): path.read_text() for path in DEPLOY.rglob("*") if path.is_file()}
     assert {name: text for name, text in found.items() if name not in BY_HAND} == dict(shipped())
     assert found.keys() >= BY_HAND
+
+
+def test_each_template_has_its_twin() -> None:
+    """The templates mirror the shipped files, and each rendered file has all its placeholders filled in."""
+    templates = Path(template.__file__).parent / "templates"
+    assert {str(path.relative_to(templates)) for path in templates.rglob("*") if path.is_file()} == set(
+        shipped()
+    )
+    assert not [name for name, text in shipped().items() if "{{" in text]
+
+
+def test_values_are_not_read_as_placeholders() -> None:
+    """A target with braces in its name arrives as it is; an unknown placeholder is an error."""
+    service = Service(target="{{ name }}.py", printed_by="lastcall unit compose '{{ name }}.py'")
+    assert yaml.safe_load(docker.compose(service))["services"]["agent"]["command"] == ["{{ name }}.py"]
+    assert docker.compose(service).startswith("# lastcall unit compose '{{ name }}.py'\n")
+    with pytest.raises(KeyError, match="quoted_target"):
+        template.render("compose.yaml", service)
 
 
 @pytest.mark.parametrize("name", ["lastcall.service", "Dockerfile", "compose.yaml"])
@@ -161,7 +179,7 @@ def test_targets(text: str, is_one: bool) -> None:
 
 
 def test_entrypoint_turns_the_environment_into_a_command(tmp_path: Path) -> None:
-    """Target, options or verb; PORT; secrets from files, where a variable that is set wins."""
+    """It understands target, options or verb, PORT, and secrets from files; a variable that is set wins."""
     fake = tmp_path / "lastcall"
     fake.write_text(
         f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +104,7 @@ def test_wire_is_strict_about_numbers(line: bytes) -> None:
     "line", [b"x", b"[]", b"{}", b'{"type":1,"v":2}', b'{"type":"a","v":1}', b"[" * 9999]
 )
 def test_wire_refuses_what_is_no_message(line: bytes) -> None:
+    """A line that is no JSON object with a type and our version raises WireError."""
     with pytest.raises(WireError):
         wire.OF_WORKER.decode(line)
 
@@ -177,10 +177,13 @@ async def test_resources_close_in_reverse_once_and_bounded() -> None:
     resources.join("hangs", hangs)
     census, again = await asyncio.gather(resources.aclose(now() + 0.2), resources.aclose(now() + 0.2))
     assert census == again == await resources.aclose(now())
-    assert order[:2] == ["hangs", "fails"]
-    assert {r.name: r.fate for r in census} == {"good": "forced", "fails": "forced", "hangs": "forced"} or {
-        r.name: r.fate for r in census
-    } == {"good": "closed", "fails": "forced", "hangs": "forced"}
+    assert order == ["hangs", "fails", "good"]
+    # The deadline has passed when the turn of "good" comes. A closer that does not wait ends all the same.
+    assert [(r.name, r.fate) for r in census] == [
+        ("hangs", "forced"),
+        ("fails", "forced"),
+        ("good", "closed"),
+    ]
     with pytest.raises(RuntimeError):
         resources.join("late", good)
 
@@ -272,7 +275,6 @@ def test_worker_alone_says_its_usage() -> None:
     assert done.returncode == 2 and b"usage: python -m lastcall.worker TARGET" in done.stderr
     done = subprocess.run([*command, "none.py"], capture_output=True, check=False, timeout=20, cwd="/")
     assert done.returncode == 78 and done.stderr.startswith(b"lastcall: no file 'none.py'")
-    assert os.getcwd()
 
 
 def test_variables_have_their_names_in_one_place() -> None:

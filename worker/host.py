@@ -43,7 +43,7 @@ from lastcall.worker.base.wire import (
     WorkerSays,
 )
 from lastcall.worker.engine import Engine
-from lastcall.worker.inworld.plugin.attached import closer
+from lastcall.worker.inworld.plugin.attached import plugin_connections
 
 log = logging.getLogger("lastcall.worker")
 
@@ -138,8 +138,8 @@ class Host:
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
             await engine.end_jobs(self._or_now(kill_at), close_at)
-        if closer.is_needed:
-            self.resources.join("inworld", closer.aclose)
+        if plugin_connections.is_needed:
+            self.resources.join("inworld", plugin_connections.aclose)
         census = await self.resources.aclose(close_at)
         for resource in census:
             self.control.say(Resource(name=resource.name, fate=resource.fate, counts=resource.counts))

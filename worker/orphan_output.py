@@ -3,8 +3,8 @@
 Standard output and error are pipes that the supervisor reads. When it is killed, a pipe without a reader
 would raise BrokenPipeError into every `print` of a job that is still talking to a caller, and one with a
 reader that never reads would block it after 64 KiB. So the worker holds the read ends too, unread, and
-takes over the reading when the supervisor is gone. What is read is thrown away: the place it would go to is
-the dead supervisor's, and writing there could block in turn.
+takes over the reading when the supervisor is gone. The worker throws the output away: its destination belongs
+to the dead supervisor, and a write there could block in turn.
 """
 
 from __future__ import annotations

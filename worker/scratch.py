@@ -1,7 +1,7 @@
 """The directory where multiprocessing keeps the forkserver's socket: gone when the worker is.
 
-multiprocessing would make one of its own and remove it in the interpreter's end, which a worker does not wait
-for. The supervisor gives one instead, and removes it itself after a worker that was killed.
+multiprocessing would make a directory by itself and remove it at the end of the interpreter, which a worker
+skips. The supervisor makes one for the worker instead, and removes it after a worker that was killed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from multiprocessing import process
 
 
 def use(path: str) -> None:
-    """Have multiprocessing use this directory. By a private name: where it is gone, it makes its own."""
+    """Have multiprocessing use this directory. Without the private name it goes on to make one."""
     config = getattr(process.current_process(), "_config", None)
     if isinstance(config, dict):
         config["tempdir"] = path

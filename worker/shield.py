@@ -8,7 +8,7 @@ Options: patch the module (private, differs per version); wrap the user's entryp
 that is still starting would die); block the signals in the thread that starts the processes. A signal mask
 survives fork and exec, so the last covers forkserver, jobs and inference process from their first
 instruction, on every version. livekit-agents starts processes with `run_in_executor(None, proc.start)`:
-the loop's default executor is ours to set.
+the worker can set the default executor of the loop.
 
 Cost: the mask is inherited by whatever a job starts, too. `job.setup` trades it for a handler that
 does nothing, which exec resets, once the job process is up.

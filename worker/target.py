@@ -1,12 +1,13 @@
 """From TARGET to an AgentServer.
 
-TARGET is `path.py`, `path.py:attr` or `module:attr`. A bare path is run as `python path.py start` would be,
-as `__main__`, with `run_app` recording what it is given; so the usual file, which builds its WorkerOptions
-under the `__main__` guard, works as it is. With an attribute the guard stays shut: the file is executed as
-`__mp_main__`, the name under which multiprocessing imports it in job processes.
+TARGET is `path.py`, `path.py:attr` or `module:attr`. A bare path is executed as `python path.py start` would
+execute it: the module is `__main__`, and a stand-in for `run_app` records the agent. So the usual file, which
+builds its WorkerOptions under the `__main__` guard, works as it is. A path with an attribute is executed as
+`__mp_main__`, the name under which multiprocessing imports the file in job processes, so its `__main__` guard
+stays shut.
 
-The user's directory joins `sys.path` here and not before: until now a `uvloop.py` beside the target could
-have hidden what lastcall itself imports.
+The user's directory joins `sys.path` only here, when lastcall has imported its dependencies. A `uvloop.py`
+beside the target would otherwise take the place of uvloop in lastcall's imports.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, which only `sdk` knows
 
-import lastcall
 from lastcall.worker.base.errors import StartError, TargetError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A TARGET taken apart: a file or a module, and an attribute or none."""
+    """A parsed TARGET. `path` is None for a module, `module` is "" for a path, `attribute` may be ""."""
 
     text: str
     path: Path | None
@@ -38,7 +38,7 @@ class Target:
 
 
 def parse(text: str) -> Target:
-    """Take TARGET apart. Raises TargetError when it has none of the three forms or names no file."""
+    """Parse a TARGET. Raises TargetError for a text of no known form, and where the file is missing."""
     head, colon, attribute = text.partition(":")
     if head.endswith(".py"):
         path = Path(head).absolute()
@@ -62,9 +62,10 @@ def load(
 ) -> Any:
     """Run or import the target and return its AgentServer.
 
-    `record` installs a stand-in for livekit's `run_app`; `classify` turns an AgentServer or WorkerOptions
-    into an AgentServer and anything else into None. Raises TargetError when the target is wrong (there is no
-    such attribute, type or module, or the syntax is bad) and StartError when its own code raised.
+    `record` installs a stand-in for livekit's `run_app`. `classify` turns an AgentServer or WorkerOptions
+    into an AgentServer, and any other object into None. Raises TargetError for a target that no retry can
+    help: a missing attribute or module, an attribute of a wrong type, a syntax error. Raises StartError for
+    any other exception of the user's code.
     """
     recorded: list[Any] = []
 
@@ -74,11 +75,11 @@ def load(
 
     record(run_app)
     if target.path is not None:
-        _refuse_hidden(target.path.parent)
+        _refuse_own_lastcall(target.path.parent)
         sys.path.insert(0, str(target.path.parent))
         module = _execute(target, target.path, recorded)
     else:
-        _refuse_hidden(Path.cwd())
+        _refuse_own_lastcall(Path.cwd())
         sys.path.insert(0, str(Path.cwd()))
         module = _import(target)
     if target.attribute:
@@ -104,7 +105,10 @@ def load(
 
 
 def _only_server(target: Target, module: types.ModuleType, classify: Callable[[object], Any | None]) -> Any:
-    """Return the one server that a file without `run_app` defines, as livekit's own command line would."""
+    """Return the one server that a file without `run_app` defines, as livekit-agents' command line does.
+
+    Raises TargetError where the file defines none, or several.
+    """
     servers = {name: found for name, value in vars(module).items() if (found := classify(value)) is not None}
     if len({id(server) for server in servers.values()}) == 1:
         return next(iter(servers.values()))
@@ -119,7 +123,8 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
     name = "__mp_main__" if target.attribute else "__main__"
     module = types.ModuleType(name)
     module.__file__ = str(path)
-    # Registered as __main__ in either case: multiprocessing tells job processes what to import by it.
+    # multiprocessing reads the file of `__main__` to tell job processes what to import, so the module is
+    # registered under that name with an attribute too.
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     sys.argv = [str(path), "start"]
     try:
@@ -162,7 +167,7 @@ def _attribute(target: Target, module: types.ModuleType) -> Any:
 
 
 def _raise_users(target: Target, error: BaseException) -> NoReturn:
-    """Re-raise what the user's code raised, as an error of the target or of the start."""
+    """Turn an exception of the user's code into a TargetError or a StartError, and raise that."""
     if isinstance(error, SyntaxError):
         where = f"{error.filename} line {error.lineno}"
         raise TargetError(f"{target.text}: {type(error).__name__} in {where}: {error.msg}") from None
@@ -174,49 +179,58 @@ def _raise_users(target: Target, error: BaseException) -> NoReturn:
 
 
 def _where(error: BaseException) -> str:
+    """Return the last place in files, user's or installed, that the error passed; "" where there is none."""
     frames = traceback.extract_tb(_users_part(error.__traceback__))
-    theirs = [frame for frame in frames if not frame.filename.startswith("<frozen")]
-    return f" ({theirs[-1].filename} line {theirs[-1].lineno})" if theirs else ""
+    in_files = [frame for frame in frames if not frame.filename.startswith("<frozen")]
+    return f" ({in_files[-1].filename} line {in_files[-1].lineno})" if in_files else ""
 
 
-LIVEKIT = f"{os.sep}livekit{os.sep}agents{os.sep}"
+# Part of the path of each file of livekit-agents.
+IN_LIVEKIT_AGENTS = f"{os.sep}livekit{os.sep}agents{os.sep}"
 
 
 def _users_part(tb: types.TracebackType | None) -> types.TracebackType | None:
-    """Return the traceback from the first frame that is neither ours, livekit's nor the import system's."""
-    here = str(Path(__file__).parent)
+    """Return the traceback from the user's first frame on; None where no frame is the user's.
+
+    Frames of lastcall, livekit-agents and the import system are not the user's.
+    """
+    in_lastcall = str(Path(__file__).parent)
     while tb is not None:
         filename = tb.tb_frame.f_code.co_filename
-        ours = filename.startswith((here, "<frozen")) or filename == importlib.__file__
-        if not ours and LIVEKIT not in filename:
+        foreign = filename.startswith((in_lastcall, "<frozen")) or filename == importlib.__file__
+        if not foreign and IN_LIVEKIT_AGENTS not in filename:
             return tb
         tb = tb.tb_next
     return None
 
 
 def users_traceback(error: BaseException) -> str:
-    """Format an error with the frames from the user's file on; empty when none of them is the user's."""
+    """Format an error with its frames from the user's file on; return "" where no frame is the user's."""
     part = _users_part(error.__traceback__)
     if part is None:
         return ""
     return "".join(traceback.format_exception(type(error), error, part))
 
 
-def _refuse_hidden(directory: Path) -> None:
-    """Refuse a directory of the user's that has a module of lastcall's name: imports would get lastcall.
+def _refuse_own_lastcall(directory: Path) -> None:
+    """Refuse a user's directory that has a module named lastcall: `import lastcall` could not reach it.
 
-    Raises TargetError. A checkout of lastcall itself is fine, and so is a folder that is no package.
+    Raises TargetError. A folder `lastcall` without an `__init__.py` is no package and hides nothing. In a
+    checkout of lastcall the folder is this package.
     """
-    for found in (directory / "lastcall.py", directory / "lastcall" / "__init__.py"):
-        if found.is_file() and found.resolve() != Path(lastcall.__file__).resolve():
-            shown = found if found.name == "lastcall.py" else found.parent
-            raise TargetError(
-                f"{shown} has the name of the supervisor's own package, so `import lastcall` could not"
-                f" reach it: rename {shown.name!r}"
-            )
+    module, package = directory / "lastcall.py", directory / "lastcall"
+    if not module.is_file():
+        if not (package / "__init__.py").is_file() or (package / "worker" / "target.py").is_file():
+            return
+        module = package
+    raise TargetError(
+        f"{module} has the name of the supervisor's own package, so `import lastcall` could not reach it:"
+        f" rename {module.name!r}"
+    )
 
 
 def _near(path: Path) -> str:
+    """Return a hint at a file of a similar name in the same directory; "" where there is none."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.suffix == ".py"]
     except OSError:

@@ -28,10 +28,11 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.settings import WorkerSettings
 
+# Seconds, all ours: a drain that can be watched, calls that end within it, and a table that moves.
 GRACE = 30.0
 CALL_SECONDS = 4.0
-REFRESH = 0.25
-LINE_EVERY = 2.0
+REFRESH_INTERVAL = 0.25
+LINE_INTERVAL = 2.0
 SAMPLE = "local/sample.py"
 
 
@@ -111,7 +112,7 @@ class _Screen(OutputWriter):
         try:
             while True:
                 self._live.update(status_table(status.document()), refresh=True)
-                await asyncio.sleep(REFRESH)
+                await asyncio.sleep(REFRESH_INTERVAL)
         finally:
             self._live.stop()
 
@@ -120,7 +121,7 @@ async def _lines(status: Status, write: Callable[[bytes], None]) -> None:
     """Off a terminal: one plain line every few seconds."""
     began = now()
     while True:
-        await asyncio.sleep(LINE_EVERY)
+        await asyncio.sleep(LINE_INTERVAL)
         document = status.document()
         slots = ", ".join(f"slot {s['slot']} {s['state']} {len(s['jobs'])} jobs" for s in document["slots"])
         totals = ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")

@@ -16,13 +16,14 @@ from typing import Annotated
 
 import typer
 
+from lastcall.supervisor.cli.parameters import ConfigFile, Target, help_of, with_run_options
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.budget import DEFAULT_GRACE
 
 KINDS = ("systemd", "docker", "compose", "k8s")
 
 
-def register(app: typer.Typer) -> None:
+def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     app.command("unit")(_unit)
     app.command("doctor")(_doctor)
@@ -31,12 +32,10 @@ def register(app: typer.Typer) -> None:
 
 def _unit(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="systemd, docker, compose or k8s.")],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
-    grace: Annotated[
-        float | None, typer.Option(metavar="S", help="What a whole stop may take.  [3600]")
-    ] = None,
+    target: Target,
+    grace: Annotated[float | None, typer.Option(metavar="S", help=help_of("grace"))] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-w", metavar="N", help="Workers to keep up.  [1]")
+        int | None, typer.Option("--workers", "-w", metavar="N", help=help_of("workers"))
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the service.  [lastcall]")] = None,
     image: Annotated[str | None, typer.Option(help="For compose and k8s.  [NAME:latest]")] = None,
@@ -116,7 +115,7 @@ def _program(given: str | None) -> str:
 
 
 def _rehearse(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
+    target: Target,
     workers: Annotated[int, typer.Option("--workers", "-w", metavar="N", help="Workers to stop.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
     junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML as well.")] = None,
@@ -148,16 +147,13 @@ def _rehearse(
     return 0 if all(verdict.is_good for verdict in verdicts) else 1
 
 
+@with_run_options(without=frozenset({"log_format"}))
 def _doctor(
+    flags: dict[str, str | None],
     target: Annotated[
         str | None, typer.Argument(metavar="TARGET", help="A worker of it is started, looked at and stopped.")
     ] = None,
-    workers: Annotated[str | None, typer.Option("--workers", "-w", metavar="N", help="As for run.")] = None,
-    grace: Annotated[str | None, typer.Option(metavar="SECONDS", help="As for run.")] = None,
-    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="As for run.")] = None,
-    control: Annotated[str | None, typer.Option(metavar="PATH", help="As for run.")] = None,
-    receipt: Annotated[str | None, typer.Option(metavar="FILE", help="As for run.")] = None,
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="As for run.")] = None,
+    config: ConfigFile = None,
     unit: Annotated[
         str | None, typer.Option(metavar="NAME", help="systemd unit to look at.  [the one doctor runs in]")
     ] = None,
@@ -169,10 +165,8 @@ def _doctor(
     from lastcall.supervisor.doctor.checks import examine
     from lastcall.supervisor.doctor.gather import gather
 
-    options = {"target": target, "workers": workers, "grace": grace}
-    options |= {"http": http, "control": control, "receipt": receipt}
     with _interruptible():
-        findings = examine(gather(options, config_file=config, unit=unit))
+        findings = examine(gather({"target": target, **flags}, config_file=config, unit=unit))
     document = report.document(findings)
     if as_json:
         print(json.dumps(document, indent=2))

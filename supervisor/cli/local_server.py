@@ -14,13 +14,14 @@ from typing import Any
 
 from lastcall.supervisor.errors import SupervisorError
 
-START = 15.0
-END = 5.0
+# Seconds. Ours: a start imports livekit's protocol, which takes long on a busy machine.
+START_TIMEOUT = 15.0
+END_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalServer:
-    """A running one, and what it said of itself: its addresses, the variables that point at it."""
+    """A local server that runs. `where` are its addresses, and the variables that point at them."""
 
     pid: int
     where: dict[str, Any]
@@ -32,9 +33,9 @@ class LocalServer:
 
 @asynccontextmanager
 async def local_server(module: str, arguments: Sequence[str]) -> AsyncIterator[LocalServer]:
-    """Run `python -m MODULE` for as long as the block runs. Raises SupervisorError if it won't.
+    """Run `python -m MODULE` for as long as the block runs. Raises SupervisorError when it does not start.
 
-    It is a process of its own, which ends with its standard input, so that it can't outlive us.
+    The server ends with its standard input, so that it can't outlive the process that started it.
     """
     process = await asyncio.to_thread(
         subprocess.Popen,
@@ -45,7 +46,7 @@ async def local_server(module: str, arguments: Sequence[str]) -> AsyncIterator[L
     )
     assert process.stdin is not None and process.stdout is not None
     try:
-        async with asyncio.timeout(START):
+        async with asyncio.timeout(START_TIMEOUT):
             line = await asyncio.to_thread(process.stdout.readline)
         if not line:
             raise SupervisorError(f"{module} did not start; its own message is above")
@@ -54,6 +55,6 @@ async def local_server(module: str, arguments: Sequence[str]) -> AsyncIterator[L
         process.stdin.close()
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END)
+            process.wait(END_TIMEOUT)
         process.kill()
         process.stdout.close()

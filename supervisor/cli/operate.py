@@ -19,8 +19,9 @@ from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base import variables
 
-REFRESH = 0.5
-LOOK_AGAIN = 0.1
+# Seconds between two questions to the supervisor. Ours: for eyes, and for scripts that wait.
+REFRESH_INTERVAL = 0.5
+POLL_INTERVAL = 0.1
 
 Control = Annotated[str, typer.Option("--control", metavar="PATH", help="Control socket of the supervisor.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Return when it is done; non-zero if it failed.")]
@@ -63,12 +64,12 @@ def _watch(path: Path, as_json: bool) -> None:
         if as_json or not console.is_terminal:
             while True:
                 print(json.dumps(document), flush=True)
-                time.sleep(REFRESH)
+                time.sleep(REFRESH_INTERVAL)
                 document = control_socket.ask(path, "status")
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(status_table(document), refresh=True)
-                time.sleep(REFRESH)
+                time.sleep(REFRESH_INTERVAL)
                 document = control_socket.ask(path, "status")
     except KeyboardInterrupt:
         return
@@ -94,7 +95,7 @@ def _drain(control: Control = "auto", wait: Wait = False) -> None:
             said = jobs
             left = document["grace_left_s"] or 0
             print(f"{document['phase']}: {jobs} jobs, {left:.0f} s left", flush=True)
-        time.sleep(LOOK_AGAIN)
+        time.sleep(POLL_INTERVAL)
 
 
 def _hold(control: Control = "auto") -> None:
@@ -153,7 +154,7 @@ def _operate(path: Path, wait: bool, verb: str, **arguments: Any) -> None:
         if operation["done"] != said:
             said = operation["done"]
             print(f"{verb}: {said} of {operation['of']} done", flush=True)
-        time.sleep(LOOK_AGAIN)
+        time.sleep(POLL_INTERVAL)
         operation = control_socket.ask(path, "operation", id=operation["id"])
     if operation["state"] == "failed":
         raise Refused(f"{verb} failed: {operation['reason']}")

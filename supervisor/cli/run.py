@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from lastcall.supervisor import config as configuration
 from lastcall.supervisor.cli import deployment
+from lastcall.supervisor.cli.parameters import ConfigFile, OptionalTarget, Target, with_run_options
+from lastcall.supervisor.config.loading import load
+from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
 
-# typer's newer versions carry a click of their own, so the class is taken from what typer exports.
+# Newer versions of typer bundle click, so the class is taken from a name that typer exports.
 CommandLineError: Any = typer.BadParameter.__base__
 
 HELP = "Run LiveKit agent workers so that a stop cuts no call."
@@ -29,9 +31,17 @@ the grace, everything is closed, and a receipt says how it went. Repeats change 
 75 a job was cut or something forced, 69 gave up, 78 wrong configuration or target, 70 a fault of lastcall.
 """
 
+# Defaults of `dev`. Ours: with a grace of 10 s a developer sees a drain, and does not wait for it.
+DEV_DEFAULTS: dict[str, Any] = {
+    "workers": 1,
+    "grace": 10.0,
+    "http": "127.0.0.1:0",
+    "log_format": "console",
+}
+
 
 class _Session:
-    """What a verb is given beside its options, and what it wants to have run in the loop afterwards."""
+    """A verb gets the inbox and the command from here, and leaves `work` here to be run in the loop."""
 
     def __init__(self, inbox: Inbox | None, command: list[str]) -> None:
         self.inbox = inbox
@@ -66,54 +76,18 @@ def _root(
 
 
 @app.command("run", help=RUN_HELP)
+@with_run_options()
 def _run(
     context: typer.Context,
-    target: Annotated[
-        str | None, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")
-    ] = None,
-    workers: Annotated[
-        str | None, typer.Option("--workers", "-w", metavar="N", help="Workers to keep up.  [1]")
-    ] = None,
-    grace: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="What a whole stop may take.  [3600]")
-    ] = None,
-    http: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT", help="For /livez /readyz /status /metrics, or off.  [127.0.0.1:8080]"
-        ),
-    ] = None,
-    control: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Control socket.  [auto: in a directory of the user's own]"),
-    ] = None,
-    receipt: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Where to write the receipt, besides the log.")
-    ] = None,
-    log_format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="auto, json or console.  [auto]")
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Configuration.  [lastcall.toml, or [tool.lastcall] of pyproject.toml]"
-        ),
-    ] = None,
+    flags: dict[str, str | None],
+    target: OptionalTarget = None,
+    config: ConfigFile = None,
 ) -> None:
     session: _Session = context.obj
-    flags: dict[str, Any] = {
-        "target": target,
-        "workers": workers,
-        "grace": grace,
-        "http": http,
-        "control": control,
-        "receipt": receipt,
-        "log_format": log_format,
-        "command": session.command or None,
-    }
+    given = {"target": target, "command": session.command or None, **flags}
     if target and session.command:
         raise UsageError(f"both a target ({target!r}) and a command after --; expected one of them")
-    loaded = configuration.load(flags, os.environ, file=config)
+    loaded = load(given, os.environ, file=config)
     if loaded.target and loaded.command:
         raise ConfigError("both target and command are configured; expected one of them")
     if not loaded.target and not loaded.command:
@@ -123,44 +97,42 @@ def _run(
     from lastcall.supervisor.app import App
     from lastcall.supervisor.environment import surroundings
 
-    def reread() -> configuration.Config:
-        return configuration.load(flags, os.environ, file=config)
+    def reread() -> Config:
+        return load(given, os.environ, file=config)
 
     assert session.inbox is not None
     session.work = App(loaded, session.inbox, surroundings(), reread=reread).run()
 
 
 @app.command("dev")
+@with_run_options(
+    without=frozenset({"workers", "receipt", "log_format"}),
+    defaults={**DEV_DEFAULTS, "http": "a free port"},
+)
 def _dev(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="path.py, path.py:attr or module:attr.")],
-    grace: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="What a stop, and an old worker, may take.  [10]")
-    ] = None,
+    flags: dict[str, str | None],
+    target: Target,
     env_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="KEY=value lines for the worker, read at each reload.")
     ] = None,
-    http: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="For /status and the like, or off.  [a free port]")
-    ] = None,
-    control: Annotated[str | None, typer.Option(metavar="PATH", help="Control socket.  [auto]")] = None,
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="Configuration.")] = None,
+    config: ConfigFile = None,
 ) -> None:
     """Develop: one worker, replaced whenever a source file here changes.
 
-    A running call finishes on the old code. Without LIVEKIT_URL a local dispatch server is used, which sends
+    A running call finishes on the old code. Without LIVEKIT_URL a local LiveKit server is used, which sends
     each new worker one call in a mock room. Ctrl-C drains briefly, a second one kills.
     """
-    from lastcall.supervisor.cli.dev import defaults, dev
+    from lastcall.supervisor.cli.dev import dev
 
-    flags = {"target": target, "grace": grace, "env_file": env_file, "http": http, "control": control}
+    given = {"target": target, "env_file": env_file, **flags}
 
-    def load() -> configuration.Config:
-        return configuration.load(flags, os.environ, file=config, defaults=defaults())
+    def reread() -> Config:
+        return load(given, os.environ, file=config, defaults=DEV_DEFAULTS)
 
     session: _Session = context.obj
     assert session.inbox is not None
-    session.work = dev(session.inbox, load, directory=Path.cwd().resolve())
+    session.work = dev(session.inbox, reread, directory=Path.cwd().resolve())
 
 
 @app.command("demo")
@@ -180,7 +152,7 @@ def _demo(
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
-deployment.register(app)
+deployment.add_to(app)
 
 
 def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any, int]:
@@ -190,7 +162,7 @@ def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any,
     """
     command: list[str] = []
     if "--" in arguments:
-        # Taken apart here: click would join both sides, and the command's own flags must stay its own.
+        # Taken apart here, because click would join both sides and take flags of the command for its flags.
         at = arguments.index("--")
         arguments, command = arguments[:at], arguments[at + 1 :]
         if not command:

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-COLOURS = {
+STATE_COLOURS = {
     "ready": "green",
     "starting": "cyan",
     "stalled": "bold red",
@@ -21,7 +21,8 @@ COLOURS = {
     "quarantined": "bold red",
     "stopped": "dim",
 }
-SHOWN_JOBS = 6
+# Ours: as many room names as fit beside the other columns.
+JOBS_SHOWN = 6
 
 
 def status_table(document: dict[str, Any]) -> Group:
@@ -34,13 +35,13 @@ def status_table(document: dict[str, Any]) -> Group:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]  # a literal, read from a tuple
     for slot in document["slots"]:
         jobs = slot["jobs"]
-        rooms = ", ".join(f"{job['room']} ({job['age_s']:.0f})" for job in jobs[:SHOWN_JOBS])
-        more = f" +{len(jobs) - SHOWN_JOBS}" if len(jobs) > SHOWN_JOBS else ""
+        rooms = ", ".join(f"{job['room']} ({job['age_s']:.0f})" for job in jobs[:JOBS_SHOWN])
+        more = f" +{len(jobs) - JOBS_SHOWN}" if len(jobs) > JOBS_SHOWN else ""
         rss = slot["rss_bytes"]
         table.add_row(
             str(slot["slot"]),
             str(slot["generation"]),
-            Text(slot["state"], style=COLOURS.get(slot["state"], "")),
+            Text(slot["state"], style=STATE_COLOURS.get(slot["state"], "")),
             str(slot["pid"] or "-"),
             str(len(jobs)),
             "-" if slot["lag_ms"] is None else f"{slot['lag_ms']:.1f}",
@@ -52,7 +53,8 @@ def status_table(document: dict[str, Any]) -> Group:
 
 
 def _companion_line(companion: dict[str, Any]) -> Text:
-    line = Text.assemble(f"{companion['name']}  ", (companion["state"], COLOURS.get(companion["state"], "")))
+    state = companion["state"]
+    line = Text.assemble(f"{companion['name']}  ", (state, STATE_COLOURS.get(state, "")))
     if "connections" in companion:
         line.append(
             f"  {companion['connections']} connections, {companion['contexts']} contexts,"

@@ -14,18 +14,22 @@ import posixpath
 import re
 from dataclasses import dataclass, field
 
-from lastcall.supervisor.config import Start
+from lastcall.supervisor.config.options import Start
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
-MARGIN = 30
-# A job's shutdown callbacks run 15 s after it was asked to end, and the last 5 s of the share aren't its own.
-CALLBACKS_NEED = 18.0
+# Seconds from the end of grace to the platform's SIGKILL. Ours: for a supervisor that gets little processor.
+KILL_MARGIN = 30
+# Seconds of the close share. With less, the shutdown callbacks of a cut job may not run: livekit-agents lets
+# the job's entrypoint end for 15 s before them (ipc/job_proc_lazy_main.py:432-515 in 1.8.9).
+CALLBACKS_CLOSE_SHARE = 18.0
 
-NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")
-IMAGE = re.compile(r"[A-Za-z0-9][\w.\-/:@]*")
-HIDDEN = ("/tmp", "/var/tmp")
-HOMES = ("/home", "/root", "/run/user")
+# RFC 1123 labels, as Kubernetes wants names. 53 characters: a ReplicaSet's and a pod's suffix fit into 63.
+NAME_PATTERN = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")
+IMAGE_PATTERN = re.compile(r"[A-Za-z0-9][\w.\-/:@]*")
+# systemd.exec(5), PrivateTmp and ProtectHome.
+HIDDEN_BY_PRIVATE_TMP = ("/tmp", "/var/tmp")
+HIDDEN_BY_PROTECT_HOME = ("/home", "/root", "/run/user")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,7 @@ class Timers:
 
     grace: float = DEFAULT_GRACE
     pre_stop: int = 0
-    margin: int = MARGIN
+    margin: int = KILL_MARGIN
 
     @property
     def kill_after(self) -> int:
@@ -48,23 +52,23 @@ class Timers:
 
     @property
     def close_share(self) -> float:
-        """What jobs that outlast the drain have to end in, before the shares are configured otherwise."""
+        """Seconds in which jobs that outlast the drain have to end, under the default shares."""
         return Shares().within(self.grace).close
 
     @property
     def warning(self) -> str:
         """A line when grace is too short for jobs that are cut to end well; else empty."""
-        if self.close_share >= CALLBACKS_NEED:
+        if self.close_share >= CALLBACKS_CLOSE_SHARE:
             return ""
         return (
             f"a grace of {seconds(self.grace)} s leaves a job that has to be cut {self.close_share:.0f} s,"
-            f" less than {CALLBACKS_NEED:.0f} s: its shutdown callbacks may not run"
+            f" less than {CALLBACKS_CLOSE_SHARE:.0f} s: its shutdown callbacks may not run"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """What is to be run, and where from. Raises UsageError for a value that no platform would take."""
+    """A target and where it runs. Raises UsageError for a value that no platform would take."""
 
     target: str
     name: str = "lastcall"
@@ -79,11 +83,11 @@ class Service:
     def __post_init__(self) -> None:
         if not is_target(self.target):
             raise UsageError(f"{self.target!r} is no target: expected path.py, path.py:attr or module:attr")
-        if not NAME.fullmatch(self.name):
+        if not NAME_PATTERN.fullmatch(self.name):
             raise UsageError(
                 f"--name: got {self.name!r}, expected a-z, 0-9 and -, at most 53, as Kubernetes wants names"
             )
-        if self.image and not IMAGE.fullmatch(self.image):
+        if self.image and not IMAGE_PATTERN.fullmatch(self.image):
             raise UsageError(f"--image: got {self.image!r}, expected an image reference, as in agent:1.4")
         if self.workers < 1:
             raise UsageError(f"--workers: got {self.workers}, expected 1 or more")
@@ -104,7 +108,7 @@ class Service:
     def start_timeout(self) -> int:
         """Seconds until every worker has registered, or has been given up."""
         start = Start()
-        return math.ceil(start.timeout + start.stagger * (self.workers - 1)) + MARGIN
+        return math.ceil(start.timeout + start.stagger * (self.workers - 1)) + KILL_MARGIN
 
     @property
     def header(self) -> str:

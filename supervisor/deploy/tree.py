@@ -30,7 +30,7 @@ def shipped() -> Mapping[str, str]:
         f"lastcall.service.d/{systemd.RELOAD}": systemd.reload_drop_in(host),
         f"lastcall.service.d/{systemd.RESTART}": systemd.restart_drop_in(host),
         "Dockerfile": docker.dockerfile(image["docker"]),
-        ".dockerignore": docker.IGNORED,
+        ".dockerignore": docker.dockerignore(image["docker"]),
         "compose.yaml": docker.compose(image["compose"]),
         "k8s/base/kustomization.yaml": k8s.kustomization(pods),
         **{f"k8s/base/{name}": text for name, text in k8s.base(pods).items()},

@@ -1,4 +1,4 @@
-"""One check a function: the facts in, a finding out; None where there is nothing to say."""
+"""The checks: each is a pure function of the facts. A check returns None when it has nothing to say."""
 
 from __future__ import annotations
 
@@ -8,27 +8,38 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lastcall.supervisor.deploy.service import MARGIN, Timers, seconds
-from lastcall.supervisor.doctor.facts import Facts, Finding, Verdict
+from lastcall.supervisor.deploy.service import KILL_MARGIN, Timers, seconds
+from lastcall.supervisor.doctor.facts import Facts, Finding, Severity
 from lastcall.worker.base import variables
 
 Check = Callable[[Facts], Finding | None]
 
 SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh", "busybox"})
-INITS = frozenset({"tini", "docker-init", "catatonit", "dumb-init", "podman-init", "s6-svscan"})
-# SIGTERM and SIGINT, by the numbers that systemctl shows.
-STOPS = frozenset({"15", "2"})
-HOSTS = frozenset({"systemd", "init", "launchd"})
-OLDEST, NEWEST = (1, 3, 12), (1, 8, 9)
+CONTAINER_INITS = frozenset({"tini", "docker-init", "catatonit", "dumb-init", "podman-init", "s6-svscan"})
+# The signals that begin a drain, SIGTERM and SIGINT, by the numbers that systemctl shows.
+DRAINING_SIGNALS = frozenset({"15", "2"})
+HOST_INITS = frozenset({"systemd", "init", "launchd"})
+# Versions of livekit-agents, as in pyproject.toml and the CHANGELOG.
+OLDEST_SUPPORTED, NEWEST_TESTED = (1, 3, 12), (1, 8, 9)
 GIB = 1 << 30
-# Threads count as processes in a cgroup; a worker with its idle job processes has some hundred.
+# Threads count as processes in a cgroup. Ours: a worker with its idle job processes has some hundred.
 PROCESSES_PER_WORKER = 500
+# Seconds that clocks may differ. LiveKit allows a minute (DEFAULT_LEEWAY in livekit/api/access_token.py).
+# Ours: the lower figure, to warn in time.
 SKEW_WARN, SKEW_FAIL = 10.0, 60.0
+# Open files of one process: DefaultLimitNOFILE of systemd-system.conf(5), and a quarter of it.
+OPEN_FILES_WARN, OPEN_FILES_FAIL = 1024, 256
+# Seconds from the signal to SIGKILL, for `docker stop` and `podman stop` without -t:
+# https://docs.docker.com/reference/cli/docker/container/stop/
+CONTAINER_KILL_DEFAULT = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
-    """A platform by the variable that it sets. Seconds from the signal to SIGKILL."""
+    """A platform, known by a variable that the platform sets in every container.
+
+    `default` and `limit` are seconds from the signal to SIGKILL; a platform without a limit takes any number.
+    """
 
     variable: str
     name: str
@@ -36,13 +47,15 @@ class Platform:
     limit: int | None = None
 
 
+# Each with the option that sets the timer, in the platform's own documentation.
 PLATFORMS = (
-    Platform(variable="K_SERVICE", name="Cloud Run", default=10, limit=10),
-    Platform(variable="DYNO", name="Heroku", default=30, limit=30),
-    Platform(variable="ECS_CONTAINER_METADATA_URI_V4", name="ECS", default=30, limit=120),
-    Platform(variable="FLY_APP_NAME", name="Fly", default=5, limit=300),
-    Platform(variable="RENDER", name="Render", default=30, limit=300),
-    Platform(variable="NOMAD_ALLOC_ID", name="Nomad", default=5),
+    Platform(variable="K_SERVICE", name="Cloud Run", default=10, limit=10),  # container contract, fixed
+    Platform(variable="DYNO", name="Heroku", default=30, limit=30),  # dyno shutdown, fixed
+    Platform(variable="ECS_CONTAINER_METADATA_URI_V4", name="ECS", default=30, limit=120),  # stopTimeout
+    Platform(variable="FLY_APP_NAME", name="Fly", default=5, limit=300),  # kill_timeout
+    Platform(variable="RENDER", name="Render", default=30, limit=300),  # maxShutdownDelaySeconds
+    Platform(variable="NOMAD_ALLOC_ID", name="Nomad", default=5),  # kill_timeout
+    # terminationGracePeriodSeconds
     Platform(variable="KUBERNETES_SERVICE_HOST", name="Kubernetes", default=30),
 )
 
@@ -69,7 +82,7 @@ def grace(facts: Facts) -> Finding | None:
 
 
 def init(facts: Facts) -> Finding:
-    """Who is PID 1, and so who gets a container's SIGTERM."""
+    """Whether the process that gets a container's SIGTERM passes it on."""
     name = posixpath.basename(facts.init[0]) if facts.init else "unknown"
     if facts.pid == 1 or any(posixpath.basename(word) == "lastcall" for word in facts.init[:2]):
         why = "lastcall is PID 1: it gets the signal itself and reaps orphans"
@@ -81,7 +94,7 @@ def init(facts: Facts) -> Finding:
             why=f"PID 1 is a shell ({' '.join(facts.init)[:60]}): it does not pass SIGTERM on",
             do='start it in exec form: ENTRYPOINT ["lastcall-entrypoint"], or exec lastcall in the script',
         )
-    if name in INITS:
+    if name in CONTAINER_INITS:
         for words in facts.init_children:
             # A shell with nothing to run is that of somebody who looks around.
             if len(words) > 1 and posixpath.basename(words[0]) in SHELLS:
@@ -90,7 +103,7 @@ def init(facts: Facts) -> Finding:
                 return Finding(check="pid 1", verdict="fail", why=why, do=do)
         why = f"PID 1 is {name}: it passes the signal on; not needed, and no harm"
         return Finding(check="pid 1", verdict="ok", why=why)
-    if name in HOSTS or not facts.in_container:
+    if name in HOST_INITS or not facts.in_container:
         return Finding(check="pid 1", verdict="ok", why=f"PID 1 is {name}, the host's own")
     return Finding(
         check="pid 1",
@@ -118,7 +131,7 @@ def unit(facts: Facts) -> Finding | None:
             do="KillMode=mixed",
         )
     signal = values.get("KillSignal", "15")
-    if signal not in STOPS:
+    if signal not in DRAINING_SIGNALS:
         return Finding(
             check="unit",
             verdict="fail",
@@ -158,7 +171,7 @@ def kill_timer(facts: Facts) -> Finding:
     needed = Timers(grace=facts.grace).kill_after
     name = platform.name if platform else "the container runtime" if facts.in_container else "the platform"
     if platform and platform.limit is not None and platform.limit < facts.grace:
-        fits = platform.limit - MARGIN
+        fits = platform.limit - KILL_MARGIN
         do = f"--grace {fits}, or a platform that waits" if fits > 0 else "another platform: no call fits in"
         why = f"{name} kills after {platform.limit} s at most, grace is {seconds(facts.grace)} s"
         return Finding(check="kill timer", verdict="fail", why=f"{why}: longer calls are cut", do=do)
@@ -174,12 +187,12 @@ def kill_timer(facts: Facts) -> Finding:
             why = f"{name} kills after {timer:g} s, grace is {seconds(facts.grace)} s: calls would be cut"
             return Finding(check="kill timer", verdict="fail", why=why, do=f"raise the timer to {needed} s")
         if timer < needed:
-            why = f"{name} kills {timer - facts.grace:g} s after grace is over; {MARGIN} s would be safe"
+            why = f"{name} kills {timer - facts.grace:g} s after grace is over; {KILL_MARGIN} s would be safe"
             return Finding(check="kill timer", verdict="warn", why=why, do=f"raise the timer to {needed} s")
         why = f"{name} kills after {timer:g} s, grace is {seconds(facts.grace)} s"
         return Finding(check="kill timer", verdict="ok", why=why)
     if platform or facts.in_container:
-        default = platform.default if platform else 10
+        default = platform.default if platform else CONTAINER_KILL_DEFAULT
         return Finding(
             check="kill timer",
             verdict="warn",
@@ -201,11 +214,12 @@ def livekit_agents(facts: Facts) -> Finding:
             do="install lastcall into the agent's own environment",
         )
     version = numbers(text)
-    if version < OLDEST:
-        why, do = f"{text} is older than {dotted(OLDEST)}, the oldest supported", "upgrade livekit-agents"
+    if version < OLDEST_SUPPORTED:
+        why = f"{text} is older than {dotted(OLDEST_SUPPORTED)}, the oldest supported"
+        do = "upgrade livekit-agents"
         return Finding(check="livekit-agents", verdict="fail", why=why, do=do)
-    if version > NEWEST:
-        why = f"{text} is newer than {dotted(NEWEST)}, the newest that was tested"
+    if version > NEWEST_TESTED:
+        why = f"{text} is newer than {dotted(NEWEST_TESTED)}, the newest that was tested"
         do = "rehearse with your agent: lastcall rehearse TARGET"
         return Finding(check="livekit-agents", verdict="warn", why=why, do=do)
     defects = ["a second SIGTERM cuts every call", "exit code 0 although calls were cut"]
@@ -265,10 +279,11 @@ def memory(facts: Facts) -> Finding:
 
 def limits(facts: Facts) -> Finding:
     """File descriptors and processes."""
-    if facts.open_files < 1024:
+    if facts.open_files < OPEN_FILES_WARN:
         why = f"only {facts.open_files} open files a process"
         do = "LimitNOFILE=65536, or ulimit -n"
-        return Finding(check="limits", verdict="fail" if facts.open_files < 256 else "warn", why=why, do=do)
+        severity: Severity = "fail" if facts.open_files < OPEN_FILES_FAIL else "warn"
+        return Finding(check="limits", verdict=severity, why=why, do=do)
     needed = PROCESSES_PER_WORKER * facts.workers
     if facts.processes_limit is not None and facts.processes_limit < needed:
         why = f"only {facts.processes_limit} processes and threads in this cgroup"
@@ -280,7 +295,7 @@ def limits(facts: Facts) -> Finding:
 
 
 def clock(facts: Facts) -> Finding:
-    """Our clock against the LiveKit server's: tokens are valid by time."""
+    """This machine's clock against the LiveKit server's: tokens are valid by time."""
     skew = facts.livekit.skew_s if facts.livekit else None
     if skew is None:
         why = "compared with nothing: no LiveKit server told the time"
@@ -289,8 +304,8 @@ def clock(facts: Facts) -> Finding:
         return Finding(check="clock", verdict="ok", why=f"within {SKEW_WARN:.0f} s of the LiveKit server's")
     side = "behind" if skew > 0 else "ahead of"
     why = f"{abs(skew):.0f} s {side} the LiveKit server's: tokens may be refused"
-    verdict: Verdict = "fail" if abs(skew) > SKEW_FAIL else "warn"
-    return Finding(check="clock", verdict=verdict, why=why, do="synchronise the clock of this machine (NTP)")
+    severity: Severity = "fail" if abs(skew) > SKEW_FAIL else "warn"
+    return Finding(check="clock", verdict=severity, why=why, do="synchronise the clock of this machine (NTP)")
 
 
 def livekit(facts: Facts) -> Finding:
@@ -362,8 +377,18 @@ def examine(facts: Facts) -> list[Finding]:
 
 # -- reading -----------------------------------------------------------------------------------------------
 
-UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800, "month": 2629800}
-UNITS["y"] = 31557600
+# systemd.time(7): a month has 30.44 days, a year 365.25.
+SECONDS_PER_UNIT = {
+    "us": 1e-6,
+    "ms": 1e-3,
+    "s": 1,
+    "min": 60,
+    "h": 3600,
+    "d": 86400,
+    "w": 604800,
+    "month": 2629800,
+    "y": 31557600,
+}
 
 
 def span(text: str) -> float:
@@ -371,7 +396,7 @@ def span(text: str) -> float:
     total, rest = 0.0, text.strip()
     parts = re.findall(r"([\d.]+)\s*(us|ms|s|min|h|d|w|month|y)\b", rest)
     for amount, name in parts:
-        total += float(amount) * UNITS[name]
+        total += float(amount) * SECONDS_PER_UNIT[name]
     return total if parts else math.inf
 
 

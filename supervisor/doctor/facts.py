@@ -1,4 +1,4 @@
-"""What the checks know: plain values, gathered once. And what they answer."""
+"""Plain values: the facts, which are gathered once, and the findings of the checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 
 from lastcall.worker.base.budget import DEFAULT_GRACE
 
-Verdict = Literal["ok", "warn", "fail"]
+# `warn`: lastcall runs, but less well than it could. `fail`: calls would be cut, or lastcall would not start.
+Severity = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,14 +17,14 @@ class Finding:
     """One line why, and one line what to do; the latter is empty when all is well."""
 
     check: str
-    verdict: Verdict
+    verdict: Severity
     why: str
     do: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The systemd unit that we run in, or are asked about; properties as `systemctl show` names them."""
+    """The systemd unit that the doctor runs in, or is asked about; `systemctl show` names the properties."""
 
     name: str
     properties: Mapping[str, str]
@@ -31,7 +32,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A worker that was started, looked at and stopped. `error`: why it could not be."""
+    """A worker that was started, looked at and stopped. `error` says why no worker could be."""
 
     error: str = ""
     looked_at: int = 0
@@ -43,7 +44,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the LiveKit server said to a worker's handshake. `skew_s`: its clock ahead of ours."""
+    """The LiveKit server's answer to a worker's handshake.
+
+    `skew_s` says by how many seconds the server's clock is ahead of this machine's.
+    """
 
     url: str
     error: str = ""
@@ -53,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Everything that the checks look at. None: not known, or there is no such thing."""
+    """Everything that the checks look at. A fact is None when it is not known, or there is no such thing."""
 
     config_error: str = ""
     target: str = ""
@@ -62,7 +66,7 @@ class Facts:
     http: str = "127.0.0.1:8080"
     pid: int = 2
     init: tuple[str, ...] = ("systemd",)
-    # The command lines of PID 1's own children.
+    # The command lines of the children of PID 1.
     init_children: tuple[tuple[str, ...], ...] = ()
     in_container: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)

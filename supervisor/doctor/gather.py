@@ -1,4 +1,4 @@
-"""Gathers the facts. Every look is bounded in time, and what can't be seen is None."""
+"""Gathers the facts. Every look is bounded in time; a fact that can't be seen is None."""
 
 from __future__ import annotations
 
@@ -15,28 +15,41 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lastcall.supervisor import config as configuration
-from lastcall.supervisor.config import Config
-from lastcall.supervisor.doctor.facts import Facts, Unit
-from lastcall.supervisor.doctor.probe import ask
+from lastcall.supervisor.config.env_file import environment_of
+from lastcall.supervisor.config.loading import load
+from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.paths import runtime_directory
+from lastcall.supervisor.doctor.facts import Answer, Facts, Unit
 from lastcall.supervisor.doctor.trial import look
 from lastcall.supervisor.errors import ConfigError, UsageError
 
-SYSTEMCTL = 5.0
+try:
+    from lastcall.supervisor.doctor.probe import ask
+except ImportError:
+    # Without livekit-agents there is no probe; the check of livekit-agents says what to install.
+    def ask(environment: Mapping[str, str]) -> Answer | None:
+        """Stand in for the probe."""
+        return None
+
+
+# Seconds. Ours: systemctl answers at once, unless the bus is stuck.
+SYSTEMCTL_TIMEOUT = 5.0
 # unix(7): sun_path holds 108 bytes, and ends with a zero.
-SOCKET_PATH = 107
+SOCKET_PATH_BYTES = 107
 CGROUPS = Path("/sys/fs/cgroup")
-# cgroup v1 writes "no limit" as the largest page-aligned number.
+# cgroup v1 writes "no limit" as the largest page-aligned number:
+# https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 NO_LIMIT = 1 << 60
-PROPERTIES = ("LoadState", "KillMode", "KillSignal", "TimeoutStopUSec", "Type", "NotifyAccess")
+# As `systemctl show` prints them; systemd.kill(5) and systemd.service(5) say what they mean.
+UNIT_PROPERTIES = ("LoadState", "KillMode", "KillSignal", "TimeoutStopUSec", "Type", "NotifyAccess")
 
 
 def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | None) -> Facts:
     """Look at everything; `flags` are those of `run`. Raises UsageError for a bad flag."""
     error, config = "", Config()
     try:
-        config = configuration.load(flags, os.environ, file=config_file)
-        environment = {**os.environ, **configuration.environment_of(config.env_file)}
+        config = load(flags, os.environ, file=config_file)
+        environment = {**os.environ, **environment_of(config.env_file)}
     except ConfigError as wrong:
         error, environment = str(wrong), dict(os.environ)
     if unit is not None and not re.fullmatch(r"[\w:.\\@-]+", unit):
@@ -98,14 +111,14 @@ def _own_unit(cgroups: str) -> str:
 def _unit(name: str) -> Unit | None:
     if not name:
         return None
-    names = [word for each in PROPERTIES for word in ("-p", each)]
+    names = [word for each in UNIT_PROPERTIES for word in ("-p", each)]
     try:
         done = subprocess.run(
             ["systemctl", "show", *names, "--", name],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=SYSTEMCTL,
+            timeout=SYSTEMCTL_TIMEOUT,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
@@ -127,7 +140,7 @@ def _is_readable(path: str) -> bool:
 
 
 def _limit(*names: str) -> int | None:
-    """Return the lowest limit from our own cgroup up to the root's, whichever hierarchy has it."""
+    """Return the lowest limit from the cgroup of this process up to the root, in either hierarchy."""
     own = [line.rpartition(":")[2].lstrip("/") for line in _read("/proc/self/cgroup").splitlines()]
     found = []
     for name in names:
@@ -153,7 +166,7 @@ def _http_problem(address: str) -> str:
                 sock.bind(where)
     except OSError as error:
         if error.errno == errno.EADDRINUSE and _is_lastcall(address):
-            return ""  # doctor beside a running one: it is its own port
+            return ""  # doctor runs beside a supervisor that has the port already
         return f"http {address} can't be used: {error.strerror or error}"
     return ""
 
@@ -176,10 +189,10 @@ def _place_problems(config: Config) -> list[str]:
     if config.control not in ("", "auto"):
         if os.path.exists(config.control) and not Path(config.control).is_socket():
             problems.append(f"control: {config.control} exists and is no socket")
-        elif len(os.fsencode(config.control)) > SOCKET_PATH:
-            problems.append(f"control: {config.control} has more than {SOCKET_PATH} bytes")
+        elif len(os.fsencode(config.control)) > SOCKET_PATH_BYTES:
+            problems.append(f"control: {config.control} has more than {SOCKET_PATH_BYTES} bytes")
     if config.control == "auto":
-        directory = configuration.runtime_directory()
+        directory = runtime_directory()
         if directory.is_dir():
             info = directory.stat()
             if info.st_uid != os.getuid() or info.st_mode & 0o077:

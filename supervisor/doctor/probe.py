@@ -1,134 +1,155 @@
 """Asks the LiveKit server whether it would let a worker in, without becoming one.
 
-The handshake is the worker's own: GET /agent with an Upgrade and a token that carries the agent grant. An
-answer of 101 is hung up on; a connection that never registers is offered nothing.
+The handshake is the worker's own: a WebSocket at /agent, with a token that carries the agent grant. The
+connection is closed as soon as it stands; a connection that never registers is offered nothing.
+
+No other module of the supervisor's side imports livekit. Only the verb `doctor` loads this one, in a process
+that supervises nothing.
 """
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import contextlib
-import hashlib
-import hmac
-import http.client
-import json
-import secrets
+import os
+import socket
+import ssl
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from email.message import Message
+from datetime import timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any
 from urllib.parse import urlsplit
+
+import aiohttp
+from livekit import api
 
 from lastcall.supervisor.doctor.facts import Answer
 
+# Seconds for everything. Ours: an operator waits that long for a report.
 TIMEOUT = 8.0
-VALID = 60
-# RFC 6455, section 1.3.
-GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-NAMES = ("LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET")
+# Seconds that a connection may take to close. Ours: short, because the answer is known by then.
+CLOSE_TIMEOUT = 1.0
+# Ours: the handshake takes TIMEOUT at most, the rest is for clocks that differ.
+TOKEN_LIFETIME = timedelta(seconds=60)
+VARIABLES = ("LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET")
+SWITCHING_PROTOCOLS = 101
 
 
 def ask(environment: Mapping[str, str]) -> Answer | None:
     """Return the server's answer; None when URL, key or secret are not given.
 
-    In a thread that is left to itself when its time is over: a resolver that hangs can't be told to stop, and
-    neither can a server that sends a byte a second.
+    A thread asks, and is left to itself when its time is over: a resolver that hangs can't be told to stop.
     """
-    url, key, secret = (environment.get(name, "") for name in NAMES)
+    url, key, secret = (environment.get(name, "") for name in VARIABLES)
     if not (url and key and secret):
         return None
+    shown = _shown(url)
+    server = _server(url)
+    if not server:
+        return Answer(url=shown, error="no URL of a LiveKit server; expected wss://HOST")
+    bearer = token(key, secret)
     answers: list[Answer] = []
 
-    def ask_twice() -> None:
-        answers.append(_ask(url, key, secret))
-        if answers[0].status == 101 and answers[0].skew_s is None:
-            # The answer to an upgrade need not have a date. Whatever becomes of this one, the first counts.
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                _, headers = _get(url, "/", {})
-                answers.append(replace(answers[0], skew_s=_skew(headers["Date"])))
+    def run() -> None:
+        asyncio.run(_ask(server, bearer, shown, answers))
 
-    asking = threading.Thread(target=ask_twice, daemon=True)
+    asking = threading.Thread(target=run, daemon=True)
     asking.start()
     asking.join(TIMEOUT)
-    return answers[-1] if answers else Answer(url=_shown(url), error=f"no answer within {TIMEOUT:g} s")
+    return answers[-1] if answers else Answer(url=shown, error=_late())
 
 
-def _ask(url: str, key: str, secret: str) -> Answer:
-    shown = _shown(url)
+async def _ask(server: str, bearer: str, shown: str, answers: list[Answer]) -> None:
+    """Add the answer to the handshake, and then that answer with the server's clock when it can be had."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as session:
+        await _shake_hands(session, server, bearer, shown, answers)
+        if answers[0].status == SWITCHING_PROTOCOLS:
+            # The answer to an upgrade need not have a date. The first answer counts, whatever comes of this.
+            with contextlib.suppress(OSError, ValueError, aiohttp.ClientError):
+                async with session.get(server, allow_redirects=False) as response:
+                    answers.append(replace(answers[0], skew_s=_skew(response.headers)))
+
+
+async def _shake_hands(
+    session: aiohttp.ClientSession, server: str, bearer: str, shown: str, answers: list[Answer]
+) -> None:
+    try:
+        async with session.ws_connect(
+            f"{server}/agent",
+            headers={"Authorization": f"Bearer {bearer}"},
+            timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT),
+        ):
+            # Added before the close, because a server that is slow to close has answered all the same.
+            answers.append(Answer(url=shown, status=SWITCHING_PROTOCOLS))
+    except aiohttp.WSServerHandshakeError as error:
+        if error.status == SWITCHING_PROTOCOLS:
+            answer = Answer(url=shown, error="it upgrades the connection, but not to a WebSocket")
+        else:
+            answer = Answer(url=shown, status=error.status, skew_s=_skew(error.headers or {}))
+        answers.append(answer)
+    except aiohttp.ClientResponseError as error:
+        # aiohttp reports an answer that it can't parse as a status of 400 that no server sent.
+        first = error.message.partition("\n")[0].rstrip(": ")
+        answers.append(Answer(url=shown, error=_plain(f"what answers speaks no HTTP: {first}")))
+    except TimeoutError:
+        answers.append(Answer(url=shown, error=_late()))
+    except (OSError, ValueError, aiohttp.ClientError) as error:
+        answers.append(Answer(url=shown, error=_plain(_reason(error))))
+
+
+def _late() -> str:
+    return f"no answer within {TIMEOUT:g} s"
+
+
+def token(key: str, secret: str) -> str:
+    """Return a token with the agent grant, as a worker's own."""
+    grants = api.VideoGrants(agent=True)
+    with warnings.catch_warnings():
+        # PyJWT warns of a short secret, on standard error; the secret of a development server is short.
+        warnings.simplefilter("ignore")
+        return str(api.AccessToken(key, secret).with_ttl(TOKEN_LIFETIME).with_grants(grants).to_jwt())
+
+
+def _server(url: str) -> str:
+    """Return scheme, host and path of a URL; empty for a URL that no LiveKit server can have."""
     try:
         parts = urlsplit(url)
-        if parts.scheme not in ("ws", "wss", "http", "https") or not parts.hostname:
-            return Answer(url=shown, error="no URL of a LiveKit server; expected wss://HOST")
-        nonce = base64.b64encode(secrets.token_bytes(16)).decode()
-        path = parts.path.rstrip("/") + "/agent"
-        status, answer = _get(url, path, _headers(key, secret, nonce))
-        if status == 101 and answer["Sec-WebSocket-Accept"] != _accepted(nonce):
-            return Answer(url=shown, error="it upgrades the connection, but not to a WebSocket")
-        return Answer(url=shown, status=status, skew_s=_skew(answer["Date"]))
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return Answer(url=shown, error=_plain(str(error) or type(error).__name__))
-
-
-def _get(url: str, path: str, headers: dict[str, str]) -> tuple[int, Message]:
-    parts = urlsplit(url)
-    make: Any = http.client.HTTPConnection
-    if parts.scheme in ("wss", "https"):
-        make = http.client.HTTPSConnection
-    connection = make(parts.hostname or "", parts.port, timeout=TIMEOUT)
-    try:
-        connection.request("GET", path, headers=headers)
-        answer = connection.getresponse()
-        return answer.status, answer.headers
-    finally:
-        connection.close()
-
-
-def _headers(key: str, secret: str, nonce: str) -> dict[str, str]:
-    return {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": nonce,
-        "Authorization": f"Bearer {token(key, secret, time.time())}",
-    }
-
-
-def _accepted(nonce: str) -> str:
-    return base64.b64encode(hashlib.sha1((nonce + GUID).encode()).digest()).decode()
+        is_url = parts.scheme in ("ws", "wss", "http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return ""
+    authority = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{authority}{parts.path.rstrip('/')}" if is_url else ""
 
 
 def _shown(url: str) -> str:
-    """Return the URL without what may be secret in it: user, password, query."""
-    bare = url.partition("?")[0].partition("#")[0]
-    scheme, slashes, rest = bare.rpartition("://")
-    authority, slash, path = rest.partition("/")
-    return _plain(f"{scheme}{slashes}{authority.rpartition('@')[2]}{slash}{path}")
+    """Return the URL without the parts that may be secret: user, password, query.
+
+    A password may have any character in it that should have been escaped, so all in front of the last @ goes.
+    """
+    scheme, slashes, rest = url.partition("?")[0].partition("#")[0].rpartition("://")
+    return _plain(f"{scheme}{slashes}{rest.rpartition('@')[2]}")
 
 
 def _plain(text: str) -> str:
-    """Replace what a terminal would take for more than text."""
+    """Replace characters that a terminal would take for more than text."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def token(key: str, secret: str, now: float) -> str:
-    """Return a JWT with the agent grant; HS256, as LiveKit's own."""
-    claims = {"iss": key, "nbf": int(now) - 5, "exp": int(now) + VALID, "video": {"agent": True}}
-    head, body = (_encoded(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims))
-    signature = hmac.new(secret.encode(), f"{head}.{body}".encode(), hashlib.sha256).digest()
-    return f"{head}.{body}.{_encoded(signature)}"
+def _reason(error: Exception) -> str:
+    """Return the system's words for an error, in place of aiohttp's, which repeat host and port."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, OSError) and cause.errno:
+        is_numbered_apart = isinstance(cause, ssl.SSLError | socket.gaierror)
+        return str(cause.strerror or cause) if is_numbered_apart else os.strerror(cause.errno)
+    return str(error) or type(error).__name__
 
 
-def _encoded(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def _skew(date: str | None) -> float | None:
-    if not date:
-        return None
+def _skew(headers: Mapping[str, str]) -> float | None:
+    """Return how far the server's clock is ahead of this machine's, in seconds."""
     try:
-        return parsedate_to_datetime(date).timestamp() - time.time()
-    except ValueError:
+        return parsedate_to_datetime(headers["Date"]).timestamp() - time.time()
+    except (KeyError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Starts one worker of the target on a local dispatch server, looks at its processes, and stops it."""
+"""Starts one worker of the target on a local LiveKit server, looks at its processes, and stops it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base.stopping import unshielded
 
+# Seconds, all ours: for a stop without jobs, for a process that waits for a job, for the end of the stop.
 GRACE = 10.0
-WARM = 10.0
-END = 20.0
+WARM_TIMEOUT = 10.0
+END_TIMEOUT = 20.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def look(target: str) -> Trial:
-    """Return what was seen; that the target can't be started is a finding, and no error of ours."""
+    """Return what was seen; a target that can't be started is a finding, and raises nothing."""
     try:
         with Stage(target, grace=GRACE) as stage:
             stage.wait_ready()
             document = control_socket.ask(stage.directory / "control", "status")
             ours = {stage.pid, *(slot["pid"] for slot in document["slots"])}
-            due = time.monotonic() + WARM
+            due = time.monotonic() + WARM_TIMEOUT
             while not (others := _framework(stage, ours)) and time.monotonic() < due:
                 time.sleep(0.1)
             holes = {f"{name} (pid {pid})": found for pid, name in others.items() if (found := open_to(pid))}
             pss = sum(_pss(pid) for pid in stage.processes() if pid != stage.pid)
             stage.signal(signal.SIGTERM)
-            code = stage.wait_end(END, lambda: None)
+            code = stage.wait_end(END_TIMEOUT, lambda: None)
             return Trial(looked_at=len(others), open_to=holes, worker_bytes=pss, exit_code=code)
     except (StageError, ConfigError) as error:
         return Trial(error=str(error))

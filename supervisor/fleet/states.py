@@ -1,6 +1,7 @@
-"""The states of a slot and of the whole supervisor, as tables.
+"""The states of a generation and the phases of the supervisor, as tables.
 
-`scripts/states` renders both into the architecture page, and a test compares.
+The text below a state or a phase says three things: the meaning, which processes may run, and the way out.
+`scripts/states` renders tables and texts into the architecture page, and a test compares.
 """
 
 from __future__ import annotations
@@ -10,23 +11,54 @@ from types import MappingProxyType
 
 
 class SlotState(enum.Enum):
-    """Where the program of a slot is."""
+    """The state of one generation, and through its current generation the state of a slot."""
 
     STOPPED = "stopped"
+    """The program was not started yet, or has ended as it was asked to. No process runs. A spawn leads on."""
+
     STARTING = "starting"
+    """The program runs and is not registered with the LiveKit server: it loads, or it has lost its
+    connection and old jobs run on. A registration ends the state; the first one has `[start] timeout`."""
+
     READY = "ready"
+    """The worker is registered, and jobs run; an opaque program is ready once it is spawned. A lost
+    connection, a stall, a fence or the end of the program ends the state."""
+
     STALLED = "stalled"
+    """The worker has missed `[stall] misses` beats; its jobs run on in their own processes. A beat, the
+    fence that follows a replacement, or a kill where no replacement could be had ends the state."""
+
     DRAINING = "draining"
+    """The worker accepts nothing new, and its jobs run on until the last has ended, or until `drain_at`. An
+    opaque program was sent SIGTERM and has until `terminate_at`."""
+
     CLOSING = "closing"
+    """The worker shuts down jobs that are left, closes its resources and exits. The exit ends the state, or
+    the end of the close share, which begins with the state."""
+
     TERMINATING = "terminating"
+    """The worker was told to kill its jobs and to exit at once. The exit ends the state, or the end of the
+    terminate share, which begins with the state."""
+
     KILLING = "killing"
+    """The program and every process below it were sent SIGKILL, and none may run on. The exit status from
+    the kernel ends the state."""
+
     FAILED = "failed"
+    """The program has ended unasked or with a wrong exit status, or could not be started. No process runs.
+    Back-off or quarantine ends the state at once; after a wrong target only the stop does."""
+
     BACKOFF = "backoff"
+    """The slot waits before its next start, and no process of this generation runs. The end of the delay, a
+    reload, a recycle or the stop ends the state."""
+
     QUARANTINED = "quarantined"
+    """The slot has failed more than `[restart] intensity` times within `period` and is started no more. No
+    process runs. A reload, a recycle or the stop ends the state."""
 
 
 class SlotEvent(enum.Enum):
-    """What can happen to it."""
+    """An event that changes the state of a generation."""
 
     SPAWN = "spawn"
     REGISTER = "register"
@@ -46,11 +78,11 @@ class SlotEvent(enum.Enum):
 
 S, E = SlotState, SlotEvent
 
-# EXIT is an end that somebody asked for; FAIL is every other end, exit code 0 included.
+# EXIT is an end that was asked for; FAIL is every other end, exit code 0 included.
 SLOT_TABLE = MappingProxyType(
     {
         (S.STOPPED, E.SPAWN): S.STARTING,
-        (S.STOPPED, E.FAIL): S.FAILED,  # could not be spawned at all
+        (S.STOPPED, E.FAIL): S.FAILED,  # the spawn failed
         (S.STOPPED, E.STOP): S.STOPPED,
         (S.STARTING, E.REGISTER): S.READY,
         (S.STARTING, E.FENCE): S.DRAINING,
@@ -67,7 +99,7 @@ SLOT_TABLE = MappingProxyType(
         (S.STALLED, E.KILL): S.KILLING,
         (S.STALLED, E.FAIL): S.FAILED,
         (S.DRAINING, E.CLOSE): S.CLOSING,
-        (S.DRAINING, E.TERMINATE): S.TERMINATING,  # opaque: it has no closing of its own
+        (S.DRAINING, E.TERMINATE): S.TERMINATING,  # an opaque program can't be told to close
         (S.DRAINING, E.KILL): S.KILLING,
         (S.DRAINING, E.EXIT): S.STOPPED,
         (S.DRAINING, E.FAIL): S.FAILED,
@@ -86,7 +118,7 @@ SLOT_TABLE = MappingProxyType(
         (S.BACKOFF, E.SPAWN): S.STARTING,
         (S.BACKOFF, E.FAIL): S.FAILED,
         (S.BACKOFF, E.STOP): S.STOPPED,
-        (S.QUARANTINED, E.RETRY): S.BACKOFF,  # asked for: a reload or a recycle may bring a better program
+        (S.QUARANTINED, E.RETRY): S.BACKOFF,  # a reload or a recycle may bring a better program
         (S.QUARANTINED, E.STOP): S.STOPPED,
     }
 )
@@ -126,17 +158,43 @@ ALIVE = frozenset({S.STARTING, S.READY, S.STALLED, S.DRAINING, S.CLOSING, S.TERM
 
 
 class Phase(enum.IntEnum):
-    """Where the whole supervisor is. A stop only ever goes forward."""
+    """The phase of the whole supervisor. A stop only ever goes forward."""
 
     STARTING = 0
+    """Workers start, and none has accepted jobs yet. The first worker that accepts jobs ends the phase, or
+    a reason to stop does."""
+
     RUNNING = 1
+    """Workers accept jobs, and jobs run. The first reason to stop ends the phase; a time without any worker
+    that accepts does not."""
+
     FENCING = 2
+    """Each worker was told to accept nothing new, and jobs run on. The last acknowledgement ends the phase,
+    or `fence_at` does."""
+
     DRAINING = 3
+    """No worker accepts a job, and jobs run to their ends. The end of the last job ends the phase, or
+    `drain_at` does."""
+
     CLOSING = 4
+    """Workers shut down jobs that are left, close their resources and exit. The last exit ends the phase, or
+    the close share of the last worker does."""
+
     TERMINATING = 5
+    """Workers that have not exited kill their jobs and exit. The last exit ends the phase, or the terminate
+    share of the last worker does."""
+
     KILLING = 6
+    """Workers that are left were sent SIGKILL with every process below them. The last exit status from the
+    kernel ends the phase."""
+
     SWEEPING = 7
+    """All workers and the broker have ended, and every descendant that is left is killed. The phase ends
+    when none is left, or at `end_at`."""
+
     STOPPED = 8
+    """No descendant runs, or the receipt counts those that do under `left`. The supervisor writes the
+    receipt and exits."""
 
     @property
     def text(self) -> str:
@@ -156,7 +214,8 @@ STOP_LOG_EVENT = MappingProxyType(
     }
 )
 
-# The phase of a stop that a living worker's state stands for; the stop is where its last worker is.
+# The phase that a living generation's state stands for. The generation that is furthest from its end decides
+# the phase of the stop.
 PHASE_OF = MappingProxyType(
     {
         S.STARTING: Phase.FENCING,

@@ -1,4 +1,4 @@
-"""What one worker has said of itself, as it stands. Nothing here decides anything."""
+"""The messages of one worker, as one picture of its state. No code here decides anything."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LastBeat:
 
 
 class WorkerView:
-    """What one generation of a slot has said of itself; its jobs go to the ledger, its faults to the log."""
+    """The state of one generation of a slot, as it tells it. Jobs go to the ledger, faults to the log."""
 
     def __init__(self, slot: int, generation: int, *, ledger: Ledger, record: StopRecord, log: Any) -> None:
         self.worker_id = ""

@@ -3,8 +3,8 @@
     child's number   what
     0                /dev/null
     1, 2             pipes that the supervisor reads
-    3                its end of the control socketpair
-    4, 5             read ends of its own 1 and 2, for when the supervisor is gone
+    3                the worker's end of the control socketpair
+    4, 5             read ends of 1 and 2, for when the supervisor is gone
     6                the lifeline, if there is a companion
 
 An opaque worker gets the first two rows only.
@@ -32,9 +32,10 @@ from lastcall.worker.base.stopping import SHIELDED
 CONTROL_FD = 3
 OUTPUT_FDS = (4, 5)
 LIFELINE_FD = 6
-# Of a terminal: cyan, yellow, magenta, green, blue; not red, which is for what is wrong.
+# SGR codes of a terminal (ECMA-48): cyan, yellow, magenta, green, blue; not red, which is for errors.
 COLOURS = (36, 33, 35, 32, 34)
-# Meant for the supervisor alone: whoever inherits one would answer in its name.
+# systemd means these for the supervisor alone (sd_notify(3), sd_listen_fds(3)): a worker that inherited one
+# would answer in the name of the supervisor.
 NOT_INHERITED = (
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -47,7 +48,7 @@ NOT_INHERITED = (
 
 @dataclass(slots=True, kw_only=True)
 class Launched:
-    """A started worker and our ends of what connects us. `control` is None for an opaque one."""
+    """A started worker, and the supervisor's ends of socket and pipes. An opaque one has no `control`."""
 
     child: Child
     control: socket.socket | None
@@ -56,13 +57,13 @@ class Launched:
     scratch: str
 
     def close(self) -> None:
-        """Let go of our ends, and remove what the worker kept its sockets in."""
+        """Close the supervisor's ends, and remove the directory in which the worker kept its sockets."""
         for relay in self.relays:
             relay.close()
         self.clear()
 
     def clear(self) -> None:
-        """Remove the directory of a worker that has ended: what was killed could not do so itself."""
+        """Remove the directory of a worker that has ended: a worker that was killed could not do so."""
         if self.scratch:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -78,7 +79,7 @@ class Launcher:
     settings: WorkerSettings
     reaper: Reaper
     prefixes: bool
-    # A pipe's end that workers hold for as long as they live; the companion has the other.
+    # The end of a pipe that workers hold for as long as they live; the Inworld broker has the other end.
     lifeline: int | None
     write_output: Callable[[bytes], None]
     write_errors: Callable[[bytes], None]

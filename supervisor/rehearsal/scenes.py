@@ -50,7 +50,7 @@ SCENES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What happened in a scene.
+    """The observations of one scene.
 
     `ends`: of each job, as the server was told. `begun` and `over`: whose entrypoint was, held to its time's
     end. `hung_up`: jobs that a signal handler of the agent's own shut down.
@@ -70,7 +70,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SceneResult:
-    """What was wrong with a scene, and what is only worth knowing."""
+    """The verdict on a scene: its problems, and warnings that are no fault of a stop."""
 
     scene: Scene
     seconds: float

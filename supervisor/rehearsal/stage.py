@@ -1,7 +1,7 @@
 """A supervisor with the user's agent and a local dispatch server, started for one scene and taken down.
 
-Both are processes, driven through what anybody has: signals, the control socket, pipes and files. Nothing
-here waits without a deadline, and however a scene ends, no process of it stays.
+Both are processes. The stage drives them by signals, the control socket, pipes and files, and hears from jobs
+over a datagram socket. Each wait has a deadline, and however a scene ends, no process of it stays.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Stage:
     def _start_supervisor(self, stack: contextlib.ExitStack, livekit: Mapping[str, str]) -> None:
         # Neither the user's options nor an env_file of theirs: a rehearsal reaches nothing beyond loopback.
         config = self.directory / "lastcall.toml"
-        # What fails to start here will not mend itself: it is not tried for long.
+        # A worker that fails to start would fail again: it is not tried for long.
         config.write_text("[restart]\nintensity = 2\nbackoff = [0.1, 0.2]\n")
         environment = {k: v for k, v in os.environ.items() if not k.startswith(variables.PREFIX)}
         environment |= livekit

@@ -23,6 +23,7 @@ from tests.support.terminal import Terminal
 
 HERE = Path(__file__).parent.parent
 AGENT = str(HERE / "agents" / "calls.py")
+SAMPLE = str(HERE.parent / "lastcall" / "worker" / "local" / "sample.py")  # the demo's agent
 LASTCALL = [sys.executable, "-m", "lastcall"]
 TOKEN = "LASTCALL_WORKER_TEST_TOKEN"  # a prefix that lastcall takes for its own, so that it does not warn
 START = 40.0

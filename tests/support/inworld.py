@@ -12,9 +12,9 @@ from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.inworld.pool.pool import InworldPool
-from lastcall.worker.inworld.pool.stream import Stream
 from lastcall.worker.inworld.pool.timings import Timings
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Limits, Speech
+from tests.support.inworld_stream import Stream, acquire, acquired
 
 CONFIG = {
     "voiceId": "Ashley",
@@ -57,13 +57,13 @@ class Pair:
     async def say(self, text: str = "Hello there.", timeout: float | None = None) -> int:
         """Speak a text and return how many chunks of audio came."""
         chunks = 0
-        async with self.pool.context(CONFIG, timeout=timeout) as stream:
+        async with acquired(self.pool, CONFIG, timeout=timeout) as stream:
             async for frame in stream.speak(text):
                 chunks += bool(frame.payload)
         return chunks
 
-    async def acquire(self, timeout: float | None = None) -> Stream:
-        return await self.pool.acquire(CONFIG, timeout=timeout)
+    async def acquire(self, timeout: float | None = None, **options: int) -> Stream:
+        return await acquire(self.pool, CONFIG, timeout=timeout, **options)
 
     async def settled(self) -> None:
         """Wait until the server counts no context; the pool must agree."""
@@ -101,7 +101,7 @@ async def pair(
         async with InworldPool(server.ws_url, server.api_key, timings=timings, **options) as pool:
             yield Pair(server=server, pool=pool)
         await until(lambda: server.open_connections == 0)
-        assert pool.tasks == {} and pool.connections == {} and not pool.slots.lines
+        assert pool.tasks == {} and pool.connections == {} and not pool.capacity.entries
     if is_alone:
         await until(lambda: asyncio.all_tasks() <= {own})
         await until(lambda: sockets() <= before)

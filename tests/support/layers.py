@@ -32,7 +32,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process backoff budget",
-            "condition wire settings",
+            "condition wire settings broker_settings",
             "stopping resources channel",
         ),
     ),
@@ -51,21 +51,20 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.inworld.pool": Room(
         idea="connections and the contexts on them",
         floors=(
-            "errors lifecycles timings splitting census alarm",
-            "protocol outbox places",
+            "errors lifecycles timings splitting close_report figures timer",
+            "protocol outbox capacity",
             "dialling idling context",
-            "connection stream",
-            "closing",
+            "connection",
             "pool",
         ),
     ),
     "lastcall.worker.inworld.broker": Room(
         idea="one pool for all jobs of a machine, on loopback",
-        floors=("json_log client passthrough", "broker", "supervised"),
+        floors=("json_log client passthrough", "broker", "broker_process"),
     ),
     "lastcall.worker.inworld.plugin": Room(
         idea="livekit-plugins-inworld inside a job process",
-        floors=("arguments private_names", "closer tts", "attached"),
+        floors=("arguments private_names", "connections tts", "attached"),
     ),
     "lastcall.worker.local": Room(
         idea="local LiveKit and Inworld servers, for the demo, for development and for tests",
@@ -81,7 +80,7 @@ ROOMS: dict[str, Room] = {
             "errors signals",
             "config receipt",
             "processes",
-            "logs environment outputs",
+            "logs environment outputs inworld_endpoint",
             "fleet",
             "inworld_broker",
             "program shutdown",
@@ -92,6 +91,14 @@ ROOMS: dict[str, Room] = {
             "doctor",
             "cli",
         ),
+    ),
+    "lastcall.supervisor.config": Room(
+        idea="every option, written once; where values come from",
+        floors=("paths env_file values", "options", "sources", "loading"),
+    ),
+    "lastcall.supervisor.receipt": Room(
+        idea="what a stop did: jobs, resources, processes; and the document that says so",
+        floors=("ledger record", "document"),
     ),
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
@@ -126,7 +133,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.deploy": Room(
         idea="units, images and manifests, from one description of the service",
-        floors=("service", "docker systemd", "k8s", "tree"),
+        floors=("service", "template", "docker systemd k8s", "tree"),
     ),
     "lastcall.supervisor.rehearsal": Room(
         idea="the fire drill: scenes, and a verdict on each",
@@ -138,7 +145,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
-        floors=("tables local_server", "demo dev operate deployment", "run"),
+        floors=("tables local_server parameters source_changes", "demo dev operate deployment", "run"),
     ),
 }
 # Two modules of one name would be taken for each other. Only a room and the main module in it may share one.

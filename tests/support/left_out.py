@@ -33,7 +33,7 @@ def missing(marker: str) -> str:
     return f"no {', '.join(absent)}" if absent else ""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what can't run, and remember why."""
     lines = []
     for marker in ("lint", "systemd", "container"):
@@ -49,8 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 LINES = pytest.StashKey[list[str]]()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say it once, at the end, where it is seen."""
+def say(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write the one line about what was left out, if anything was."""
     lines = terminalreporter.config.stash.get(LINES, [])
     if lines:
         terminalreporter.write_line(f"left out: {'; '.join(lines)}; scripts/fixtures sets up what they need")

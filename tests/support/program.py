@@ -1,4 +1,4 @@
-"""A program whose version a test changes, and the verbs of the command line."""
+"""Programs that stand for workers, and the verbs of the command line."""
 
 from __future__ import annotations
 
@@ -27,6 +27,29 @@ while not stopping or (directory / "busy").exists():
     time.sleep(0.01)
 print("down", version, os.getpid(), flush=True)
 """
+# Works for a while after a SIGTERM, and prints how many SIGTERMs came.
+POLITE = """
+import signal, sys, time
+seen = []
+signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+print("up", flush=True)
+while not seen:
+    time.sleep(0.01)
+time.sleep({after})
+print("terms", len(seen), flush=True)
+"""
+# Ignores SIGTERM.
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('up', flush=True)
+time.sleep(600)
+"""
+
+
+def polite(after: float = 0.0) -> list[str]:
+    """Return a command line, from `--` on, of a program that ends so many seconds after a SIGTERM."""
+    return ["--", sys.executable, "-c", POLITE.format(after=after)]
 
 
 class Program:

@@ -1,1 +1,1 @@
-"""What supervisor and worker share: time, waiting, the wire, deadlines, errors."""
+"""Shared by supervisor and worker: time, waiting, the wire, deadlines, settings, exit codes, errors."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-# Seconds. Ours: no call of the users that we know of is longer, and platforms allow as much.
+# Seconds. Ours: an hour is longer than nearly every call, and an operator can still wait for it.
 DEFAULT_GRACE = 3600.0
 
 

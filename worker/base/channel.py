@@ -1,4 +1,4 @@
-"""The end of the control socketpair that a process of the supervisor's has."""
+"""The end of the control socketpair that a worker has, or the Inworld broker."""
 
 from __future__ import annotations
 

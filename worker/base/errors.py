@@ -19,7 +19,7 @@ class TargetError(WorkerError):
 
 
 class StartError(WorkerError):
-    """Raised when the target was found but its own code failed; worth another try later."""
+    """Raised when the target was found, but the code of the target failed; a later start may succeed."""
 
     def __init__(self, message: str, *, traceback: str = "") -> None:
         super().__init__(message)

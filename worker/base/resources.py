@@ -1,4 +1,4 @@
-"""What a worker holds open, closed in order, bounded, once; and a census of how that went."""
+"""Close the resources of a process in order, bounded, once, and take a census of how that went."""
 
 from __future__ import annotations
 

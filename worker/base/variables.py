@@ -42,6 +42,6 @@ REHEARSAL = "LASTCALL_WORKER_REHEARSAL"
 REHEARSAL_TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
 
 # Names that begin like an option and are none: those above, and what Kubernetes sets for a Service that is
-# called `lastcall`.
+# called `lastcall`: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
 NOT_OPTIONS = frozenset({CONFIG, PLATFORM_GRACE, MARK, WORKER, INWORLD_WS_URL, INWORLD_URL, INWORLD_TOKEN})
 NOT_OPTION_PREFIXES = (WORKER + "_", "LASTCALL_SERVICE", "LASTCALL_PORT")

@@ -207,7 +207,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerBeat:
-    """The broker's event loop turns; its clients, and the figures of its pool (`pool.census.Figures`)."""
+    """The broker's event loop turns; its clients, and the figures of its pool (`pool.figures.Figures`)."""
 
     lag_ms: float
     rss_bytes: int

@@ -1,9 +1,9 @@
-"""`python -m lastcall.worker.inworld`: the broker, alone or as the supervisor's companion."""
+"""`python -m lastcall.worker.inworld`: the Inworld broker, alone or as the supervisor's companion."""
 
 import signal
 
 if __name__ == "__main__":
-    # First of all: a signal that comes while the imports below run waits until somebody can handle it.
+    # First of all: a signal that comes while the imports below run waits until its handler stands.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 import argparse
@@ -19,17 +19,12 @@ from typing import NoReturn
 import uvloop
 
 from lastcall.worker.base import variables
+from lastcall.worker.base.broker_settings import INWORLD_URL, INWORLD_WS_URL, BrokerSettings
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import forbid_dumps
 from lastcall.worker.inworld.broker import json_log
 from lastcall.worker.inworld.broker.broker import Broker, listen
-from lastcall.worker.inworld.broker.supervised import (
-    INWORLD_URL,
-    INWORLD_WS_URL,
-    Companion,
-    Settings,
-)
-from lastcall.worker.inworld.plugin.arguments import TOKEN, URL, WS_URL
+from lastcall.worker.inworld.broker.broker_process import BrokerProcess
 
 log = logging.getLogger("lastcall.inworld")
 
@@ -39,15 +34,15 @@ def main() -> NoReturn:
     json_log.set_up()
     if not forbid_dumps():  # the API key comes into the memory of this process
         log.warning("this system does not let a process forbid its core dumps")
-    # As in a worker: the one signal without a loop handler shows where a loop that runs none is stuck.
+    # As in a worker: a handler of the loop could not show where the loop is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
-    settings = Settings.take(os.environ)
+    settings = BrokerSettings.take(os.environ)
     if settings is not None:
         for fd in (settings.control_fd, settings.listen_fd, settings.lifeline_fd):
             if fd is not None:
                 os.set_inheritable(fd, False)
-        companion = Companion(settings)
-        raise SystemExit(run(companion))
+        process = BrokerProcess(settings)
+        raise SystemExit(run(process))
     settings = alone(sys.argv[1:])
     key = os.environ.pop(variables.INWORLD_API_KEY, "")
     if not key:
@@ -56,15 +51,15 @@ def main() -> NoReturn:
             file=sys.stderr,
         )
         raise SystemExit(Exit.CONFIG)
-    raise SystemExit(run(Companion(settings, key=key), say=True))
+    raise SystemExit(run(BrokerProcess(settings, key=key), say=True))
 
 
-def alone(arguments: list[str]) -> Settings:
-    """Return the settings of a process without a supervisor; its own socket is made here."""
+def alone(arguments: list[str]) -> BrokerSettings:
+    """Return the settings of a broker without a supervisor, with a listening socket."""
     parser = argparse.ArgumentParser(
         prog="python -m lastcall.worker.inworld",
         description="Share one pool of Inworld connections among the processes of this machine. "
-        f"Needs INWORLD_API_KEY; {TOKEN} is the token, if set. Prints where it serves.",
+        f"Needs INWORLD_API_KEY; {variables.INWORLD_TOKEN} is the token, if set. Prints where it serves.",
     )
     parser.add_argument("--ws-url", default=INWORLD_WS_URL, help="Inworld's WebSocket URL")
     parser.add_argument("--base-url", default=INWORLD_URL, help="Inworld's HTTP URL")
@@ -75,30 +70,30 @@ def alone(arguments: list[str]) -> Settings:
     except OSError as error:
         print(f"lastcall: port {given.port} can't be listened on: {error.strerror}", file=sys.stderr)
         raise SystemExit(Exit.CONFIG) from error
-    return Settings(
+    return BrokerSettings(
         listen_fd=listener.detach(),
-        token=os.environ.get(TOKEN) or secrets.token_urlsafe(24),
+        token=os.environ.get(variables.INWORLD_TOKEN) or secrets.token_urlsafe(24),
         ws_url=given.ws_url,
         base_url=given.base_url,
     )
 
 
-def run(companion: Companion, *, say: bool = False) -> int:
+def run(process: BrokerProcess, *, say: bool = False) -> int:
     """Run to the end; with `say` the first line of standard output tells where it serves, as JSON."""
 
     def tell(broker: Broker) -> None:
-        token = companion.settings.token
+        token = process.settings.token
         environment = {
-            WS_URL: broker.ws_url,
-            URL: broker.base_url,
-            TOKEN: token,
+            variables.INWORLD_WS_URL: broker.ws_url,
+            variables.INWORLD_URL: broker.base_url,
+            variables.INWORLD_TOKEN: token,
             variables.INWORLD_API_KEY: token,
         }
         where = {"ws_url": broker.ws_url, "base_url": broker.base_url, "environment": environment}
         print(json.dumps(where), flush=True)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(companion.run(tell if say else lambda _: None))
+        return runner.run(process.run(tell if say else lambda _: None))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What runs inside a job process."""
+"""The code that runs in a job process."""

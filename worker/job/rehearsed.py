@@ -27,7 +27,7 @@ from lastcall.worker.job.setup import has_handler
 # Seconds. Ours: a rehearsal reads its socket several times a second. One that is gone must not hold up a job.
 SEND_TIMEOUT = 1.0
 # Characters of an exception that are told: a datagram has a bound.
-MAX_ERROR = 2000
+MAX_ERROR_LENGTH = 2000
 
 
 class RehearsedEntrypoint:
@@ -57,7 +57,7 @@ class RehearsedEntrypoint:
         except TimeoutError:
             pass  # the time is over, or a timeout of the user's own: the job goes on to its end in both cases
         except Exception as error:
-            self._say(EntrypointFailed(job=job, error=repr(error)[:MAX_ERROR]))
+            self._say(EntrypointFailed(job=job, error=repr(error)[:MAX_ERROR_LENGTH]))
         await asyncio.sleep(over_at - loop.time())
         self._say(EntrypointOver(job=job))
         shutdown(reason="the rehearsal is over")

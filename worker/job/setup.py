@@ -45,14 +45,14 @@ def unmask() -> None:
 
 
 def has_handler() -> bool:
-    """Tell whether the agent has put a handler of its own for SIGTERM into this job process."""
+    """Tell whether the agent has set a handler for SIGTERM in this job process."""
     if os.environ.get(WORKER_PID) == str(os.getpid()):
         return False  # the thread executor: the handler is the worker's
     return signal.getsignal(signal.SIGTERM) not in (_ignore, signal.SIG_IGN, signal.SIG_DFL)
 
 
 class Setup:
-    """The worker's `setup_fnc`: ours, then the user's. Gives the job its end (`teardown`)."""
+    """The `setup_fnc` of the worker: prepare the process and the end of its job, then call the user's."""
 
     def __init__(self, user: Callable[[Any], Any] | None) -> None:
         self.user = user
@@ -60,8 +60,8 @@ class Setup:
     def __call__(self, process: Any) -> Any:
         unmask()
         # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.
-        from lastcall.worker.inworld.plugin.attached import closer
+        from lastcall.worker.inworld.plugin.attached import plugin_connections
 
-        teardown.begin(process, {"inworld": closer.aclose})
+        teardown.begin(process, {"inworld": plugin_connections.aclose})
         job_process.at_job_end(teardown.end)
         return None if self.user is None else self.user(process)

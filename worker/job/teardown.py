@@ -1,4 +1,4 @@
-"""What is closed when a job ends, in order and bounded, after everything else of the job has run.
+"""Close the resources of a job when it ends, in order and bounded, after all other code of the job has run.
 
 livekit-agents runs a job's shutdown callbacks all at once, and when one raises it goes on while the others
 still run. So nothing here is a callback: it runs behind them, in front of the end of the job's HTTP session
@@ -59,8 +59,8 @@ class JobEnd:
         return census
 
 
-# By livekit-agents' JobProcess, of which each job has its own. Here because an agent can reach its job's end
-# by an import only.
+# By the JobProcess of livekit-agents, of which each job has one. A global, because an agent can reach the end
+# of its job by an import only.
 _ends: weakref.WeakKeyDictionary[Any, JobEnd] = weakref.WeakKeyDictionary()
 
 
@@ -76,11 +76,15 @@ async def end(ctx: Any) -> None:
         await job_end.aclose()
 
 
-def closing(ctx: Any, closable: T) -> T:
-    """Close `closable` when the job of `ctx` ends, and return it.
+def closing(ctx: Any, closable: T) -> T:  # Any: livekit-agents' JobContext, which is not type-checked here
+    """Close `closable` when the job of `ctx` ends, and return `closable`.
 
-    It is closed after the job's shutdown callbacks, within seconds, the last one given first. Outside
-    lastcall it is a shutdown callback like any other.
+    `ctx` is the JobContext that the entrypoint got, `closable` anything with an async method `aclose()`.
+    lastcall calls `aclose()` after the shutdown callbacks of the job, of several objects the last one first.
+    All of them together have 4 seconds, then what still runs is cancelled. An `aclose()` that raises or is
+    cancelled is logged. Outside lastcall, `aclose()` is a shutdown callback of the job.
+
+    Raises RuntimeError once the job has ended and its closing has begun. Since 0.2.0.
     """
 
     async def close(_deadline: float) -> Counts:

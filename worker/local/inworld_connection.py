@@ -20,15 +20,16 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from lastcall.worker.local.inworld_settings import Faults, Kind, Limits
+from lastcall.worker.local.inworld_settings import EventKind, Faults, Limits
 from lastcall.worker.local.speech import Speech
 
-# How often a connection that was told to stop reading looks whether it may read again.
-RELUCTANCE = 0.02
-# Frames of one context that wait for it; beyond them the connection is not read.
-MAX_WAITING = 1000
-MALFORMED = {"text": "this is not JSON", "null": '{"result": null}', "list": '["contextCreated"]'}
-PAYLOADS = {
+# Seconds between two looks of a connection that was told to stop reading. Ours: a test changes a plain value.
+READ_POLL_INTERVAL = 0.02
+# Frames of one context that wait for the context's task; beyond them the connection is not read. Ours.
+MAX_QUEUED_FRAMES = 1000
+MALFORMED_FRAMES = {"text": "this is not JSON", "null": '{"result": null}', "list": '["contextCreated"]'}
+# Inworld's names of operations in an error text.
+OPERATIONS = {
     "send_text": "sendText",
     "flush_context": "flushContext",
     "update_config": "updateConfig",
@@ -39,7 +40,7 @@ PAYLOADS = {
 Emit = Callable[..., None]
 
 
-class Context:
+class ServerContext:
     """One utterance stream. `config` is what its create and update_config said."""
 
     __slots__ = ("config", "frames", "has_spoken", "id", "pending", "task")
@@ -47,7 +48,7 @@ class Context:
     def __init__(self, id: str, config: dict[str, Any]) -> None:
         self.id = id
         self.config = config
-        self.frames: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue(MAX_WAITING)
+        self.frames: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue(MAX_QUEUED_FRAMES)
         self.pending = ""
         self.has_spoken = False
         self.task: asyncio.Task[None]
@@ -66,7 +67,7 @@ class Context:
         return 1 if self.config.get("autoMode") else int(self.config.get("bufferCharThreshold", 1000))
 
 
-class Connection:
+class ServerConnection:
     """Serves one WebSocket until it ends; `contexts` is what the server counts."""
 
     def __init__(
@@ -83,7 +84,7 @@ class Connection:
     ) -> None:
         self.number = number
         self.ws = ws
-        self.contexts: dict[str, Context] = {}
+        self.contexts: dict[str, ServerContext] = {}
         self.close_code = aiohttp.WSCloseCode.ABNORMAL_CLOSURE.value
         self.is_clean = False
         self._transport = transport
@@ -133,7 +134,7 @@ class Connection:
         while True:
             frame = await self.ws.receive()
             while self._faults.stop_reading:  # noqa: ASYNC110  # a plain value that a test changes
-                await asyncio.sleep(RELUCTANCE)
+                await asyncio.sleep(READ_POLL_INTERVAL)
             if frame.type is aiohttp.WSMsgType.TEXT:
                 self._active_at = time.monotonic()
                 if self._is_cut():
@@ -152,7 +153,7 @@ class Connection:
     async def _take(self, text: str) -> None:
         try:
             message = json.loads(text)
-            key = next(key for key in message if key in PAYLOADS or key == "create")
+            key = next(key for key in message if key in OPERATIONS or key == "create")
             body = message[key] or {}
         except (ValueError, TypeError, StopIteration):
             await self._fail_connection(self._faults.codes.invalid, "unknown payload")
@@ -171,7 +172,7 @@ class Connection:
         context = self.contexts.get(id)
         if context is None:
             await self._fail(
-                id, self._faults.codes.not_found, f"Context {id} not found during {PAYLOADS[key]}"
+                id, self._faults.codes.not_found, f"Context {id} not found during {OPERATIONS[key]}"
             )
         elif key == "cancel_context":
             await self._cancel(context)
@@ -195,11 +196,11 @@ class Connection:
             self._emit("context_refused", id, reason="limit")
             await self._fail(id, codes.context_limit, "Max contexts limit reached")
         else:
-            context = self.contexts[id] = Context(id, config)
+            context = self.contexts[id] = ServerContext(id, config)
             self._emit("context_created", id, voice=config.get("voiceId", ""))
             context.task = self._group.create_task(self._live(context))
 
-    async def _cancel(self, context: Context) -> None:
+    async def _cancel(self, context: ServerContext) -> None:
         self._emit("cancel_requested", context.id)
         if self._faults.cancel == "error":
             await self._fail(context.id, self._faults.codes.invalid, "unknown payload")
@@ -209,14 +210,14 @@ class Connection:
 
     # -- one context ----------------------------------------------------------------------------------
 
-    async def _live(self, context: Context) -> None:
+    async def _live(self, context: ServerContext) -> None:
         await _wait(self._faults.create_delay)
         if self._faults.create_unanswered:
             await _forever()
         if self._faults.malformed:
-            await self.send_raw(MALFORMED[self._faults.malformed])
+            await self.send_raw(MALFORMED_FRAMES[self._faults.malformed])
         await self._send(context.id, contextCreated=context.config)
-        handlers: dict[str, Callable[[Context, dict[str, Any]], Awaitable[None]]] = {
+        handlers: dict[str, Callable[[ServerContext, dict[str, Any]], Awaitable[None]]] = {
             "send_text": self._on_text,
             "flush_context": self._on_flush,
             "update_config": self._on_update,
@@ -236,7 +237,7 @@ class Connection:
                 return
             await handlers[key](context, body)
 
-    async def _on_text(self, context: Context, body: dict[str, Any]) -> None:
+    async def _on_text(self, context: ServerContext, body: dict[str, Any]) -> None:
         text = str(body.get("text", ""))
         self._emit("text", context.id, chars=len(text))
         if len(text) > self._limits.text:
@@ -249,17 +250,17 @@ class Connection:
         elif len(context.pending) >= min(context.threshold, self._limits.text):
             await self._speak(context)
 
-    async def _on_flush(self, context: Context, _body: dict[str, Any]) -> None:
+    async def _on_flush(self, context: ServerContext, _body: dict[str, Any]) -> None:
         self._emit("flush", context.id)
         await self._speak(context)
 
-    async def _on_update(self, context: Context, body: dict[str, Any]) -> None:
+    async def _on_update(self, context: ServerContext, body: dict[str, Any]) -> None:
         context.config = {**context.config, **body}
         if context.pending:
             await self._speak(context)
         await self._send(context.id, contextUpdated=body)
 
-    async def _speak(self, context: Context) -> None:
+    async def _speak(self, context: ServerContext) -> None:
         """Synthesise what is buffered: one generation, which ends with flushCompleted."""
         text, context.pending = context.pending, ""
         speech = self._speech
@@ -286,7 +287,7 @@ class Connection:
             await self._send(context.id, audioChunk=chunk)
         await self._send(context.id, flushCompleted={})
 
-    async def _end(self, context: Context) -> None:
+    async def _end(self, context: ServerContext) -> None:
         if self._faults.closed_never:
             await _forever()
         await _wait(self._faults.closed_delay)
@@ -301,7 +302,7 @@ class Connection:
         status = {"code": 0, "message": "", "details": []}
         await self.send_raw(json.dumps({"result": {"contextId": id, "status": status, **result}}))
 
-    async def _fail_within(self, context: Context, code: int, message: str) -> None:
+    async def _fail_within(self, context: ServerContext, code: int, message: str) -> None:
         if self._faults.error_ends_context:
             del self.contexts[context.id]
             self._emit("context_closed", context.id, reason="error")
@@ -324,7 +325,7 @@ class Connection:
                 return
             await asyncio.sleep(left)
 
-    def _emit(self, kind: Kind, context: str = "", **detail: Any) -> None:
+    def _emit(self, kind: EventKind, context: str = "", **detail: Any) -> None:
         self._emit_event(kind, self.number, context, **detail)
 
 

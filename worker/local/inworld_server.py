@@ -27,14 +27,17 @@ from typing import Any
 from aiohttp import web
 
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.local.inworld_connection import Connection
-from lastcall.worker.local.inworld_settings import Codes, Event, Faults, Kind, Limits
+from lastcall.worker.local.inworld_connection import ServerConnection
+from lastcall.worker.local.inworld_settings import Codes, Event, EventKind, Faults, Limits
 from lastcall.worker.local.speech import Speech
 
 __all__ = ["Codes", "Event", "Faults", "InworldServer", "Limits", "Speech"]
 
 STREAM_PATH = "/tts/v1/voice:streamBidirectional"
+# Events that are kept. Ours: several times what the largest test makes.
 MAX_EVENTS = 200_000
+# Seconds for a closing handshake, and for handlers at the end. Ours: client and server share a machine.
+CLOSE_TIMEOUT = 1.0
 VOICES = ("Ashley", "Dennis", "Alex")
 
 
@@ -63,7 +66,7 @@ class InworldServer:
         self.host = host
         self.port = port
         self.api_key = api_key or secrets.token_urlsafe(24)
-        self.connections: dict[int, Connection] = {}
+        self.connections: dict[int, ServerConnection] = {}
         self.events: list[Event] = []
         self.counts: Counter[str] = Counter()
         self.peak_connections = 0
@@ -107,7 +110,7 @@ class InworldServer:
 
     async def __aenter__(self) -> InworldServer:
         self._runner = web.AppRunner(
-            self._app, access_log=None, shutdown_timeout=1.0, handler_cancellation=True
+            self._app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT, handler_cancellation=True
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, self.host, self.port).start()
@@ -135,7 +138,7 @@ class InworldServer:
         """Send a text frame as it is on every connection."""
         await asyncio.gather(*(each.send_raw(text) for each in list(self.connections.values())))
 
-    def events_of(self, kind: Kind) -> list[Event]:
+    def events_of(self, kind: EventKind) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
 
     async def until(self, predicate: Callable[[], object], timeout: float) -> None:
@@ -172,9 +175,9 @@ class InworldServer:
         if status:
             self._emit("refused", status=status)
             return web.json_response({"code": status, "message": "refused", "details": []}, status=status)
-        ws = web.WebSocketResponse(autoclose=False, timeout=1.0, compress=False)
+        ws = web.WebSocketResponse(autoclose=False, timeout=CLOSE_TIMEOUT, compress=False)
         self._numbers += 1
-        connection = Connection(
+        connection = ServerConnection(
             self._numbers,
             ws,
             transport,
@@ -252,7 +255,7 @@ class InworldServer:
             return None
         return web.json_response({"code": status, "message": "refused", "details": []}, status=status)
 
-    def _emit(self, kind: Kind, connection: int = 0, context: str = "", **detail: Any) -> None:
+    def _emit(self, kind: EventKind, connection: int = 0, context: str = "", **detail: Any) -> None:
         event = Event(at=time.monotonic(), kind=kind, connection=connection, context=context, detail=detail)
         if kind == "context_created":
             self.peak_contexts = max(self.peak_contexts, len(self.connections[connection].contexts))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal[
+EventKind = Literal[
     "connected",
     "refused",
     "connection_closed",
@@ -34,7 +34,7 @@ class Event:
     """
 
     at: float
-    kind: Kind
+    kind: EventKind
     connection: int = 0
     context: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,12 @@ class Event:
 
 @dataclass(slots=True, kw_only=True)
 class Limits:
-    """The service's limits: connections per account, contexts per connection, characters, idle seconds."""
+    """The service's limits, with the values that Inworld's documentation of the WebSocket gives.
+
+    `connections`: for the account (newer text: ten for each generation that the plan allows at once).
+    `contexts`: on one connection. `text`: characters in one send_text. `idle`: seconds without a frame, after
+    which the server closes the connection.
+    """
 
     connections: int = 20
     contexts: int = 5

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# Concert pitch, at a quarter of the full scale of 16-bit PCM.
 TONE_HZ = 440.0
 TONE_LEVEL = 8000
 

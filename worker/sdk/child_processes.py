@@ -1,4 +1,4 @@
-"""What is mended once per worker process, before the target is loaded: multiprocessing, and how it is used.
+"""Mend multiprocessing, and how livekit-agents uses it, once in a worker, before the target is loaded.
 
 Each function looks for the private names that it needs and does nothing twice.
 """
@@ -15,11 +15,11 @@ import threading
 from multiprocessing.connection import wait as wait_readable
 from typing import Any
 
-# What multiprocessing makes of a status that it can't read.
+# multiprocessing gives this exit code to a child whose status it can't read (popen_forkserver.py, `poll`).
 STATUS_LOST = 255
-# What of ours job processes unpickle; imported in the forkserver, before the user's path is set.
+# Job processes unpickle the `setup_fnc` from here. The forkserver imports it, before the user's path is set.
 PRELOADED = ("lastcall.worker.job.setup",)
-# Joins them, in front of the plugin, where the user's module has imported the plugin.
+# Imported too, in front of the plugin, where the user's module has imported the plugin.
 PRELOADED_FOR = {"livekit.plugins.inworld": "lastcall.worker.inworld.plugin.attached"}
 
 

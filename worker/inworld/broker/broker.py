@@ -17,22 +17,31 @@ import socket
 from aiohttp import web
 
 from lastcall.worker.base.variables import INWORLD_TOKEN
-from lastcall.worker.inworld.broker.client import GOODBYE, MAX_REQUEST, Client
+from lastcall.worker.inworld.broker.client import (
+    CLOSE_HANDSHAKE_TIMEOUT,
+    MAX_REQUEST,
+    MAX_UNREAD,
+    Client,
+)
 from lastcall.worker.inworld.broker.passthrough import PassThrough
-from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.dialling import PATH
 from lastcall.worker.inworld.pool.errors import UNAUTHENTICATED, UNAVAILABLE
 from lastcall.worker.inworld.pool.pool import InworldPool
-from lastcall.worker.inworld.pool.stream import MAX_UNREAD
 
 log = logging.getLogger("lastcall.inworld")
 
+# Bytes of one HTTP request. Ours: a text of 1,000 characters and its settings are a few kB.
 MAX_BODY = 1024 * 1024
+
+
+# Connections that wait to be accepted. Ours: more than the jobs of one machine.
+BACKLOG = 1024
 
 
 def listen(port: int = 0) -> socket.socket:
     """Return a socket that listens on loopback. Raises OSError when the port is taken."""
-    return socket.create_server(("127.0.0.1", port), backlog=1024)
+    return socket.create_server(("127.0.0.1", port), backlog=BACKLOG)
 
 
 class Broker:
@@ -63,7 +72,7 @@ class Broker:
         app.router.add_get("/tts/v1/voices", self._plain)
         # A handler ends with its connection: so a killed job's contexts do.
         self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=GOODBYE, handler_cancellation=True
+            app, access_log=None, shutdown_timeout=CLOSE_HANDSHAKE_TIMEOUT, handler_cancellation=True
         )
 
     @property
@@ -96,7 +105,7 @@ class Broker:
         finally:
             await self._pass.__aexit__()
 
-    async def aclose(self, deadline: float | None = None) -> Census:
+    async def aclose(self, deadline: float | None = None) -> CloseReport:
         """Refuse what is new, close the pool by the deadline, then the local connections; say how it went."""
         self._is_closing = True
         try:
@@ -121,7 +130,7 @@ class Broker:
         refusal = self._refusal(request)
         if refusal is not None:
             return refusal
-        ws = web.WebSocketResponse(timeout=GOODBYE, compress=False, max_msg_size=MAX_REQUEST)
+        ws = web.WebSocketResponse(timeout=CLOSE_HANDSHAKE_TIMEOUT, compress=False, max_msg_size=MAX_REQUEST)
         client = Client(ws, self.pool, max_unread=self._max_unread)
         self.clients.add(client)
         try:

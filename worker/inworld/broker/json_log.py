@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 
-# What every record has; the rest of a record's attributes are the fields of the event.
+# The attributes of every record; the other attributes of a record are the fields of the event.
 _COMMON = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class Lines(logging.Formatter):
-    """An event with its fields."""
+class JsonFormatter(logging.Formatter):
+    """Makes one JSON object of an event and its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {name: value for name, value in vars(record).items() if name not in _COMMON}
@@ -28,5 +28,5 @@ class Lines(logging.Formatter):
 def set_up(level: int = logging.INFO) -> None:
     """Have everything logged go to standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Lines())
+    handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler])

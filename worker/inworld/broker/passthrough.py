@@ -1,7 +1,7 @@
 """Inworld's plain HTTP calls, passed on with the real key in the place of the token.
 
-Bodies stream through as they come; nothing is parsed. A client that goes away takes its call along, and a
-client that reads slowly slows the server down, not us.
+Bodies stream through as they come; nothing is parsed. The call of a client that goes away is cancelled, and a
+client that reads slowly slows the server down, because nothing is buffered between them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from lastcall.worker.inworld.pool.errors import UNAVAILABLE
 
 log = logging.getLogger("lastcall.inworld")
 
-TAKEN = ("Accept", "Accept-Encoding", "Content-Type", "X-Request-Id", "X-User-Agent")
-GIVEN = ("Content-Encoding", "Content-Type", "Retry-After", "X-Request-Id")
-# From connecting to the first byte, and between any two bytes.
-PATIENCE = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
+# Headers that are passed on to Inworld, and from Inworld to the client.
+REQUEST_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "X-Request-Id", "X-User-Agent")
+RESPONSE_HEADERS = ("Content-Encoding", "Content-Type", "Retry-After", "X-Request-Id")
+# To connect, and between any two bytes. Ours: as one WebSocket handshake, and well above a long synthesis.
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 
 
 class PassThrough:
@@ -31,7 +32,7 @@ class PassThrough:
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> PassThrough:
-        self._session = aiohttp.ClientSession(timeout=PATIENCE, auto_decompress=False)
+        self._session = aiohttp.ClientSession(timeout=TIMEOUT, auto_decompress=False)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -39,7 +40,7 @@ class PassThrough:
 
     async def __call__(self, request: web.Request, key: str) -> web.StreamResponse:
         """Return the server's answer, already sent; 502 or 504 when there is none."""
-        headers = {name: request.headers[name] for name in TAKEN if name in request.headers}
+        headers = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
         headers.setdefault("X-User-Agent", USER_AGENT)
         url = urljoin(self.base_url, request.path)
         # The token may be in the query, where the key may be as well; it is not for the server.
@@ -53,7 +54,7 @@ class PassThrough:
                 headers={**headers, "Authorization": f"Basic {key}"},
                 data=await request.read() or None,
             ) as answer:
-                given = {name: answer.headers[name] for name in GIVEN if name in answer.headers}
+                given = {name: answer.headers[name] for name in RESPONSE_HEADERS if name in answer.headers}
                 response = web.StreamResponse(status=answer.status, headers=given)
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
@@ -63,7 +64,7 @@ class PassThrough:
         except (TimeoutError, aiohttp.ClientError) as error:
             log.warning("an HTTP call failed", extra={"path": request.path, "error": type(error).__name__})
             if response is not None:
-                raise  # half an answer is out: the connection is cut, so that nobody takes it for a whole one
+                raise  # cuts the connection, so that the client does not take half an answer for a whole one
             status = 504 if isinstance(error, TimeoutError) else 502
             text = f"no answer from {self.base_url}: {error or type(error).__name__}"
             return web.json_response({"code": UNAVAILABLE, "message": text, "details": []}, status=status)

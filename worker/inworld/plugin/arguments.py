@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from lastcall.worker.base import variables
 
-WS_URL = variables.INWORLD_WS_URL
-URL = variables.INWORLD_URL
-TOKEN = variables.INWORLD_TOKEN
-
-_ARGUMENTS = {"ws_url": WS_URL, "base_url": URL, "api_key": TOKEN}
+_ARGUMENTS = {
+    "ws_url": variables.INWORLD_WS_URL,
+    "base_url": variables.INWORLD_URL,
+    "api_key": variables.INWORLD_TOKEN,
+}
 
 
 def broker_arguments(environ: Mapping[str, str]) -> dict[str, str]:
@@ -19,6 +19,6 @@ def broker_arguments(environ: Mapping[str, str]) -> dict[str, str]:
     The token is among them: an agent's `load_dotenv(override=True)` may have put the real key back into
     INWORLD_API_KEY, and the broker knows its own token only.
     """
-    if not environ.get(WS_URL):
+    if not environ.get(variables.INWORLD_WS_URL):
         return {}
     return {name: environ[variable] for name, variable in _ARGUMENTS.items() if environ.get(variable)}

@@ -1,17 +1,17 @@
-"""This process's one `Closer`, attached to the Inworld plugin as soon as that is imported.
+"""This process's one `PluginConnections`, attached to the Inworld plugin as soon as that is imported.
 
-Importing this module is what attaches it. It can't be a call: the user's module, with a TTS object at its
-top level, is imported in a job process before any of our code is called there, and what the forkserver runs
-for us before that is a list of modules to import.
+The import of this module is what attaches it. A call would come too late: a job process imports the agent's
+module, with a TTS object at its top level, before any function of lastcall is called there, and the
+forkserver runs only a list of modules to import before that.
 """
 
 from __future__ import annotations
 
 import os
 
-from lastcall.worker.inworld.plugin.closer import Closer
+from lastcall.worker.inworld.plugin.connections import PluginConnections
 from lastcall.worker.inworld.plugin.private_names import PACKAGE
 from lastcall.worker.sdk import job_process
 
-closer = Closer()
-job_process.on_plugin(PACKAGE, lambda: closer.attach(os.environ))
+plugin_connections = PluginConnections()
+job_process.on_plugin(PACKAGE, lambda: plugin_connections.attach(os.environ))

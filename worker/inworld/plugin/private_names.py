@@ -23,11 +23,12 @@ from typing import Any
 
 PACKAGE = "livekit.plugins.inworld"
 
-# Loop turns after which the sender has written what it took out of its queue: `wait_for` around the get
-# hands an item over in up to three.
+# Loop turns after which the plugin's sender has written what it took out of its queue. `asyncio.wait_for`
+# around the get hands an item over in up to three turns; ours: two more.
 SENDER_TURNS = 5
-# How often the end of a context is looked for: the plugin tells it to the context's own stream only.
-LOOK_EVERY = 0.005
+# Seconds between two looks at a queue or at contexts. Ours: the plugin has no event for either, and 5 ms are
+# short beside a round trip to Inworld.
+POLL_INTERVAL = 0.005
 
 
 def load() -> ModuleType:
@@ -153,7 +154,7 @@ async def cancel_contexts(connection: Any) -> None:
         return
     queue = getattr(connection, "_outbound_queue", None)
     while queue is not None and not queue.empty() and not connection._closed:  # noqa: ASYNC110  # nobody tells
-        await asyncio.sleep(LOOK_EVERY)
+        await asyncio.sleep(POLL_INTERVAL)
     for _ in range(SENDER_TURNS):
         await asyncio.sleep(0)
     for id in list(getattr(connection, "_contexts", ())):
@@ -165,7 +166,7 @@ async def contexts_end(connections: Iterable[Any]) -> None:
     """Wait until the server has closed every context."""
     watched = list(connections)
     while any(contexts(each) for each in watched):  # noqa: ASYNC110  # the plugin has no event for it
-        await asyncio.sleep(LOOK_EVERY)
+        await asyncio.sleep(POLL_INTERVAL)
 
 
 async def close_connection(connection: Any) -> None:

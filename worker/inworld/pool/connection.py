@@ -1,13 +1,13 @@
-"""One WebSocket to Inworld and the contexts on it, from the handshake's end to the socket's.
+"""One WebSocket to Inworld and the contexts on it, from the end of the handshake to the end of the socket.
 
-Two tasks, a reader and a writer, owned by `run`; whichever ends first, for whatever reason, ends the other,
-and the socket is closed on every way out. Frames out go through a bounded buffer: callers wait in `room` when
-it is full, and a peer that has taken nothing for too long is given up, so nobody waits in vain. Frames in
-are handed on at once; who may be slow has a bound of its own, because one slow listener must not hold up the
-other contexts.
+Two tasks, a reader and a writer, owned by `run`. Whichever ends first, for whatever reason, ends the other,
+and the socket is closed on every way out. Frames to the server go through a bounded buffer: callers wait in
+`room` while the buffer is full, and a peer that has read nothing for too long is given up, so that no caller
+waits in vain. Frames from the server are handed on at once. A listener that may be slow has a bound of its
+own, because one slow listener must not hold up the other contexts.
 
-Deadlines of all contexts are kept by one alarm, set only while something is owed: an idle connection wakes
-nobody.
+One timer keeps the deadlines of all contexts. The timer is set only while the server owes an answer: an idle
+connection wakes nobody.
 """
 
 from __future__ import annotations
@@ -22,54 +22,62 @@ from dataclasses import dataclass
 import aiohttp
 
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import ResourceFate
 from lastcall.worker.inworld.pool import protocol
-from lastcall.worker.inworld.pool.alarm import NEVER, Alarm
-from lastcall.worker.inworld.pool.context import Context, Fate
+from lastcall.worker.inworld.pool.capacity import PoolEntry
+from lastcall.worker.inworld.pool.context import Context, Effects
 from lastcall.worker.inworld.pool.errors import ConnectionLost, ContextError, Malformed
 from lastcall.worker.inworld.pool.lifecycles import ContextState
 from lastcall.worker.inworld.pool.outbox import Outbox
-from lastcall.worker.inworld.pool.places import Line
 from lastcall.worker.inworld.pool.protocol import Frame, Kind
+from lastcall.worker.inworld.pool.timer import NEVER, Timer
 from lastcall.worker.inworld.pool.timings import Timings
 
 log = logging.getLogger("lastcall.inworld")
 
-# Bytes that wait for the writer: above the first, `room` waits; above the second, the peer is given up.
+# Bytes that wait for the writer: above the first number `room` waits, above the second the peer is given up.
+# Ours: five contexts with 1,000 characters each are 5 kB, so both are far above what speech needs.
 MAX_UNSENT = 256 * 1024
 MAX_UNSENT_EVER = 8 * 1024 * 1024
-# So many frames that mean nothing, and the peer is not one that can be talked to.
+# Malformed frames after which a connection is ended. Ours: one may be an accident, three are a broken peer.
 MAX_MALFORMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
-    """What a connection reports to its pool."""
+class Callbacks:
+    """What a connection reports to its pool.
 
-    retire: Callable[[Line], None]
-    is_at_rest: Callable[[Connection], None]
+    `perform` gets what a context of this connection wants done; `retire` an entry that is to take no new
+    context; `on_idle` a connection whose last context has ended.
+    """
+
+    perform: Callable[[Context, Effects], None]
+    retire: Callable[[PoolEntry], None]
+    on_idle: Callable[[Connection], None]
 
 
 class Connection:
-    """A WebSocket after its handshake. `contexts` are those that the server may count."""
+    """A WebSocket after its handshake. `contexts` are those that the server may count, by id."""
 
     def __init__(
-        self, line: Line, ws: aiohttp.ClientWebSocketResponse, *, timings: Timings, hooks: Hooks
+        self, entry: PoolEntry, ws: aiohttp.ClientWebSocketResponse, *, timings: Timings, callbacks: Callbacks
     ) -> None:
-        self.line = line
+        self.entry = entry
         self.contexts: dict[str, Context] = {}
         self.idle_since = now()
         self.malformed = 0
-        # How it ended: with close frames, or without; and whether with contexts on it.
-        self.fate: Fate = "forced"
+        # closed: with close frames. forced: without.
+        self.fate: ResourceFate = "forced"
+        # It ended under open contexts.
         self.was_lost = False
+        self.outbox = Outbox(MAX_UNSENT)
         self._ws = ws
         self._timings = timings
-        self._hooks = hooks
+        self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
-        self.outbox = Outbox(MAX_UNSENT)
-        self._alarm = Alarm(self._look)
+        self._timer = Timer(self._on_timer)
         self._leaving: asyncio.Future[str] = self._loop.create_future()
-        self._goodbye: asyncio.Timeout | None = None
+        self._close_handshake: asyncio.Timeout | None = None
         self._close_at = NEVER
 
     async def run(self) -> None:
@@ -81,22 +89,26 @@ class Connection:
                 writing = group.create_task(self._write())
                 reason = await self._leaving
                 if not reason:
-                    await self._say_goodbye(reading)
+                    await self._shake_hands(reading)
                 reading.cancel()
                 writing.cancel()
         finally:
+            # A connection whose task was cancelled has said nothing yet: the pool would put the next context
+            # on it.
+            self._callbacks.retire(self.entry)
             try:
-                async with asyncio.timeout(0):  # at least: the response is closed, whoever was cancelled
+                async with asyncio.timeout(0):  # closes the response at least, also in a cancelled task
                     await self._ws.close()
             except TimeoutError:
-                log.debug("closed without a goodbye", extra={"connection": self.line.number})
+                log.debug("closed without a goodbye", extra={"connection": self.entry.number})
             finally:
-                # Nothing here waits: however often we are cancelled, the socket goes and everybody hears.
+                # Nothing here waits: however often this task is cancelled, the socket goes and all contexts
+                # hear of the end.
                 self._abort()
-                self._alarm.stop()
-                self._lose(f"the connection has ended: {reason or 'closed by us'}")
+                self._timer.stop()
+                self._lose_contexts(f"the connection has ended: {reason or 'closed by us'}")
 
-    # -- what contexts and the pool ask -------------------------------------------------------------------
+    # -- what the pool asks -------------------------------------------------------------------------------
 
     def put(self, text: str) -> None:
         """Send a frame, after those before it."""
@@ -113,54 +125,55 @@ class Connection:
 
     def watch(self, at: float) -> None:
         """Look at the deadlines again at this time."""
-        self._alarm.set(at)
+        self._timer.set(at)
 
-    def rest(self) -> None:
-        """Note that a context has ended here."""
+    def report_idle(self) -> None:
+        """Report the connection as idle if no context is on it."""
         if not self.contexts:
             self.idle_since = now()
-            self._hooks.is_at_rest(self)
+            self._callbacks.on_idle(self)
 
     def close(self, at: float) -> None:
-        """End it with a close frame, by `at` at the latest; again, to make that sooner."""
+        """End the connection with a close frame, by `at` at the latest. A later call can only be sooner."""
         if at < self._close_at:
             self._close_at = at
             if not self._leaving.done():
                 self._leaving.set_result("")
-            elif self._goodbye is not None and not self._goodbye.expired():
-                self._goodbye.reschedule(self._loop.time() + max(0.0, at - now()))
+            elif self._close_handshake is not None and not self._close_handshake.expired():
+                self._close_handshake.reschedule(self._loop.time() + max(0.0, at - now()))
 
     # -- the end ------------------------------------------------------------------------------------------
 
-    async def _say_goodbye(self, reading: asyncio.Task[None]) -> None:
+    async def _shake_hands(self, reading: asyncio.Task[None]) -> None:
+        """Send what waits, then a close frame, and wait for the server's."""
         try:
-            async with asyncio.timeout(max(0.0, self._close_at - now())) as self._goodbye:
+            async with asyncio.timeout(max(0.0, self._close_at - now())) as self._close_handshake:
                 await self.outbox.flushed()
                 await self._ws.close(code=aiohttp.WSCloseCode.OK)
-                # The reader may have been the one that shook hands: aiohttp has whoever comes first do it.
+                # aiohttp lets whichever comes first, close() or the reader, complete the handshake.
                 await reading
         except TimeoutError:
-            log.info("close frame not answered", extra={"connection": self.line.number})
+            log.info("close frame not answered", extra={"connection": self.entry.number})
         finally:
-            self._goodbye = None
+            self._close_handshake = None
 
     def _leave(self, reason: str) -> None:
         if not self._leaving.done():
             self._leaving.set_result(reason)
-            self._hooks.retire(self.line)
+            self._callbacks.retire(self.entry)
         self.outbox.wake()
 
-    def _lose(self, why: str) -> None:
+    def _lose_contexts(self, why: str) -> None:
         self.was_lost = bool(self.contexts)
         for context in list(self.contexts.values()):
-            context.lose(ConnectionLost(why))
+            self._callbacks.perform(context, context.lose(ConnectionLost(why)))
         self.outbox.wake()
         if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
             self.fate = "closed"
 
     def _abort(self) -> None:
-        # A transport that is closed with data to send stays until its peer reads. Its socket is shut down
-        # by another descriptor, because the transport's own may not be touched.
+        # A transport that was closed with data to send stays until its peer reads. The socket is shut down
+        # through another descriptor, because asyncio forbids a transport's own socket to be closed.
         sock = self._ws.get_extra_info("socket")
         try:
             fd = -1 if sock is None else sock.fileno()
@@ -174,7 +187,7 @@ class Connection:
         except OSError:
             return  # it is gone already
 
-    # -- the two tasks --------------------------------------------------------------------------------------
+    # -- the two tasks ------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
         while True:
@@ -194,8 +207,8 @@ class Connection:
         except ConnectionError as error:
             self._leave(f"can't send: {error}")
 
-    def _look(self) -> None:
-        """The alarm: have those expire that are due, and set it for the next."""
+    def _on_timer(self) -> None:
+        """Have the contexts expire whose deadline is over, and set the timer for the next."""
         at = now()
         stalled_at = self.outbox.sending_since + self._timings.stall
         if stalled_at <= at:
@@ -203,13 +216,13 @@ class Connection:
             return
         for context in list(self.contexts.values()):
             if context.deadline <= at:
-                context.expire()
+                self._callbacks.perform(context, context.expire(at))
         due = min((context.deadline for context in self.contexts.values()), default=NEVER)
         due = min(due, stalled_at)
         if due < NEVER:
             self.watch(due)
 
-    # -- frames in ------------------------------------------------------------------------------------------
+    # -- frames from the server ---------------------------------------------------------------------------
 
     def _take(self, text: str) -> None:
         try:
@@ -222,11 +235,11 @@ class Connection:
             return
         context = self.contexts.get(frame.context)
         if context is not None:
-            context.take(frame)
-        # Else it is for a context that has ended here; its last frames were under way.
+            self._callbacks.perform(context, context.take(frame, now()))
+        # Else the frame is for a context that has ended here, and was under way.
 
     def _take_nameless(self, frame: Frame) -> None:
-        """Find out whose an error without a context is: the create that waits longest, or the only one."""
+        """Give an error without a context to the create that waits longest, or else to the only context."""
         if frame.kind is not Kind.ERROR:
             return
         log.warning("error without a context", extra={"code": frame.code, "text": frame.message})
@@ -237,17 +250,19 @@ class Connection:
         elif len(contexts) == 1:
             whose = contexts[0]
         else:
-            self._hooks.retire(self.line)  # one of them is about to be silent
+            self._callbacks.retire(self.entry)  # one of the contexts is about to be silent
             return
         if whose.state is ContextState.CANCELLING:
-            whose.hint()
+            effects = whose.hint()
         else:
-            whose.fail(ContextError(frame.message or f"the server's error {frame.code}", code=frame.code))
+            text = frame.message or f"the server's error {frame.code}"
+            effects = whose.fail(ContextError(text, code=frame.code), now())
+        self._callbacks.perform(whose, effects)
 
     def _count_malformed(self, what: str) -> None:
-        """Give the connection no new context after one, and give it up after a few: a frame is missing."""
+        """Give the connection no new context, because a frame is missing; end it after a few."""
         self.malformed += 1
-        log.warning("malformed frame", extra={"what": what, "connection": self.line.number})
-        self._hooks.retire(self.line)
+        log.warning("malformed frame", extra={"what": what, "connection": self.entry.number})
+        self._callbacks.retire(self.entry)
         if self.malformed >= MAX_MALFORMED:
             self._leave(f"{self.malformed} malformed frames")

@@ -11,10 +11,12 @@ import aiohttp
 
 from lastcall.worker.inworld.pool.protocol import MAX_FRAME
 
+# Inworld's documentation of the text-to-speech WebSocket.
 PATH = "/tts/v1/voice:streamBidirectional"
+# X-User-Agent, which livekit-plugins-inworld sends from 1.4.3 on.
 USER_AGENT = "lastcall"
 
-# refused: 429, the account has too many connections; another time it may have fewer. key: 401 or 403.
+# refused: 429, the account has no connection left for now. key: 401 or 403. failed: everything else.
 Failure = Literal["refused", "key", "failed"]
 
 
@@ -27,19 +29,19 @@ class DialError(Exception):
 
 
 async def dial(
-    session: aiohttp.ClientSession, url: str, key: str, *, patience: float, goodbye: float
+    session: aiohttp.ClientSession, url: str, key: str, *, timeout: float, close_timeout: float
 ) -> aiohttp.ClientWebSocketResponse:
-    """Return a connected WebSocket. Raises DialError, within `patience` seconds."""
+    """Return a connected WebSocket. Raises DialError, within `timeout` seconds."""
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout):
             return await session.ws_connect(
                 urljoin(url, PATH),
                 headers={"Authorization": f"Basic {key}", "X-User-Agent": USER_AGENT},
                 max_msg_size=MAX_FRAME,
-                timeout=aiohttp.ClientWSTimeout(ws_close=goodbye),
+                timeout=aiohttp.ClientWSTimeout(ws_close=close_timeout),
             )
     except TimeoutError as error:
-        raise DialError(f"no handshake within {patience:g} s", "failed") from error
+        raise DialError(f"no handshake within {timeout:g} s", "failed") from error
     except aiohttp.WSServerHandshakeError as error:
         if error.status == HTTPStatus.TOO_MANY_REQUESTS:
             raise DialError("429: the account has no connection left", "refused") from error

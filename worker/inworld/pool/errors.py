@@ -1,14 +1,17 @@
-"""Every error that the pool raises on purpose, and the status codes that it speaks."""
+"""Every error that the pool raises on purpose, and the status codes on the wire."""
 
 from __future__ import annotations
 
 from lastcall.worker.base.errors import WorkerError
 
-# Inworld's status codes are gRPC's. Code 8 is what every version of the plugin retries with its text.
+# Inworld's status codes are gRPC's (google/rpc/code.proto). livekit-plugins-inworld 1.5.7, 1.8.8 and 1.8.9
+# retry a context with its text after RESOURCE_EXHAUSTED.
 CANCELLED = 1
 UNKNOWN = 2
+INVALID_ARGUMENT = 3
 NOT_FOUND = 5
-EXHAUSTED = 8
+ALREADY_EXISTS = 6
+RESOURCE_EXHAUSTED = 8
 UNAVAILABLE = 14
 UNAUTHENTICATED = 16
 
@@ -32,7 +35,7 @@ class PoolClosed(InworldError):
 class AcquireTimeout(InworldError):
     """Raised when no capacity came free in time, or the server did not create the context in time."""
 
-    code = EXHAUSTED
+    code = RESOURCE_EXHAUSTED
 
 
 class KeyRefused(InworldError):
@@ -56,7 +59,7 @@ class Silent(InworldError):
 class Overflow(InworldError):
     """Raised when more is unread, or unsent, than may be buffered."""
 
-    code = EXHAUSTED
+    code = RESOURCE_EXHAUSTED
 
 
 class ContextCancelled(InworldError):

@@ -7,19 +7,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from lastcall.worker.base.clock import now
-from lastcall.worker.inworld.pool.alarm import NEVER
+from lastcall.worker.inworld.pool.timer import NEVER
 
 
 class Outbox:
-    """A queue with one writer. `put` never waits; who could overfill it looks at `size` or waits in `room`.
+    """A queue with one writer. `put` never waits: a caller that could overfill the queue waits in `room`.
 
-    `sending_since` is when the frame that is being written was begun, NEVER while there is none.
+    `size`: characters that are not written. `sending_since`: when the writer began the present frame, NEVER
+    while there is none. `high_water`: the size above which `room` waits.
     """
 
-    def __init__(self, mark: int) -> None:
+    def __init__(self, high_water: int) -> None:
         self.size = 0
         self.sending_since = NEVER
-        self._mark = mark
+        self._high_water = high_water
         self._frames: deque[str] = deque()
         self._work: asyncio.Future[None] | None = None
         self._room: deque[asyncio.Future[None]] = deque()
@@ -32,13 +33,13 @@ class Outbox:
             self._work.set_result(None)
 
     def clear(self) -> None:
-        """Drop what has not been begun."""
+        """Drop every frame that the writer has not begun."""
         self.size -= sum(map(len, self._frames))
         self._frames.clear()
 
     async def room(self) -> None:
-        """Wait until the writer has come below the mark, or `wake` is called."""
-        if self.size > self._mark:
+        """Wait until the size is at most the high-water mark, or `wake` is called."""
+        if self.size > self._high_water:
             waiter = asyncio.get_running_loop().create_future()
             self._room.append(waiter)
             await waiter
@@ -50,14 +51,14 @@ class Outbox:
             await self._flushed
 
     def wake(self) -> None:
-        """Have everybody in `room` look again."""
+        """End every wait in `room`."""
         while self._room:
             waiter = self._room.popleft()
             if not waiter.done():
                 waiter.set_result(None)
 
     async def write(self, send: Callable[[str], Awaitable[None]], begun: Callable[[float], None]) -> None:
-        """Write for ever; `begun` is told when each frame is begun. Raises what `send` does."""
+        """Write for ever; `begun` gets the time at which each frame is begun. Raises what `send` does."""
         loop = asyncio.get_running_loop()
         while True:
             while self._frames:
@@ -67,7 +68,7 @@ class Outbox:
                 await send(text)
                 self.sending_since = NEVER
                 self.size -= len(text)
-                if self._room and self.size <= self._mark:
+                if self._room and self.size <= self._high_water:
                     self.wake()
             if self._flushed is not None and not self._flushed.done():
                 self._flushed.set_result(None)

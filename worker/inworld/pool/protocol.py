@@ -13,9 +13,9 @@ The server answers with results, or with an error that belongs to no context:
     {"result": {"contextId": "c1", "status": {"code": 5, "message": "Context c1 not found …"}}}
     {"error": {"code": 3, "message": "…"}}
 
-Nearly all bytes are base64 audio. It is never decoded here, and not even parsed: base64 has no quote in it,
-so the end of the string is one search away; what is left of the frame without it is small, and is parsed
-whole. To search for the other keys too would be faster, and now and then wrong: their order is not fixed.
+Nearly all bytes are base64 audio. The audio is neither decoded nor parsed here: base64 has no quote in it, so
+one search finds the end of the string. The rest of the frame is small, and is parsed whole. A search for the
+other keys would be faster, but the order of keys is not fixed, and such a search would now and then be wrong.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lastcall.worker.inworld.pool.errors import Malformed
+from lastcall.worker.inworld.pool.errors import UNKNOWN, Malformed
 
-# The largest frame that is read: ten seconds of 48 kHz audio in one chunk fit.
+# Bytes of the largest frame that is read. Ours: thirty seconds of 48 kHz 16-bit audio in base64 fit.
 MAX_FRAME = 4 * 1024 * 1024
-MAX_MESSAGE = 500
+# Characters of an error text that are passed on. Ours: longer than any text that Inworld is known to send.
+MAX_ERROR_TEXT = 500
 
 Document = dict[str, Any]
 
@@ -43,8 +44,8 @@ class Kind(enum.Enum):
     AUDIO = "audioChunk"
     FLUSHED = "flushCompleted"
     CLOSED = "contextClosed"
-    STATUS = "status"  # an error of one context
-    ERROR = "error"  # an error of none
+    STATUS = "status"  # an error that names its context
+    ERROR = "error"  # an error that names no context
     OTHER = ""  # a result of a kind that is not known yet
 
 
@@ -110,7 +111,7 @@ def parse(text: str) -> Frame:
     result = document.get("result")
     if isinstance(document.get("error"), dict):
         code, message = _status(document["error"])
-        return Frame(kind=Kind.ERROR, context=None, text=text, code=code or 2, message=message)
+        return Frame(kind=Kind.ERROR, context=None, text=text, code=code or UNKNOWN, message=message)
     if not isinstance(result, dict):
         raise Malformed(f"frame has neither a result nor an error: {text[:80]!r}")
     context = result.get("contextId")
@@ -175,7 +176,7 @@ def status(context: str | None, code: int, message: str) -> str:
 def readdress(text: str, old: str, new: str) -> str:
     """Return a server's frame with another context id in place of `old`, the rest as it was.
 
-    `old` is an id that this side has drawn at random, with a hyphen in it, so that it stands nowhere else.
+    `old` is an id that the pool has drawn at random, with a hyphen in it, so that the id stands nowhere else.
     """
     return text.replace(old, json.dumps(new)[1:-1])
 
@@ -195,6 +196,6 @@ def _status(status: object) -> tuple[int, str]:
         return 0, ""
     code = status.get("code", 0)
     if not isinstance(code, int):
-        code = 2 if code else 0
+        code = UNKNOWN if code else 0
     message = status.get("message")
-    return code, message[:MAX_MESSAGE] if isinstance(message, str) else ""
+    return code, message[:MAX_ERROR_TEXT] if isinstance(message, str) else ""

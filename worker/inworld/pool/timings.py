@@ -9,21 +9,30 @@ from dataclasses import dataclass
 class Timings:
     """All in seconds."""
 
+    # One handshake. livekit-plugins-inworld 1.8.9 gives its own as long (`tts.py`).
     dial: float = 10.0
-    # A dial older than this gets a second beside it, so that one hung handshake holds nobody up.
+    # A handshake older than this gets a second one beside it. Ours: so that one that hangs holds up nobody.
     slow_dial: float = 1.0
+    # The back-off after failed handshakes: first step and cap. Ours: 429 lasts until another client of the
+    # account closes a connection, and a longer pause than 8 s would be most of an acquire timeout of 30 s.
     retry_first: float = 0.5
     retry_cap: float = 8.0
+    # From a create to contextCreated. Ours: two tries fit into an acquire timeout of 30 s, dial included.
     create: float = 5.0
-    # Where cancel_context is not answered so soon, close_context, which every server knows, is sent too.
+    # A cancel_context that is not answered so soon is followed by close_context. Ours: Inworld's pages know
+    # no cancel_context, and a server that knows only close_context answers that.
     cancel_hint: float = 1.0
+    # From cancel_context to the end of the context. Ours: as `silence`.
     cancel: float = 10.0
+    # How long a closed context may say nothing. Ours: the server speaks to the end first, and a pause in
+    # speech is far shorter.
     silence: float = 10.0
-    # A peer that reads nothing of ours for so long is dead.
+    # A peer that reads nothing for so long is given up. Ours: as `silence`.
     stall: float = 10.0
-    # The server closes an idle connection after 600 s; the warm one is replaced before.
+    # The one idle connection that is kept is replaced after this. Inworld's WebSocket page: a connection
+    # without activity is closed after 10 minutes. Ours: a minute less.
     warm: float = 540.0
-    # For the closing handshake of one connection.
-    goodbye: float = 3.0
-    # For aclose() without a deadline of the caller's.
+    # The closing handshake of one connection. Ours: many round trips, and less than `aclose`.
+    close_handshake: float = 3.0
+    # For aclose() without a deadline of the caller's. Ours: as the default of `[stop] companion`.
     aclose: float = 5.0

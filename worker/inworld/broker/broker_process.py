@@ -1,21 +1,11 @@
-"""The broker's process: alone, or as a companion of the supervisor. The contract between the two is here.
+"""The broker's process: alone, or as the supervisor's companion. This is the contract between the two.
 
 The supervisor starts `python -P -m lastcall.worker.inworld` with SIGTERM and SIGINT blocked and one variable,
-LASTCALL_COMPANION, a JSON object (`Settings`):
-
-    control_fd      our end of the control socketpair; without it the process is alone
-    listen_fd       the listening socket, of 127.0.0.1; it is the supervisor's, and outlives us
-    lifeline_fd     the read end of a pipe whose write end each worker holds; or left out
-    token           what the jobs show in place of the API key
-    close           seconds for the close, when nobody says
-    grace           seconds that it serves on at most, once the supervisor is lost
-    beat            seconds between two beats
-    ws_url base_url max_connections max_contexts idle_connection_timeout acquire_timeout
-                    [inworld] of the configuration; left out: its defaults
+LASTCALL_COMPANION, a JSON object (`base.broker_settings.BrokerSettings`).
 
 On the control socket, in the format of `lastcall.worker.base.wire`:
 
-    companion says   when
+    the broker says  when
     Serving          it accepts connections; after the first `Key`
     BrokerBeat       every `beat` seconds: its lag, memory and clients, and the figures of the pool
     Resource         closed: name "inworld-pool", counts {connections: {fate: n}, contexts: {fate: n}}
@@ -25,28 +15,27 @@ On the control socket, in the format of `lastcall.worker.base.wire`:
     Key              at the start, and again at any time, for connections made from then on
     Close            close by that time; again, to make it sooner
 
-The key is in `Key` only: in no argument, variable, log line or answer. SIGTERM and SIGINT do nothing
-here, because jobs that still speak need the broker: the supervisor's word ends it. If the control socket is
-at its end, it serves on until the lifeline is too, or grace is over, and then closes by itself.
+The API key is in `Key` only: in no argument, variable, log line or answer. SIGTERM and SIGINT do nothing
+here, because jobs that still speak need the broker: only the supervisor's `Close` ends a broker that has a
+supervisor. When the control socket is at its end the supervisor is lost. The broker then serves on until the
+lifeline is at its end too, because no worker lives any more, or until grace is over, and closes by itself.
 
-Exit code: 0 when everything was closed in order, 75 when something had to be forced, 70 for a fault of ours
-or a key that never came, 78 for a command line without a key.
+Exit code: 0 when everything was closed in order, 75 when something had to be forced, 70 for a fault in
+lastcall or a key that never came, 78 for a command line without a key.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import socket
 import traceback
-from collections.abc import Callable, MutableMapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import assert_never
 
-from lastcall.worker.base import variables
-from lastcall.worker.base.budget import DEFAULT_GRACE
+from lastcall.worker.base.broker_settings import COMPANION_NAME, BrokerSettings
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
@@ -65,53 +54,30 @@ from lastcall.worker.base.wire import (
     Serving,
 )
 from lastcall.worker.inworld.broker.broker import Broker, listen
-from lastcall.worker.inworld.pool.census import Census
+from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.pool import InworldPool
 
 log = logging.getLogger("lastcall.inworld")
 
-NAME = "inworld-pool"
-KEY_PATIENCE = 30.0
-INWORLD_WS_URL = "wss://api.inworld.ai/"
-INWORLD_URL = "https://api.inworld.ai/"
+# Seconds until the API key has to come. Ours: the supervisor sends it as soon as it has started the process.
+KEY_TIMEOUT = 30.0
+# What is kept of a close for telling jobs and supervisor: at most so many seconds, and at most this part of
+# the whole. Ours: messages on one machine; a broker that reports after its deadline is killed.
+MAX_REPORT_SECONDS = 1.0
+REPORT_SHARE = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the process is told at its birth; see the module."""
-
-    control_fd: int | None = None
-    listen_fd: int | None = None
-    lifeline_fd: int | None = None
-    token: str
-    close: float = 5.0
-    grace: float = DEFAULT_GRACE
-    beat: float = 1.0
-    ws_url: str = INWORLD_WS_URL
-    base_url: str = INWORLD_URL
-    max_connections: int = 20
-    max_contexts: int = 5
-    idle_connection_timeout: float = 300.0
-    acquire_timeout: float = 30.0
-
-    @classmethod
-    def take(cls, environ: MutableMapping[str, str]) -> Settings | None:
-        """Read the settings and remove them from the environment; None when the process is alone."""
-        text = environ.pop(variables.COMPANION, "")
-        return cls(**json.loads(text)) if text else None
-
-
-class Companion:
+class BrokerProcess:
     """The life of the process: get the key, serve, close."""
 
-    def __init__(self, settings: Settings, *, key: str = "") -> None:
+    def __init__(self, settings: BrokerSettings, *, key: str = "") -> None:
         self.settings = settings
         self._changed = Condition()
         self.stopping = Stopping(self._changed)
         self._key = key
         self._broker: Broker | None = None
         self._close_at: float | None = None
-        self._lost_at: float | None = None
+        self._supervisor_lost_at: float | None = None
         self._lifeline = settings.lifeline_fd
         self._lag = 0.0
         fd = settings.control_fd
@@ -121,7 +87,7 @@ class Companion:
         )
 
     async def run(self, on_ready: Callable[[Broker], None] = lambda _: None) -> int:
-        """Serve until the end and return the exit code; `on_ready` hears where, once."""
+        """Serve until the end and return the exit code; `on_ready` gets the broker once it serves."""
         with stop_on_signals(asyncio.get_running_loop(), self.stopping):
             await self._control.connect()
             try:
@@ -131,17 +97,19 @@ class Companion:
                 log.error("the broker failed", extra={"traceback": text})
                 return self._fault(str(error), text)
             finally:
-                self._let_lifeline_go()
+                self._close_lifeline()
                 await asyncio.sleep(0)  # lets the last message out
 
     async def _run(self, on_ready: Callable[[Broker], None]) -> int:
         settings = self.settings
-        key_at = now() + KEY_PATIENCE
-        await self._changed.until(lambda: self._key or self._is_to_close(), lambda: self._sooner(key_at))
-        if self._is_to_close() or self._lost_at is not None:
-            return self._report(Census())
+        key_at = now() + KEY_TIMEOUT
+        await self._changed.until(
+            lambda: self._key or self._must_close(), lambda: self._bounded_by_grace(key_at)
+        )
+        if self._must_close() or self._supervisor_lost_at is not None:
+            return self._report(CloseReport())
         if not self._key:
-            return self._fault(f"no API key came over the control socket within {KEY_PATIENCE:g} s", "")
+            return self._fault(f"no API key came over the control socket within {KEY_TIMEOUT:g} s", "")
         listener = listen() if settings.listen_fd is None else socket.socket(fileno=settings.listen_fd)
         pool = InworldPool(
             settings.ws_url,
@@ -162,20 +130,20 @@ class Companion:
                     on_ready(broker)
                     return self._report(await self._serve(broker))
 
-    async def _serve(self, broker: Broker) -> Census:
+    async def _serve(self, broker: Broker) -> CloseReport:
         async with asyncio.TaskGroup() as group:
             beating = group.create_task(self._beats())
-            await self._changed.until(self._is_to_close, lambda: self._sooner(None))
+            await self._changed.until(self._must_close, lambda: self._bounded_by_grace(None))
             if self._close_at is None:
                 self._close_at = _pool_close_at(now() + self.settings.close)
-            census = await broker.aclose(self._close_at)
+            report = await broker.aclose(self._close_at)
             beating.cancel()
-        return census
+        return report
 
-    def _report(self, census: Census) -> int:
-        log.info("the Inworld pool is closed", extra={"fate": census.fate, **census.counts})
-        self._control.say(Resource(name=NAME, fate=census.fate, counts=census.counts))
-        return Exit.CLEAN if census.fate == "closed" else Exit.FORCED
+    def _report(self, report: CloseReport) -> int:
+        log.info("the Inworld pool is closed", extra={"fate": report.fate, **report.counts})
+        self._control.say(Resource(name=COMPANION_NAME, fate=report.fate, counts=report.counts))
+        return Exit.CLEAN if report.fate == "closed" else Exit.FORCED
 
     def _fault(self, message: str, text: str) -> int:
         self._control.say(Fault(exit=Exit.FAULT, message=message, traceback=text))
@@ -183,17 +151,18 @@ class Companion:
 
     # -- when to end ----------------------------------------------------------------------------------
 
-    def _is_to_close(self) -> bool:
+    def _must_close(self) -> bool:
         if self._close_at is not None:
             return True
         if not self._control.is_supervised:
             return self.stopping.is_set
-        return self._lost_at is not None and self._lifeline is None
+        return self._supervisor_lost_at is not None and self._lifeline is None
 
-    def _sooner(self, at: float | None) -> float | None:
-        if self._lost_at is None:
+    def _bounded_by_grace(self, at: float | None) -> float | None:
+        """Return the deadline, or the end of grace if that is sooner and the supervisor is lost."""
+        if self._supervisor_lost_at is None:
             return at
-        over_at = self._lost_at + self.settings.grace
+        over_at = self._supervisor_lost_at + self.settings.grace
         return over_at if at is None else min(at, over_at)
 
     def _on_message(self, message: BrokerHears) -> None:
@@ -212,7 +181,7 @@ class Companion:
         self._changed.notify()
 
     def _on_lost(self) -> None:
-        self._lost_at = now()
+        self._supervisor_lost_at = now()
         if self._lifeline is not None:
             asyncio.get_running_loop().add_reader(self._lifeline, self._read_lifeline)
         log.warning("the supervisor is gone; serving on until the last worker is")
@@ -221,10 +190,10 @@ class Companion:
     def _read_lifeline(self) -> None:
         assert self._lifeline is not None
         if not os.read(self._lifeline, 4096):
-            self._let_lifeline_go()
+            self._close_lifeline()
             self._changed.notify()
 
-    def _let_lifeline_go(self) -> None:
+    def _close_lifeline(self) -> None:
         fd, self._lifeline = self._lifeline, None
         if fd is not None:
             asyncio.get_running_loop().remove_reader(fd)
@@ -253,5 +222,5 @@ class Companion:
 
 
 def _pool_close_at(close_at: float) -> float:
-    """Keep some of the time for telling jobs and supervisor: who comes late with the census is killed."""
-    return close_at - min(1.0, 0.2 * max(0.0, close_at - now()))
+    """Return by when the pool has to be closed, so that jobs and supervisor can be told by `close_at`."""
+    return close_at - min(MAX_REPORT_SECONDS, REPORT_SHARE * max(0.0, close_at - now()))

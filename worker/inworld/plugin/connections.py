@@ -1,11 +1,11 @@
-"""Close what the Inworld plugin has opened on a loop, when that loop's job ends.
+"""The connections that the Inworld plugin has opened, by event loop, and the close of one loop's.
 
 For agents that use livekit-plugins-inworld directly, without a change to them. Left alone, the plugin's
-connections are dropped with the job's HTTP session: contexts are cut, no close frame is sent.
+connections are dropped with the job's HTTP session: contexts are cut, and no close frame is sent.
 
-What belongs to a job is what lives on its loop. A job process has one loop and one job, a thread of the
-thread executor too; and where a TTS object was made (in the entrypoint, in `setup_fnc`, at import) says
-nothing about who speaks through it.
+A connection belongs to the job of the loop that it lives on. A job process has one loop and one job, and so
+has a thread of the thread executor. The place where a TTS object was made (the entrypoint, `setup_fnc`, the
+top level of a module) does not say which job speaks through that object.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from lastcall.worker.inworld.plugin.arguments import broker_arguments
 
 log = logging.getLogger("lastcall.inworld")
 
-# Of the time to close: by when contexts have ended, close frames are answered, and the plugin's own close is
-# through. The rest is for saying how it went.
+# Parts of the time to close: by when contexts have ended, close frames are answered, and the plugin's own
+# close has returned. Ours: a context may have to speak to its end, a close frame is one round trip, and the
+# last tenth is for reporting the counts.
 CONTEXTS_SHARE, CONNECTIONS_SHARE, PLUGIN_SHARE = 0.5, 0.8, 0.9
-# Seconds that something cancelled has to end.
-STUBBORN = 0.1
+# Seconds that a cancelled task has to end. Ours: the plugin swallows a cancellation (<= 1.8.8), and the job
+# must not wait for that.
+CANCEL_TIMEOUT = 0.1
 
 
-class Held:
-    """What was opened on one loop. Once it is over nothing may be opened there."""
+class LoopConnections:
+    """What was opened on one loop. Once `is_over` is set nothing may be opened there."""
 
     def __init__(self) -> None:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -40,12 +42,16 @@ class Held:
         self.is_over = False
 
 
-class Closer:
-    """Knows every connection of the plugin in this process, by loop."""
+class PluginConnections:
+    """Every connection of the plugin in this process, by loop."""
 
     def __init__(self) -> None:
-        self._held: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Held] = weakref.WeakKeyDictionary()
-        self._last: weakref.WeakKeyDictionary[Any, weakref.ref[Held]] = weakref.WeakKeyDictionary()
+        self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._last_used: weakref.WeakKeyDictionary[Any, weakref.ref[LoopConnections]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def attach(self, environ: Mapping[str, str]) -> None:
         """Watch the plugin, which has been imported, and point it at the broker if there is one."""
@@ -61,33 +67,34 @@ class Closer:
     @property
     def is_needed(self) -> bool:
         """Whether anything was used on the running loop."""
-        held = self._here()
-        return bool(held.users or held.connections)
+        here = self._here()
+        return bool(here.users or here.connections)
 
     async def aclose(self, deadline: float) -> Counts:
         """Cancel every context of the running loop, close every connection; return how many of each how.
 
-        What never was open is not in the counts; `tts` is there only for objects whose own close failed.
+        Kinds of which nothing was open are not in the counts. `tts` counts the objects whose own close
+        failed.
         """
-        held = self._here()
-        held.is_over = True
-        # A TTS of the module's that another thread's job has taken over since is not this job's to close.
-        users = [tts for tts in held.users if self._last[tts]() is held]
+        here = self._here()
+        here.is_over = True
+        # A TTS of the agent's module may have been used by another thread's job since: that job closes it.
+        users = [tts for tts in here.users if self._last_used[tts]() is here]
         for tts in users:
             private_names.shut(tts)
         began, seconds = now(), max(0.0, deadline - now())
         contexts_at = began + CONTEXTS_SHARE * seconds
-        open_before = sum(map(private_names.contexts, held.connections))
-        await _all([stream.aclose() for stream in list(held.streams)], contexts_at)
-        connections = [each for each in held.connections if private_names.is_open(each)]
+        open_before = sum(map(private_names.contexts, here.connections))
+        await _all([stream.aclose() for stream in list(here.streams)], contexts_at)
+        connections = [each for each in here.connections if private_names.is_open(each)]
         await _all([private_names.cancel_contexts(each) for each in connections], contexts_at)
         await _all([private_names.contexts_end(connections)], contexts_at)
         cut = sum(map(private_names.contexts, connections))
-        closes = [private_names.close_connection(each) for each in held.connections]
+        closes = [private_names.close_connection(each) for each in here.connections]
         forced = await _all(closes, began + CONNECTIONS_SHARE * seconds)
-        # What is left is the plugin's own housekeeping, and all there is of one whose shape is unknown.
+        # For a plugin with other private names this is the whole close, for others it ends helper tasks.
         failed = await _all([tts.aclose() for tts in users], began + PLUGIN_SHARE * seconds)
-        held.connections.clear()
+        here.connections.clear()
         counts: Counts = {}
         if open_before:
             counts["contexts"] = {"closed": max(0, open_before - cut), "forced": cut}
@@ -104,28 +111,28 @@ class Closer:
 
     # -- what the plugin does -------------------------------------------------------------------------
 
-    def _here(self) -> Held:
+    def _here(self) -> LoopConnections:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            return Held()  # nothing can be opened without a loop
-        return self._held.setdefault(loop, Held())
+            return LoopConnections()  # nothing can be opened without a loop
+        return self._by_loop.setdefault(loop, LoopConnections())
 
     def _is_over(self) -> bool:
         return self._here().is_over
 
     def _used(self, tts: Any, stream: Any) -> None:
-        held = self._here()
-        held.users.add(tts)
-        self._last[tts] = weakref.ref(held)
+        here = self._here()
+        here.users.add(tts)
+        self._last_used[tts] = weakref.ref(here)
         if stream is not None:
-            held.streams.add(stream)
+            here.streams.add(stream)
 
     def _opened(self, connection: Any) -> None:
-        held = self._here()
-        # Strongly held, because the plugin forgets a connection that broke and leaves its socket open.
-        held.connections = [each for each in held.connections if not _is_done(each)]
-        held.connections.append(connection)
+        here = self._here()
+        # A strong reference: the plugin forgets a connection that broke, and leaves its socket open.
+        here.connections = [each for each in here.connections if not _is_done(each)]
+        here.connections.append(connection)
 
 
 def _is_done(connection: Any) -> bool:
@@ -135,8 +142,8 @@ def _is_done(connection: Any) -> bool:
 async def _all(waits: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> int:
     """Run all of them at once until the deadline, and return how many overran or failed.
 
-    Not `asyncio.timeout`: the plugin's aclose() swallows a cancellation (≤ 1.8.8), and would go on for as
-    long as it likes. What does so is left to the end of its loop.
+    `asyncio.timeout` would not do: the plugin's aclose() swallows a cancellation (<= 1.8.8), and would go on
+    for as long as it likes. A task that does so is left to the end of its loop.
     """
     if not waits:
         return 0
@@ -146,7 +153,7 @@ async def _all(waits: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> in
         for task in late:
             task.cancel()
         if late:
-            await asyncio.wait(late, timeout=STUBBORN)
+            await asyncio.wait(late, timeout=CANCEL_TIMEOUT)
     except BaseException:
         for task in tasks:
             task.cancel()

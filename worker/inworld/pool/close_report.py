@@ -1,21 +1,19 @@
-"""What a close found open and how each of it ended; and the figures of a pool that runs."""
+"""What the close of a pool found open, and how each connection and each context ended."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
 
-Fate = Literal["closed", "forced", "leaked"]
-Counts = dict[str, dict[str, int]]
+from lastcall.worker.base.wire import Counts, ResourceFate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Census:
+class CloseReport:
     """Connections and contexts that were open when the close began, by fate.
 
-    closed: the other side agreed, in order. forced: it did not in time, and the socket was taken away.
-    leaked: still there at the end, and so are `tasks` tasks; it is a fault of ours.
+    closed: the server agreed, in order. forced: the server did not answer in time, and the socket was taken
+    away. leaked: still there at the end, as `tasks` tasks are; a leak is a fault in lastcall.
     """
 
     connections: dict[str, int] = field(default_factory=dict)
@@ -24,7 +22,7 @@ class Census:
     seconds: float = 0.0
 
     @property
-    def fate(self) -> Fate:
+    def fate(self) -> ResourceFate:
         """The worst of all fates."""
         seen = {*self.connections, *self.contexts}
         if "leaked" in seen or self.tasks:
@@ -33,55 +31,25 @@ class Census:
 
     @property
     def counts(self) -> Counts:
-        """As the receipt has it."""
+        """The counts as the receipt has them."""
         return {"connections": dict(self.connections), "contexts": dict(self.contexts)}
 
 
 @dataclass(slots=True)
-class Tally:
-    """The census while it is taken."""
+class CloseTally:
+    """The counts of a close that is under way."""
 
     connections: Counter[str] = field(default_factory=Counter)
     contexts: Counter[str] = field(default_factory=Counter)
 
-    def census(self, *, connections: int, contexts: int, tasks: int, seconds: float) -> Census:
+    def report(self, *, connections: int, contexts: int, tasks: int, seconds: float) -> CloseReport:
         """Return the result; the arguments are what is still there."""
         for counter, left in ((self.connections, connections), (self.contexts, contexts)):
             if left:
                 counter["leaked"] = left
-        return Census(
+        return CloseReport(
             connections=dict(self.connections),
             contexts=dict(self.contexts),
             tasks=tasks,
             seconds=round(seconds, 3),
         )
-
-
-@dataclass(slots=True)
-class Meter:
-    """What a pool has done since it opened."""
-
-    granted: int = 0
-    waited: int = 0
-    wait_seconds: float = 0.0
-    refusals: int = 0
-    failed_dials: int = 0
-    retries: int = 0
-    lost: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """What a pool has now, and its meter."""
-
-    connections: int
-    dialling: int
-    contexts: int
-    waiters: int
-    granted: int
-    waited: int
-    wait_seconds: float
-    refusals: int
-    failed_dials: int
-    retries: int
-    lost: int

@@ -1,7 +1,7 @@
-"""A context as code in this process uses it: send text, read frames, let go.
+"""A context of the pool as a test uses it: send text, read frames, let go.
 
-What the server says is buffered up to a bound; a reader that falls further behind has its context cancelled
-and is told, because waiting for it would hold up every other context of the connection.
+What the server says is buffered up to a bound. A reader that falls further behind has its context cancelled
+and is told, because waiting for the reader would hold up every other context of the connection.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from lastcall.worker.inworld.pool import protocol
 from lastcall.worker.inworld.pool.context import Context
 from lastcall.worker.inworld.pool.errors import ContextCancelled, InworldError, Overflow
-from lastcall.worker.inworld.pool.protocol import Action, Frame, Kind
+from lastcall.worker.inworld.pool.pool import InworldPool
+from lastcall.worker.inworld.pool.protocol import Action, Document, Frame, Kind
 
 MAX_UNREAD = 16 * 1024 * 1024
 
@@ -21,8 +23,9 @@ MAX_UNREAD = 16 * 1024 * 1024
 class Stream:
     """One context of a pool. Read it from one task at a time."""
 
-    def __init__(self, max_unread: int = MAX_UNREAD) -> None:
+    def __init__(self, pool: InworldPool, max_unread: int = MAX_UNREAD) -> None:
         self.context: Context
+        self._pool = pool
         self._max_unread = max_unread
         self._unread: deque[Frame] = deque()
         self._unread_bytes = 0
@@ -60,12 +63,12 @@ class Stream:
 
     def close(self) -> None:
         """Have the server speak what it has, and then close; read on until the end."""
-        self.context.close()
+        self._pool.close(self.context)
 
     def cancel(self) -> None:
         """Stop at once: nothing more is read, and the place is free when the server says so."""
         self._discard()
-        self.context.cancel()
+        self._pool.cancel(self.context)
 
     async def release(self) -> None:
         """Close, and return when the server has; what it still says is discarded. Cancelled, it cancels."""
@@ -105,28 +108,28 @@ class Stream:
             if self._unread_bytes > self._max_unread:
                 unread = self._unread_bytes
                 self._discard()
-                context.fail(Overflow(f"{unread} bytes are unread, at most {self._max_unread} are kept"))
-        self._ring()
+                error = Overflow(f"{unread} bytes are unread, at most {self._max_unread} are kept")
+                self._pool.fail(context, error)
+        self._notify()
 
     def on_end(self, error: InworldError | None, frame: Frame | None, context: Context) -> None:
         self._is_over, self._error = True, error
-        self._ring()
+        self._notify()
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    async def _send(self, action: Action, document: protocol.Document) -> None:
+    async def _send(self, action: Action, document: Document) -> None:
         if self._is_over:
             raise self._error or ContextCancelled("the context is closed")
-        self.context.send(action, document)
-        if self.context.connection is not None:
-            await self.context.connection.room()
+        self._pool.send(self.context, action, document)
+        await self._pool.room(self.context)
 
     def _discard(self) -> None:
         self._discards = True
         self._unread.clear()
         self._unread_bytes = 0
 
-    def _ring(self) -> None:
+    def _notify(self) -> None:
         for waiter in self._changed:
             if not waiter.done():
                 waiter.set_result(None)
@@ -139,3 +142,31 @@ class Stream:
             await waiter
         finally:
             self._changed.discard(waiter)
+
+
+async def acquire(
+    pool: InworldPool, config: Document, *, timeout: float | None = None, max_unread: int = MAX_UNREAD
+) -> Stream:
+    """Return a context that the server has created. Raises InworldError, within `timeout` seconds."""
+    stream = Stream(pool, max_unread)
+    stream.context = pool.start(config, stream, timeout=timeout)
+    try:
+        await stream.created()
+    except BaseException:
+        stream.cancel()
+        raise
+    return stream
+
+
+@asynccontextmanager
+async def acquired(
+    pool: InworldPool, config: Document, *, timeout: float | None = None
+) -> AsyncIterator[Stream]:
+    """Acquire a context for a block; it is released after the block, or cancelled when the block raises."""
+    stream = await acquire(pool, config, timeout=timeout)
+    try:
+        yield stream
+    except BaseException:
+        stream.cancel()
+        raise
+    await stream.release()

@@ -1,0 +1,86 @@
+"""One configuration out of flags, environment and file, in this order of precedence; every error one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from lastcall.supervisor.config.options import Config, Section
+from lastcall.supervisor.config.sources import read_environment, read_file, section_of
+from lastcall.supervisor.errors import ConfigError, UsageError
+from lastcall.worker.base import variables
+
+# Expectations by the type of a pydantic error, where pydantic's own words name things of Python.
+EXPECTATIONS = {"missing": "more values", "model_type": "a table", "model_attributes_type": "a table"}
+
+
+def load(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    *,
+    file: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the configuration; `defaults` stand in for options that nobody has set.
+
+    Raises UsageError for a bad flag, ConfigError for a bad file or variable.
+    """
+    path, from_file = read_file(file or environ.get(variables.CONFIG) or None)
+    from_environment = read_environment(environ)
+    given = {name: value for name, value in flags.items() if value is not None}
+    # A target and a command exclude each other, so a flag for one also takes the other's value away.
+    if "target" in given:
+        from_file.pop("command", None), from_environment.pop("command", None)
+    if "command" in given:
+        from_file.pop("target", None), from_environment.pop("target", None)
+    # Each source is checked alone first, so that an error names the source that the value is from.
+    _check(from_file, where=str(path))
+    _check(from_environment, where="environment")
+    _check(given, where="", error=UsageError)
+    return Config(**_merge(_merge(_merge(dict(defaults or {}), from_file), from_environment), given))
+
+
+def _check(values: dict[str, Any], *, where: str, error: type[Exception] = ConfigError) -> None:
+    try:
+        Config(**values)
+    except ValidationError as failure:
+        raise error(_one_line(failure, where)) from None
+
+
+def _one_line(failure: ValidationError, where: str) -> str:
+    problem = failure.errors(include_url=False)[0]
+    keys = [str(part) for part in problem["loc"]]
+    name = ".".join(keys)
+    if where == "environment":
+        name = variables.PREFIX + "__".join(keys).upper()
+    prefix = f"{where}: " if where else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{prefix}unknown key {name!r}{_nearest(keys)}"
+    option = name if where else f"--{name.replace('_', '-')}"
+    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    expected = EXPECTATIONS.get(problem["type"], expected.partition(", unable to parse")[0])
+    return f"{prefix}{option}: got {problem['input']!r}, expected {expected.removeprefix('expected ')}"
+
+
+def _nearest(keys: list[str]) -> str:
+    model: type[Section] = Config
+    for key in keys[:-1]:
+        section = section_of(model.model_fields[key])
+        assert section is not None, "only a section can have an unknown key in it"
+        model = section
+    near = difflib.get_close_matches(keys[-1], model.model_fields, n=1)
+    known = ", ".join(model.model_fields)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {known}"
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,92 @@
+"""The ledger: every job that the workers told of, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from lastcall.worker.base.wire import JobFate
+
+# How a job in the receipt ended. A worker tells the first three; the supervisor notes a job as lost when its
+# worker ended without a word about the job.
+EntryFate = Literal["finished", "failed", "cut", "lost"]
+
+
+@dataclass(slots=True, kw_only=True)
+class JobEntry:
+    """One accepted job. `accepted_at` is monotonic; `fate` is None while the job runs."""
+
+    id: str
+    room: str
+    dispatch_id: str
+    slot: int
+    generation: int
+    accepted_at: float
+    pid: int | None = None
+    fate: EntryFate | None = None
+    seconds: float = 0.0
+
+
+class Ledger:
+    """Running jobs by slot, generation and id, the totals, and the jobs of the stop once it has begun."""
+
+    def __init__(self) -> None:
+        self.running: dict[tuple[int, int, str], JobEntry] = {}
+        self.started = 0
+        self.totals: dict[JobFate | EntryFate, int] = {
+            "finished": 0, "failed": 0, "cut": 0, "lost": 0, "unassigned": 0,
+        }  # fmt: skip
+        self._at_stop: list[JobEntry] | None = None
+
+    def start(self, entry: JobEntry) -> bool:
+        """Note a job, or the pid of a job that was noted as accepted before; tell whether the job is new."""
+        key = (entry.slot, entry.generation, entry.id)
+        known = self.running.get(key)
+        if known is not None:
+            known.pid = entry.pid
+            return False
+        self.running[key] = entry
+        self.started += 1
+        if self._at_stop is not None:
+            self._at_stop.append(entry)
+        return True
+
+    def end(self, slot: int, generation: int, id: str, fate: JobFate | EntryFate, seconds: float) -> None:
+        """Note how a job ended. A job that the server never assigned counts as never started."""
+        entry = self.running.pop((slot, generation, id), None)
+        if entry is None:
+            return
+        self.totals[fate] += 1
+        if fate == "unassigned":
+            self.started -= 1
+            if self._at_stop is not None and entry in self._at_stop:
+                self._at_stop.remove(entry)
+            return
+        entry.fate = fate
+        entry.seconds = round(seconds, 3)
+
+    def lose(self, slot: int, generation: int, now: float, *, cut: Collection[str] = ()) -> int:
+        """Note that a worker is gone, and its running jobs with it; return how many jobs that were.
+
+        `cut` are the jobs that were ended with the worker on purpose. How the others ended is not known.
+        """
+        gone = self.of(slot, generation)
+        for entry in gone:
+            fate: EntryFate = "cut" if entry.id in cut else "lost"
+            self.end(slot, generation, entry.id, fate, now - entry.accepted_at)
+        return len(gone)
+
+    def of(self, slot: int, generation: int) -> list[JobEntry]:
+        """Return the running jobs of one worker."""
+        return [e for e in self.running.values() if (e.slot, e.generation) == (slot, generation)]
+
+    def begin_stop(self) -> None:
+        """Remember every job from now on: the running ones, and accepted ones that are yet to tell."""
+        if self._at_stop is None:
+            self._at_stop = list(self.running.values())
+
+    @property
+    def at_stop(self) -> list[JobEntry]:
+        """The jobs of the stop: running when it began, or told of since."""
+        return self._at_stop or []

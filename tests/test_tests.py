@@ -1,0 +1,45 @@
+"""The rules that the tests themselves keep."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FILES = sorted(HERE.glob("test_*.py"))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yield the full name of each module, and of each name in a module, that a file imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def test_no_test_imports_from_another_test_file() -> None:
+    """A helper that two test files use is in tests/support: a test file can be moved or removed alone."""
+    for path in FILES:
+        for name in imported(ast.parse(path.read_text())):
+            assert not any(part.startswith("test_") for part in name.split(".")), f"{path.name}: {name}"
+
+
+def test_each_test_says_what_it_promises() -> None:
+    """The docstring of a test is made of sentences, and the last one ends with a full stop."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                says = ast.get_docstring(node) or ""
+                assert says.endswith("."), f"{path.name}:{node.lineno}: {node.name}: {says!r}"
+
+
+def test_each_script_in_python_is_checked() -> None:
+    """ruff and mypy find a script without .py by its name in pyproject.toml alone."""
+    scripts = [path for path in (HERE.parent / "scripts").iterdir() if path.is_file() and not path.suffix]
+    names = {f"scripts/{path.name}" for path in scripts if "python" in path.read_text().partition("\n")[0]}
+    tool = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["tool"]
+    assert names == set(tool["ruff"]["extend-include"])
+    assert names <= set(tool["mypy"]["files"])

@@ -1,0 +1,1 @@
+"""Code that only has to type-check; no test runs it."""

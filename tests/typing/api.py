@@ -1,0 +1,57 @@
+"""Every name of lastcall's public API, used as an agent uses it. mypy has to accept it; nothing runs it."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+from livekit.agents import JobContext
+from livekit.plugins import inworld as plugin
+
+import lastcall
+from lastcall import closing, inworld
+
+assert_type(lastcall.__version__, str)
+
+
+class Database:
+    """Has an `aclose` without a result."""
+
+    async def aclose(self) -> None:
+        """Close."""
+
+
+class Client:
+    """Has an `aclose` with a result, as some clients do, and one with a default argument."""
+
+    async def aclose(self, timeout: float = 1.0) -> bool:
+        """Close."""
+        return timeout > 0
+
+
+class File:
+    """Can't be closed by `closing`: has a `close` only."""
+
+    def close(self) -> None:
+        """Close."""
+
+
+async def entrypoint(ctx: JobContext) -> None:
+    """`closing` returns the very type that it was given."""
+    assert_type(lastcall.closing(ctx, Database()), Database)
+    client = closing(ctx, Client())
+    assert_type(client, Client)
+    assert_type(await client.aclose(), bool)
+    closing(ctx, File())  # type: ignore[type-var]  # this is the error that a user has to see
+
+
+class Speaker(lastcall.inworld.TTS):
+    """The class can be subclassed."""
+
+
+def speech() -> plugin.TTS:
+    """`inworld.TTS` is a class, takes the plugin's arguments, and stands where the plugin's is expected."""
+    kind: type[inworld.TTS] = lastcall.inworld.TTS
+    options: dict[str, Any] = {"encoding": "LINEAR16"}  # Any: arguments of several types
+    tts = kind(voice="Ashley", **options)
+    assert_type(tts, inworld.TTS)
+    return tts
