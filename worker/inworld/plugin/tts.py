@@ -1,7 +1,7 @@
 """`lastcall.inworld.TTS`: the plugin's class, pointed at the machine's pool when there is one.
 
-One import line to change: `from lastcall.inworld import TTS` in place of `inworld.TTS`. Outside lastcall, and
-where the pool is off, it is the plugin's class with the plugin's defaults.
+An agent changes one import line: `from lastcall.inworld import TTS` in place of `inworld.TTS`. Outside
+lastcall, and where the pool is off, the class is the plugin's with the plugin's defaults.
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ class TTS(Base):  # type: ignore[misc]  # the plugin's class is known at run tim
     def __init__(self, **arguments: Any) -> None:
         defaults = broker_arguments(os.environ)
         if "ws_url" not in arguments and "api_key" in defaults:
-            # The address is the broker's, and it takes no other key.
+            # The address is the broker's, which takes no key but its token.
             arguments["api_key"] = defaults["api_key"]
         super().__init__(**{**defaults, **arguments})
