@@ -48,7 +48,11 @@ from lastcall.worker.base.process import forbid_dumps
 FLUSH_WITHIN = 0.5
 # Seconds that slots have for their own end once everything has been swept.
 SLOTS_END_WITHIN = 0.25
-# Seconds between fencing and everything else of a stop; see `_see_workers_out`.
+# Seconds between the fence and the rest of a stop, which takes processor time from workers that are about
+# to fence. Measured as in `scripts/bench`, 2 workers on 2 cores, from SIGTERM to the last FULL: p50 1.7 ms
+# with this pause and the worker's rest, 2.4 ms with neither. Twelve turns with and without this pause
+# alone, on a machine with six runnable processes a core: p50 3.4 ms with it and 4.2 ms without, a
+# difference within the noise.
 FENCE_FIRST = 0.005
 
 
@@ -271,7 +275,6 @@ class App:
 
     async def _see_workers_out(self, stop: Stop, workers: asyncio.Task[None]) -> None:
         if not self.fleet.launcher.is_opaque and stop.deadlines.terminate_at > now():
-            # The workers have been told to fence, and need the processor for it: theirs first.
             await asyncio.sleep(FENCE_FIRST)
         try:
             await self.shutdown.run(stop, self._id, inherits_orphans=self._reaper.is_subreaper)
