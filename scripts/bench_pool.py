@@ -307,7 +307,7 @@ def brokers(seconds: float, rounds: int) -> dict[str, Any]:
             direct.append(run(sys.executable, "raw", server, 1, seconds))
             through.append(run(sys.executable, "raw", its, 1, seconds))
         figures["one_stream"] = {"direct": median(direct), "broker": median(through)}
-        time.sleep(12)  # alarms of the last contexts ring once more
+        time.sleep(12)  # the timers of the last contexts fire once more
         _, before = its.usage()
         time.sleep(30)
         figures["idle_wakeups_s"] = round((its.usage()[1] - before) / 30, 3)

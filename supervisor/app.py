@@ -114,7 +114,7 @@ class App:
         )
         self.operations = Operations(
             self.fleet,
-            program=lambda: self.program.read(self.fleet.config),
+            reread=lambda: self.program.read(self.fleet.config),
             on_reload=self.announcer.reloading,
             log=self.log,
         )

@@ -1,6 +1,6 @@
 """The stop of the supervisor: begun once, by the first reason, and taken to the swept end.
 
-The deadlines are made here, once; generations and companions only follow them.
+The deadlines are made here, once. The workers and the Inworld broker only follow them.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Shutdown:
         self._fleet.wake()
 
     async def run(self, stop: Stop, supervisor_id: str, *, inherits_orphans: bool) -> None:
-        """End the workers, then the companion, and sweep, until nothing is left or the deadline is over."""
+        """End the workers, then the broker, and sweep, until nothing is left or the deadline is over."""
         fleet, clock = self._fleet, self._clock
         jobs = len(fleet.ledger.running)
         clock.advance(Phase.FENCING, reason=stop.reason, jobs=jobs, grace_s=round(stop.grace_left, 1))

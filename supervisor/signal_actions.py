@@ -28,8 +28,8 @@ class CtrlC(enum.Enum):
 def decide(count: int, since: float | None, *, has_terminal: bool, has_patience: bool) -> CtrlC:
     """Return what a SIGINT asks for.
 
-    `count`: how many came before this one, duplicates left out. `since`: seconds since the last one, a
-    duplicate or not; None for the first. Without a terminal a SIGINT comes from a platform, and repeats
+    `count` is how many came before this one, duplicates left out. `since` is the seconds since the last one,
+    duplicates included, or None for the first. Without a terminal a SIGINT comes from a platform, and repeats
     change nothing. Without patience the second one kills.
     """
     if not has_terminal or since is None:

@@ -343,7 +343,7 @@ async def test_own_lastcall_ends_the_run(
     r = await start(run, installed, tmp_path, "main.py", livekit=False)
     assert await r.exit() == 78
     (line,) = [line for line in r.err.read_text().splitlines() if not line.startswith("{")]
-    assert line.startswith("lastcall: ") and "rename 'lastcall" in line
+    assert line.startswith("lastcall: ") and f"rename {name.removesuffix('/__init__.py')!r}" in line
     assert len(r.log("slot starting")) == 1
     await r.nothing_left()
 

@@ -224,8 +224,8 @@ async def test_the_close_is_told_to_jobs_and_server() -> None:
             await job.said(name, "audioChunk")
         await job.burst("c", LONG)
         await until(lambda: s.pair.pool.figures.waiters == 1)
-        census = await s.broker.aclose()
-        assert (census.connections, census.contexts) == ({"closed": 1}, {"closed": 2})
+        report = await s.broker.aclose()
+        assert (report.connections, report.contexts) == ({"closed": 1}, {"closed": 2})
         for name in ("a", "b", "c"):
             assert await job.said(name, "code") == 14
         await until(lambda: job.close_code == 1001)

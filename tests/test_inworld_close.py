@@ -31,7 +31,7 @@ LONG = "This goes on and on. " * 40
 
 
 async def test_open_contexts_are_cancelled_before_their_connections() -> None:
-    """Closed in mid-speech, each context ends first, then each connection with code 1000; the census agrees.
+    """Closed in mid-speech, each context ends first, then each connection with code 1000; the report agrees.
 
     Fails if connections are closed over open contexts.
     """
@@ -40,9 +40,9 @@ async def test_open_contexts_are_cancelled_before_their_connections() -> None:
         for stream in streams:
             await stream.send_text(LONG)
             await stream.flush()
-        census = await p.pool.aclose(now() + PATIENCE)
-        assert (census.connections, census.contexts, census.tasks) == ({"closed": 3}, {"closed": 12}, 0)
-        assert census.fate == "closed"
+        report = await p.pool.aclose(now() + PATIENCE)
+        assert (report.connections, report.contexts, report.tasks) == ({"closed": 3}, {"closed": 12}, 0)
+        assert report.fate == "closed"
         for stream in streams:
             with pytest.raises(PoolClosed):
                 async for _ in stream:
@@ -72,8 +72,8 @@ async def test_no_connection_opens_after_the_close(hang: bool) -> None:
         callers = [asyncio.ensure_future(p.acquire(timeout=600.0)) for _ in range(3)]
         await until(lambda: p.server._transports)
         async with asyncio.timeout(PATIENCE):
-            census = await p.pool.aclose(now() + 600.0)
-        assert (census.fate, census.connections, census.tasks) == ("closed", {}, 0)
+            report = await p.pool.aclose(now() + 600.0)
+        assert (report.fate, report.connections, report.tasks) == ("closed", {}, 0)
         results = await asyncio.gather(*callers, return_exceptions=True)
         assert all(isinstance(result, PoolClosed) for result in results)
         await until(lambda: not p.server._transports)
@@ -101,8 +101,8 @@ async def test_close_amid_everything() -> None:
             await p.server.until(lambda: p.server.counts["context_closed"] > 20, PATIENCE)
             for _ in range(chance.randrange(50)):
                 await asyncio.sleep(0)
-            census = await p.pool.aclose()
-            assert (census.fate, census.tasks) == ("closed", 0), census
+            report = await p.pool.aclose()
+            assert (report.fate, report.tasks) == ("closed", 0), report
             await asyncio.gather(*tasks)
             await until(lambda: p.server.open_connections == 0)
             connected = p.server.counts["connected"]
@@ -130,9 +130,9 @@ async def test_every_timing_of_release_cancel_and_close() -> None:
                     await asyncio.sleep(0)
                 assert closing is not None
                 async with asyncio.timeout(PATIENCE):
-                    census = await closing
+                    report = await closing
                     results = await asyncio.gather(*waiters, return_exceptions=True)
-                assert (census.fate, census.tasks) == ("closed", 0)
+                assert (report.fate, report.tasks) == ("closed", 0)
                 kinds = (Stream, PoolClosed, asyncio.CancelledError)
                 assert all(isinstance(result, kinds) for result in results), results
             await until(lambda: server.open_connections == 0)
@@ -149,8 +149,8 @@ async def test_one_unanswered_close_frame_holds_up_no_other() -> None:
             stream.close()
         await p.settled()
         p.server.connections[1]._faults = Faults(ignore_close=True)
-        census = await p.pool.aclose(now() + 2.5)
-        assert (census.connections, census.fate) == ({"closed": 2, "forced": 1}, "forced")
+        report = await p.pool.aclose(now() + 2.5)
+        assert (report.connections, report.fate) == ({"closed": 2, "forced": 1}, "forced")
         await until(lambda: p.server.open_connections == 0)
 
 
@@ -160,9 +160,9 @@ async def test_contexts_that_never_end_are_forced() -> None:
         for _ in range(6):
             await p.acquire()
         began = now()
-        census = await p.pool.aclose(began + 2.5)
-        assert census.contexts == {"forced": 6}
-        assert census.connections == {"closed": 2}
+        report = await p.pool.aclose(began + 2.5)
+        assert report.contexts == {"forced": 6}
+        assert report.connections == {"closed": 2}
         assert now() - began < PATIENCE
         await until(lambda: p.server.open_connections == 0)
 
@@ -172,21 +172,21 @@ async def test_a_deadline_that_is_over_closes_all_the_same() -> None:
     async with pair(speech=SPEAKING) as p:
         for _ in range(6):
             await p.acquire()
-        census = await p.pool.aclose(now())
-        assert (census.tasks, census.fate) == (0, "forced")
-        assert sum(census.connections.values()) == 2
+        report = await p.pool.aclose(now())
+        assert (report.tasks, report.fate) == (0, "forced")
+        assert sum(report.connections.values()) == 2
 
 
 async def test_close_is_shared_and_the_earliest_deadline_holds() -> None:
-    """Ten callers get the same census; one that comes later with less time is not kept waiting."""
+    """Ten callers get the same report; one that comes later with less time is not kept waiting."""
     async with pair(faults=Faults(closed_never=True)) as p:
         await p.acquire()
         patient = [asyncio.ensure_future(p.pool.aclose(now() + 600.0)) for _ in range(9)]
         await asyncio.sleep(0)
         async with asyncio.timeout(PATIENCE):
-            census = await p.pool.aclose(now() + 0.2)
-            assert all(each is census for each in await asyncio.gather(*patient))
-        assert await p.pool.aclose() is census
+            report = await p.pool.aclose(now() + 0.2)
+            assert all(each is report for each in await asyncio.gather(*patient))
+        assert await p.pool.aclose() is report
 
 
 async def test_a_cancelled_close_is_cancelled_and_goes_on() -> None:
@@ -198,8 +198,8 @@ async def test_a_cancelled_close_is_cancelled_and_goes_on() -> None:
         closing.cancel()
         await asyncio.wait({closing})
         assert closing.cancelled()
-        census = await p.pool.aclose()
-        assert (census.contexts, census.tasks) == ({"closed": 1}, 0)
+        report = await p.pool.aclose()
+        assert (report.contexts, report.tasks) == ({"closed": 1}, 0)
     p.orderly()
 
 
@@ -345,8 +345,8 @@ async def test_close_cancelled_at_every_turn() -> None:
                 cancelled = task.cancel()
                 await asyncio.wait({task})
                 assert task.cancelled() is cancelled
-                census = await pool.aclose()
-                assert (census.tasks, census.contexts, census.connections) == (
+                report = await pool.aclose()
+                assert (report.tasks, report.contexts, report.connections) == (
                     0,
                     {"closed": 6},
                     {"closed": 2},

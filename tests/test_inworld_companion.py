@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 
 async def test_it_serves_on_the_supervisors_word_and_closes_on_it(tmp_path: Path) -> None:
-    """Serving once the key has come, beats with figures, then a census that agrees with the server."""
+    """Serving once the key has come, beats with figures, then a report that agrees with the server."""
     async with companion(tmp_path, speech=SPEAKING) as one:
         await one.serve()
         async with Job(one.ws_url, TOKEN) as job:

@@ -76,7 +76,7 @@ async def refused(server: InworldServer, **headers: str) -> int:
 
 
 async def test_one_utterance_from_create_to_close() -> None:
-    """A burst of create, text, flush and close is answered in order, contextClosed last; the slot is free."""
+    """Create, text, flush and close in one burst are answered in order, and the place is free at the end."""
     async with InworldServer() as server, clients(server) as (client,):
         await client.send("create", "a", voiceId="Ashley", bufferCharThreshold=250)
         await client.send("send_text", "a", text="hello there")
@@ -207,7 +207,7 @@ async def test_an_error_in_mid_speech(ends: bool) -> None:
 
 
 async def test_slots_are_counted_until_the_close_is_said() -> None:
-    """contextClosed late or never: the slot stays taken for as long, and a create is refused meanwhile."""
+    """contextClosed late or never: the place stays taken for as long, and a create is refused meanwhile."""
     faults = Faults(closed_never=True)
     async with (
         InworldServer(limits=Limits(contexts=1), faults=faults) as server,
@@ -264,7 +264,7 @@ async def test_handshakes_that_fail_hang_or_take_long() -> None:
 
 
 async def test_an_unanswered_create_can_be_cancelled() -> None:
-    """No contextCreated comes, its later frames wait; cancel frees the slot."""
+    """No contextCreated comes, its later frames wait; cancel frees the place."""
     async with InworldServer(faults=Faults(create_unanswered=True)) as server, clients(server) as (client,):
         await client.send("create", "a")
         await client.send("send_text", "a", text="hello")

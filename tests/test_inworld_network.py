@@ -80,8 +80,8 @@ async def test_a_slow_network_only_slows() -> None:
         async with asyncio.timeout(60):
             heard = await asyncio.gather(*(p.say("Hi.", timeout=60.0) for _ in range(20)))
             assert heard == [2] * 20
-            census = await p.pool.aclose()
-        assert census.fate == "closed"
+            report = await p.pool.aclose()
+        assert report.fate == "closed"
     p.orderly()
 
 

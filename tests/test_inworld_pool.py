@@ -326,13 +326,13 @@ async def test_the_warm_connection_is_replaced_once() -> None:
         await p.say()
 
 
-async def test_an_idle_pool_sets_no_alarm_but_its_own() -> None:
+async def test_an_idle_pool_sets_no_timer_but_its_own() -> None:
     """With one warm connection and nothing to do, the next thing to happen is its idle time."""
     async with pair(timings=quick(create=1.0, silence=1.0, stall=1.0, slow_dial=0.5)) as p:
         await p.say()
         await p.settled()
         (connection,) = p.pool.connections.values()
-        # Those of the dial and of the last context ring once more.
+        # The timers of the handshake and of the last context fire once more.
         await until(lambda: p.pool._timer.at >= connection.idle_since + 300.0)
         await until(lambda: connection._timer._handle is None)
 

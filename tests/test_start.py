@@ -229,15 +229,6 @@ async def test_wrong_target(run: StartRun, tmp_path: Path, case: str) -> None:
     await r.nothing_left()
 
 
-async def test_own_lastcall_is_refused(run: StartRun, tmp_path: Path) -> None:
-    """An agent with a lastcall.py of its own would be given ours: exit 78, and what to rename."""
-    write(tmp_path, "lastcall.py", "x = 1\n")
-    write(tmp_path, "app.py", AGENT_TEXT)
-    r: Run = await run("run", "app.py", cwd=tmp_path, livekit=False)
-    assert await r.exit(20) == 78
-    assert "rename 'lastcall.py'" in r.err.read_text()
-
-
 async def test_target_that_raises(run: StartRun, tmp_path: Path) -> None:
     """Any other exception is a failed start: their traceback once, back-off, and in the end exit 69."""
     write(tmp_path, "app.py", "def fail():\n    raise ValueError('no key')\n\nfail()\n")

@@ -23,15 +23,19 @@ from lastcall.worker.base.clock import now
 # Operations that can still be looked at. Ours: `--wait` asks several times a second.
 MAX_RECENT_OPERATIONS = 16
 
-Verb = Literal["reload", "recycle", "scale"]
+OperationVerb = Literal["reload", "recycle", "scale"]
 # The log events of each verb, whole, so that `grep` finds them.
-BEGINS: dict[Verb, str] = {
+BEGINS: dict[OperationVerb, str] = {
     "reload": "reload begins",
     "recycle": "recycle begins",
     "scale": "scale begins",
 }
-DONE: dict[Verb, str] = {"reload": "reload done", "recycle": "recycle done", "scale": "scale done"}
-FAILED: dict[Verb, str] = {"reload": "reload failed", "recycle": "recycle failed", "scale": "scale failed"}
+DONE: dict[OperationVerb, str] = {"reload": "reload done", "recycle": "recycle done", "scale": "scale done"}
+FAILED: dict[OperationVerb, str] = {
+    "reload": "reload failed",
+    "recycle": "recycle failed",
+    "scale": "scale failed",
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,7 +43,7 @@ class Operation:
     """One thing asked for. `done` of `of` slots have been dealt with."""
 
     id: int
-    verb: Verb
+    verb: OperationVerb
     state: Literal["running", "done", "failed"] = "running"
     reason: str = ""
     done: int = 0
@@ -49,15 +53,14 @@ class Operation:
         return asdict(self)
 
 
-Program = tuple[Config, Launcher]
 Work = Coroutine[Any, Any, str]
 
 
 class Operations:
     """Runs operations on one fleet.
 
-    `program` reads what a reload is to start, and may raise ConfigError. `on_reload` hears 1 when a reload
-    begins and -1 when it is over.
+    `reread` returns the configuration and launcher of a reload, and may raise ConfigError. `on_reload` hears
+    1 when a reload begins, and -1 when it is over.
 
     No operation has to be told of a stop: the slots that it waits for end in the stop, and say so.
     """
@@ -66,14 +69,14 @@ class Operations:
         self,
         fleet: Fleet,
         *,
-        program: Callable[[], Program],
+        reread: Callable[[], tuple[Config, Launcher]],
         on_reload: Callable[[int], None],
         log: Any,
     ) -> None:
         self.recent: deque[Operation] = deque(maxlen=MAX_RECENT_OPERATIONS)
         self.counts: Counter[tuple[str, str]] = Counter()
         self._fleet = fleet
-        self._program = program
+        self._reread = reread
         self._on_reload = on_reload
         self._log = log
         self._ids = 0
@@ -131,7 +134,7 @@ class Operations:
 
     # -- how it is done -------------------------------------------------------------------------------
 
-    def _begin(self, verb: Verb, *, of: int) -> Operation:
+    def _begin(self, verb: OperationVerb, *, of: int) -> Operation:
         if self._fleet.is_stopping or self._group is None:
             raise Refused(f"{verb}: the supervisor is stopping")
         self._ids += 1
@@ -173,7 +176,7 @@ class Operations:
 
     async def _roll(self, operation: Operation) -> str:
         try:
-            config, launcher = self._program()
+            config, launcher = self._reread()
         except ConfigError as error:
             return str(error)
         slots = [slot for slot in self._fleet.slots if not slot.is_stopping]

@@ -140,7 +140,7 @@ SLOT_LOG_EVENT = MappingProxyType(
     }
 )
 
-# The same for a companion, which has no candidates, and is never stalled or quarantined.
+# The same for the Inworld broker, which is never stalled, terminated or quarantined.
 COMPANION_LOG_EVENT = MappingProxyType(
     {
         S.STOPPED: "companion stopped",

@@ -1,7 +1,7 @@
 """The stop of one generation, decided: from what is seen of it, and the time, to the next thing to do.
 
 A generation is stopped because the supervisor stops, or because another has taken its place; both may happen
-to the same one, and then the earliest of their deadlines hold. `step` decides and does nothing else. The
+to the same one, and then the earliest of their deadlines count. `step` decides and does nothing else. The
 loop in `stopper` asks it, does what it says, and asks again.
 """
 

@@ -16,7 +16,7 @@ READ_BYTES = 1 << 16
 MAX_LINE = 1 << 20
 # Lines kept for the log line of a crash. Ours: the end of a traceback.
 LAST_LINES = 20
-# Reads at the end of a pipe that somebody still holds: 4 MB, four times what a pipe may be enlarged to.
+# Reads at the end of a pipe that another process still has open. Ours: 4 MB, more than pipes are enlarged to.
 LAST_READS = 64
 
 
@@ -33,7 +33,7 @@ class OutputReader:
         asyncio.get_running_loop().add_reader(fd, self._read)
 
     def close(self) -> None:
-        """Take what is there and stop reading. Its end is not waited for: a grandchild may hold it."""
+        """Take what is there and stop reading. Its end is not waited for: a grandchild may have it open."""
         if self._fd is None:
             return
         for _ in range(LAST_READS):

@@ -1,12 +1,12 @@
 """Every child is reaped: those started here when their pidfd says so, adopted orphans when SIGCHLD does.
 
-Problem: as PID 1 and as subreaper the supervisor inherits processes it never started; each becomes a zombie
-when it ends. A pidfd tells of children that were started here only, and uvloop refuses a SIGCHLD handler
-(libuv keeps the signal to itself). Options: `waitid(P_ALL)` once a second (a wakeup a second for ever,
-zombies meanwhile); a thread in waitid (would steal the exit status of children that have an owner); a
-signalfd. SIGCHLD blocked and read from a signalfd costs nothing while nothing happens, and arrives at once;
-the mask is handed to no child, because every spawn sets one explicitly. Where signalfd can't be had, the
-once-a-second look takes its place.
+Problem: as PID 1 and as subreaper the supervisor inherits processes that it never started. Each becomes a
+zombie when it ends. A pidfd tells only of children that were started here, and uvloop refuses a SIGCHLD
+handler (libuv keeps the signal to itself). Option: `waitid(P_ALL)` once a second, which wakes an idle
+supervisor for ever and leaves zombies meanwhile. Option: a thread in waitid, which would steal the exit
+status of children that have an owner. Choice: a signalfd. SIGCHLD blocked and read from a signalfd costs
+nothing while nothing happens, and arrives at once. No child inherits the mask, because every spawn sets one
+explicitly. Where signalfd can't be had, the look once a second takes its place.
 
 `collect` peeks with WNOWAIT: a child is reaped by pid, and its owner told if it has one.
 """

@@ -20,7 +20,7 @@ LABELS = ["slot", "generation"]
 # Seconds that a scrape waits for the workers. Ours: Prometheus waits 10 s, a loop answers in a few ms.
 WAIT_FOR_WORKERS = 0.3
 POOL_GAUGES = {
-    "connections": "Connections to Inworld that are open.",
+    "connections": "Connections to Inworld, those in their handshake included.",
     "contexts": "Contexts that Inworld counts.",
     "waiters": "Creates that wait for capacity.",
 }
@@ -29,7 +29,7 @@ POOL_COUNTERS = {
     "granted": "Contexts that were given capacity.",
     "wait_seconds": "Time that creates have waited for capacity.",
     "refusals": "Connections that Inworld refused.",
-    "retries": "Dials and creates that were tried again.",
+    "retries": "Creates that were sent again on another connection.",
 }
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

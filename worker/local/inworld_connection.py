@@ -5,7 +5,7 @@
 
 JSON text frames, one payload key beside `contextId`, which may be left out while one context is open. Each
 context has a task of its own that takes its frames in order, so that a slow create or a long speech holds up
-no other; a cancel is acted on at once. A slot is counted until contextClosed is sent.
+no other; a cancel is acted on at once. A context is counted until contextClosed is sent.
 """
 
 from __future__ import annotations

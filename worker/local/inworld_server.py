@@ -45,7 +45,7 @@ class InworldServer:
     """Serve Inworld's protocol on loopback; use as an async context manager.
 
     `limits`, `faults` and `speech` may be changed while it serves. The counters are what the server counts: a
-    slot until contextClosed was sent or its connection went. `seed` is for `faults.cut_rate`.
+    context until contextClosed was sent or its connection went. `seed` is for `faults.cut_rate`.
     """
 
     def __init__(

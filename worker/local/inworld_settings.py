@@ -75,7 +75,7 @@ class Faults:
     create_*          delay or withhold contextCreated; answer with a status error, or with a top-level error
     malformed         sent before each contextCreated: no JSON, {"result": null}, or a list
     speech_error      a status error after the first chunk; `error_ends_context`: it ends the context
-    closed_*          delay or withhold contextClosed; the slot is counted until it is sent
+    closed_*          delay or withhold contextClosed; the context is counted until then
     cancel            stop at once and close; act as if cancel_context were not known; answer it with an error
     stop_reading      leave what clients send unread
     ignore_close      never answer a close frame, nor end the connection
