@@ -8,6 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lastcall.supervisor.cli.plain_text import totals_text
+
 STATE_COLOURS = {
     "ready": "green",
     "starting": "cyan",
@@ -93,9 +95,9 @@ def receipt_table(receipt: dict[str, Any]) -> Group:
         fate = Text(job["fate"] or "?", style="green" if job["fate"] == "finished" else "red")
         table.add_row(job["id"], job["room"], str(job["slot"]), f"{job['seconds']:.1f}", fate)
     pool = [_pool_line(each) for each in receipt["resources"] if each["name"] == "inworld-pool"]
-    totals = ", ".join(f"{count} {name}" for name, count in receipt["totals"].items() if name != "unassigned")
     tail = Text(
-        f"all jobs: {totals}; swept {receipt['swept']}, processes left {receipt['left']}", style="dim"
+        f"all jobs: {totals_text(receipt)}; swept {receipt['swept']}, processes left {receipt['left']}",
+        style="dim",
     )
     return Group(verdict, Text(phases, style="dim"), table, *pool, tail)
 

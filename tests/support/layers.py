@@ -145,7 +145,13 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
-        floors=("tables local_server parameters source_changes", "demo dev operate deployment", "run"),
+        floors=(
+            "plain_text local_server parameters source_changes",
+            "tables",
+            "live_screen",
+            "demo dev operate deployment",
+            "run",
+        ),
     ),
 }
 # Two modules of one name would be taken for each other. Only a room and the main module in it may share one.

@@ -1,0 +1,25 @@
+"""Status and receipt as one line of plain text each, for logs and pipes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def status_line(document: dict[str, Any]) -> str:
+    """Return the phase, each slot, and how many jobs there were."""
+    slots = ", ".join(f"slot {s['slot']} {s['state']} {len(s['jobs'])} jobs" for s in document["slots"])
+    return f"{document['phase']}: {slots}; {totals_text(document)}"
+
+
+def receipt_line(receipt: dict[str, Any]) -> str:
+    """Return the outcome of a stop, and how many jobs there were."""
+    return (
+        f"receipt: {receipt['outcome']}, exit code {receipt['exit_code']}, {receipt['seconds']:.1f} s;"
+        f" {len(receipt['jobs'])} jobs were running when the stop began; all: {totals_text(receipt)};"
+        f" processes left {receipt['left']}"
+    )
+
+
+def totals_text(document: dict[str, Any]) -> str:
+    """Return the totals of a status or a receipt; unassigned jobs were no jobs here, and are left out."""
+    return ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")
