@@ -331,7 +331,7 @@ class Closable:
 
 async def test_closing_is_in_order_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one first; one that hangs keeps neither the others nor ours from their turn; once."""
-    monkeypatch.setattr(teardown, "JOINED", 0.1)
+    monkeypatch.setattr(teardown, "JOINED_CLOSE_WITHIN", 0.1)
     order: list[str] = []
 
     async def ours(_deadline: float) -> Counts:
