@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -75,6 +75,7 @@ line = "x" * 999
 for _ in range(20_000):
     print(line)
 sys.stdout.flush()
+pathlib.Path(sys.argv[2]).touch()
 while not pathlib.Path(sys.argv[1]).exists():
     time.sleep(0.01)
 print("again", flush=True)
@@ -84,9 +85,9 @@ time.sleep(600)
 
 async def test_reader_that_does_not_read(tmp_path: Path) -> None:
     """The worker writes all it has, the metric counts what was lost, and one log line tells it afterwards."""
-    go = tmp_path / "go"
+    go, done = tmp_path / "go", tmp_path / "done"
     command = [*LASTCALL, "run", "--http", "127.0.0.1:0", "--control", str(tmp_path / "c")]
-    command += ["--", sys.executable, "-c", TALKS, str(go)]
+    command += ["--", sys.executable, "-c", TALKS, str(go), str(done)]
     with (
         open(tmp_path / "err", "wb") as err,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, cwd=tmp_path) as process,
@@ -106,19 +107,25 @@ async def test_reader_that_does_not_read(tmp_path: Path) -> None:
         try:
             await until(lambda: log("slot ready"))
             address = log("supervisor started")[0]["http"]
-            (worker,) = psutil.Process(process.pid).children()
-            await until(lambda: dropped() > 0)
             # 20 MB in all, of which the queue and two pipes take less than 5.
-            await until(lambda: worker.status() == psutil.STATUS_SLEEPING and dropped() > 15_000)
+            await until(lambda: done.exists() and dropped() > 0)
             assert log("output lines dropped") == []
             assert process.stdout is not None
+            kept: list[bytes] = []
+
+            def read_all(stdout: IO[bytes]) -> None:
+                for line in stdout:
+                    kept.append(line)  # one by one, for the test to see how far it is
+
+            reading = asyncio.create_task(asyncio.to_thread(read_all, process.stdout))
+            await until(lambda: dropped() + len(kept) == 20_000)
             missing = int(dropped())
-            kept = await asyncio.to_thread(process.stdout.read, (20_000 - missing) * len(LINE))
-            assert kept == LINE * (20_000 - missing)
             await asyncio.to_thread(go.touch)
-            assert await asyncio.to_thread(process.stdout.readline) == b"again\n"
+            await until(lambda: len(kept) > 20_000 - missing)
             process.terminate()
             assert await asyncio.to_thread(process.wait, 30) == 0
+            await reading
+            assert kept == [LINE] * (20_000 - missing) + [b"again\n"]
         finally:
             for child in psutil.Process(process.pid).children() if process.poll() is None else []:
                 child.kill()
