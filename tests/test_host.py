@@ -1,4 +1,4 @@
-"""The stop of a worker as its host runs it, over a real control socketpair, with an engine that is faked."""
+"""The stop of a worker as its host runs it, over a real control channel, with an engine that is faked."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class FakeEngine:
 
 @dataclass
 class Pair:
-    """A host that runs, and the supervisor's end of its control socketpair."""
+    """A host that runs, and the supervisor's end of the control channel."""
 
     engine: FakeEngine
     running: asyncio.Task[int]

@@ -148,7 +148,7 @@ class Walk:
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(STEPS, st.floats(0, 3)), max_size=25))
 def test_any_order_of_events_keeps_the_rules(steps: list[tuple[tuple[str, object], float]]) -> None:
-    """No order is an error; one end, told once; nothing is sent or delivered after it; creates are few."""
+    """No order is an error. The end is told once, and nothing is sent or delivered after the end."""
     walk = Walk()
     for (name, value), pause in steps:
         walk.at += pause

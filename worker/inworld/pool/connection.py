@@ -45,10 +45,10 @@ MAX_MALFORMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
-    """What a connection reports to its pool.
+    """The calls by which a connection reports to its pool.
 
-    `perform` gets what a context of this connection wants done; `retire` an entry that is to take no new
-    context; `on_idle` a connection whose last context has ended.
+    `perform` gets an effect of a context on this connection. `retire` gets an entry that is to take no new
+    context. `on_idle` gets a connection whose last context has ended.
     """
 
     perform: Callable[[Context, Effects], None]
@@ -66,9 +66,9 @@ class Connection:
         self.contexts: dict[str, Context] = {}
         self.idle_since = now()
         self.malformed = 0
-        # closed: with close frames. forced: without.
+        # The connection ended with close frames (closed) or without them (forced).
         self.fate: ResourceFate = "forced"
-        # It ended under open contexts.
+        # The connection ended while contexts were open on it.
         self.was_lost = False
         self.outbox = Outbox(MAX_UNSENT)
         self._ws = ws

@@ -106,7 +106,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Release the context's claim. closed: the server agreed, or never knew the context; else forced."""
+    """Release the context's claim. The fate is closed where the server agreed or never knew the context."""
 
     fate: Literal["closed", "forced"]
 

@@ -16,7 +16,7 @@ PATH = "/tts/v1/voice:streamBidirectional"
 # X-User-Agent, which livekit-plugins-inworld sends from 1.4.3 on.
 USER_AGENT = "lastcall"
 
-# refused: 429, the account has no connection left for now. key: 401 or 403. failed: everything else.
+# A 429 is refused: the account has no connection left for now. A 401 or a 403 is key. All else is failed.
 Failure = Literal["refused", "key", "failed"]
 
 

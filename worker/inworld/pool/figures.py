@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """What a pool has done since it opened.
+    """Counts of one pool since it opened.
 
-    `granted`: contexts that were given a place. `waited`: requests for a place that had to wait;
-    `wait_seconds`: how long all of them waited together. `refusals`: handshakes answered with 429.
+    `granted`: contexts that were given a place. `waited`: requests for a place that had to wait.
+    `wait_seconds`: the sum of their waits. `refusals`: handshakes answered with 429.
     `failed_dials`: handshakes that failed, refusals included. `retries`: creates that were sent again on
     another connection. `lost`: connections that ended under open contexts.
     """

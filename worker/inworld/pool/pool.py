@@ -87,7 +87,7 @@ class Waiting:
 class InworldPool:
     """Connections to one Inworld account; use as an async context manager.
 
-    `key` is sent as given. `max_connections`: for the account; `max_contexts`: on each connection.
+    `key` is sent as given. `max_connections` limits the account, and `max_contexts` each connection.
     `idle_connection_timeout` and `acquire_timeout` are seconds. `seed`: for the back-off's random part.
     """
 
@@ -170,7 +170,7 @@ class InworldPool:
         """Ask for a context and return at once; the listener hears of it. Raises PoolClosed.
 
         Frames that are sent before the context exists are kept, and follow its create. `timeout`: seconds
-        until the context has to exist; the default is the pool's `acquire_timeout`.
+        until the context has to exist, by default the pool's `acquire_timeout`.
         """
         if not self.is_open:
             state = "not open yet" if self._close_at is None else "closed or closing"
