@@ -22,8 +22,11 @@ from tests.support.terminal import Terminal
 
 def pytest_configure() -> None:
     """Set up the process that runs tests, before any test is imported."""
-    # Undo a nohup around the tests: a program that a test starts inherits an ignored SIGHUP, and keeps to it.
+    # Undo a nohup, or the `&` of a script, around the tests: a program that a test starts inherits an ignored
+    # signal, and SIGHUP or SIGINT from the test would not reach it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     selection.watch()
     # Hypothesis fails an example that takes longer than 200 ms, or slow data; beside other tests both happen.
     slow = [hypothesis.HealthCheck.too_slow]
