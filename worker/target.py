@@ -21,6 +21,7 @@ import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, which only `sdk` knows
 
@@ -123,12 +124,16 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
     name = "__mp_main__" if target.attribute else "__main__"
     module = types.ModuleType(name)
     module.__file__ = str(path)
+    module.__dict__["__cached__"] = None
+    # For what reads the program's source or data through it: inspect, pkgutil.
+    module.__loader__ = SourceFileLoader(name, str(path))
     # multiprocessing reads the file of `__main__` to tell job processes what to import, so the module is
     # registered under that name with an attribute too.
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     sys.argv = [str(path), "start"]
     try:
-        code = compile(path.read_bytes(), str(path), "exec")
+        # Not with the __future__ imports of this file: they would change what the program's annotations are.
+        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
         exec(code, module.__dict__)
     except SystemExit as error:
         if not recorded:
