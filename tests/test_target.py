@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.harness import Run, StartRun
 
 AGENT = """
@@ -60,3 +62,14 @@ async def test_annotations_at_import(run: StartRun, tmp_path: Path) -> None:
     """Annotations hold classes: the file is not compiled with __future__ imports of lastcall."""
     write(tmp_path / "agent.py", SETTINGS + AGENT)
     await job_runs(await run("run", "--grace", "30", "agent.py", cwd=tmp_path))
+
+
+@pytest.mark.parametrize("link", ["bin/agent.py", "current/agent.py"])
+async def test_symlinked_target(run: StartRun, tmp_path: Path, link: str) -> None:
+    """A link to the file, or to its directory: the modules beside the file itself are imported."""
+    write(tmp_path / "app/helper.py", "N = 1\n")
+    write(tmp_path / "app/agent.py", f"import helper\n{AGENT}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/agent.py").symlink_to("../app/agent.py")
+    (tmp_path / "current").symlink_to("app")
+    await job_runs(await run("run", "--grace", "30", link, cwd=tmp_path))

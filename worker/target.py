@@ -76,8 +76,10 @@ def load(
 
     record(run_app)
     if target.path is not None:
-        _refuse_own_lastcall(target.path.parent)
-        sys.path.insert(0, str(target.path.parent))
+        # As Python does, whose path begins at the script itself, and not at a link to the script.
+        directory = target.path.resolve().parent
+        _refuse_own_lastcall(directory)
+        sys.path.insert(0, str(directory))
         module = _execute(target, target.path, recorded)
     else:
         _refuse_own_lastcall(Path.cwd())
