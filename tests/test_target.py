@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lastcall.supervisor.deploy import systemd
+from lastcall.supervisor.deploy.service import Service
+from lastcall.worker.base.target_form import TargetForm, parse
 from tests.support.harness import Run, StartRun
 
 AGENT = """
@@ -73,3 +76,49 @@ async def test_symlinked_target(run: StartRun, tmp_path: Path, link: str) -> Non
     (tmp_path / "bin/agent.py").symlink_to("../app/agent.py")
     (tmp_path / "current").symlink_to("app")
     await job_runs(await run("run", "--grace", "30", link, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("tail", ["", ":server"])
+async def test_colon_in_path(run: StartRun, tmp_path: Path, tail: str) -> None:
+    """Only the last colon begins an attribute."""
+    text = AGENT.replace("if __name__", "server = WorkerOptions(entrypoint_fnc=entrypoint)\n\nif __name__")
+    agent = write(tmp_path / "2026-01-01T10:00/agent.py", text)
+    await job_runs(await run("run", "--grace", "30", f"{agent}{tail}", cwd=tmp_path))
+
+
+def test_parts_of_a_target() -> None:
+    """A path may have colons, and an attribute follows the last one."""
+    assert parse("a:b/agent.py") == TargetForm(file="a:b/agent.py")
+    assert parse("a:b/agent.py:server") == TargetForm(file="a:b/agent.py", attribute="server")
+    assert parse("a.b.py") == TargetForm(file="a.b.py")
+    assert parse("app.main:server") == TargetForm(module="app.main", attribute="server")
+    for wrong in (
+        "",
+        "app",
+        "app:",
+        ":x",
+        "a.py:",
+        "a.py:x:y",
+        "a.py:b c",
+        ".py",
+        "a:b:c",
+        "a.py\n",
+        "a b:c",
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            parse(wrong)
+
+
+async def test_file_that_cant_be_read(run: StartRun, tmp_path: Path) -> None:
+    """Too long a name, and a loop of links: one line."""
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    await refused(
+        await run("run", "loop.py", cwd=tmp_path, livekit=False), "Too many levels of symbolic links"
+    )
+
+
+def test_unit_of_a_path_with_a_colon() -> None:
+    """The unit and its working directory have the whole path."""
+    text = systemd.unit(Service(target="/srv/10:00/agent.py:server"))
+    assert "run /srv/10:00/agent.py:server " in text
+    assert "WorkingDirectory=/srv/10:00\n" in text

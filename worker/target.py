@@ -16,6 +16,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import stat
 import sys
 import traceback
 import types
@@ -25,6 +26,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, which only `sdk` knows
 
+from lastcall.worker.base import target_form
 from lastcall.worker.base.errors import StartError, TargetError
 
 
@@ -40,19 +42,22 @@ class Target:
 
 def parse(text: str) -> Target:
     """Parse a TARGET. Raises TargetError for a text of no known form, and where the file is missing."""
-    head, colon, attribute = text.partition(":")
-    if head.endswith(".py"):
-        path = Path(head).absolute()
-        if not path.is_file():
-            raise TargetError(
-                f"no file {head!r}: TARGET is path.py, path.py:attr or module:attr{_near(path)}"
-            )
-        if colon and not attribute.isidentifier():
-            raise TargetError(f"{text!r}: {attribute!r} is no attribute name, expected path.py:attr")
-        return Target(text=text, path=path, module="", attribute=attribute)
-    if not colon or not attribute.isidentifier() or not all(p.isidentifier() for p in head.split(".")):
-        raise TargetError(f"{text!r} is no target: expected path.py, path.py:attr or module:attr")
-    return Target(text=text, path=None, module=head, attribute=attribute)
+    try:
+        form = target_form.parse(text)
+    except ValueError as error:
+        raise TargetError(str(error)) from None
+    if not form.file:
+        return Target(text=text, path=None, module=form.module, attribute=form.attribute)
+    path = Path(form.file).absolute()
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_file = False
+    except OSError as error:  # a directory that may not be looked into, too long a name, a loop of links
+        raise TargetError(f"{form.file!r} can't be read: {error.strerror}") from None
+    if not is_file:
+        raise TargetError(f"no file {form.file!r}: TARGET is {target_form.FORMS}{_near(path)}")
+    return Target(text=text, path=path, module="", attribute=form.attribute)
 
 
 def load(
@@ -134,9 +139,7 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     sys.argv = [str(path), "start"]
     try:
-        # Not with the __future__ imports of this file: they would change what the program's annotations are.
-        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
-        exec(code, module.__dict__)
+        exec(_compile(target, path), module.__dict__)
     except SystemExit as error:
         if not recorded:
             raise StartError(
@@ -145,6 +148,16 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
     except BaseException as error:
         _raise_users(target, error)
     return module
+
+
+def _compile(target: Target, path: Path) -> types.CodeType:
+    """Return the code of a file. Raises TargetError where the file can't be read, SyntaxError."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise TargetError(f"{target.text!r} can't be read: {error.strerror}") from None
+    # Not with the __future__ imports of this file: they would change what the program's annotations are.
+    return compile(source, str(path), "exec", dont_inherit=True)
 
 
 def _import(target: Target) -> types.ModuleType:
@@ -175,6 +188,8 @@ def _attribute(target: Target, module: types.ModuleType) -> Any:
 
 def _raise_users(target: Target, error: BaseException) -> NoReturn:
     """Turn an exception of the user's code into a TargetError or a StartError, and raise that."""
+    if isinstance(error, TargetError):
+        raise error
     if isinstance(error, SyntaxError):
         where = f"{error.filename} line {error.lineno}"
         raise TargetError(f"{target.text}: {type(error).__name__} in {where}: {error.msg}") from None
