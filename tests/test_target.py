@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from lastcall.supervisor.deploy import systemd
 from lastcall.supervisor.deploy.service import Service
+from lastcall.worker import target as loading
+from lastcall.worker.base.errors import TargetError
 from lastcall.worker.base.target_form import TargetForm, parse
 from tests.support.harness import Run, StartRun
 
@@ -122,3 +126,52 @@ def test_unit_of_a_path_with_a_colon() -> None:
     text = systemd.unit(Service(target="/srv/10:00/agent.py:server"))
     assert "run /srv/10:00/agent.py:server " in text
     assert "WorkingDirectory=/srv/10:00\n" in text
+
+
+IMPORTS = {
+    "from": ("from livekit.plugins import no_such", "install livekit-plugins-no-such or correct the name"),
+    "beside": ("from livekit.plugins import inworld, nosuch", "install livekit-plugins-nosuch or correct"),
+    "module": ("import livekit.plugins.nosuch", "install livekit-plugins-nosuch or correct"),
+    "inside": (
+        "from livekit.plugins.nosuch import TTS",
+        "install livekit-plugins-nosuch or correct the name",
+    ),
+    "name": ("from livekit.agents import NoSuch", "agent.py line 1); install a version that has it"),
+    "in a plugin": ("from livekit.plugins.inworld import NoSuch", "install a version that has it"),
+    "library": ("raise ImportError('libx.so.1: cannot open shared object file')", "libx.so.1: cannot open"),
+}
+
+
+@pytest.mark.parametrize("case", IMPORTS)
+def test_failed_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """No retry helps an import: each kind of failure is wrong configuration, with what to install."""
+    text, expected = IMPORTS[case]
+    for name in ("path", "argv"):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
+    target = loading.parse(str(write(tmp_path / "agent.py", f"{text}\n")))
+    with pytest.raises(TargetError) as caught:
+        loading.load(target, record=lambda _: None, classify=lambda _: None)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["from livekit.plugins import (nosuch)", "import livekit.plugins.nosuch"])
+def test_failed_import_without_any_plugin(tmp_path: Path, text: str) -> None:
+    """The statement names the plugin where `livekit.plugins` itself is missing."""
+    path = str(write(tmp_path / "agent.py", f"{text}\n"))
+
+    def fail(*_: object) -> NoReturn:
+        raise ModuleNotFoundError("No module named 'livekit.plugins'", name="livekit.plugins")
+
+    with pytest.raises(ModuleNotFoundError) as caught:
+        exec(compile(text, path, "exec"), {"__builtins__": {"__import__": fail}})
+    assert loading._remedy(caught.value) == "install livekit-plugins-nosuch or correct the name"
+
+
+async def test_missing_plugin(run: StartRun, tmp_path: Path) -> None:
+    """Exit 78 at the first load, and one line with the package to install."""
+    write(tmp_path / "agent.py", "from livekit.plugins import nosuch\n")
+    r = await run("run", "agent.py", cwd=tmp_path, livekit=False)
+    await refused(r, "install livekit-plugins-nosuch")

@@ -16,6 +16,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import re
 import stat
 import sys
 import traceback
@@ -193,11 +194,47 @@ def _raise_users(target: Target, error: BaseException) -> NoReturn:
     if isinstance(error, SyntaxError):
         where = f"{error.filename} line {error.lineno}"
         raise TargetError(f"{target.text}: {type(error).__name__} in {where}: {error.msg}") from None
-    if isinstance(error, ModuleNotFoundError):
-        where = _where(error)
-        raise TargetError(f"{target.text}: {error}{where}; install it or correct the name") from None
+    if isinstance(error, ImportError):
+        said = " ".join(str(error).split())  # numpy, for one, writes a page
+        raise TargetError(f"{target.text}: {said}{_where(error)}; {_remedy(error)}") from None
     text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     raise StartError(f"{target.text} failed to load: {text}", traceback=users_traceback(error)) from None
+
+
+def _remedy(error: ImportError) -> str:
+    """Return the advice for a failed import; for a plugin of livekit-agents the name of its package."""
+    plugin = _missing_plugin(error)
+    if plugin:
+        return f"install livekit-plugins-{plugin.replace('_', '-')} or correct the name"
+    if isinstance(error, ModuleNotFoundError):
+        return "install it or correct the name"
+    return "install a version that has it, or correct the name"
+
+
+def _missing_plugin(error: ImportError) -> str:
+    """Return the name of the plugin that an import asked for in vain; "" for any other import.
+
+    Where at least one plugin is installed, `livekit.plugins` is a namespace, and the missing name is an
+    ImportError. Where none is, the error names `livekit.plugins` alone, and the statement names the plugin.
+    """
+    name = error.name or ""
+    if name.startswith(f"{PLUGINS}."):
+        return name.removeprefix(f"{PLUGINS}.").partition(".")[0] if _is_missing(error) else ""
+    if name != PLUGINS:
+        return ""
+    if not isinstance(error, ModuleNotFoundError):
+        found = re.match(r"cannot import name '(\w+)'", str(error))
+        return found[1] if found else ""
+    for frame in traceback.extract_tb(_users_part(error.__traceback__)):
+        found = re.search(r"livekit\.plugins(?: +import +\(?|\.)(\w+)", frame.line or "")
+        if found:
+            return found[1]
+    return ""
+
+
+def _is_missing(error: ImportError) -> bool:
+    """Tell whether a plugin is not there, and not a name or a module in it."""
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").count(".") == PLUGINS.count(".") + 1
 
 
 def _where(error: BaseException) -> str:
@@ -207,6 +244,8 @@ def _where(error: BaseException) -> str:
     return f" ({in_files[-1].filename} line {in_files[-1].lineno})" if in_files else ""
 
 
+# The package whose modules are installed one by one, each as livekit-plugins-NAME.
+PLUGINS = "livekit.plugins"
 # Part of the path of each file of livekit-agents.
 IN_LIVEKIT_AGENTS = f"{os.sep}livekit{os.sep}agents{os.sep}"
 
