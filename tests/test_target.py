@@ -175,3 +175,13 @@ async def test_missing_plugin(run: StartRun, tmp_path: Path) -> None:
     write(tmp_path / "agent.py", "from livekit.plugins import nosuch\n")
     r = await run("run", "agent.py", cwd=tmp_path, livekit=False)
     await refused(r, "install livekit-plugins-nosuch")
+
+
+async def test_slow_import_that_fails(run: StartRun, tmp_path: Path) -> None:
+    """An import that takes longer than the period still reaches the intensity limit."""
+    write(tmp_path / "agent.py", "import time\ntime.sleep(1.5)\nraise ValueError('no key')\n")
+    write(tmp_path / "lastcall.toml", "[restart]\nintensity = 2\nperiod = 1\nbackoff = [0.05, 0.1]\n")
+    r = await run("run", "agent.py", cwd=tmp_path, livekit=False)
+    assert await r.exit(60) == 69
+    assert len(r.log("slot failed")) == 3
+    await r.nothing_left()
