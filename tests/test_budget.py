@@ -86,6 +86,16 @@ def test_intensity_is_erlangs_rule(gaps: list[float], intensity: int, period: fl
             return
 
 
+def test_slow_loads_reach_the_intensity_limit() -> None:
+    """Failures before the target is loaded count as failures in a row, whatever lies between them."""
+    restarts = Restarts(RestartPolicy(intensity=2, period=60), random.Random(0))
+    assert restarts.delay(0.0, uptime=0.0, was_loaded=False) == 0
+    assert restarts.delay(100.0, uptime=0.0, was_loaded=False) is not None
+    assert restarts.delay(200.0, uptime=0.0, was_loaded=True) is not None, "it was loaded in between"
+    assert restarts.delay(300.0, uptime=0.0, was_loaded=False) is not None
+    assert restarts.delay(400.0, uptime=0.0, was_loaded=False) is None
+
+
 @given(first=st.floats(0.01, 5), cap=st.floats(5, 60), seed=st.integers())
 def test_backoff_doubles_to_its_cap(first: float, cap: float, seed: int) -> None:
     """At once, then the first step, doubled each time, at most a fifth less, never above the cap."""

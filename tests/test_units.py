@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lastcall.supervisor.deploy import docker, k8s, systemd, template
-from lastcall.supervisor.deploy.service import Service, Timers, is_target
+from lastcall.supervisor.deploy.service import Service, Timers
 from lastcall.supervisor.deploy.tree import BY_HAND, shipped
 from lastcall.supervisor.errors import UsageError
 from tests.support.harness import LASTCALL
@@ -175,7 +175,11 @@ def test_mistakes_are_one_line(arguments: list[str], says: str) -> None:
 )
 def test_targets(text: str, is_one: bool) -> None:
     """TARGET has three forms."""
-    assert is_target(text) is is_one
+    if is_one:
+        Service(target=text)
+        return
+    with pytest.raises(UsageError, match="expected"):
+        Service(target=text)
 
 
 def test_entrypoint_turns_the_environment_into_a_command(tmp_path: Path) -> None:

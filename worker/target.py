@@ -16,14 +16,19 @@ import difflib
 import importlib
 import importlib.util
 import os
+import re
+import stat
 import sys
 import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, which only `sdk` knows
+from urllib.parse import urlsplit
 
+from lastcall.worker.base import target_form
 from lastcall.worker.base.errors import StartError, TargetError
 
 
@@ -39,19 +44,22 @@ class Target:
 
 def parse(text: str) -> Target:
     """Parse a TARGET. Raises TargetError for a text of no known form, and where the file is missing."""
-    head, colon, attribute = text.partition(":")
-    if head.endswith(".py"):
-        path = Path(head).absolute()
-        if not path.is_file():
-            raise TargetError(
-                f"no file {head!r}: TARGET is path.py, path.py:attr or module:attr{_near(path)}"
-            )
-        if colon and not attribute.isidentifier():
-            raise TargetError(f"{text!r}: {attribute!r} is no attribute name, expected path.py:attr")
-        return Target(text=text, path=path, module="", attribute=attribute)
-    if not colon or not attribute.isidentifier() or not all(p.isidentifier() for p in head.split(".")):
-        raise TargetError(f"{text!r} is no target: expected path.py, path.py:attr or module:attr")
-    return Target(text=text, path=None, module=head, attribute=attribute)
+    try:
+        form = target_form.parse(text)
+    except ValueError as error:
+        raise TargetError(str(error)) from None
+    if not form.file:
+        return Target(text=text, path=None, module=form.module, attribute=form.attribute)
+    path = Path(form.file).absolute()
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_file = False
+    except OSError as error:  # a directory that may not be looked into, too long a name, a loop of links
+        raise TargetError(f"{form.file!r} can't be read: {error.strerror}") from None
+    if not is_file:
+        raise TargetError(f"no file {form.file!r}: TARGET is {target_form.FORMS}{_near(path)}")
+    return Target(text=text, path=path, module="", attribute=form.attribute)
 
 
 def load(
@@ -75,8 +83,10 @@ def load(
 
     record(run_app)
     if target.path is not None:
-        _refuse_own_lastcall(target.path.parent)
-        sys.path.insert(0, str(target.path.parent))
+        # As Python does, whose path begins at the script itself, and not at a link to the script.
+        directory = target.path.resolve().parent
+        _refuse_own_lastcall(directory)
+        sys.path.insert(0, str(directory))
         module = _execute(target, target.path, recorded)
     else:
         _refuse_own_lastcall(Path.cwd())
@@ -104,6 +114,20 @@ def load(
     return _only_server(target, module, classify)
 
 
+def address_of(url: str) -> str:
+    """Return the part of a LiveKit server's URL that says where it is, without credentials; "" for no URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"{url.partition('@')[2] or url!r} ({error})"
+    if not parts.scheme and not parts.netloc and not parts.path:
+        return ""
+    # As livekit-agents does, which takes http for ws.
+    scheme = re.sub("^http", "ws", parts.scheme)
+    return f"{scheme}://{parts.hostname}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+
+
 def _only_server(target: Target, module: types.ModuleType, classify: Callable[[object], Any | None]) -> Any:
     """Return the one server that a file without `run_app` defines, as livekit-agents' command line does.
 
@@ -123,13 +147,15 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
     name = "__mp_main__" if target.attribute else "__main__"
     module = types.ModuleType(name)
     module.__file__ = str(path)
+    module.__dict__["__cached__"] = None
+    # For what reads the program's source or data through it: inspect, pkgutil.
+    module.__loader__ = SourceFileLoader(name, str(path))
     # multiprocessing reads the file of `__main__` to tell job processes what to import, so the module is
     # registered under that name with an attribute too.
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     sys.argv = [str(path), "start"]
     try:
-        code = compile(path.read_bytes(), str(path), "exec")
-        exec(code, module.__dict__)
+        exec(_compile(target, path), module.__dict__)
     except SystemExit as error:
         if not recorded:
             raise StartError(
@@ -138,6 +164,16 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
     except BaseException as error:
         _raise_users(target, error)
     return module
+
+
+def _compile(target: Target, path: Path) -> types.CodeType:
+    """Return the code of a file. Raises TargetError where the file can't be read, SyntaxError."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise TargetError(f"{target.text!r} can't be read: {error.strerror}") from None
+    # Not with the __future__ imports of this file: they would change what the program's annotations are.
+    return compile(source, str(path), "exec", dont_inherit=True)
 
 
 def _import(target: Target) -> types.ModuleType:
@@ -168,14 +204,52 @@ def _attribute(target: Target, module: types.ModuleType) -> Any:
 
 def _raise_users(target: Target, error: BaseException) -> NoReturn:
     """Turn an exception of the user's code into a TargetError or a StartError, and raise that."""
+    if isinstance(error, TargetError):
+        raise error
     if isinstance(error, SyntaxError):
         where = f"{error.filename} line {error.lineno}"
         raise TargetError(f"{target.text}: {type(error).__name__} in {where}: {error.msg}") from None
-    if isinstance(error, ModuleNotFoundError):
-        where = _where(error)
-        raise TargetError(f"{target.text}: {error}{where}; install it or correct the name") from None
+    if isinstance(error, ImportError):
+        said = " ".join(str(error).split())  # numpy, for one, writes a page
+        raise TargetError(f"{target.text}: {said}{_where(error)}; {_remedy(error)}") from None
     text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     raise StartError(f"{target.text} failed to load: {text}", traceback=users_traceback(error)) from None
+
+
+def _remedy(error: ImportError) -> str:
+    """Return the advice for a failed import; for a plugin of livekit-agents the name of its package."""
+    plugin = _missing_plugin(error)
+    if plugin:
+        return f"install livekit-plugins-{plugin.replace('_', '-')} or correct the name"
+    if isinstance(error, ModuleNotFoundError):
+        return "install it or correct the name"
+    return "install a version that has it, or correct the name"
+
+
+def _missing_plugin(error: ImportError) -> str:
+    """Return the name of the plugin that an import asked for in vain; "" for any other import.
+
+    Where at least one plugin is installed, `livekit.plugins` is a namespace, and the missing name is an
+    ImportError. Where none is, the error names `livekit.plugins` alone, and the statement names the plugin.
+    """
+    name = error.name or ""
+    if name.startswith(f"{PLUGINS}."):
+        return name.removeprefix(f"{PLUGINS}.").partition(".")[0] if _is_missing(error) else ""
+    if name != PLUGINS:
+        return ""
+    if not isinstance(error, ModuleNotFoundError):
+        found = re.match(r"cannot import name '(\w+)'", str(error))
+        return found[1] if found else ""
+    for frame in traceback.extract_tb(_users_part(error.__traceback__)):
+        found = re.search(r"livekit\.plugins(?: +import +\(?|\.)(\w+)", frame.line or "")
+        if found:
+            return found[1]
+    return ""
+
+
+def _is_missing(error: ImportError) -> bool:
+    """Tell whether a plugin is not there, and not a name or a module in it."""
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").count(".") == PLUGINS.count(".") + 1
 
 
 def _where(error: BaseException) -> str:
@@ -185,6 +259,8 @@ def _where(error: BaseException) -> str:
     return f" ({in_files[-1].filename} line {in_files[-1].lineno})" if in_files else ""
 
 
+# The package whose modules are installed one by one, each as livekit-plugins-NAME.
+PLUGINS = "livekit.plugins"
 # Part of the path of each file of livekit-agents.
 IN_LIVEKIT_AGENTS = f"{os.sep}livekit{os.sep}agents{os.sep}"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from lastcall.supervisor.config.options import Start
 from lastcall.supervisor.errors import UsageError
+from lastcall.worker.base import target_form
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
 # Seconds from the end of grace to the platform's SIGKILL. Ours: for a supervisor that gets little processor.
@@ -81,8 +82,10 @@ class Service:
     printed_by: str = ""
 
     def __post_init__(self) -> None:
-        if not is_target(self.target):
-            raise UsageError(f"{self.target!r} is no target: expected path.py, path.py:attr or module:attr")
+        try:
+            target_form.parse(self.target)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         if not NAME_PATTERN.fullmatch(self.name):
             raise UsageError(
                 f"--name: got {self.name!r}, expected a-z, 0-9 and -, at most 53, as Kubernetes wants names"
@@ -99,10 +102,15 @@ class Service:
         return self.image or f"{self.name}:latest"
 
     @property
+    def form(self) -> target_form.TargetForm:
+        """The parts of the target; whether there is such a file or module is asked where it runs."""
+        return target_form.parse(self.target)
+
+    @property
     def target_file(self) -> str:
         """The absolute path of the target's file, or nothing for a module."""
-        head = self.target.partition(":")[0]
-        return posixpath.normpath(posixpath.join(self.directory, head)) if head.endswith(".py") else ""
+        file = self.form.file
+        return posixpath.normpath(posixpath.join(self.directory, file)) if file else ""
 
     @property
     def start_timeout(self) -> int:
@@ -117,16 +125,6 @@ class Service:
         if self.timers.warning:
             lines.append(f"# Note: {self.timers.warning}.")
         return "".join(line + "\n" for line in lines)
-
-
-def is_target(text: str) -> bool:
-    """Tell whether the text has one of TARGET's three forms; whether it exists is asked where it runs."""
-    head, colon, attribute = text.partition(":")
-    if "\n" in text or (colon and not attribute.isidentifier()):
-        return False
-    if head.endswith(".py"):
-        return head != ".py"
-    return bool(colon) and all(part.isidentifier() for part in head.split("."))
 
 
 def is_below(path: str, roots: tuple[str, ...]) -> bool:

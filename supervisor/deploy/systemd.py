@@ -77,8 +77,8 @@ def plain(text: str) -> str:
 
 
 def _attribute(service: Service) -> str:
-    _, colon, attribute = service.target.partition(":")
-    return colon + attribute
+    attribute = service.form.attribute
+    return f":{attribute}" if attribute else ""
 
 
 def _protect_home(service: Service) -> str:

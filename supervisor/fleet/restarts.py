@@ -3,6 +3,9 @@
 The first failure after a stable time is retried at once. Each further one waits twice as long as the one
 before, from the first step up to the cap, less up to a fifth at random so that slots which failed together
 do not start together. More than `intensity` failures within `period` seconds: no retry.
+
+Programs that fail before they are loaded fail in a row, however long a load takes: the time since the failure
+before does not count towards `period`. An import of 12 s would otherwise never fail often enough.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ class Restarts:
         self._policy = policy
         self._backoff = Backoff(policy.first, policy.cap, jitter=JITTER, random=rng)
         self._failures: deque[float] = deque(maxlen=policy.intensity + 1)
+        self._failed_at = 0.0
+        # Seconds that do not count towards the period.
+        self._left_out = 0.0
         self._was_stable = True
 
     def forget(self) -> None:
@@ -42,15 +48,19 @@ class Restarts:
         self._backoff.succeed()
         self._failures.clear()
 
-    def delay(self, now: float, *, uptime: float) -> float | None:
+    def delay(self, now: float, *, uptime: float, was_loaded: bool = True) -> float | None:
         """Count a failure of a program that was ready for `uptime` seconds; None means: start it no more.
 
         Stable is what stayed ready for a whole period.
         """
         if uptime >= self._policy.period:
             self.forget()
-        self._failures.append(now)
-        recent = sum(1 for at in self._failures if now - at <= self._policy.period)
+        if self._failures and not was_loaded:
+            self._left_out += now - self._failed_at
+        self._failed_at = now
+        counted = now - self._left_out
+        self._failures.append(counted)
+        recent = sum(1 for at in self._failures if counted - at <= self._policy.period)
         if recent > self._policy.intensity:
             return None
         if self._was_stable:

@@ -134,7 +134,8 @@ class Slot:
             self.current.take_over()
             return
         uptime = 0.0 if old.ready_at is None else now() - old.ready_at
-        delay = self._restarts.delay(now(), uptime=uptime)
+        was_loaded = old.is_opaque or is_alive or old.reports.is_loaded
+        delay = self._restarts.delay(now(), uptime=uptime, was_loaded=was_loaded)
         why = "left" if is_alive else old.end_kind
         self.current = self._make(S.FAILED)
         if delay is None:

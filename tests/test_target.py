@@ -1,0 +1,224 @@
+"""A target under lastcall is the program that it is under `python agent.py start`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from lastcall.supervisor.deploy import systemd
+from lastcall.supervisor.deploy.service import Service
+from lastcall.worker import target as loading
+from lastcall.worker.base.errors import TargetError
+from lastcall.worker.base.target_form import TargetForm, parse
+from tests.support.harness import Run, StartRun
+
+AGENT = """
+from livekit.agents import JobContext, WorkerOptions, cli
+
+async def entrypoint(ctx: JobContext):
+    ctx.shutdown()
+
+if __name__ == "__main__":
+    cli.run_app(WorkerOptions(entrypoint_fnc=entrypoint, num_idle_processes=1))
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+async def job_runs(r: Run) -> None:
+    """Wait for the worker, see one job to its end, and stop."""
+    await r.ready()
+    job = await r.dispatch()
+    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_SUCCESS", 20)
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+async def refused(r: Run, expected: str) -> None:
+    """Wait for exit 78, with one line that says why."""
+    assert await r.exit(30) == 78
+    said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
+    assert len(said) == 1, r.logs()
+    assert expected in said[0]
+    assert "Traceback" not in r.logs()
+    await r.nothing_left()
+
+
+SETTINGS = """
+import os
+
+class Settings:
+    port: int = 8000
+
+for name, kind in Settings.__annotations__.items():
+    setattr(Settings, name, kind(os.environ.get(name.upper(), getattr(Settings, name))))
+if __name__ == "__main__":
+    assert __spec__ is None and __loader__.get_source(__name__).startswith(chr(10) + "import os")
+"""
+
+
+async def test_annotations_at_import(run: StartRun, tmp_path: Path) -> None:
+    """Annotations hold classes: the file is not compiled with __future__ imports of lastcall."""
+    write(tmp_path / "agent.py", SETTINGS + AGENT)
+    await job_runs(await run("run", "--grace", "30", "agent.py", cwd=tmp_path))
+
+
+@pytest.mark.parametrize("link", ["bin/agent.py", "current/agent.py"])
+async def test_symlinked_target(run: StartRun, tmp_path: Path, link: str) -> None:
+    """A link to the file, or to its directory: the modules beside the file itself are imported."""
+    write(tmp_path / "app/helper.py", "N = 1\n")
+    write(tmp_path / "app/agent.py", f"import helper\n{AGENT}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/agent.py").symlink_to("../app/agent.py")
+    (tmp_path / "current").symlink_to("app")
+    await job_runs(await run("run", "--grace", "30", link, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("tail", ["", ":server"])
+async def test_colon_in_path(run: StartRun, tmp_path: Path, tail: str) -> None:
+    """Only the last colon begins an attribute."""
+    text = AGENT.replace("if __name__", "server = WorkerOptions(entrypoint_fnc=entrypoint)\n\nif __name__")
+    agent = write(tmp_path / "2026-01-01T10:00/agent.py", text)
+    await job_runs(await run("run", "--grace", "30", f"{agent}{tail}", cwd=tmp_path))
+
+
+def test_parts_of_a_target() -> None:
+    """A path may have colons, and an attribute follows the last one."""
+    assert parse("a:b/agent.py") == TargetForm(file="a:b/agent.py")
+    assert parse("a:b/agent.py:server") == TargetForm(file="a:b/agent.py", attribute="server")
+    assert parse("a.b.py") == TargetForm(file="a.b.py")
+    assert parse("app.main:server") == TargetForm(module="app.main", attribute="server")
+    for wrong in (
+        "",
+        "app",
+        "app:",
+        ":x",
+        "a.py:",
+        "a.py:x:y",
+        "a.py:b c",
+        ".py",
+        "a:b:c",
+        "a.py\n",
+        "a b:c",
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            parse(wrong)
+
+
+async def test_file_that_cant_be_read(run: StartRun, tmp_path: Path) -> None:
+    """Too long a name, and a loop of links: one line."""
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    await refused(
+        await run("run", "loop.py", cwd=tmp_path, livekit=False), "Too many levels of symbolic links"
+    )
+
+
+def test_unit_of_a_path_with_a_colon() -> None:
+    """The unit and its working directory have the whole path."""
+    text = systemd.unit(Service(target="/srv/10:00/agent.py:server"))
+    assert "run /srv/10:00/agent.py:server " in text
+    assert "WorkingDirectory=/srv/10:00\n" in text
+
+
+IMPORTS = {
+    "from": ("from livekit.plugins import no_such", "install livekit-plugins-no-such or correct the name"),
+    "beside": ("from livekit.plugins import inworld, nosuch", "install livekit-plugins-nosuch or correct"),
+    "module": ("import livekit.plugins.nosuch", "install livekit-plugins-nosuch or correct"),
+    "inside": (
+        "from livekit.plugins.nosuch import TTS",
+        "install livekit-plugins-nosuch or correct the name",
+    ),
+    "name": ("from livekit.agents import NoSuch", "agent.py line 1); install a version that has it"),
+    "in a plugin": ("from livekit.plugins.inworld import NoSuch", "install a version that has it"),
+    "library": ("raise ImportError('libx.so.1: cannot open shared object file')", "libx.so.1: cannot open"),
+}
+
+
+@pytest.mark.parametrize("case", IMPORTS)
+def test_failed_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """No retry helps an import: each kind of failure is wrong configuration, with what to install."""
+    text, expected = IMPORTS[case]
+    for name in ("path", "argv"):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
+    target = loading.parse(str(write(tmp_path / "agent.py", f"{text}\n")))
+    with pytest.raises(TargetError) as caught:
+        loading.load(target, record=lambda _: None, classify=lambda _: None)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["from livekit.plugins import (nosuch)", "import livekit.plugins.nosuch"])
+def test_failed_import_without_any_plugin(tmp_path: Path, text: str) -> None:
+    """The statement names the plugin where `livekit.plugins` itself is missing."""
+    path = str(write(tmp_path / "agent.py", f"{text}\n"))
+
+    def fail(*_: object) -> NoReturn:
+        raise ModuleNotFoundError("No module named 'livekit.plugins'", name="livekit.plugins")
+
+    with pytest.raises(ModuleNotFoundError) as caught:
+        exec(compile(text, path, "exec"), {"__builtins__": {"__import__": fail}})
+    assert loading._remedy(caught.value) == "install livekit-plugins-nosuch or correct the name"
+
+
+async def test_missing_plugin(run: StartRun, tmp_path: Path) -> None:
+    """Exit 78 at the first load, and one line with the package to install."""
+    write(tmp_path / "agent.py", "from livekit.plugins import nosuch\n")
+    r = await run("run", "agent.py", cwd=tmp_path, livekit=False)
+    await refused(r, "install livekit-plugins-nosuch")
+
+
+async def test_slow_import_that_fails(run: StartRun, tmp_path: Path) -> None:
+    """An import that takes longer than the period still reaches the intensity limit."""
+    write(tmp_path / "agent.py", "import time\ntime.sleep(1.5)\nraise ValueError('no key')\n")
+    write(tmp_path / "lastcall.toml", "[restart]\nintensity = 2\nperiod = 1\nbackoff = [0.05, 0.1]\n")
+    r = await run("run", "agent.py", cwd=tmp_path, livekit=False)
+    assert await r.exit(60) == 69
+    assert len(r.log("slot failed")) == 3
+    await r.nothing_left()
+
+
+ELSEWHERE = {
+    "dotenv": AGENT.replace(
+        "\nfrom", "\nfrom dotenv import load_dotenv\nload_dotenv(override=True)\nfrom", 1
+    ),
+    "ws_url": AGENT.replace("num_idle_processes=1", "ws_url='{url}', api_key='k', api_secret='s' * 32"),
+}
+
+
+@pytest.mark.parametrize("verb", ["dev", "doctor", "rehearse"])
+@pytest.mark.parametrize("way", ELSEWHERE)
+async def test_another_server_in_a_mock_room(run: StartRun, tmp_path: Path, verb: str, way: str) -> None:
+    """An agent with an URL of its own is refused in one line, and no connection to that server is opened."""
+    connections = []
+    server = await asyncio.start_server(lambda *_: connections.append(1), "127.0.0.1", 0)
+    url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    write(tmp_path / "agent.py", ELSEWHERE[way].replace("{url}", url))
+    secrets = f"LIVEKIT_API_KEY=k\nLIVEKIT_API_SECRET={'s' * 32}\n"
+    write(tmp_path / ".env", f"LIVEKIT_URL={url}\n{secrets}")
+    async with server:
+        r = await run(verb, "agent.py", cwd=tmp_path, livekit=False)
+        assert await r.exit(60) == (1 if verb == "doctor" else 78)
+    lines = r.logs().splitlines()
+    said = [line for line in lines if f"would connect to {url}, and only the local server" in line]
+    assert said and "Traceback" not in r.logs()
+    assert connections == []
+    await r.nothing_left()
+
+
+def test_addresses_of_servers() -> None:
+    """What livekit-agents connects to, whichever way it is written, and without credentials."""
+    assert loading.address_of("http://LocalHost:7880/") == loading.address_of("ws://localhost:7880")
+    assert loading.address_of("wss://user:secret@x.livekit.cloud") == "wss://x.livekit.cloud"
+    assert loading.address_of("") == ""
+    assert "secret" not in loading.address_of("wss://user:secret@x:port")
