@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+from collections.abc import Iterator
 
 import psutil
 import pytest
 
+from tests.support.freezer import Freezer
 from tests.support.harness import AGENT, Run, StartRun, lives
 
 pytestmark = pytest.mark.core
@@ -18,6 +21,14 @@ def forkserver(r: Run) -> psutil.Process:
     found = [p for p in worker.children() if "forkserver" in " ".join(p.cmdline())]
     assert len(found) == 1
     return found[0]
+
+
+@pytest.fixture
+def freezer() -> Iterator[Freezer]:
+    if not Freezer.is_there():
+        pytest.skip("no cgroup v1 freezer that this user may write to")
+    with Freezer() as freezer:
+        yield freezer
 
 
 @pytest.mark.parametrize("first", ["killed", "stopped"])
@@ -125,4 +136,66 @@ async def test_room_with_a_very_long_name(run: StartRun) -> None:
     assert await r.exit() == 0
     assert r.receipt()["totals"]["finished"] == 1
     assert r.receipt()["seconds"] < 15
+    await r.nothing_left()
+
+
+async def frozen_idle_process(r: Run, freezer: Freezer) -> psutil.Process:
+    """Freeze the one job process that waits for a job; SIGKILL ends it only when it has thawed."""
+    server = forkserver(r)
+    await r.until(lambda: len(server.children()) == 1)
+    (idle,) = server.children()
+    freezer.freeze(idle.pid)
+    return idle
+
+
+@pytest.mark.alone
+async def test_process_that_takes_long_to_die(run: StartRun, freezer: Freezer) -> None:
+    """Killed in a stop with time enough, and gone before the end: the sweep waits, and nothing is left."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    idle = await frozen_idle_process(r, freezer)
+    r.kill()
+    await r.until(lambda: r.log("stop sweeping"))
+    await asyncio.sleep(2.0)  # time to give up in
+    assert r.process.poll() is None and lives(idle.pid)
+    freezer.thaw()
+    assert await r.exit() == 0
+    await r.clean()
+
+
+@pytest.mark.alone
+async def test_process_that_outlives_grace(run: StartRun, freezer: Freezer) -> None:
+    """Frozen until grace is over: the stop ends on time, and the receipt counts it as left."""
+    r: Run = await run("run", "--grace", "5", AGENT)
+    await r.ready()
+    idle = await frozen_idle_process(r, freezer)
+    r.kill()
+    assert await r.exit(8) == 75
+    assert lives(idle.pid)
+    freezer.thaw()
+    receipt = r.receipt()
+    assert (receipt["outcome"], receipt["left"]) == ("forced", 1)
+    assert receipt["seconds"] < 6
+    await r.nothing_left(5)
+
+
+@pytest.mark.alone
+async def test_program_of_a_crashed_worker_that_takes_long_to_die(run: StartRun, freezer: Freezer) -> None:
+    """The slot starts its next worker meanwhile; the program counts once as swept, and never as left."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.livekit.dispatch("room", metadata=json.dumps({"sleep": 60, "mode": "spawn"}))
+    child = (await r.job_says(job.job_id, "spawned"))["child"]
+    freezer.freeze(child)
+    (worker,) = r.workers()
+    worker.kill()
+    await r.until(lambda: not r.livekit.available())
+    await r.ready()
+    assert lives(child)
+    r.kill()
+    await r.until(lambda: r.log("stop sweeping"))
+    freezer.thaw()
+    assert await r.exit() == 0
+    receipt = r.receipt()
+    assert (receipt["outcome"], receipt["swept"], receipt["left"]) == ("clean", 1, 0)
     await r.nothing_left()
