@@ -186,6 +186,9 @@ class Companion:
         due = now() + share
         self._say(Close(close_at=due - min(EXIT_SECONDS, share - MIN_CLOSE_SECONDS)))
         if await self.changed.until(lambda: child.status is not None, lambda: min(due, deadlines().end_at)):
+            # How it closed may still be unread. `_live` takes the channel away once it has read everything.
+            at = now() + EXIT_TIMEOUT
+            await self.changed.until(lambda: self._channel is None, lambda: at)
             return
         self._change(E.KILL)
         child.send(signal.SIGKILL)

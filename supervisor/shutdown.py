@@ -128,8 +128,12 @@ class Shutdown:
         if self._companion is not None:
             await self._companion.stop(lambda: stop.deadlines)
         clock.advance(Phase.SWEEPING)
-        due = max(stop.deadlines.end_at, now() + SWEEP_AT_LEAST)
-        await fleet.sweep(supervisor_id, due, inherits_orphans=inherits_orphans)
+        at_least = now() + SWEEP_AT_LEAST
+        await fleet.sweep(
+            supervisor_id,
+            lambda: max(stop.deadlines.end_at, at_least),
+            inherits_orphans=inherits_orphans,
+        )
 
     async def _report(self, stop: Stop) -> None:
         """Follow the phase, and say every few seconds how much is left."""

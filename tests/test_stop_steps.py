@@ -13,8 +13,8 @@ from lastcall.supervisor.fleet import stopper
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
-from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Ending, Progress, Seen, Step, StopState, step
 from lastcall.supervisor.fleet.stop_steps import Action as A
+from lastcall.supervisor.fleet.stop_steps import Ending, Progress, Seen, Step, StopState, step
 from lastcall.worker.base.budget import Shares, plan
 from tests.support.generations import generation_in
 
@@ -82,8 +82,8 @@ def row(
         row("was being taken down", S.TERMINATING, TOLD, 1, A.WAIT, 95, was_ready=False),
         # Killing.
         row("killed before the stop", S.KILLING, Progress(), 0, A.KILL),
-        row("the kernel takes its time", S.KILLING, Progress(is_killed=True), 1, A.WAIT, 95 + KILLED_IN),
-        row("in vain", S.KILLING, Progress(is_killed=True), 95 + KILLED_IN, A.OVER),
+        row("the kernel takes its time", S.KILLING, Progress(is_killed=True), 1, A.WAIT, 100),
+        row("in vain", S.KILLING, Progress(is_killed=True), 100, A.OVER),
         # Gone.
         # In the order of the enum: a set has another order in each process of pytest-xdist.
         *[row(f"{s.value}: nothing to stop", s, Progress(), 0, A.OVER) for s in S if s not in ALIVE],

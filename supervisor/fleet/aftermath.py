@@ -13,7 +13,8 @@ from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
 
-# Seconds after which a sweep gives up. Ours: SIGKILL works within milliseconds, or not at all.
+# Seconds for which a generation waits until its sweep is done. Ours: most processes die of SIGKILL within
+# milliseconds. One that takes longer does not hold up the next worker; the end of a stop counts what is left.
 SWEEP_WITHIN = 1.0
 # Seconds between two looks of a sweep. Ours: what was killed takes about so long to become a zombie.
 LOOK_AGAIN_AFTER = 0.002
@@ -44,8 +45,10 @@ def post_mortem(
     return facts
 
 
-async def sweep(mark: str, known_pids: set[int], *, unmarked: Callable[[], bool]) -> tuple[int, int]:
-    """Kill what a worker left behind; return how many programs that were and how many processes are left.
+async def sweep(
+    mark: str, known_pids: set[int], swept: descendants.Swept, *, unmarked: Callable[[], bool]
+) -> int:
+    """Kill what a worker left behind; return how many programs that were, those left out that `swept` has.
 
     `mark` is that of the worker's descendants. `unmarked` says whether a process that carries no mark,
     because it has cleared its environment, can only be one of them.
@@ -55,12 +58,12 @@ async def sweep(mark: str, known_pids: set[int], *, unmarked: Callable[[], bool]
     while True:
         adopted = descendants.adopted(known_pids)
         if not adopted:
-            return programs, 0
+            return programs
         found = descendants.marked(adopted, mark, unmarked=unmarked())
         if not found:
-            return programs, 0
-        programs += sum(1 for process in found if not descendants.is_framework(process))
+            return programs
+        programs += swept.add(found)
         descendants.kill(found)
         if now() >= due:
-            return programs, len(found)
+            return programs
         await asyncio.sleep(LOOK_AGAIN_AFTER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lastcall.supervisor.config import Config
@@ -28,8 +28,10 @@ FENCE_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 DRAIN_BOUNDS = (0.1, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 # Workers started in one turn of the loop. Ours: posix_spawn takes about a millisecond.
 STARTS_PER_TURN = 16
-# Seconds between two looks of the last sweep. Ours: what was killed takes about so long to become a zombie.
+# Seconds between two looks of the last sweep, the first and the longest. Ours: what was killed takes about as
+# long as the first to become a zombie, and to look costs milliseconds of processor time.
 SWEEP_AGAIN_AFTER = 0.005
+SWEEP_AGAIN_AT_MOST = 0.1
 
 
 class Fleet:
@@ -64,6 +66,8 @@ class Fleet:
             drain_seconds=Histogram(DRAIN_BOUNDS),
         )
         self._rng = rng
+        # Of the known ones only those that are not ours to end: the others are never known again.
+        self._spared_pids = frozenset(known_pids)
         self._group: asyncio.TaskGroup | None = None
         self.slots = [self._make(number) for number in range(config.workers)]
 
@@ -231,15 +235,18 @@ class Fleet:
         """After a fault of lastcall: leave the workers alone. They see the supervisor's end, and drain."""
         self.shared.is_abandoned = True
 
-    async def sweep(self, supervisor_id: str, deadline: float, *, inherits_orphans: bool) -> None:
-        """At the end of a stop, kill every descendant that is left, of whichever slot.
+    async def sweep(
+        self, supervisor_id: str, deadline: Callable[[], float], *, inherits_orphans: bool
+    ) -> None:
+        """At the end of a stop, kill every descendant that is left, and count those that the deadline leaves.
 
-        A subreaper finds every descendant below itself; otherwise the whole machine has to be looked at.
+        A subreaper finds every descendant below itself; otherwise the whole machine has to be looked at. A
+        worker or a broker that was killed, and has not died yet, is one of them.
         """
         record = self.shared.record
-        counted: set[int] = set()
+        pause = SWEEP_AGAIN_AFTER
         while True:
-            left = [descendants.each(pid) for pid in descendants.adopted(self.shared.known_pids)]
+            left = [descendants.each(pid) for pid in descendants.adopted(self._spared_pids)]
             below = [process for process in left if process is not None]
             below += [child for process in list(below) for child in descendants.tree(process.pid)]
             if not inherits_orphans:
@@ -247,14 +254,16 @@ class Fleet:
             found = {process.pid: process for process in below}
             if not found:
                 return
-            programs = [p for p in found.values() if not descendants.is_framework(p)]
-            record.swept += sum(1 for process in programs if process.pid not in counted)
-            counted.update(process.pid for process in programs)
+            # What lastcall itself has started is no program that a job left behind.
+            record.swept += self.shared.swept.add(
+                process for process in found.values() if process.pid not in self.shared.known_pids
+            )
             descendants.kill(found.values())
-            if now() >= deadline:
-                record.left += len(found)
+            if now() >= deadline():
+                record.left = len(found)
                 return
-            await asyncio.sleep(SWEEP_AGAIN_AFTER)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, SWEEP_AGAIN_AT_MOST)
 
 
 def pick_victims(slots: list[Slot], count: int) -> list[Slot]:

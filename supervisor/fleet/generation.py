@@ -36,8 +36,9 @@ from lastcall.worker.base.wire import (
 
 E, S = SlotEvent, SlotState
 
-# Seconds that the last words of an exited worker are waited for. Ours: they are in the socket already.
-LAST_WORDS_WITHIN = 1.0
+# Seconds that the last words of an exited worker are waited for, twice: a supervisor that was itself stopped
+# during the first wait reads them in the second. Ours: they are in the socket already.
+LAST_WORDS_WITHIN = 0.5
 # Seconds that a worker which did not register in time has to leave by itself. Ours: as `[stop] terminate`.
 TAKEN_DOWN_IN = 5.0
 
@@ -246,17 +247,19 @@ class Generation:
         """The process has ended: nothing of it may stay."""
         child = launched.child
         if self._channel is not None:  # its last words may still be unread; end of file comes behind them
-            due = now() + LAST_WORDS_WITHIN
-            await self.changed.until(lambda: self._channel_lost, lambda: due)
-        swept, left = await sweep(
-            launched.mark, self.shared.known_pids, unmarked=self.shared.may_sweep_unmarked
+            for _ in range(2):
+                due = now() + LAST_WORDS_WITHIN
+                await self.changed.until(lambda: self._channel_lost, lambda due=due: due)  # type: ignore[misc]
+        shared = self.shared
+        swept = await sweep(
+            launched.mark, shared.known_pids, shared.swept, unmarked=shared.may_sweep_unmarked
         )
         if self._channel is not None:
             self._channel.close()
             self._channel = None
         launched.close()
         self.shared.known_pids.discard(child.pid)
-        self._record_end(launched, child.status, swept, left)
+        self._record_end(launched, child.status, swept)
         self._end()
 
     def _end(self) -> None:
@@ -264,11 +267,10 @@ class Generation:
         self.changed.notify()
         self.shared.on_change()
 
-    def _record_end(self, launched: Launched, status: ExitStatus | None, swept: int, left: int) -> None:
+    def _record_end(self, launched: Launched, status: ExitStatus | None, swept: int) -> None:
         shared = self.shared
         lost = shared.ledger.lose(self.slot, self.number, now(), cut=self._cut)
         shared.record.swept += swept
-        shared.record.left += left
         self.last_exit = self.reports.fault or self.last_exit or str(status)
         if self.reports.is_config_error:
             self.config_error = self.reports.fault
@@ -376,5 +378,5 @@ class Generation:
 
 
 def is_living(job: JobEntry) -> bool:
-    """Tell whether a job's process lives; one that was given none yet counts as living."""
-    return job.pid is None or descendants.each(job.pid) is not None
+    """Tell whether a job can still be cut: its call is not over, and its process lives or is yet to come."""
+    return not job.is_over and (job.pid is None or descendants.each(job.pid) is not None)

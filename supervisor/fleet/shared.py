@@ -8,6 +8,7 @@ from typing import Any
 
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.fleet.histogram import Histogram
+from lastcall.supervisor.processes.descendants import Swept
 from lastcall.supervisor.receipt import Ledger, StopRecord
 
 
@@ -27,6 +28,7 @@ class Shared:
     may_sweep_unmarked: Callable[[], bool]
     fence_seconds: Histogram
     drain_seconds: Histogram
+    swept: Swept = field(default_factory=Swept)
     is_stopping: bool = False
     is_held: bool = False
     # After a fault of lastcall: the workers see the supervisor end and drain by themselves, unkilled.

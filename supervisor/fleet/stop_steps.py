@@ -14,10 +14,6 @@ from typing import assert_never
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.worker.base.budget import Deadlines, earliest
 
-# Seconds that the kernel may take to end a process that was sent SIGKILL. Ours: some milliseconds are usual,
-# a process in uninterruptible sleep may never end.
-KILLED_IN = 4.0
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Ending:
@@ -205,5 +201,6 @@ def _terminate(progress: Progress, deadlines: Deadlines, now: float) -> Step:
 def _kill(progress: Progress, deadlines: Deadlines, now: float) -> Step:
     if not progress.is_killed:  # killed for another reason, before the stop
         return Step(action=Action.KILL, progress=replace(progress, is_killed=True))
-    due_at = deadlines.terminate_at + KILLED_IN
+    # The kernel may take seconds: a process with much memory, or in uninterruptible sleep.
+    due_at = deadlines.kill_at
     return _wait(progress, due_at) if now < due_at else Step(action=Action.OVER, progress=progress)

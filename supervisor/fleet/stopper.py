@@ -8,7 +8,7 @@ from typing import assert_never
 
 from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.states import SlotEvent as E
-from lastcall.supervisor.fleet.stop_steps import KILLED_IN, Action, Ending, Seen, Step, step
+from lastcall.supervisor.fleet.stop_steps import Action, Ending, Seen, Step, step
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Drain, Fence, Terminate
 
@@ -35,9 +35,7 @@ async def stop(generation: Generation, ending: Ending) -> None:
     begin(generation, ending)
     stopping = generation.stopping
     if stopping.is_under_way:
-        await generation.changed.until(
-            lambda: generation.has_exited, lambda: stopping.deadlines.terminate_at + KILLED_IN
-        )
+        await generation.changed.until(lambda: generation.has_exited, lambda: stopping.deadlines.kill_at)
         return
     stopping.is_under_way = True
     try:

@@ -117,6 +117,19 @@ def is_framework(process: psutil.Process) -> bool:
         return True  # gone meanwhile
 
 
+class Swept:
+    """The programs that were swept so far. Each counts once, in however many sweeps it takes to die."""
+
+    def __init__(self) -> None:
+        self._programs: set[psutil.Process] = set()  # equal by pid and start time
+
+    def add(self, processes: Iterable[psutil.Process]) -> int:
+        """Note the programs among the processes; return how many of them are new."""
+        new = {each for each in processes if each not in self._programs and not is_framework(each)}
+        self._programs |= new
+        return len(new)
+
+
 def each(pid: int) -> psutil.Process | None:
     """Return the process of a pid, or None when it has ended, reaped or not."""
     try:
