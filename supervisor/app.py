@@ -217,7 +217,7 @@ class App:
                     for name, work in self._beside().items()
                 ]
                 workers = group.create_task(self._run_workers())
-                watching = group.create_task(self._watch_readiness())
+                watching = group.create_task(self._guarded("readiness", self._watch_readiness()))
                 group.create_task(self._guarded("operations", self.operations.run()))
                 stop = await self._until_stop()
                 watching.cancel()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.processes.output_writer import OutputWriter
+from lastcall.supervisor.signals import has_terminal
 from lastcall.worker.base import variables
 from lastcall.worker.base.settings import WorkerSettings
 
@@ -38,18 +39,10 @@ def surroundings(**more: Any) -> Surroundings:
     rehearsed = os.environ.get(variables.REHEARSAL)
     values: dict[str, Any] = {
         "environment": dict(os.environ),
-        "has_terminal": _has_terminal(),
+        "has_terminal": has_terminal(),
         "stdout": OutputWriter(1),
         "stderr": OutputWriter(2),
         # A rehearsal sets the variable for the supervisor that it starts.
         "worker_settings": WorkerSettings() if not rehearsed else WorkerSettings.from_json(rehearsed),
     }
     return Surroundings(**(values | more))
-
-
-def _has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True

@@ -116,7 +116,7 @@ class Shutdown:
         jobs = len(fleet.ledger.running)
         clock.advance(Phase.FENCING, reason=stop.reason, jobs=jobs, grace_s=round(stop.grace_left, 1))
         async with asyncio.TaskGroup() as group:
-            reporting = group.create_task(self._report(stop))
+            reporting = group.create_task(self._guarded_report(stop))
             async with asyncio.TaskGroup() as stops:
                 for slot in fleet.slots:
                     stops.create_task(slot.stop(stop))
@@ -134,6 +134,13 @@ class Shutdown:
             lambda: max(stop.deadlines.end_at, at_least),
             inherits_orphans=inherits_orphans,
         )
+
+    async def _guarded_report(self, stop: Stop) -> None:
+        """Keep a fault in the report from cancelling the stops of the workers."""
+        try:
+            await self._report(stop)
+        except Exception as error:
+            self._fleet.on_fault("report", error)
 
     async def _report(self, stop: Stop) -> None:
         """Follow the phase, and say every few seconds how much is left."""

@@ -6,6 +6,7 @@ A handler records which signal came and when, and wakes; it does not log, raise,
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ RECEIVED = (
     signal.SIGTTIN,
     signal.SIGTTOU,
 )
+# The terminal driver sends these to a background job that reads or writes (termios(3), `stty tostop`).
+FROM_THE_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
 # Signals that wait to be read. Ours: far more than anybody sends between two turns of the loop.
 MAX_UNREAD_SIGNALS = 256
 
@@ -60,13 +63,19 @@ class Inbox:
 def receive(loop: asyncio.AbstractEventLoop, inbox: Inbox) -> Iterator[None]:
     """Have the signals go to the inbox for as long as the block runs, and let in what was blocked before.
 
-    A SIGHUP that was ignored when the program began stays ignored: somebody said nohup.
+    A SIGHUP that was ignored when the program began stays ignored: somebody said nohup. With a controlling
+    terminal SIGTTIN and SIGTTOU are ignored, because there the terminal driver sends them and no operator
+    does. A handler is no way out: the kernel restarts the write that SIGTTOU has interrupted, without end.
     """
+    ignored = FROM_THE_TERMINAL if has_terminal() else ()
     handled = [
         number
         for number in RECEIVED
-        if not (number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN)
+        if number not in ignored
+        and not (number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN)
     ]
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)  # not undone below: the last lines are still being written
     for number in handled:
         loop.add_signal_handler(number, inbox.put, number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -77,3 +86,12 @@ def receive(loop: asyncio.AbstractEventLoop, inbox: Inbox) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for number in handled:
             loop.remove_signal_handler(number)
+
+
+def has_terminal() -> bool:
+    """Tell whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -14,7 +14,7 @@ SABOTAGE = """
 import asyncio, os, sys
 sys.argv = ["lastcall", *sys.argv[1:]]
 import lastcall.__main__ as program
-from lastcall.supervisor.{room} import {module}
+from {package} import {module}
 
 async def broken(self, *_, **__):
     while not os.path.exists(os.environ["JOB_LOG"] + ".fault"):
@@ -25,18 +25,20 @@ async def broken(self, *_, **__):
 program.main()
 """
 PLACES = {
-    "watch": ("fleet", "stalls", "Watch.run"),
-    "operations": ("fleet", "operations", "Operations.run"),
-    "announcer": ("views", "service_manager", "Announcer.run"),
+    "watch": ("lastcall.supervisor.fleet", "stalls", "Watch.run"),
+    "operations": ("lastcall.supervisor.fleet", "operations", "Operations.run"),
+    "announcer": ("lastcall.supervisor.views", "service_manager", "Announcer.run"),
+    "readiness": ("lastcall.supervisor", "app", "App._watch_readiness"),
+    "report": ("lastcall.supervisor", "shutdown", "Shutdown._report"),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 async def test_fault_beside_the_workers(run: StartRun, tmp_path: Path, place: str) -> None:
     """The job ends by itself, the receipt names the fault."""
-    room, module, name = PLACES[place]
+    package, module, name = PLACES[place]
     program = tmp_path / "sabotage.py"
-    program.write_text(SABOTAGE.format(room=room, module=module, name=name))
+    program.write_text(SABOTAGE.format(package=package, module=module, name=name))
     r: Run = await run(
         command=[
             sys.executable,
@@ -57,8 +59,10 @@ async def test_fault_beside_the_workers(run: StartRun, tmp_path: Path, place: st
     await r.ready()
     job = await r.dispatch(mode="hold")
     await r.job_says(job.job_id, "started")
+    if place == "report":  # it runs during a stop only
+        r.kill()
     r.job_log.with_name(r.job_log.name + ".fault").touch()
-    await r.until(lambda: r.log("stop draining"))
+    await r.until(lambda: r.log("fault in lastcall" if place == "report" else "stop draining"))
     r.let_go()
     assert await r.exit() == 70
     receipt = r.receipt()

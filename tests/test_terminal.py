@@ -6,11 +6,14 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from lastcall.supervisor.signal_actions import CtrlC, decide
 from tests.support.harness import AGENT, Run, StartRun
+from tests.support.program import status
 from tests.support.terminal import Terminal
 
 
@@ -72,6 +75,52 @@ async def test_closed_terminal(run: StartRun, terminal: Terminal) -> None:
     assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
     assert "SIGHUP" in r.receipt()["reason"]
     await r.nothing_left()
+
+
+CHATTY = ["--", "sh", "-c", "trap 'exit 0' TERM; while :; do echo line; sleep 0.1; done"]
+
+
+async def test_in_the_background_with_tostop(run: StartRun) -> None:
+    """Log lines arrive, no worker goes, and nothing spins; workers have the default dispositions."""
+    terminal = Terminal(in_background=True)
+    try:
+        r: Run = await run("run", "-w", "2", *CHATTY, terminal=terminal, livekit=False)
+        await r.until(lambda: terminal.read().count(b"slot ready") == 2, 40)
+        (supervisor,) = psutil.Process(r.pid).children()
+        assert os.getpgid(supervisor.pid) != os.tcgetpgrp(terminal.master), "it is in the background"
+        began, used, shown = time.monotonic(), cpu_seconds(supervisor), terminal.read().count(b"line")
+        await r.until(lambda: terminal.read().count(b"line") >= shown + 60, 40)
+        share = (cpu_seconds(supervisor) - used) / (time.monotonic() - began)
+        assert share < 0.05, f"{share:.0%} of a processor"
+        for number in (signal.SIGTTOU, signal.SIGTTIN):
+            os.kill(supervisor.pid, number)
+        document = await status(r)
+        assert [slot["state"] for slot in document["slots"]] == ["ready", "ready"]
+        assert b"scale" not in terminal.read()
+        for slot in document["slots"]:
+            assert not ignored_by(slot["pid"]) & {signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE}
+        supervisor.terminate()
+        assert await r.exit() == 0, terminal.text
+        assert b"receipt" in terminal.read()
+        await r.nothing_left()
+    finally:
+        terminal.hang_up()
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the processor time that a process has used."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def ignored_by(pid: int) -> set[signal.Signals]:
+    """Return the signals that a process ignores."""
+    (mask,) = (
+        int(line.split()[1], 16)
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("SigIgn")
+    )
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,10 @@ from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 # Above every number that a child is given, so that no dup2 in the child overwrites one still needed. Ours:
 # children are given less than ten.
 HIGH_FD = 64
+# The signals that a supervisor may ignore: Python ignores the first two, and with a terminal the supervisor
+# ignores the others. An ignored signal stays ignored across exec. A program that expects the default would
+# not end on a broken pipe, and not stop where a terminal that it has opened says so.
+IGNORED_HERE = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU)
 
 
 def high(fd: int) -> int:
@@ -100,8 +104,7 @@ def spawn(
             file_actions=actions,
             setsid=True,
             setsigmask=list(blocked),
-            # Python ignores these two; a program that expects the default would not end on a broken pipe.
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+            setsigdef=IGNORED_HERE,
         )
     except OSError as error:
         raise SpawnError(f"{argv[0]!r} can't be started: {error.strerror}") from error

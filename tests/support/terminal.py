@@ -12,20 +12,38 @@ from typing import Any
 _LEASH = (
     "import fcntl,os,sys,termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
+# Does what a shell with job control does for `stty tostop; COMMAND &`. The command has another process group
+# than the shell, which keeps the foreground. The shell waits for the command and ends with its exit code.
+_SHELL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+attributes = termios.tcgetattr(0)
+attributes[3] |= termios.TOSTOP
+termios.tcsetattr(0, termios.TCSANOW, attributes)
+pid = os.fork()
+if pid == 0:
+    os.setpgid(0, 0)
+    os.execv(sys.argv[1], sys.argv[1:])
+while True:
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 class Terminal:
-    """A pty whose foreground process group is a supervisor's; typing ^C signals the whole group."""
+    """A pty. A supervisor has its foreground, or runs in the background of a shell, after `stty tostop`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_background: bool = False) -> None:
         self.master, self.slave = pty.openpty()
         os.set_blocking(self.master, False)
         self.text = b""
         self.is_closed = False
+        self._leash = _SHELL if in_background else _LEASH
 
     @property
     def leash(self) -> list[str]:
-        return [sys.executable, "-c", _LEASH]
+        return [sys.executable, "-c", self._leash]
 
     @property
     def attributes(self) -> list[Any]:
