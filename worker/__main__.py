@@ -123,8 +123,8 @@ def _refuse_other_server(text: str, url: str, local_url: str) -> None:
     if address != loading.address_of(local_url):
         raise TargetError(
             f"{text}: its server would connect to {address or 'no URL'}, and only the local server"
-            f" {local_url} is allowed here: let LIVEKIT_URL of the environment win, without ws_url= and without"
-            " load_dotenv(override=True)"
+            f" {local_url} is allowed here: let LIVEKIT_URL of the environment win, without ws_url= and"
+            " without load_dotenv(override=True)"
         )
 
 
