@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.rehearsal import drill_report, play, stage
 from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, SceneResult, Seen, judge
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
@@ -159,7 +160,7 @@ def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
-    """It registers where nobody dispatches for the rehearsal: said at once, and not by a timeout."""
+    """It would register where nobody dispatches for the rehearsal: wrong, at once, and not by a timeout."""
     async with DispatchServer() as server:
         agent = tmp_path / "agent.py"
         agent.write_text(ELSEWHERE.format(url=server.url))
@@ -167,11 +168,12 @@ async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
         def register() -> float:
             with Stage(str(agent), grace=30) as set_up:
                 began = time.monotonic()
-                with pytest.raises(StageError, match="registered with another server"):
+                with pytest.raises(ConfigError, match=f"would connect to {server.url}, and only"):
                     set_up.wait_ready()
                 return time.monotonic() - began
 
         assert await asyncio.to_thread(register) < stage.WORKERS_READY_WITHIN / 2
+        assert server.events == []
 
 
 @pytest.mark.parametrize("after", [0.1, 0.15, 0.2, 0.3, 0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -185,3 +186,39 @@ async def test_slow_import_that_fails(run: StartRun, tmp_path: Path) -> None:
     assert await r.exit(60) == 69
     assert len(r.log("slot failed")) == 3
     await r.nothing_left()
+
+
+ELSEWHERE = {
+    "dotenv": AGENT.replace(
+        "\nfrom", "\nfrom dotenv import load_dotenv\nload_dotenv(override=True)\nfrom", 1
+    ),
+    "ws_url": AGENT.replace("num_idle_processes=1", "ws_url='{url}', api_key='k', api_secret='s' * 32"),
+}
+
+
+@pytest.mark.parametrize("verb", ["dev", "doctor", "rehearse"])
+@pytest.mark.parametrize("way", ELSEWHERE)
+async def test_another_server_in_a_mock_room(run: StartRun, tmp_path: Path, verb: str, way: str) -> None:
+    """An agent with an URL of its own is refused in one line, and no connection to that server is opened."""
+    connections = []
+    server = await asyncio.start_server(lambda *_: connections.append(1), "127.0.0.1", 0)
+    url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    write(tmp_path / "agent.py", ELSEWHERE[way].replace("{url}", url))
+    secrets = f"LIVEKIT_API_KEY=k\nLIVEKIT_API_SECRET={'s' * 32}\n"
+    write(tmp_path / ".env", f"LIVEKIT_URL={url}\n{secrets}")
+    async with server:
+        r = await run(verb, "agent.py", cwd=tmp_path, livekit=False)
+        assert await r.exit(60) == (1 if verb == "doctor" else 78)
+    lines = r.logs().splitlines()
+    said = [line for line in lines if f"would connect to {url}, and only the local server" in line]
+    assert said and "Traceback" not in r.logs()
+    assert connections == []
+    await r.nothing_left()
+
+
+def test_addresses_of_servers() -> None:
+    """What livekit-agents connects to, whichever way it is written, and without credentials."""
+    assert loading.address_of("http://LocalHost:7880/") == loading.address_of("ws://localhost:7880")
+    assert loading.address_of("wss://user:secret@x.livekit.cloud") == "wss://x.livekit.cloud"
+    assert loading.address_of("") == ""
+    assert "secret" not in loading.address_of("wss://user:secret@x:port")

@@ -97,6 +97,9 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
         raise TargetError(
             f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run"
         )
+    local_url = host.settings.local_url
+    if local_url:
+        _refuse_other_server(text, agent_server.url_of(server), local_url)
     agent_server.set_up_logging(server, coloured=host.settings.coloured)
     agent_server.use_private_ports(server)
     agent_server.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
@@ -109,6 +112,20 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
     host.adopt(server)
     host.control.say(Loaded(agent_name=agent_server.agent_name(server)))
+
+
+def _refuse_other_server(text: str, url: str, local_url: str) -> None:
+    """Refuse a server object that would not connect to the local server.
+
+    Raises TargetError. Its worker would take real calls, run them in mock rooms, and end with the verb.
+    """
+    address = loading.address_of(url)
+    if address != loading.address_of(local_url):
+        raise TargetError(
+            f"{text}: its server would connect to {address or 'no URL'}, and only the local server"
+            f" {local_url} is allowed here: let LIVEKIT_URL of the environment win, without ws_url= and"
+            " without load_dotenv(override=True)"
+        )
 
 
 def _fault(host: "Host", code: int, error: BaseException, traceback: str) -> int:

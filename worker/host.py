@@ -84,7 +84,7 @@ class Host:
             changed=self.changed,
             must_refuse=lambda: self.stopping.is_set or self._asked_hold,
             report=self._report,
-            mock_room=self.settings.mock_room,
+            mock_room=bool(self.settings.local_url),
             max_running=self.settings.max_running,
         )
         self.resources.join("livekit", self.engine.close)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, which only `sdk` knows
+from urllib.parse import urlsplit
 
 from lastcall.worker.base import target_form
 from lastcall.worker.base.errors import StartError, TargetError
@@ -111,6 +112,20 @@ def load(
             )
         return server
     return _only_server(target, module, classify)
+
+
+def address_of(url: str) -> str:
+    """Return the part of a LiveKit server's URL that says where it is, without credentials; "" for no URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return f"{url.partition('@')[2] or url!r} ({error})"
+    if not parts.scheme and not parts.netloc and not parts.path:
+        return ""
+    # As livekit-agents does, which takes http for ws.
+    scheme = re.sub("^http", "ws", parts.scheme)
+    return f"{scheme}://{parts.hostname}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
 
 
 def _only_server(target: Target, module: types.ModuleType, classify: Callable[[object], Any | None]) -> Any:

@@ -54,7 +54,7 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
         screen = LiveScreen(console) if console.is_terminal else None
         around = surroundings(
             environment={**os.environ, **server.environment, **speech.environment},
-            worker_settings=WorkerSettings(mock_room=True),
+            worker_settings=WorkerSettings(local_url=server.environment["LIVEKIT_URL"]),
             spared_pids=frozenset({server.pid, speech.pid}),
             quiet_workers=True,
             quiet_receipt=True,  # the receipt is shown below, for people

@@ -15,7 +15,7 @@ from lastcall.supervisor.cli.source_changes import changes
 from lastcall.supervisor.config.env_file import environment_of
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.environment import surroundings
-from lastcall.supervisor.errors import Refused
+from lastcall.supervisor.errors import ConfigError, Refused
 from lastcall.supervisor.signals import Inbox
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.settings import WorkerSettings
@@ -35,7 +35,8 @@ async def dev(inbox: Inbox, load: Callable[[], Config], *, directory: Path) -> E
         if is_local:
             server = await stack.enter_async_context(local_server("lastcall.worker.local", ["--greet"]))
             environment |= server.environment
-            settings, spared = WorkerSettings(mock_room=True), frozenset({server.pid})
+            settings = WorkerSettings(local_url=server.environment["LIVEKIT_URL"])
+            spared = frozenset({server.pid})
         around = surroundings(
             environment=environment,
             worker_settings=settings,
@@ -54,8 +55,13 @@ async def dev(inbox: Inbox, load: Callable[[], Config], *, directory: Path) -> E
             )
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(_reload_on_change(app, directory))
-            code = await app.run()
+            try:
+                code, wrong = await app.run(), None
+            except ConfigError as error:  # not from here: the group would wrap it
+                code, wrong = Exit.CONFIG, error
             watching.cancel()
+    if wrong is not None:
+        raise wrong
     return code
 
 

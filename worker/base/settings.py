@@ -27,9 +27,10 @@ class WorkerSettings:
     The supervisor builds one value for all workers (`supervisor.program`), replaces the last six fields for
     each worker (`processes.launch`), and hands the value over as JSON in one variable.
 
-    `max_running`: the most jobs at a time, 0 for no limit. `output_fds`: the read ends of the standard output
-    and error of the worker. `lifeline_fd`: only held, for as long as the worker lives. `scratch`: the
-    directory for the sockets of multiprocessing.
+    `max_running`: the most jobs at a time, 0 for no limit. `local_url`: the local server, the only server
+    that the worker may register with; jobs run in mock rooms then. `output_fds`: the read ends of the
+    standard output and error of the worker. `lifeline_fd`: only held, for as long as the worker lives.
+    `scratch`: the directory for the sockets of multiprocessing.
     """
 
     grace: float = DEFAULT_GRACE
@@ -37,7 +38,7 @@ class WorkerSettings:
     beat: float = 1.0
     max_running: int = 0
     coloured: bool = False
-    mock_room: bool = False
+    local_url: str = ""
     rehearsal: Rehearsal | None = None
     control_fd: int | None = None
     output_fds: tuple[int, ...] = ()

@@ -82,6 +82,12 @@ def as_server(value: object) -> AgentServer | None:
     return None
 
 
+def url_of(server: AgentServer) -> str:
+    """Return the URL that the server object will connect to. Needs `AgentServer._ws_url`."""
+    need(server, "_ws_url")
+    return str(server._ws_url or "")
+
+
 def has_entrypoint(server: AgentServer) -> bool:
     """Tell whether an rtc_session was registered; without one `run()` raises."""
     return getattr(server, "_entrypoint_fnc", True) is not None
