@@ -153,7 +153,9 @@ def test_failed_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: st
         monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
     target = loading.parse(str(write(tmp_path / "agent.py", f"{text}\n")))
     with pytest.raises(TargetError) as caught:
-        loading.load(target, record=lambda _: None, classify=lambda _: None)
+        loading.load(
+            target, record=lambda _: None, refuse_to_run=lambda _: lambda _: None, classify=lambda _: None
+        )
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -222,3 +224,52 @@ def test_addresses_of_servers() -> None:
     assert loading.address_of("wss://user:secret@x.livekit.cloud") == "wss://x.livekit.cloud"
     assert loading.address_of("") == ""
     assert "secret" not in loading.address_of("wss://user:secret@x:port")
+
+
+OWN_SERVER = """
+import asyncio, threading
+from livekit.agents import AgentServer, JobContext
+
+class Server(AgentServer):
+    async def run(self, **options):
+        await super().run(**options)
+
+server = {kind}(load_fnc=lambda: 0.1)
+
+@server.rtc_session()
+async def entrypoint(ctx: JobContext):
+    await asyncio.sleep(60)
+
+async def main():
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.run())
+    except Exception:
+        print("swallowed")
+
+if __name__ == "__main__":
+    {run}
+"""
+RUNS = {
+    "plain": ("AgentServer", "asyncio.run(server.run())"),
+    "subclass": ("Server", "asyncio.run(server.run())"),
+    "task": ("AgentServer", "asyncio.run(main())"),
+    "thread": ("AgentServer", "threading.Thread(target=lambda: asyncio.run(server.run())).start()"),
+}
+
+
+@pytest.mark.parametrize("way", RUNS)
+async def test_runs_its_own_server(run: StartRun, tmp_path: Path, way: str) -> None:
+    """Exit 78 in one line, and the worker never registers."""
+    kind, text = RUNS[way]
+    agent = write(tmp_path / "agent.py", OWN_SERVER.replace("{kind}", kind).replace("{run}", text))
+    r = await run("run", "agent.py", cwd=tmp_path)
+    await refused(r, f"agent.py runs its server itself ({agent} line ")
+    assert r.livekit.events == []
+
+
+async def test_named_server_with_a_run_of_its_own(run: StartRun, tmp_path: Path) -> None:
+    """The same file with the server named: its guard stays shut, and lastcall runs the server."""
+    text = OWN_SERVER.replace("{kind}", "Server").replace("{run}", RUNS["plain"][1])
+    write(tmp_path / "agent.py", text.replace("await asyncio.sleep(60)", "ctx.shutdown()"))
+    await job_runs(await run("run", "--grace", "30", "agent.py:server", cwd=tmp_path))

@@ -92,7 +92,12 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     child_processes.end_log_pipes()
     from lastcall.worker.inworld.plugin import attached  # noqa: F401  # in place before the target imports the plugin
 
-    server = loading.load(target, record=agent_server.record_run_app, classify=agent_server.as_server)
+    server = loading.load(
+        target,
+        record=agent_server.record_run_app,
+        refuse_to_run=agent_server.refuse_to_run,
+        classify=agent_server.as_server,
+    )
     if not agent_server.has_entrypoint(server):
         raise TargetError(
             f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run"

@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 from lastcall.worker.base import target_form
 from lastcall.worker.base.errors import StartError, TargetError
+from lastcall.worker.base.exit_codes import Exit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +67,61 @@ def load(
     target: Target,
     *,
     record: Callable[[Callable[[Any], NoReturn]], None],
+    refuse_to_run: Callable[[Callable[[Any], NoReturn]], Callable[[Any], None]],
     classify: Callable[[object], Any | None],
 ) -> Any:
     """Run or import the target and return its AgentServer.
 
-    `record` installs a stand-in for livekit's `run_app`. `classify` turns an AgentServer or WorkerOptions
-    into an AgentServer, and any other object into None. Raises TargetError for a target that no retry can
-    help: a missing attribute or module, an attribute of a wrong type, a syntax error. Raises StartError for
-    any other exception of the user's code.
+    `record` installs a stand-in for livekit's `run_app`, and `refuse_to_run` one for the run of a server. A
+    target that runs its server itself would take calls of which lastcall knows nothing, and which would end
+    with the worker. Only the server that is returned may run. `classify` turns an AgentServer or
+    WorkerOptions into an AgentServer, and any other object into None. Raises TargetError for a target that
+    no retry can help: a missing attribute or module, an attribute of a wrong type, a syntax error. Raises
+    StartError for any other exception of the user's code.
     """
+    ran: list[str] = []
+
+    def refuse(_server: Any) -> NoReturn:
+        ran.append(_place_of(sys._getframe(2)))
+        raise SystemExit(Exit.CONFIG)  # `except Exception` lets it pass, and a thread ends by it silently
+
+    permit = refuse_to_run(refuse)
+    try:
+        server = _load(target, record=record, classify=classify)
+    except (TargetError, StartError):
+        if not ran:
+            raise
+    if ran:
+        raise TargetError(
+            f"{target.text} runs its server itself{ran[0]}, so no stop could wait for its calls:"
+            f" end with cli.run_app(server), or name the server, as in {_file_of(target)}:server"
+        )
+    permit(server)
+    return server
+
+
+def _place_of(frame: types.FrameType | None) -> str:
+    """Return the innermost place outside of livekit-agents and the standard library, for a message."""
+    library = os.path.dirname(os.__file__)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        in_library = filename.startswith(library) and "site-packages" not in filename
+        if not in_library and IN_LIVEKIT_AGENTS not in filename:
+            return f" ({filename} line {frame.f_lineno})"
+        frame = frame.f_back
+    return ""
+
+
+def _file_of(target: Target) -> str:
+    return target.text.removesuffix(f":{target.attribute}") if target.attribute else target.text
+
+
+def _load(
+    target: Target,
+    *,
+    record: Callable[[Callable[[Any], NoReturn]], None],
+    classify: Callable[[object], Any | None],
+) -> Any:
     recorded: list[Any] = []
 
     def run_app(server: Any) -> NoReturn:
