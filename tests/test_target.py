@@ -9,12 +9,12 @@ from typing import NoReturn
 
 import pytest
 
-from lastcall.supervisor.deploy import systemd
+from lastcall.supervisor.deploy import docker, k8s, systemd
 from lastcall.supervisor.deploy.service import Service
 from lastcall.worker import target as loading
 from lastcall.worker.base.errors import TargetError
 from lastcall.worker.base.target_form import TargetForm, parse
-from tests.support.harness import Run, StartRun
+from tests.support.harness import LASTCALL, Run, StartRun
 
 AGENT = """
 from livekit.agents import JobContext, WorkerOptions, cli
@@ -273,3 +273,26 @@ async def test_named_server_with_a_run_of_its_own(run: StartRun, tmp_path: Path)
     text = OWN_SERVER.replace("{kind}", "Server").replace("{run}", RUNS["plain"][1])
     write(tmp_path / "agent.py", text.replace("await asyncio.sleep(60)", "ctx.shutdown()"))
     await job_runs(await run("run", "--grace", "30", "agent.py:server", cwd=tmp_path))
+
+
+async def test_module_with_arguments(run: StartRun, tmp_path: Path) -> None:
+    """A package's module runs as a program, in job processes too, and finds the arguments after --args."""
+    write(tmp_path / "app/__init__.py", "")
+    write(tmp_path / "app/helper.py", "N = 1\n")
+    asserts = "import sys\nassert sys.argv[1:] == ['start', '--room', 'x', '--'], sys.argv\n"
+    write(tmp_path / "app/main.py", f"from .helper import N\n{asserts}{AGENT}")
+    more = ["--args", "--room", "x", "--"]
+    control = ["--http", "off", "--control", str(tmp_path / "c.sock")]
+    command = [*LASTCALL, "run", "-m", "app.main", "--grace", "30", *control, *more]
+    r = await run(command=command, cwd=tmp_path)
+    await job_runs(r)
+
+
+def test_unit_of_a_module_with_arguments() -> None:
+    """Each artefact has the module and the arguments, as one word each."""
+    service = Service(target="-m app.main", arguments=("--room", "a b"), directory="/srv")
+    text = systemd.unit(service)
+    assert "run -m app.main " in text and 'receipt.json --args --room "a b"\n' in text
+    assert 'CMD ["-m", "app.main", "--args", "--room", "a b"]' in docker.dockerfile(service)
+    for other in (docker.compose(service), k8s.stream(service)):
+        assert '["-m", "app.main", "--args", "--room", "a b"]' in other
