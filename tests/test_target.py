@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ from lastcall.worker.base.errors import TargetError
 from lastcall.worker.base.target_form import TargetForm, parse
 from tests.support.harness import LASTCALL, Run, StartRun
 
+ROOT = Path(__file__).parent.parent
 AGENT = """
 from livekit.agents import JobContext, WorkerOptions, cli
 
@@ -296,3 +298,52 @@ def test_unit_of_a_module_with_arguments() -> None:
     assert 'CMD ["-m", "app.main", "--args", "--room", "a b"]' in docker.dockerfile(service)
     for other in (docker.compose(service), k8s.stream(service)):
         assert '["-m", "app.main", "--args", "--room", "a b"]' in other
+
+
+PROBE = """
+import json, os, sys
+
+main = sys.modules["__main__"]
+seen = {
+    "argv": sys.argv,
+    "path": sys.path,
+    "directory": os.getcwd(),
+    "umask": os.umask(0o22),
+    "name": __name__,
+    "file": __file__,
+    "spec": None if __spec__ is None else __spec__.name,
+    "package": __package__,
+    "loader": type(__loader__).__name__,
+    "main": main.__dict__ is globals(),
+    "executable": sys.executable,
+    "variables": sorted(n for n in os.environ if not n.startswith(("LASTCALL_", "INWORLD_"))),
+    "flags": {n: getattr(sys.flags, n) for n in ("dev_mode", "optimize", "utf8_mode", "isolated")},
+}
+
+def annotated(x: int): ...
+
+seen["annotation"] = str(annotated.__annotations__["x"])
+with open("seen.json", "w") as file:
+    json.dump(seen, file)
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("form", [["probe.py"], ["link/probe.py"], ["-m", "package.probe"]])
+async def test_same_as_python_start(run: StartRun, tmp_path: Path, form: list[str]) -> None:
+    """One probe program sees the same under `python probe.py start` as under a worker of lastcall."""
+    write(tmp_path / "probe.py", PROBE)
+    write(tmp_path / "package/__init__.py", "")
+    write(tmp_path / "package/probe.py", PROBE)
+    (tmp_path / "link").symlink_to("package")
+    environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    seen = []
+    for command in (
+        [sys.executable, *form, "start", "--tenant", "a"],
+        [sys.executable, "-P", "-m", "lastcall.worker", *form, "--args", "--tenant", "a"],
+    ):
+        r = await run(command=command, cwd=tmp_path, livekit=False, environment=environment)
+        await r.exit(30)
+        seen.append(json.loads((tmp_path / "seen.json").read_text()))
+        (tmp_path / "seen.json").unlink()
+    assert seen[0] == seen[1]
