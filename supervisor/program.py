@@ -54,6 +54,7 @@ class Program:
         )
         return Launcher(
             target=config.target,
+            arguments=tuple(config.args),
             command=tuple(config.command),
             supervisor_id=self.supervisor_id,
             environment=environment,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from lastcall.supervisor.deploy import systemd
+from lastcall.supervisor.deploy import docker, k8s, systemd
 from lastcall.supervisor.deploy.service import Service
 from lastcall.worker import target as loading
 from lastcall.worker.base.errors import TargetError
 from lastcall.worker.base.target_form import TargetForm, parse
-from tests.support.harness import Run, StartRun
+from tests.support.harness import LASTCALL, Run, StartRun
 
+ROOT = Path(__file__).parent.parent
 AGENT = """
 from livekit.agents import JobContext, WorkerOptions, cli
 
@@ -153,7 +155,9 @@ def test_failed_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: st
         monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
     target = loading.parse(str(write(tmp_path / "agent.py", f"{text}\n")))
     with pytest.raises(TargetError) as caught:
-        loading.load(target, record=lambda _: None, classify=lambda _: None)
+        loading.load(
+            target, record=lambda _: None, refuse_to_run=lambda _: lambda _: None, classify=lambda _: None
+        )
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -222,3 +226,124 @@ def test_addresses_of_servers() -> None:
     assert loading.address_of("wss://user:secret@x.livekit.cloud") == "wss://x.livekit.cloud"
     assert loading.address_of("") == ""
     assert "secret" not in loading.address_of("wss://user:secret@x:port")
+
+
+OWN_SERVER = """
+import asyncio, threading
+from livekit.agents import AgentServer, JobContext
+
+class Server(AgentServer):
+    async def run(self, **options):
+        await super().run(**options)
+
+server = {kind}(load_fnc=lambda: 0.1)
+
+@server.rtc_session()
+async def entrypoint(ctx: JobContext):
+    await asyncio.sleep(60)
+
+async def main():
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.run())
+    except Exception:
+        print("swallowed")
+
+if __name__ == "__main__":
+    {run}
+"""
+RUNS = {
+    "plain": ("AgentServer", "asyncio.run(server.run())"),
+    "subclass": ("Server", "asyncio.run(server.run())"),
+    "task": ("AgentServer", "asyncio.run(main())"),
+    "thread": ("AgentServer", "threading.Thread(target=lambda: asyncio.run(server.run())).start()"),
+}
+
+
+@pytest.mark.parametrize("way", RUNS)
+async def test_runs_its_own_server(run: StartRun, tmp_path: Path, way: str) -> None:
+    """Exit 78 in one line, and the worker never registers."""
+    kind, text = RUNS[way]
+    agent = write(tmp_path / "agent.py", OWN_SERVER.replace("{kind}", kind).replace("{run}", text))
+    r = await run("run", "agent.py", cwd=tmp_path)
+    await refused(r, f"agent.py runs its server itself ({agent} line ")
+    assert r.livekit.events == []
+
+
+async def test_named_server_with_a_run_of_its_own(run: StartRun, tmp_path: Path) -> None:
+    """The same file with the server named: its guard stays shut, and lastcall runs the server."""
+    text = OWN_SERVER.replace("{kind}", "Server").replace("{run}", RUNS["plain"][1])
+    write(tmp_path / "agent.py", text.replace("await asyncio.sleep(60)", "ctx.shutdown()"))
+    await job_runs(await run("run", "--grace", "30", "agent.py:server", cwd=tmp_path))
+
+
+async def test_module_with_arguments(run: StartRun, tmp_path: Path) -> None:
+    """A package's module runs as a program, in job processes too, and finds the arguments after --args."""
+    write(tmp_path / "app/__init__.py", "")
+    write(tmp_path / "app/helper.py", "N = 1\n")
+    asserts = "import sys\nassert sys.argv[1:] == ['start', '--room', 'x', '--'], sys.argv\n"
+    write(tmp_path / "app/main.py", f"from .helper import N\n{asserts}{AGENT}")
+    more = ["--args", "--room", "x", "--"]
+    control = ["--http", "off", "--control", str(tmp_path / "c.sock")]
+    command = [*LASTCALL, "run", "-m", "app.main", "--grace", "30", *control, *more]
+    r = await run(command=command, cwd=tmp_path)
+    await job_runs(r)
+
+
+def test_unit_of_a_module_with_arguments() -> None:
+    """Each artefact has the module and the arguments, as one word each."""
+    service = Service(target="-m app.main", arguments=("--room", "a b"), directory="/srv")
+    text = systemd.unit(service)
+    assert "run -m app.main " in text and 'receipt.json --args --room "a b"\n' in text
+    assert 'CMD ["-m", "app.main", "--args", "--room", "a b"]' in docker.dockerfile(service)
+    for other in (docker.compose(service), k8s.stream(service)):
+        assert '["-m", "app.main", "--args", "--room", "a b"]' in other
+
+
+PROBE = """
+import json, os, sys
+
+main = sys.modules["__main__"]
+seen = {
+    "argv": sys.argv,
+    "path": sys.path,
+    "directory": os.getcwd(),
+    "umask": os.umask(0o22),
+    "name": __name__,
+    "file": __file__,
+    "spec": None if __spec__ is None else __spec__.name,
+    "package": __package__,
+    "loader": type(__loader__).__name__,
+    "main": main.__dict__ is globals(),
+    "executable": sys.executable,
+    "variables": sorted(n for n in os.environ if not n.startswith(("LASTCALL_", "INWORLD_"))),
+    "flags": {n: getattr(sys.flags, n) for n in ("dev_mode", "optimize", "utf8_mode", "isolated")},
+}
+
+def annotated(x: int): ...
+
+seen["annotation"] = str(annotated.__annotations__["x"])
+with open("seen.json", "w") as file:
+    json.dump(seen, file)
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("form", [["probe.py"], ["link/probe.py"], ["-m", "package.probe"]])
+async def test_same_as_python_start(run: StartRun, tmp_path: Path, form: list[str]) -> None:
+    """One probe program sees the same under `python probe.py start` as under a worker of lastcall."""
+    write(tmp_path / "probe.py", PROBE)
+    write(tmp_path / "package/__init__.py", "")
+    write(tmp_path / "package/probe.py", PROBE)
+    (tmp_path / "link").symlink_to("package")
+    environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    seen = []
+    for command in (
+        [sys.executable, *form, "start", "--tenant", "a"],
+        [sys.executable, "-P", "-m", "lastcall.worker", *form, "--args", "--tenant", "a"],
+    ):
+        r = await run(command=command, cwd=tmp_path, livekit=False, environment=environment)
+        await r.exit(30)
+        seen.append(json.loads((tmp_path / "seen.json").read_text()))
+        (tmp_path / "seen.json").unlink()
+    assert seen[0] == seen[1]

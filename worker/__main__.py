@@ -20,7 +20,7 @@ import uvloop
 
 from lastcall.worker import scratch
 from lastcall.worker import target as loading
-from lastcall.worker.base import variables
+from lastcall.worker.base import target_form, variables
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError, TargetError
 from lastcall.worker.base.exit_codes import Exit
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 def main() -> NoReturn:
     """Run the worker and end the process with its exit code."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: python -m lastcall.worker TARGET", file=sys.stderr)
+    given = target_form.read_words(sys.argv[1:])
+    if given is None:
+        print("usage: python -m lastcall.worker TARGET [--args ARG...]", file=sys.stderr)
         raise SystemExit(Exit.USAGE)
     settings = WorkerSettings.take(os.environ)
     for fd in (*settings.output_fds, settings.control_fd, settings.lifeline_fd):
@@ -53,20 +54,25 @@ def main() -> NoReturn:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         # The target is loaded before the loop runs, as it would be in a program of its own. The signals stay
         # blocked until then: uvloop forgets what its handlers received before it ran, the kernel does not.
-        code = _host(runner, settings, stopping, changed, sys.argv[1])
+        code = _host(runner, settings, stopping, changed, *given)
         # Not by the end of the interpreter: livekit-agents has threads that never end, and 10 ms would go by.
         scratch.remove()
         leave(code)
 
 
 def _host(
-    runner: asyncio.Runner, settings: WorkerSettings, stopping: Stopping, changed: Condition, target: str
+    runner: asyncio.Runner,
+    settings: WorkerSettings,
+    stopping: Stopping,
+    changed: Condition,
+    target: str,
+    arguments: list[str],
 ) -> int:
     from lastcall.worker.host import Host
 
     host = Host(settings, stopping, changed)
     try:
-        _load(host, runner.get_loop(), target)
+        _load(host, runner.get_loop(), target, arguments)
     except TargetError as error:
         return _fault(host, Exit.CONFIG, error, error.traceback)
     except Incompatible as error:
@@ -80,8 +86,8 @@ def _host(
     return code
 
 
-def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
-    target = loading.parse(text)
+def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: list[str]) -> None:
+    target = loading.parse(text, arguments)
     from lastcall.worker.sdk import agent_server, child_processes
     from lastcall.worker.shield import raise_shield
 
@@ -92,7 +98,12 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     child_processes.end_log_pipes()
     from lastcall.worker.inworld.plugin import attached  # noqa: F401  # in place before the target imports the plugin
 
-    server = loading.load(target, record=agent_server.record_run_app, classify=agent_server.as_server)
+    server = loading.load(
+        target,
+        record=agent_server.record_run_app,
+        refuse_to_run=agent_server.refuse_to_run,
+        classify=agent_server.as_server,
+    )
     if not agent_server.has_entrypoint(server):
         raise TargetError(
             f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run"

@@ -1,10 +1,14 @@
 """From TARGET to an AgentServer.
 
-TARGET is `path.py`, `path.py:attr` or `module:attr`. A bare path is executed as `python path.py start` would
-execute it: the module is `__main__`, and a stand-in for `run_app` records the agent. So the usual file, which
-builds its WorkerOptions under the `__main__` guard, works as it is. A path with an attribute is executed as
-`__mp_main__`, the name under which multiprocessing imports the file in job processes, so its `__main__` guard
-stays shut.
+TARGET is `path.py`, `path.py:attr`, `module:attr` or `-m module`. A bare path is executed as
+`python path.py start` would execute it: the module is `__main__`, and a stand-in for `run_app` records the
+agent. So the usual file, which builds its WorkerOptions under the `__main__` guard, works as it is. A path
+with an attribute is executed as `__mp_main__`, the name under which multiprocessing imports the file in job
+processes, so its `__main__` guard
+stays shut. `-m module` is run as `python -m module start` would run it.
+
+The program finds `start` and the arguments that follow `--args` in `sys.argv`. Where `start` is among those
+arguments they are left as they are, for a program that expects `start` in another place.
 
 The user's directory joins `sys.path` only here, when lastcall has imported its dependencies. A `uvloop.py`
 beside the target would otherwise take the place of uvloop in lastcall's imports.
@@ -21,15 +25,17 @@ import stat
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, which only `sdk` knows
 from urllib.parse import urlsplit
 
 from lastcall.worker.base import target_form
 from lastcall.worker.base.errors import StartError, TargetError
+from lastcall.worker.base.exit_codes import Exit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +46,28 @@ class Target:
     path: Path | None
     module: str
     attribute: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def argv(self) -> list[str]:
+        """What follows the name of the program."""
+        return [*(() if "start" in self.arguments else ("start",)), *self.arguments]
 
 
-def parse(text: str) -> Target:
+def parse(text: str, arguments: Sequence[str] = ()) -> Target:
     """Parse a TARGET. Raises TargetError for a text of no known form, and where the file is missing."""
     try:
         form = target_form.parse(text)
     except ValueError as error:
         raise TargetError(str(error)) from None
     if not form.file:
-        return Target(text=text, path=None, module=form.module, attribute=form.attribute)
+        return Target(
+            text=text,
+            path=None,
+            module=form.module,
+            attribute=form.attribute,
+            arguments=tuple(arguments),
+        )
     path = Path(form.file).absolute()
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
@@ -59,22 +77,68 @@ def parse(text: str) -> Target:
         raise TargetError(f"{form.file!r} can't be read: {error.strerror}") from None
     if not is_file:
         raise TargetError(f"no file {form.file!r}: TARGET is {target_form.FORMS}{_near(path)}")
-    return Target(text=text, path=path, module="", attribute=form.attribute)
+    return Target(text=text, path=path, module="", attribute=form.attribute, arguments=tuple(arguments))
 
 
 def load(
     target: Target,
     *,
     record: Callable[[Callable[[Any], NoReturn]], None],
+    refuse_to_run: Callable[[Callable[[Any], NoReturn]], Callable[[Any], None]],
     classify: Callable[[object], Any | None],
 ) -> Any:
     """Run or import the target and return its AgentServer.
 
-    `record` installs a stand-in for livekit's `run_app`. `classify` turns an AgentServer or WorkerOptions
-    into an AgentServer, and any other object into None. Raises TargetError for a target that no retry can
-    help: a missing attribute or module, an attribute of a wrong type, a syntax error. Raises StartError for
-    any other exception of the user's code.
+    `record` installs a stand-in for livekit's `run_app`, and `refuse_to_run` one for the run of a server. A
+    target that runs its server itself would take calls of which lastcall knows nothing, and which would end
+    with the worker. Only the server that is returned may run. `classify` turns an AgentServer or
+    WorkerOptions into an AgentServer, and any other object into None. Raises TargetError for a target that
+    no retry can help: a missing attribute or module, an attribute of a wrong type, a syntax error. Raises
+    StartError for any other exception of the user's code.
     """
+    ran: list[str] = []
+
+    def refuse(_server: Any) -> NoReturn:
+        ran.append(_place_of(sys._getframe(2)))
+        raise SystemExit(Exit.CONFIG)  # `except Exception` lets it pass, and a thread ends by it silently
+
+    permit = refuse_to_run(refuse)
+    try:
+        server = _load(target, record=record, classify=classify)
+    except (TargetError, StartError):
+        if not ran:
+            raise
+    if ran:
+        raise TargetError(
+            f"{target.text} runs its server itself{ran[0]}, so no stop could wait for its calls:"
+            f" end with cli.run_app(server), or name the server, as in {_file_of(target)}:server"
+        )
+    permit(server)
+    return server
+
+
+def _place_of(frame: types.FrameType | None) -> str:
+    """Return the innermost place outside of livekit-agents and the standard library, for a message."""
+    library = os.path.dirname(os.__file__)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        in_library = filename.startswith(library) and "site-packages" not in filename
+        if not in_library and IN_LIVEKIT_AGENTS not in filename:
+            return f" ({filename} line {frame.f_lineno})"
+        frame = frame.f_back
+    return ""
+
+
+def _file_of(target: Target) -> str:
+    return target.text.removesuffix(f":{target.attribute}") if target.attribute else target.text
+
+
+def _load(
+    target: Target,
+    *,
+    record: Callable[[Callable[[Any], NoReturn]], None],
+    classify: Callable[[object], Any | None],
+) -> Any:
     recorded: list[Any] = []
 
     def run_app(server: Any) -> NoReturn:
@@ -91,7 +155,7 @@ def load(
     else:
         _refuse_own_lastcall(Path.cwd())
         sys.path.insert(0, str(Path.cwd()))
-        module = _import(target)
+        module = _import(target) if target.attribute else _execute_module(target, recorded)
     if target.attribute:
         found = _attribute(target, module)
         server = classify(found)
@@ -153,9 +217,47 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
     # multiprocessing reads the file of `__main__` to tell job processes what to import, so the module is
     # registered under that name with an attribute too.
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-    sys.argv = [str(path), "start"]
+    sys.argv = [_file_of(target), *target.argv]
+    _run_code(target, module, lambda: _compile(target, path), recorded)
+    return module
+
+
+def _execute_module(target: Target, recorded: list[Any]) -> types.ModuleType:
+    """Run a module as `python -m` does. Raises TargetError where there is none."""
+    sys.argv = ["-m", *target.argv]  # as Python has it while it looks for the module
+    spec = _spec_of(target, target.module)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = _spec_of(target, f"{target.module}.__main__")
+    loader = None if spec is None else spec.loader
+    if spec is None or not isinstance(loader, InspectLoader):
+        raise TargetError(
+            f"{target.text}: there is no such module; correct the name or the working directory"
+        )
+    module = types.ModuleType("__main__")
+    # Job processes import the module by the name in its spec.
+    module.__spec__ = spec
+    module.__package__ = spec.parent
+    module.__loader__ = loader
+    module.__file__ = spec.origin
+    module.__dict__["__cached__"] = spec.cached
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    sys.argv = [spec.origin or target.module, *target.argv]
+    _run_code(target, module, lambda: loader.get_code(spec.name), recorded)
+    return module
+
+
+def _spec_of(target: Target, name: str) -> ModuleSpec | None:
     try:
-        exec(_compile(target, path), module.__dict__)
+        return importlib.util.find_spec(name)
+    except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and name.startswith(f"{error.name}."):
+            return None
+        _raise_users(target, error)
+
+
+def _run_code(target: Target, module: types.ModuleType, code: Callable[[], Any], recorded: list[Any]) -> None:
+    try:
+        exec(code(), module.__dict__)
     except SystemExit as error:
         if not recorded:
             raise StartError(
@@ -163,7 +265,6 @@ def _execute(target: Target, path: Path, recorded: list[Any]) -> types.ModuleTyp
             ) from None
     except BaseException as error:
         _raise_users(target, error)
-    return module
 
 
 def _compile(target: Target, path: Path) -> types.CodeType:
@@ -177,6 +278,7 @@ def _compile(target: Target, path: Path) -> types.CodeType:
 
 
 def _import(target: Target) -> types.ModuleType:
+    sys.argv = [target.module, *target.argv]
     try:
         return importlib.import_module(target.module)
     except SystemExit as error:

@@ -16,9 +16,20 @@ from typing import Annotated
 
 import typer
 
-from lastcall.supervisor.cli.parameters import ConfigFile, Target, help_of, with_run_options
+from lastcall.supervisor.cli.parameters import (
+    Arguments,
+    ConfigFile,
+    Module,
+    OptionalTarget,
+    arguments_of,
+    help_of,
+    needed_target,
+    target_of,
+    with_run_options,
+)
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.budget import DEFAULT_GRACE
+from lastcall.worker.base.target_form import tail, words
 
 KINDS = ("systemd", "docker", "compose", "k8s")
 
@@ -32,7 +43,9 @@ def add_to(app: typer.Typer) -> None:
 
 def _unit(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="systemd, docker, compose or k8s.")],
-    target: Target,
+    target: OptionalTarget = None,
+    module: Module = None,
+    arguments: Arguments = None,
     grace: Annotated[float | None, typer.Option(metavar="S", help=help_of("grace"))] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "-w", metavar="N", help=help_of("workers"))
@@ -48,6 +61,8 @@ def _unit(
     from lastcall.supervisor.deploy import docker, k8s, systemd
     from lastcall.supervisor.deploy.service import Service, Timers, seconds
 
+    target = needed_target(target, module)
+    own = arguments_of(arguments) or []
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of unit: expected {', '.join(KINDS)}")
     if image is not None and kind not in ("compose", "k8s"):
@@ -61,13 +76,14 @@ def _unit(
         raise UsageError(f"{target!r} would not be in the image; expected a path below the build's directory")
     service = Service(
         target=target,
+        arguments=tuple(own),
         name=name or "lastcall",
         image=image or "",
         program=_program(program) if kind == "systemd" else "lastcall",
         directory=os.getcwd(),
         workers=1 if workers is None else workers,
         timers=Timers(grace=DEFAULT_GRACE if grace is None else grace),
-        printed_by=shlex.join(["lastcall", "unit", kind, target, *given]),
+        printed_by=shlex.join(["lastcall", "unit", kind, *words(target), *given, *tail(own)]),
     )
     render = {
         "systemd": systemd.unit,
@@ -115,7 +131,9 @@ def _program(given: str | None) -> str:
 
 
 def _rehearse(
-    target: Target,
+    target: OptionalTarget = None,
+    module: Module = None,
+    arguments: Arguments = None,
     workers: Annotated[int, typer.Option("--workers", "-w", metavar="N", help="Workers to stop.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
     junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML as well.")] = None,
@@ -128,6 +146,7 @@ def _rehearse(
     from lastcall.supervisor.rehearsal import drill_report
     from lastcall.supervisor.rehearsal.play import rehearse
 
+    target = needed_target(target, module)
     if not 1 <= workers <= 16:
         raise UsageError(f"--workers: got {workers}, expected 1 to 16")
     if junit is not None and not Path(junit).absolute().parent.is_dir():
@@ -136,7 +155,7 @@ def _rehearse(
         raise UsageError(f"--junit: {junit!r} is a directory; expected a file")
     verdicts = []
     with _interruptible():
-        for verdict in rehearse(target, workers=workers):
+        for verdict in rehearse(target, arguments_of(arguments) or (), workers=workers):
             verdicts.append(verdict)
             if not as_json:
                 print(drill_report.line(verdict), flush=True)
@@ -153,6 +172,8 @@ def _doctor(
     target: Annotated[
         str | None, typer.Argument(metavar="TARGET", help="A worker of it is started, looked at and stopped.")
     ] = None,
+    module: Module = None,
+    arguments: Arguments = None,
     config: ConfigFile = None,
     unit: Annotated[
         str | None, typer.Option(metavar="NAME", help="systemd unit to look at.  [the one doctor runs in]")
@@ -165,8 +186,9 @@ def _doctor(
     from lastcall.supervisor.doctor.checks import examine
     from lastcall.supervisor.doctor.gather import gather
 
+    given = {"target": target_of(target, module), "args": arguments_of(arguments), **flags}
     with _interruptible():
-        findings = examine(gather({"target": target, **flags}, config_file=config, unit=unit))
+        findings = examine(gather(given, config_file=config, unit=unit))
     document = report.document(findings)
     if as_json:
         print(json.dumps(document, indent=2))

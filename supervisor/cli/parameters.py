@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from lastcall.supervisor.config.options import Config, flags
+from lastcall.supervisor.errors import UsageError
+from lastcall.worker.base import target_form
 
 _TARGET = typer.Argument(metavar="TARGET", help=Config.model_fields["target"].description)
-Target = Annotated[str, _TARGET]
 OptionalTarget = Annotated[str | None, _TARGET]
+Module = Annotated[
+    str | None, typer.Option("-m", metavar="MODULE", help="TARGET as `python -m MODULE start` has it.")
+]
+# The words that follow, as JSON: `given_in` makes the value of them before the command line is read.
+Arguments = Annotated[
+    str | None, typer.Option("--args", metavar="ARG…", help="All that follows, for the program itself.")
+]
 # The one option of `run` that is no key of the file.
 CONFIG_FILE_DEFAULT = "lastcall.toml, or [tool.lastcall] of pyproject.toml"
 ConfigFile = Annotated[
     str | None, typer.Option(metavar="FILE", help=f"Configuration.  [{CONFIG_FILE_DEFAULT}]")
 ]
+
+
+def with_arguments(words: list[str]) -> list[str]:
+    """Return a command line in which all words after --args are one value of it."""
+    if target_form.ARGUMENTS not in words:
+        return words
+    at = words.index(target_form.ARGUMENTS)
+    if "--" in words[:at]:  # a word of the command
+        return words
+    return [*words[: at + 1], json.dumps(words[at + 1 :])]
+
+
+def arguments_of(value: str | None) -> list[str] | None:
+    """Return the words that `with_arguments` joined."""
+    return None if value is None else list(json.loads(value))
+
+
+def target_of(target: str | None, module: str | None) -> str | None:
+    """Return the target of either form. Raises UsageError for both at once."""
+    if module is None:
+        return target
+    if target is not None:
+        raise UsageError(f"both TARGET {target!r} and -m {module}: expected one; arguments go after --args")
+    return f"{target_form.MODULE} {module}"
+
+
+def needed_target(target: str | None, module: str | None) -> str:
+    """Return the target of either form. Raises UsageError for both at once, and for none."""
+    found = target_of(target, module)
+    if found is None:
+        raise UsageError(f"Missing argument 'TARGET': expected {target_form.FORMS}. See lastcall --help.")
+    return found
 
 
 def help_of(name: str, default: object = None) -> str:

@@ -10,11 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from lastcall.supervisor.cli import deployment
-from lastcall.supervisor.cli.parameters import ConfigFile, OptionalTarget, Target, with_run_options
+from lastcall.supervisor.cli.parameters import (
+    Arguments,
+    ConfigFile,
+    Module,
+    OptionalTarget,
+    arguments_of,
+    needed_target,
+    target_of,
+    with_arguments,
+    with_run_options,
+)
 from lastcall.supervisor.config.loading import load
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
+from lastcall.worker.base.target_form import FORMS
 
 # Newer versions of typer bundle click, so the class is taken from a name that typer exports.
 CommandLineError: Any = typer.BadParameter.__base__
@@ -23,8 +34,9 @@ HELP = "Run LiveKit agent workers so that a stop cuts no call."
 
 RUN_HELP = """Run workers under supervision.
 
-TARGET is path.py, path.py:attr or module:attr; attr is an AgentServer, a WorkerOptions, or a function that
-returns one. After -- any command is run as an opaque worker: it gets SIGTERM, the deadline and the sweep.
+TARGET is path.py, path.py:attr, module:attr or -m module; attr is an AgentServer, a WorkerOptions, or a
+function that returns one. After --args come the program's own arguments. After -- any command is run as an
+opaque worker: it gets SIGTERM, the deadline and the sweep.
 
 SIGTERM (or SIGINT, or one Ctrl-C) stops: no new dispatch is accepted, running jobs end by themselves within
 the grace, everything is closed, and a receipt says how it went. Repeats change nothing. Exit codes: 0 clean,
@@ -81,19 +93,20 @@ def _run(
     context: typer.Context,
     flags: dict[str, str | None],
     target: OptionalTarget = None,
+    module: Module = None,
+    arguments: Arguments = None,
     config: ConfigFile = None,
 ) -> None:
     session: _Session = context.obj
-    given = {"target": target, "command": session.command or None, **flags}
+    target = target_of(target, module)
+    given = {"target": target, "args": arguments_of(arguments), "command": session.command or None, **flags}
     if target and session.command:
         raise UsageError(f"both a target ({target!r}) and a command after --; expected one of them")
     loaded = load(given, os.environ, file=config)
     if loaded.target and loaded.command:
         raise ConfigError("both target and command are configured; expected one of them")
     if not loaded.target and not loaded.command:
-        raise UsageError(
-            "nothing to run: expected TARGET (path.py, path.py:attr or module:attr), or -- CMD ARG…"
-        )
+        raise UsageError(f"nothing to run: expected TARGET ({FORMS}), or -- CMD ARG…")
     from lastcall.supervisor.app import App
     from lastcall.supervisor.environment import surroundings
 
@@ -112,7 +125,9 @@ def _run(
 def _dev(
     context: typer.Context,
     flags: dict[str, str | None],
-    target: Target,
+    target: OptionalTarget = None,
+    module: Module = None,
+    arguments: Arguments = None,
     env_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="KEY=value lines for the worker, read at each reload.")
     ] = None,
@@ -125,7 +140,12 @@ def _dev(
     """
     from lastcall.supervisor.cli.dev import dev
 
-    given = {"target": target, "env_file": env_file, **flags}
+    given = {
+        "target": needed_target(target, module),
+        "args": arguments_of(arguments),
+        "env_file": env_file,
+        **flags,
+    }
 
     def reread() -> Config:
         return load(given, os.environ, file=config, defaults=DEV_DEFAULTS)
@@ -161,6 +181,7 @@ def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any,
     Raises UsageError, ConfigError and NotRunning.
     """
     command: list[str] = []
+    arguments = with_arguments(arguments)
     if "--" in arguments:
         # Taken apart here, because click would join both sides and take flags of the command for its flags.
         at = arguments.index("--")

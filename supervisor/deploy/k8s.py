@@ -7,7 +7,6 @@ answers /livez while it drains.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -33,7 +32,7 @@ def base(service: Service) -> Mapping[str, str]:
     """Return the base's resources by file name."""
     pre_stop = service.timers.pre_stop
     values = {
-        "quoted_target": json.dumps(service.target),
+        "quoted_target": service.quoted_words,
         "lifecycle": PRE_STOP.format(seconds=pre_stop) if pre_stop else "",
         "jobs_per_pod": str(JOBS_PER_POD),
     }

@@ -9,6 +9,7 @@ Only Kubernetes has a preStop, and counts it. Nothing here reads the machine; th
 
 from __future__ import annotations
 
+import json
 import math
 import posixpath
 import re
@@ -72,6 +73,7 @@ class Service:
     """A target and where it runs. Raises UsageError for a value that no platform would take."""
 
     target: str
+    arguments: tuple[str, ...] = ()
     name: str = "lastcall"
     image: str = ""
     program: str = "/usr/local/bin/lastcall"
@@ -86,6 +88,8 @@ class Service:
             target_form.parse(self.target)
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if any("\n" in word or "\0" in word for word in self.arguments):
+            raise UsageError(f"--args: got {list(self.arguments)!r}, expected words without line breaks")
         if not NAME_PATTERN.fullmatch(self.name):
             raise UsageError(
                 f"--name: got {self.name!r}, expected a-z, 0-9 and -, at most 53, as Kubernetes wants names"
@@ -105,6 +109,11 @@ class Service:
     def form(self) -> target_form.TargetForm:
         """The parts of the target; whether there is such a file or module is asked where it runs."""
         return target_form.parse(self.target)
+
+    @property
+    def quoted_words(self) -> str:
+        """The target and the arguments of the program as items of a JSON list."""
+        return ", ".join(map(json.dumps, target_form.words(self.target, self.arguments)))
 
     @property
     def target_file(self) -> str:

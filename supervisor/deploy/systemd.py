@@ -17,6 +17,7 @@ from lastcall.supervisor.deploy.service import (
 )
 from lastcall.supervisor.deploy.template import render
 from lastcall.supervisor.errors import UsageError
+from lastcall.worker.base import target_form
 
 # The file names of the drop-ins; their numbers say the order in which systemd reads them.
 RELOAD = "10-notify-reload.conf"
@@ -31,16 +32,18 @@ def unit(service: Service) -> str:
                 f"{path} is in a directory for temporary files, which the unit's PrivateTmp hides; move it"
             )
     name, timers = service.name, service.timers
+    target = service.target_file + _attribute(service) if service.target_file else service.target
     command = " ".join(
         quote(word)
         for word in (
             service.program,
             "run",
-            service.target_file + _attribute(service) if service.target_file else service.target,
+            *target_form.words(target),
             *("--workers", str(service.workers)),
             *("--grace", seconds(timers.grace)),
             *("--control", f"/run/{name}/control.sock"),
             *("--receipt", f"/var/lib/{name}/receipt.json"),
+            *target_form.tail(service.arguments),
         )
     )
     directory = posixpath.dirname(service.target_file) or service.directory

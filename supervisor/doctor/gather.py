@@ -72,7 +72,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         memory_limit=_limit("memory.max", "memory/memory.limit_in_bytes"),
         processes_limit=_limit("pids.max", "pids/pids.max"),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        trial=look(config.target) if config.target else None,
+        trial=look(config.target, config.args) if config.target else None,
         livekit=ask(environment),
         http_problem=_http_problem(config.http),
         place_problems=tuple(_place_problems(config)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lastcall.supervisor.doctor.facts import Trial
@@ -20,10 +21,10 @@ END_TIMEOUT = 20.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def look(target: str) -> Trial:
+def look(target: str, arguments: Sequence[str] = ()) -> Trial:
     """Return what was seen; a target that can't be started is a finding, and raises nothing."""
     try:
-        with Stage(target, grace=GRACE) as stage:
+        with Stage(target, arguments, grace=GRACE) as stage:
             stage.wait_ready()
             document = control_socket.ask(stage.directory / "control", "status")
             ours = {stage.pid, *(slot["pid"] for slot in document["slots"])}

@@ -25,7 +25,7 @@ from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.descendants import mark_of
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
-from lastcall.worker.base import variables
+from lastcall.worker.base import target_form, variables
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SHIELDED
 
@@ -73,6 +73,7 @@ class Launcher:
     """Starts workers that are all alike."""
 
     target: str
+    arguments: Sequence[str]
     command: Sequence[str]
     supervisor_id: str
     environment: Mapping[str, str]
@@ -121,7 +122,8 @@ class Launcher:
                 )
                 environment[variables.WORKER] = settings.to_json()
                 environment.setdefault("PYTHONUNBUFFERED", "1")
-                argv = [sys.executable, "-P", "-m", "lastcall.worker", self.target]
+                argv = [sys.executable, "-P", "-m", "lastcall.worker"]
+                argv += target_form.words(self.target, self.arguments)
             child = spawn(
                 argv,
                 environment=environment,

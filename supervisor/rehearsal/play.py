@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, SceneResult, Seen, judge
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
@@ -19,22 +19,22 @@ JOBS_RUN_WITHIN = 25.0
 OFFER_EVERY = 0.1
 
 
-def rehearse(target: str, *, workers: int) -> Iterator[SceneResult]:
+def rehearse(target: str, arguments: Sequence[str] = (), *, workers: int) -> Iterator[SceneResult]:
     """Yield the verdict on each scene as it is over. Raises ConfigError when the target is wrong.
 
     A scene that could not be played is the last: what was in its way would be in the way of the others.
     """
     for scene in SCENES:
-        verdict = play(scene, target, workers=workers)
+        verdict = play(scene, target, arguments, workers=workers)
         yield verdict
         if not verdict.was_played:
             return
 
 
-def play(scene: Scene, target: str, *, workers: int) -> SceneResult:
+def play(scene: Scene, target: str, arguments: Sequence[str] = (), *, workers: int) -> SceneResult:
     """Play one scene. Raises ConfigError when the target is wrong."""
     began = time.monotonic()
-    with Stage(target, grace=scene.grace, job_seconds=scene.job_seconds, workers=workers) as stage:
+    with Stage(target, arguments, grace=scene.grace, job_seconds=scene.job_seconds, workers=workers) as stage:
         try:
             stage.wait_ready()
             stage.wait_jobs(JOBS, JOBS_RUN_WITHIN)

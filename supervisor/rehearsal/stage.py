@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lastcall.supervisor.errors import ConfigError, NotRunning, SupervisorError
 from lastcall.supervisor.views import control_socket
-from lastcall.worker.base import variables
+from lastcall.worker.base import target_form, variables
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.settings import Rehearsal, WorkerSettings
 from lastcall.worker.base.wire import MAX_LINE_BYTES, OF_REHEARSED_JOB, EntrypointBegan, RehearsedJobSays
@@ -46,8 +46,17 @@ class StageError(SupervisorError):
 class Stage:
     """One supervisor and one dispatch server; use as a context manager."""
 
-    def __init__(self, target: str, *, grace: float, job_seconds: float = 0.0, workers: int = 1) -> None:
+    def __init__(
+        self,
+        target: str,
+        arguments: Sequence[str] = (),
+        *,
+        grace: float,
+        job_seconds: float = 0.0,
+        workers: int = 1,
+    ) -> None:
         self.target = target
+        self.arguments = arguments
         self.events: list[dict[str, Any]] = []
         self.heard: list[RehearsedJobSays] = []
         self._grace = grace
@@ -97,7 +106,7 @@ class Stage:
             variables.REHEARSAL_TOKEN: self._token,
             variables.REHEARSAL: self._worker_settings(livekit["LIVEKIT_URL"]).to_json(),
         }
-        command = [sys.executable, "-P", "-m", "lastcall", "run", self.target, "--http", "off"]
+        command = [sys.executable, "-P", "-m", "lastcall", "run", "--http", "off"]
         command += ["--config", str(config), "--log-format", "json"]
         command += ["--workers", str(self._workers), "--grace", str(self._grace)]
         command += [
@@ -106,6 +115,7 @@ class Stage:
             "--receipt",
             str(self.directory / "receipt"),
         ]
+        command += target_form.words(self.target, self.arguments)
         with open(self.directory / "log", "wb") as log:
             self._supervisor = subprocess.Popen(
                 command,

@@ -27,8 +27,8 @@ class WorkerSettings:
     The supervisor builds one value for all workers (`supervisor.program`), replaces the last six fields for
     each worker (`processes.launch`), and hands the value over as JSON in one variable.
 
-    `max_running`: the most jobs at a time, 0 for no limit. `local_url`: the local server, the only server
-    that the worker may register with; jobs run in mock rooms then. `output_fds`: the read ends of the
+    `max_running`: the most jobs at a time, 0 for no limit. `local_url`: the local server. The
+    worker may register with no other, and its jobs run in mock rooms. `output_fds`: the read ends of the
     standard output and error of the worker. `lifeline_fd`: only held, for as long as the worker lives.
     `scratch`: the directory for the sockets of multiprocessing.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -56,6 +57,24 @@ def record_run_app(run_app: Callable[[Any], NoReturn]) -> None:
     livekit.agents.cli.run_app = run_app
     if hasattr(module, "run_app"):
         module.run_app = run_app
+
+
+def refuse_to_run(refuse: Callable[[AgentServer], NoReturn]) -> Callable[[AgentServer], None]:
+    """Have `refuse` called in place of each run of a server; return a function that lets one server run.
+
+    `AgentServer.run` is public. The servers of a target may be of a class that calls it by super().
+    """
+    run: Any = AgentServer.run
+    permitted: list[AgentServer] = []
+
+    @functools.wraps(run)
+    def refused(self: AgentServer, *arguments: Any, **options: Any) -> Any:
+        if self not in permitted:
+            refuse(self)
+        return run(self, *arguments, **options)
+
+    AgentServer.run = refused
+    return permitted.append
 
 
 def set_up_logging(server: AgentServer | None, *, coloured: bool) -> None:
