@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from lastcall.worker.jobs import EXIT_WITHIN
 from tests.support.freezer import Freezer
 from tests.support.harness import AGENT, Run, StartRun, lives
 
@@ -33,7 +34,7 @@ def freezer() -> Iterator[Freezer]:
 
 @pytest.mark.parametrize("first", ["killed", "stopped"])
 async def test_forkserver_killed_with_jobs(run: StartRun, first: str) -> None:
-    """The job lives on to its end, before a stop and in one; only its exit status is lost with it.
+    """The job lives on to its end, before a stop and in one, and has ended well for the server too.
 
     By itself livekit-agents closes the job's channels then, and the job ends in the middle.
     """
@@ -55,6 +56,8 @@ async def test_forkserver_killed_with_jobs(run: StartRun, first: str) -> None:
     await r.job_says(job.job_id, "ended")
     await r.job_says(job.job_id, "callback")
     assert await r.exit() == 0
+    assert r.receipt()["totals"]["finished"] == 1
+    assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
     assert r.receipt()["totals"]["cut"] == r.receipt()["totals"]["lost"] == 0
     await r.nothing_left()
 
@@ -199,3 +202,79 @@ async def test_program_of_a_crashed_worker_that_takes_long_to_die(run: StartRun,
     receipt = r.receipt()
     assert (receipt["outcome"], receipt["swept"], receipt["left"]) == ("clean", 1, 0)
     await r.nothing_left()
+
+
+OUTLIVES = ["thread", "to_thread", "exit_handler"]
+
+
+@pytest.mark.parametrize("mode", OUTLIVES)
+async def test_process_that_outlives_its_call(run: StartRun, mode: str) -> None:
+    """The call has ended well, and the server hears so; its process is killed after its bound, and noted."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=0.5, mode=mode)
+    note = await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+    receipt = r.receipt()
+    assert [each["process"] for each in receipt["jobs"]] == ["killed"]
+    assert EXIT_WITHIN <= receipt["jobs"][0]["seconds"] < 20  # the drain would have ended it then
+    assert not lives(note["pid"])
+    told = [event.detail["status"] for event in r.events("job")]
+    assert set(told) == {"JS_RUNNING", "JS_SUCCESS"}
+
+
+@pytest.mark.alone
+async def test_process_that_outlives_its_call_and_grace(run: StartRun) -> None:
+    """Grace is shorter than the bound: the process is killed within grace, and the call was not cut."""
+    r: Run = await run("run", "--grace", "8", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=0.5, mode="thread")
+    await r.job_says(job.job_id, "callback")
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+    receipt = r.receipt()
+    assert [each["process"] for each in receipt["jobs"]] == ["killed"]
+    assert receipt["seconds"] < 8
+
+
+async def test_process_that_crashes_after_its_call(run: StartRun) -> None:
+    """An exit handler ends it with an error: the call has ended well, and the receipt notes the exit code."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=1, mode="bad_exit")
+    await r.job_says(job.job_id, "started")
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+    assert [each["process"] for each in r.receipt()["jobs"]] == ["exit code 3"]
+
+
+async def test_worker_killed_while_a_process_outlives_its_call(run: StartRun) -> None:
+    """The call had ended: it is not lost with the worker."""
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    job = await r.dispatch(sleep=0.5, mode="thread")
+    note = await r.job_says(job.job_id, "callback")
+    await asyncio.sleep(1.0)  # the worker tells the supervisor in milliseconds
+    r.kill()
+    (worker,) = r.workers()
+    worker.kill()
+    await r.exit()
+    assert r.fates() == {job.job_id: "finished"}
+    assert r.receipt()["totals"]["lost"] == 0
+    assert not lives(note["pid"])
+
+
+async def test_thread_that_outlives_its_call(run: StartRun) -> None:
+    """With the thread executor the worker stops to wait for it, and the call was not cut."""
+    r: Run = await run("run", "--grace", "40", AGENT, environment={"EXECUTOR": "THREAD"})
+    await r.ready()
+    job = await r.dispatch(sleep=0.5, mode="to_thread")
+    await r.job_says(job.job_id, "ended")
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
+    assert r.receipt()["seconds"] < 30

@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,19 @@ def test_end_of_file_is_no_end_of_a_process() -> None:
         popen.process.kill()
         popen.process.wait()
         assert poll(popen, 0) == child_processes.STATUS_LOST
+
+
+def test_process_whose_call_was_over_counts_as_good() -> None:
+    """Its exit code is read as 0, however it ends, and the true one is kept; a thread has none."""
+    child_processes.lock_process_poll()
+    poll: Any = multiprocessing.popen_forkserver.Popen.poll
+    with child() as popen:
+        executor = SimpleNamespace(_proc=SimpleNamespace(_popen=popen))
+        assert agent_server.call_is_over(executor) is popen
+        assert poll(popen) is None
+        popen.returncode = -9
+        assert (poll(popen), popen.returncode) == (0, -9)
+    assert agent_server.call_is_over(SimpleNamespace()) is None
 
 
 @pytest.mark.parametrize("admitted", [True, False])

@@ -68,6 +68,9 @@ class FakeEngine:
     async def keep_told(self) -> None:
         await asyncio.Event().wait()
 
+    async def see_processes_out(self) -> None:
+        await asyncio.Event().wait()
+
     async def fence(self) -> None:
         self.is_fenced = True
 

@@ -70,6 +70,18 @@ def test_jobs_of_a_worker_that_is_gone() -> None:
     }
 
 
+def test_a_call_that_was_over_when_its_worker_went() -> None:
+    """It had ended by itself, so it is neither lost nor cut; the receipt says what became of its process."""
+    ledger = Ledger()
+    ledger.start(entry("a"))
+    ledger.begin_stop()
+    ledger.over(0, 1, "a")
+    ledger.over(0, 1, "nobody's")
+    assert ledger.lose(0, 1, 14.0, cut={"a"}) == 0
+    (job,) = write(StopRecord(reason="SIGTERM"), ledger, grace=30.0, pid=1)["jobs"]
+    assert (job["fate"], job["process"]) == ("finished", "killed")
+
+
 CASES: list[tuple[dict[str, Any], str, Exit]] = [
     ({}, "clean", Exit.CLEAN),
     ({"left": 1}, "forced", Exit.FORCED),

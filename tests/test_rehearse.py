@@ -214,7 +214,16 @@ def seen(**changes: Any) -> Seen:
         (
             PID,
             {"ends": {"a": "JS_FAILED"}, "over": frozenset({"a"})},
-            "job a: reported as JS_FAILED, expected JS_SUCCESS: its shutdown callbacks did not end in time",
+            "job a: reported as JS_FAILED, expected JS_SUCCESS: what follows the entrypoint (session, tasks,",
+        ),
+        (
+            PID,
+            {
+                "ends": {"a": "JS_FAILED"},
+                "over": frozenset({"a"}),
+                "receipt": {"jobs": [{"id": "a", "fate": "failed"}]},
+            },
+            "expected JS_SUCCESS: its process ended with an error after the entrypoint",
         ),
         (PID, {"ends": {"a": "JS_RUNNING"}}, "job a: its end was never reported to the server"),
         (PID, {"late": ("a",)}, "job a: accepted after the stop had begun"),
@@ -232,6 +241,20 @@ def test_what_is_a_problem(scene: Scene, what: dict[str, Any], problem: str) -> 
     problems, warnings = judge(scene, seen(**what))
     assert len(problems) == 1 and problem in problems[0]
     assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("process", "says"),
+    [
+        ("killed", "a thread or an exit handler kept its process, which was killed"),
+        ("exit code 3", "its process did not: exit code 3"),
+    ],
+)
+def test_process_that_outlives_its_call_is_a_warning(process: str, says: str) -> None:
+    """The call was not cut, which is what a rehearsal looks at; the agent's author should still know."""
+    job = {"id": "a", "fate": "finished", "process": process}
+    problems, warnings = judge(PID, seen(receipt={"jobs": [job]}))
+    assert (problems, warnings) == ([], [f"job a: the call ended well, but {says}"])
 
 
 async def test_a_rehearsed_job_tells_how_it_goes(tmp_path: Path) -> None:

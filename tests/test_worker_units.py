@@ -7,6 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from lastcall.worker.base import variables, wire
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, plan
+from lastcall.worker.base.calls_over import CallsOver, tell
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import WireError
@@ -68,7 +70,7 @@ def test_wire_ignores_what_is_newer(pair: Pair, more: dict[str, Any]) -> None:
 
 @given(said, st.data())
 def test_wire_refuses_bad_values(pair: Pair, data: st.DataObject) -> None:
-    """A known message with a field missing, or of another type, is an error, and its text quotes no value."""
+    """A known message with a field missing, or of another type, is an error; its text quotes no value."""
     vocabulary, message = pair
     document = json.loads(encode(message))
     names = sorted(document.keys() - {"type", "v"})
@@ -79,6 +81,10 @@ def test_wire_refuses_bad_values(pair: Pair, data: st.DataObject) -> None:
     with pytest.raises(WireError, match=f"has a bad {name}$"):
         vocabulary.decode(json.dumps(bad).encode())
     del bad[name]
+    default = next(each.default for each in fields(message) if each.name == name)
+    if default is not MISSING:
+        assert getattr(vocabulary.decode(json.dumps(bad).encode()), name) == default
+        return
     with pytest.raises(WireError, match=f"has no {name}$"):
         vocabulary.decode(json.dumps(bad).encode())
 
@@ -290,3 +296,15 @@ def test_variables_have_their_names_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             spelled = isinstance(node, ast.Constant) and node.value in names - {prefix}
             assert not spelled, f"{path}:{getattr(node, 'lineno', 0)}"
+
+
+def test_calls_that_are_over_are_told() -> None:
+    """In the order in which they ended; no job waits for a worker that is stuck."""
+    calls = CallsOver()
+    assert calls.take() == []
+    for id in ("AJ_1", "AJ_2"):
+        tell(calls.writer, id)
+    assert calls.take() == ["AJ_1", "AJ_2"]
+    for _ in range(20_000):
+        tell(calls.writer, "AJ_3")
+    assert set(calls.take()) == {"AJ_3"}

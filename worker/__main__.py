@@ -103,7 +103,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str) -> None:
     from lastcall.worker.job.rehearsed import RehearsedEntrypoint
     from lastcall.worker.job.setup import Setup
 
-    server.setup_fnc = Setup(server.setup_fnc)
+    server.setup_fnc = Setup(server.setup_fnc, host.calls_over.writer)
     rehearsal = host.settings.rehearsal
     if rehearsal is not None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))

@@ -7,21 +7,27 @@ when to stop: `host` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
+from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.stopping import unshielded
 from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays
-from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
 from lastcall.worker.sdk import agent_server
 
 Report = Callable[[WorkerSays], None]
 
 log = logging.getLogger("lastcall.worker")
+
+# Seconds within which the server is told of good ends before their processes are killed. Ours: a write to a
+# socket takes milliseconds. While the connection is down the message waits in livekit-agents' queue.
+TELL_WITHIN = 1.0
 
 
 class Engine:
@@ -38,6 +44,7 @@ class Engine:
         changed: Condition,
         must_refuse: Callable[[], bool],
         report: Report,
+        calls_over: CallsOver,
         mock_room: bool = False,
         max_running: int = 0,
     ) -> None:
@@ -48,6 +55,7 @@ class Engine:
         self.ended = False
         self.started = False
         self.shield_holes: dict[int, str] = {}
+        self._calls_over = calls_over
         self._mock_room = mock_room
         self._max_running = max_running
         self._told_full = False
@@ -147,6 +155,7 @@ class Engine:
     async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
         """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported."""
         asked: set[str] = set()
+        self._take_calls_over()
 
         def unasked() -> list[Job]:
             return [job for job in self.jobs.running if job.id not in asked]
@@ -156,21 +165,63 @@ class Engine:
             while len(self.jobs):
                 for job in unasked():
                     asked.add(job.id)
-                    if not agent_server.is_ending(job.executor) and not job.has_ended:
+                    if not (job.is_over or agent_server.is_ending(job.executor) or job.has_ended):
                         job.cut_short = True
                         asking.append(group.create_task(self._ask(job.executor, kill_at)))
                 # A job whose process was still starting is asked as soon as it runs.
                 if not await self._changed.until(lambda: not len(self.jobs) or unasked(), lambda: kill_at):
                     break
+            self._take_calls_over()
+            await self._end_processes(self.jobs.outliving)
             for job in self.jobs.running:
-                job.cut_short = job.cut_short or not job.has_ended
-                agent_server.kill(job.executor)
+                if not job.was_killed:
+                    job.cut_short = job.cut_short or not (job.is_over or job.has_ended)
+                    agent_server.kill(job.executor)
             await self._changed.until(lambda: not self.jobs.running, lambda: give_up_at)
             for task in asking:
                 task.cancel()
         for job in self.jobs:
-            await agent_server.report_failed(self.server, job.id)
+            if job.cut_short or not job.is_over:  # of the others the server was told that they ended well
+                await agent_server.report_failed(self.server, job.id)
         self.jobs.abandon()
+
+    async def see_processes_out(self) -> None:
+        """Kill each process that outlives its call by EXIT_WITHIN. Runs for ever."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._calls_over.fileno(), self._take_calls_over)
+        try:
+            while True:
+                await self._changed.until(self._overdue, self._next_due_at)
+                await self._end_processes(self._overdue())
+        finally:
+            loop.remove_reader(self._calls_over.fileno())
+
+    def _take_calls_over(self) -> None:
+        for id in self._calls_over.take():
+            self.jobs.over(id, agent_server.call_is_over)
+
+    def _overdue(self) -> list[Job]:
+        return [job for job in self.jobs.outliving if _due_at(job) <= now()]
+
+    def _next_due_at(self) -> float | None:
+        return min((_due_at(job) for job in self.jobs.outliving), default=None)
+
+    async def _end_processes(self, jobs: list[Job]) -> None:
+        """Kill processes whose calls are over, once the server was told of the good ends."""
+        for job in jobs:
+            job.was_killed = True
+            log.warning("the process of a call that is over is killed", extra={"job_id": job.id})
+        good = [job for job in jobs if not job.cut_short]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TELL_WITHIN):
+                for job in good:
+                    await agent_server.report_succeeded(self.server, job.id)
+                if good:
+                    await agent_server.flush(self.server)
+        for job in jobs:
+            agent_server.kill(job.executor)
+            if job.pid == os.getpid():
+                self.jobs.let_go(job)
 
     async def close(self, deadline: float) -> Counts:
         """Close the connection, then the processes that run no job; those are killed, nothing is lost.
@@ -259,3 +310,9 @@ class Engine:
                 names = ", ".join(sorted(number.name for number in holes))
                 self.shield_holes[each] = names
                 self._report(ShieldOpen(pid=each, open_to=names))
+
+
+def _due_at(job: Job) -> float:
+    """Return by when the process of a call that is over has to have ended."""
+    assert job.over_at is not None
+    return job.over_at + EXIT_WITHIN

@@ -18,6 +18,7 @@ from typing import Any, assert_never
 
 from lastcall.worker import exposition, orphan_output
 from lastcall.worker.base.budget import close_by
+from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
@@ -66,6 +67,7 @@ class Host:
         self.stopping = stopping
         self.changed = changed
         self.resources = Resources()
+        self.calls_over = CallsOver()
         self._killed = False
         self._deadlines: Drain | None = None
         self._lag = 0.0
@@ -84,6 +86,7 @@ class Host:
             changed=self.changed,
             must_refuse=lambda: self.stopping.is_set or self._asked_hold,
             report=self._report,
+            calls_over=self.calls_over,
             mock_room=self.settings.mock_room,
             max_running=self.settings.max_running,
         )
@@ -101,7 +104,7 @@ class Host:
         for _ in range(4):  # a signal that came while the target was loaded is still on its way
             await asyncio.sleep(0)
         async with asyncio.TaskGroup() as group:
-            beating = group.create_task(self._beats())
+            beside = [group.create_task(self._beats()), group.create_task(engine.see_processes_out())]
             if self.stopping.is_set:
                 engine.ended = True
             else:
@@ -114,7 +117,8 @@ class Host:
                 for task in telling:
                     task.cancel()
             code = await self._stop(engine)
-            beating.cancel()
+            for task in beside:
+                task.cancel()
         return code
 
     # -- the stop -------------------------------------------------------------------------------------

@@ -9,6 +9,10 @@ killed, livekit-agents takes jobs that live on for ended ones.
         |--could not be launched--> failed
         |--no process by the deadline--> cut
 
+A call is over when its job says so (`base.calls_over`), after the last callback; then its process has
+EXIT_WITHIN. The fate is the call's: a process that is kept by a thread, or crashes at its exit, changes
+nothing about a call that had ended by itself, and is only noted (`process`).
+
 `cut` is whatever this worker ended: a job that was told to shut down while its entrypoint had more to do is
 cut, however well it then takes its leave. One that had begun to shut down by itself is not told, and ends as
 it would have; it is cut only when it has to be killed.
@@ -20,17 +24,23 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import JobEnded, JobFate, JobStarted
+from lastcall.worker.base.wire import JobEnded, JobFate, JobOver, JobStarted
 
+# multiprocessing's exit code for a process whose status went with the forkserver.
+STATUS_LOST = 255
 # Characters of a name that are told. Ours: a message has a bound (`wire.MAX_LINE_BYTES`), and no job is
 # refused for the length of its name.
 MAX_NAME_LENGTH = 1024
+# Seconds that the process of a job has to exit once its call is over. As livekit-agents gives one that it has
+# asked to end (`shutdown_process_timeout`, ipc/supervised_proc.py:345).
+EXIT_WITHIN = 10.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -50,6 +60,9 @@ class Job:
     cut_short: bool = False
     exit_code: int | None = None
     pidfd: int | None = None
+    over_at: float | None = None
+    popen: Any = None
+    was_killed: bool = False
 
     @property
     def has_ended(self) -> bool:
@@ -61,16 +74,38 @@ class Job:
         return bool(looking.poll(0))
 
     @property
+    def has_exited(self) -> bool:
+        """Whether its process has; the thread of the thread executor is none, and can't be looked at."""
+        return self.pid != os.getpid() and self.has_ended
+
+    @property
     def fate(self) -> JobFate:
         if self.cut_short:
             return "cut"
-        return "finished" if self.exit_code == 0 else "failed"
+        return "finished" if self.is_over or self.exit_code == 0 else "failed"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the call is, and not the process yet."""
+        return self.over_at is not None
+
+    @property
+    def process(self) -> str:
+        """How the process ended, when that was not as its call did."""
+        if not self.is_over or self.cut_short:
+            return ""
+        if self.was_killed:
+            return "killed"
+        code: int | None = getattr(self.popen, "returncode", None)
+        if code is None or code in (0, STATUS_LOST):
+            return ""
+        return f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
 
 
 class Jobs:
     """The register of accepted and running jobs; `report` hears of each beginning and end."""
 
-    def __init__(self, changed: Condition, report: Callable[[JobStarted | JobEnded], None]) -> None:
+    def __init__(self, changed: Condition, report: Callable[[JobStarted | JobOver | JobEnded], None]) -> None:
         self._jobs: dict[str, Job] = {}
         self._changed = changed
         self._report = report
@@ -124,6 +159,22 @@ class Jobs:
         if fate is not None and not record.launched and not record.answers:
             self._end(record, fate)
 
+    def over(self, id: str, count_as_good: Callable[[Any], Any]) -> None:
+        """The job says that its call is over. `count_as_good` gets the executor, if the call was not cut."""
+        record = self._jobs.get(id)
+        if record is None or record.is_over:
+            return
+        record.over_at = now()
+        if not record.cut_short:
+            record.popen = count_as_good(record.executor)
+            self._report(JobOver(id=id))
+        self._changed.notify()
+
+    @property
+    def outliving(self) -> list[Job]:
+        """The jobs whose calls are over, and whose processes still run and were not killed."""
+        return [job for job in self if job.is_over and not job.was_killed and not job.has_exited]
+
     def close(self, id: str, executor: Any) -> None:
         """livekit-agents says that the job's process has ended."""
         record = self._jobs.get(id)
@@ -135,10 +186,16 @@ class Jobs:
             record.exit_code = 0 if str(getattr(executor.status, "value", "")) == "success" else 1
         self._end_if_over(record)
 
+    def let_go(self, job: Job) -> None:
+        """Count a job as ended whose call is over, and whose thread can't be ended."""
+        if job.id in self._jobs:
+            self._end(job, job.fate)
+
     def abandon(self) -> None:
         """Write off what is still accepted or running: this worker is about to end."""
         for record in list(self._jobs.values()):
-            self._end(record, "cut")
+            has_ended = record.is_over or (record.launched and record.has_ended)
+            self._end(record, record.fate if has_ended else "cut")
 
     def _watch(self, record: Job) -> None:
         assert record.pid is not None
@@ -170,7 +227,8 @@ class Jobs:
         self._unwatch(record)
         self.cut += fate == "cut"
         seconds = round(now() - record.accepted_at, 3)
-        self._report(JobEnded(id=record.id, fate=fate, seconds=seconds))
+        process = record.process
+        self._report(JobEnded(id=record.id, fate=fate, seconds=seconds, process=process))
         self._changed.notify()
 
     def _tell_started(self, record: Job) -> None:

@@ -378,5 +378,5 @@ class Generation:
 
 
 def is_living(job: JobEntry) -> bool:
-    """Tell whether a job's process lives; one that was given none yet counts as living."""
-    return job.pid is None or descendants.each(job.pid) is not None
+    """Tell whether a job can still be cut: its call is not over, and its process lives or is yet to come."""
+    return not job.is_over and (job.pid is None or descendants.each(job.pid) is not None)

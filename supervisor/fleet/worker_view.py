@@ -15,6 +15,7 @@ from lastcall.worker.base.wire import (
     Fenced,
     JobEnded,
     JobNotAsked,
+    JobOver,
     JobStarted,
     Loaded,
     MetricsText,
@@ -85,6 +86,8 @@ class WorkerView:
                 )
             case JobStarted():
                 self._start(message)
+            case JobOver(id=id):
+                self._ledger.over(self._slot, self._generation, id)
             case JobEnded():
                 self._end(message)
             case Fenced(reason=reason, at=at):
@@ -124,6 +127,9 @@ class WorkerView:
         self.jobs_started += self._ledger.start(entry)
 
     def _end(self, job: JobEnded) -> None:
-        self._ledger.end(self._slot, self._generation, job.id, job.fate, job.seconds)
+        where = (self._slot, self._generation, job.id)
+        self._ledger.end(*where, job.fate, job.seconds, process=job.process)
+        if job.process:
+            self._log.warning("process outlived its call", job_id=job.id, process=job.process)
         if job.fate == "cut":
             self._log.warning("job cut", job_id=job.id, seconds=job.seconds)

@@ -56,6 +56,7 @@ def write(record: StopRecord, ledger: Ledger, *, grace: float, pid: int) -> dict
                 "generation": entry.generation,
                 "seconds": entry.seconds,
                 "fate": entry.fate,
+                **({"process": entry.process} if entry.process else {}),
             }
             for entry in ledger.at_stop
         ],

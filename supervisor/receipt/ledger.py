@@ -15,7 +15,11 @@ EntryFate = Literal["finished", "failed", "cut", "lost"]
 
 @dataclass(slots=True, kw_only=True)
 class JobEntry:
-    """One accepted job. `accepted_at` is monotonic; `fate` is None while the job runs."""
+    """One accepted job. `accepted_at` is monotonic; `fate` is None while the job runs.
+
+    `is_over`: the call has ended by itself, and only its process is left. `process` says how that ended when
+    it did not end well by itself.
+    """
 
     id: str
     room: str
@@ -26,6 +30,8 @@ class JobEntry:
     pid: int | None = None
     fate: EntryFate | None = None
     seconds: float = 0.0
+    is_over: bool = False
+    process: str = ""
 
 
 class Ledger:
@@ -52,7 +58,22 @@ class Ledger:
             self._at_stop.append(entry)
         return True
 
-    def end(self, slot: int, generation: int, id: str, fate: JobFate | EntryFate, seconds: float) -> None:
+    def over(self, slot: int, generation: int, id: str) -> None:
+        """Note that the call of a job has ended by itself, whatever becomes of its process."""
+        entry = self.running.get((slot, generation, id))
+        if entry is not None:
+            entry.is_over = True
+
+    def end(
+        self,
+        slot: int,
+        generation: int,
+        id: str,
+        fate: JobFate | EntryFate,
+        seconds: float,
+        *,
+        process: str = "",
+    ) -> None:
         """Note how a job ended. A job that the server never assigned counts as never started."""
         entry = self.running.pop((slot, generation, id), None)
         if entry is None:
@@ -65,17 +86,19 @@ class Ledger:
             return
         entry.fate = fate
         entry.seconds = round(seconds, 3)
+        entry.process = process
 
     def lose(self, slot: int, generation: int, now: float, *, cut: Collection[str] = ()) -> int:
-        """Note that a worker is gone, and its running jobs with it; return how many jobs that were.
+        """Note that a worker is gone, and its running jobs with it; return how many calls that were.
 
         `cut` are the jobs that were ended with the worker on purpose. How the others ended is not known.
         """
         gone = self.of(slot, generation)
         for entry in gone:
-            fate: EntryFate = "cut" if entry.id in cut else "lost"
-            self.end(slot, generation, entry.id, fate, now - entry.accepted_at)
-        return len(gone)
+            fate: EntryFate = "finished" if entry.is_over else "cut" if entry.id in cut else "lost"
+            process = "killed" if entry.is_over else ""
+            self.end(slot, generation, entry.id, fate, now - entry.accepted_at, process=process)
+        return sum(1 for entry in gone if not entry.is_over)
 
     def of(self, slot: int, generation: int) -> list[JobEntry]:
         """Return the running jobs of one worker."""

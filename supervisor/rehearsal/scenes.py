@@ -104,7 +104,18 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
     warnings = [
         f"the entrypoint failed in the mock room, no fault of a stop: {text}" for text in seen.failures
     ]
+    warnings += [
+        f"job {each['id']}: the call ended well, but {_how_its_process_ended(each['process'])}"
+        for each in seen.receipt.get("jobs", ())
+        if each.get("process")
+    ]
     return problems, warnings
+
+
+def _how_its_process_ended(process: str) -> str:
+    if process == "killed":
+        return "a thread or an exit handler kept its process, which was killed"
+    return f"its process did not: {process}"
 
 
 def _what_happened(scene: Scene, seen: Seen, job: str, end: str) -> str:
@@ -120,5 +131,13 @@ def _what_happened(scene: Scene, seen: Seen, job: str, end: str) -> str:
         return "its process ended before its time, by a sys.exit or os._exit of its own?" if is_early else ""
     if scene.is_cut_short:
         return ""
-    how = "its shutdown callbacks did not end in time" if job in seen.over else "it was cut"
-    return f"reported as {end}, expected JS_SUCCESS: {how}"
+    return f"reported as {end}, expected JS_SUCCESS: {_why_not(seen, job)}"
+
+
+def _why_not(seen: Seen, job: str) -> str:
+    if job not in seen.over:
+        return "it was cut"
+    fates = {each["id"]: each["fate"] for each in seen.receipt.get("jobs", ())}
+    if fates.get(job) == "failed":
+        return "its process ended with an error after the entrypoint"
+    return "what follows the entrypoint (session, tasks, shutdown callbacks, closers) did not end in time"

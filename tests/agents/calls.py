@@ -1,21 +1,23 @@
 """The tests' agent. Each dispatch's metadata says what its job does; every job keeps a log of its own.
 
 metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "hungry" | "crash" | "spawn" |
-"fork", and for the offer "request_sleep", "request_block", "request_linger", "accepts", "busy"}. A job
-that holds ends when the test lets it go.
+"fork" | "thread" | "to_thread" | "exit_handler" | "bad_exit", and for the offer "request_sleep",
+"request_block", "request_linger", "accepts", "busy"}. A job that holds ends when the test lets it go.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import logging
+import multiprocessing.util
 import os
 import subprocess
 import sys
 import time
 
-from livekit.agents import JobContext, JobProcess, JobRequest, WorkerOptions, cli
+from livekit.agents import JobContext, JobExecutorType, JobProcess, JobRequest, WorkerOptions, cli
 
 # A program that ignores SIGTERM and left its parent's session.
 STUBBORN = """
@@ -71,6 +73,19 @@ async def entrypoint(ctx: JobContext) -> None:
             time.sleep(600)
             os._exit(0)
         note(ctx, "forked", child=child_pid)
+        await asyncio.sleep(seconds)
+    elif mode == "thread":
+        concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 600)
+        await asyncio.sleep(seconds)
+    elif mode == "to_thread":
+        task = asyncio.create_task(asyncio.to_thread(time.sleep, 600))
+        await asyncio.sleep(seconds)
+        task.cancel()
+    elif mode == "exit_handler":
+        multiprocessing.util.Finalize(None, time.sleep, (600,), exitpriority=1)
+        await asyncio.sleep(seconds)
+    elif mode == "bad_exit":
+        multiprocessing.util.Finalize(None, os._exit, (3,), exitpriority=1)
         await asyncio.sleep(seconds)
     elif mode == "crash":
         os._exit(3)
@@ -140,5 +155,6 @@ if __name__ == "__main__":
             load_threshold=float("inf"),
             max_retry=int(os.environ.get("MAX_RETRY", "16")),
             num_idle_processes=int(os.environ.get("IDLE", "1")),
+            job_executor_type=JobExecutorType[os.environ.get("EXECUTOR", "PROCESS")],
         )
     )

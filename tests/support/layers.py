@@ -32,7 +32,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process backoff budget",
-            "condition wire settings broker_settings",
+            "condition wire settings broker_settings calls_over",
             "stopping resources channel",
         ),
     ),

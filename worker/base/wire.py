@@ -76,12 +76,23 @@ class JobStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobOver:
+    """The call of a job is over, by itself; its process lives on, for a bounded time."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnded:
-    """A job has ended, `seconds` after it was accepted."""
+    """A job has ended, `seconds` after it was accepted.
+
+    `process` says how the process ended, when that was not as its call did: `killed`, `exit code 3`.
+    """
 
     id: str
     fate: JobFate
     seconds: float
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +154,7 @@ WorkerSays = (
     | Ready
     | Beat
     | JobStarted
+    | JobOver
     | JobEnded
     | Fenced
     | Drained

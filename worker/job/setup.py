@@ -7,13 +7,16 @@ set: `sdk.child_processes` adds it to the forkserver's preload list.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
+from lastcall.worker.base import calls_over
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
 from lastcall.worker.job import teardown
@@ -54,14 +57,17 @@ def has_handler() -> bool:
 class Setup:
     """The `setup_fnc` of the worker: prepare the process and the end of its job, then call the user's."""
 
-    def __init__(self, user: Callable[[Any], Any] | None) -> None:
+    def __init__(self, user: Callable[[Any], Any] | None, over: Connection) -> None:
         self.user = user
+        self.over = over  # the writer of `CallsOver`: a descriptor, which only multiprocessing can pickle
 
     def __call__(self, process: Any) -> Any:
         unmask()
         # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.
         from lastcall.worker.inworld.plugin.attached import plugin_connections
 
-        teardown.begin(process, {"inworld": plugin_connections.aclose})
+        os.set_inheritable(self.over.fileno(), False)  # none of the programs that the job starts
+        tell_over = functools.partial(calls_over.tell, self.over)
+        teardown.begin(process, {"inworld": plugin_connections.aclose}, tell_over)
         job_process.at_job_end(teardown.end)
         return None if self.user is None else self.user(process)

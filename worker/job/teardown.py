@@ -6,12 +6,15 @@ still run. So nothing here is a callback: it runs behind them, in front of the e
 
     1. what the agent gave to `closing`, the last first
     2. what lastcall closes itself: the Inworld plugin's connections
+    3. the worker is told that the call is over (`base.calls_over`); only threads and exit handlers are left
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from lastcall.worker.base.clock import now
@@ -38,7 +41,8 @@ T = TypeVar("T", bound=Closable)
 class JobEnd:
     """The end of one job."""
 
-    def __init__(self, ours: dict[str, CloseFunction]) -> None:
+    def __init__(self, ours: dict[str, CloseFunction], tell_over: Callable[[str], None]) -> None:
+        self.tell_over = tell_over
         self._joined = Resources()
         self._ours = Resources()
         for name, close in ours.items():
@@ -64,9 +68,11 @@ class JobEnd:
 _ends: weakref.WeakKeyDictionary[Any, JobEnd] = weakref.WeakKeyDictionary()
 
 
-def begin(process: Any, ours: dict[str, CloseFunction]) -> None:
-    """Give a job process its end, before its job runs."""
-    _ends[process] = JobEnd(ours)
+def begin(
+    process: Any, ours: dict[str, CloseFunction], tell_over: Callable[[str], None] = lambda _id: None
+) -> None:
+    """Give a job process its end, before its job runs. `tell_over` is called with the id of the job."""
+    _ends[process] = JobEnd(ours, tell_over)
 
 
 async def end(ctx: Any) -> None:
@@ -74,6 +80,10 @@ async def end(ctx: Any) -> None:
     job_end = _ends.get(ctx.proc)
     if job_end is not None:
         await job_end.aclose()
+        task = asyncio.current_task()
+        # livekit-agents cancels a job when the worker is gone, or when the agent has called sys.exit().
+        if task is not None and not task.cancelling():
+            job_end.tell_over(ctx.job.id)
 
 
 def closing(ctx: Any, closable: T) -> T:  # Any: livekit-agents' JobContext, which is not type-checked here

@@ -23,6 +23,7 @@ from livekit.agents.utils.aio import ChanClosed
 from livekit.protocol import agent
 
 from lastcall.worker.base.errors import Incompatible
+from lastcall.worker.sdk import child_processes
 
 log = logging.getLogger("lastcall.worker")
 
@@ -275,8 +276,21 @@ async def report_failed(server: AgentServer, job_id: str) -> None:
 
     livekit-agents itself reports only jobs that had a process. Needs `_queue_msg`.
     """
+    await _report(server, job_id, agent.JobStatus.JS_FAILED)
+
+
+async def report_succeeded(server: AgentServer, job_id: str) -> None:
+    """Tell the server that a job has ended well, before its process has.
+
+    livekit-agents says so again when the process has ended, and the server takes the first word. Needs
+    `_queue_msg`.
+    """
+    await _report(server, job_id, agent.JobStatus.JS_SUCCESS)
+
+
+async def _report(server: AgentServer, job_id: str, status: agent.JobStatus) -> None:
     need(server, "_queue_msg")
-    update = agent.UpdateJobStatus(job_id=job_id, status=agent.JobStatus.JS_FAILED)
+    update = agent.UpdateJobStatus(job_id=job_id, status=status)
     with contextlib.suppress(ChanClosed):
         await server._queue_msg(agent.WorkerMessage(update_job=update))
 
@@ -293,6 +307,15 @@ def drop_requests(server: AgentServer) -> int:
         task.cancel()
     tasks.clear()
     return len(dropped)
+
+
+def call_is_over(executor: Any) -> Any:
+    """Have the job count as a good one, whatever its process still does; return what has the true exit code.
+
+    livekit-agents judges a job by the exit code of its process. Needs `_proc` of the executor; without it,
+    and for the thread executor, the answer is None.
+    """
+    return child_processes.count_as_good(getattr(executor, "_proc", None))
 
 
 def is_ending(executor: Any) -> bool:

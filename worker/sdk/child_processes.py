@@ -33,6 +33,8 @@ def lock_process_poll() -> None:
     End of file is also all there is when the forkserver itself has been killed, and the job lives on: its
     channels would be closed on it, which ends it. Its own end is seen by a pidfd, opened by the first look
     at it, which the join thread takes at once.
+
+    A process whose call was over (`count_as_good`) has ended well, however it ended. `returncode` stays true.
     """
     popen = multiprocessing.popen_forkserver.Popen
     original = popen.poll
@@ -57,7 +59,7 @@ def lock_process_poll() -> None:
                     return None
                 self.returncode = STATUS_LOST
         code: int | None = self.returncode
-        return code
+        return 0 if code is not None and getattr(self, "call_is_over", False) else code
 
     def watch(self: Any) -> None:
         if getattr(self, "pidfd", None) is None:
@@ -66,6 +68,17 @@ def lock_process_poll() -> None:
 
     poll.is_locked = True  # type: ignore[attr-defined]  # a mark on our own function
     popen.poll = poll  # type: ignore[method-assign]  # that is the mend
+
+
+def count_as_good(process: Any) -> Any:
+    """Have the exit of a multiprocessing.Process read as 0; return what has the true `returncode`.
+
+    None for whatever has no process of its own. Needs `Process._popen`, and `lock_process_poll`.
+    """
+    popen = getattr(process, "_popen", None)
+    if popen is not None:
+        popen.call_is_over = True
+    return popen
 
 
 def _pidfd(pid: int) -> int:
