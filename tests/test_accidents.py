@@ -219,7 +219,7 @@ async def test_process_that_outlives_its_call(run: StartRun, mode: str) -> None:
     await r.clean(job)
     receipt = r.receipt()
     assert [each["process"] for each in receipt["jobs"]] == ["killed"]
-    assert EXIT_WITHIN <= receipt["jobs"][0]["seconds"] < EXIT_WITHIN + 8
+    assert EXIT_WITHIN <= receipt["jobs"][0]["seconds"] < 20  # the drain would have ended it then
     assert not lives(note["pid"])
     told = [event.detail["status"] for event in r.events("job")]
     assert set(told) == {"JS_RUNNING", "JS_SUCCESS"}

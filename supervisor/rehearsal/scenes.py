@@ -105,12 +105,17 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
         f"the entrypoint failed in the mock room, no fault of a stop: {text}" for text in seen.failures
     ]
     warnings += [
-        f"job {each['id']}: the call ended well, but its process did not ({each['process']}):"
-        " a thread or an exit handler of the agent kept it, or failed"
+        f"job {each['id']}: the call ended well, but {_how_its_process_ended(each['process'])}"
         for each in seen.receipt.get("jobs", ())
         if each.get("process")
     ]
     return problems, warnings
+
+
+def _how_its_process_ended(process: str) -> str:
+    if process == "killed":
+        return "a thread or an exit handler kept its process, which was killed"
+    return f"its process did not: {process}"
 
 
 def _what_happened(scene: Scene, seen: Seen, job: str, end: str) -> str:
