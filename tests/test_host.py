@@ -1,4 +1,4 @@
-"""The stop of a worker as its host runs it, over a real control socketpair, with an engine that is faked."""
+"""The stop of a worker as its host runs it, over a real control channel, with an engine that is faked."""
 
 from __future__ import annotations
 

@@ -20,6 +20,15 @@ ConfigFile = Annotated[
     str | None, typer.Option(metavar="FILE", help=f"Configuration.  [{CONFIG_FILE_DEFAULT}]")
 ]
 
+Watch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--watch",
+        metavar="GLOB",
+        help="More files that reload, as in 'prompts/**/*.md'; may be given again.",
+    ),
+]
+
 
 def help_of(name: str, default: object = None) -> str:
     """Return the help of an option; a `default` is shown in place of the default in the definition."""

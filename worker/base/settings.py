@@ -29,7 +29,8 @@ class WorkerSettings:
 
     `max_running`: the most jobs at a time, 0 for no limit. `output_fds`: the read ends of the standard output
     and error of the worker. `lifeline_fd`: only held, for as long as the worker lives. `scratch`: the
-    directory for the sockets of multiprocessing.
+    directory for the sockets of multiprocessing. `tells_imports`: whether the worker says which files its
+    target has imported.
     """
 
     grace: float = DEFAULT_GRACE
@@ -38,6 +39,7 @@ class WorkerSettings:
     max_running: int = 0
     coloured: bool = False
     mock_room: bool = False
+    tells_imports: bool = False
     rehearsal: Rehearsal | None = None
     control_fd: int | None = None
     output_fds: tuple[int, ...] = ()
