@@ -1,4 +1,4 @@
-"""Ctrl-C on a terminal: once, twice, thrice; and a terminal that is closed."""
+"""A terminal: Ctrl-C up to three times, the background, and a terminal that is closed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.terminal import Terminal
 @pytest.mark.alone
 @pytest.mark.parametrize("times", [1, 2, 3])
 async def test_ctrl_c(run: StartRun, terminal: Terminal, times: int) -> None:
-    """Once drains; twice asks the jobs to shut down now; a third time kills."""
+    """Once drains. Twice asks the jobs to shut down now, and a third time kills."""
     r: Run = await run("run", "--grace", "60", AGENT, terminal=terminal)
     await r.ready()
     job = await r.dispatch(sleep=3 if times == 1 else 60, mode="sleep" if times < 3 else "swallow")

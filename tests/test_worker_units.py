@@ -77,7 +77,7 @@ def test_wire_refuses_bad_values(pair: Pair, data: st.DataObject) -> None:
     if not names:
         return
     name = data.draw(st.sampled_from(names))
-    bad: dict[str, Any] = {**document, name: ["secret"]}
+    bad: dict[str, Any] = {**document, name: [["secret"]]}
     with pytest.raises(WireError, match=f"has a bad {name}$"):
         vocabulary.decode(json.dumps(bad).encode())
     del bad[name]

@@ -14,9 +14,10 @@ import asyncio
 import logging
 import math
 import socket
+import sys
 from typing import Any, assert_never
 
-from lastcall.worker import exposition, orphan_output
+from lastcall.worker import exposition, imported, orphan_output
 from lastcall.worker.base.budget import close_by
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.channel import Control
@@ -36,6 +37,7 @@ from lastcall.worker.base.wire import (
     Fence,
     Fenced,
     Hold,
+    Imported,
     MetricsText,
     Resource,
     ShieldOpen,
@@ -103,6 +105,9 @@ class Host:
         await self.control.connect()
         for _ in range(4):  # a signal that came while the target was loaded is still on its way
             await asyncio.sleep(0)
+        if self.settings.tells_imports:
+            for files in imported.portions(imported.imported_files(list(sys.modules.values()))):
+                self.control.say(Imported(files=files))
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(self._beats()), group.create_task(engine.see_processes_out())]
             if self.stopping.is_set:

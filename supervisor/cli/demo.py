@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lastcall.supervisor.app import App
+from lastcall.supervisor.cli.beside import run_with
 from lastcall.supervisor.cli.live_screen import LiveScreen
 from lastcall.supervisor.cli.local_server import local_server
 from lastcall.supervisor.cli.plain_text import receipt_line, status_line
@@ -65,13 +66,11 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
             around.stdout.write(
                 b"lastcall demo: local dispatch and Inworld servers, a sample agent; Ctrl-C stops\n"
             )
-        async with asyncio.TaskGroup() as group:
-            show = screen.follow(app.status) if screen else _write_lines(app.status, around.stdout.write)
-            showing = group.create_task(show)
-            timing = group.create_task(_stop_after(app, seconds))
-            code = await app.run()
-            showing.cancel()
-            timing.cancel()
+
+        async def show() -> None:
+            await (screen.follow(app.status) if screen else _write_lines(app.status, around.stdout.write))
+
+        code = await run_with(app, {"the table": show, "the clock": lambda: _stop_after(app, seconds)})
         if screen is not None:
             screen.close()
             console.print(receipt_table(app.receipt))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +15,8 @@ from lastcall.supervisor.views.status import Status
 
 # Seconds. Ours: the table moves, and the terminal has little to do.
 REFRESH_INTERVAL = 0.25
+# Errors of a terminal that is gone, or has no character for what is shown.
+NOT_SHOWN = (OSError, UnicodeError)
 
 
 class LiveScreen(OutputWriter):
@@ -26,8 +29,9 @@ class LiveScreen(OutputWriter):
         self._live.start()
 
     def write(self, data: bytes) -> None:
-        for line in data.decode(errors="replace").splitlines():
-            self._console.print(Text.from_ansi(line), soft_wrap=True)
+        with contextlib.suppress(*NOT_SHOWN):
+            for line in data.decode(errors="replace").splitlines():
+                self._console.print(Text.from_ansi(line), soft_wrap=True)
 
     def take_dropped(self) -> int:
         return 0
@@ -37,7 +41,8 @@ class LiveScreen(OutputWriter):
 
     def close(self) -> None:
         """Take the table away and give the terminal back as it was."""
-        self._live.stop()
+        with contextlib.suppress(*NOT_SHOWN):
+            self._live.stop()
 
     async def follow(self, status: Status) -> None:
         """Redraw the table a few times a second; the terminal is restored however this ends."""

@@ -29,6 +29,15 @@ ConfigFile = Annotated[
     str | None, typer.Option(metavar="FILE", help=f"Configuration.  [{CONFIG_FILE_DEFAULT}]")
 ]
 
+Watch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--watch",
+        metavar="GLOB",
+        help="More files that reload, as in 'prompts/**/*.md'; may be given again.",
+    ),
+]
+
 
 def with_arguments(words: list[str]) -> list[str]:
     """Return a command line in which all words after --args are one value of it."""

@@ -15,6 +15,7 @@ from lastcall.supervisor.cli.parameters import (
     ConfigFile,
     Module,
     OptionalTarget,
+    Watch,
     arguments_of,
     needed_target,
     target_of,
@@ -23,8 +24,10 @@ from lastcall.supervisor.cli.parameters import (
 )
 from lastcall.supervisor.config.loading import load
 from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.sources import FILE_NAMES
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
+from lastcall.worker.base import variables
 from lastcall.worker.base.target_form import FORMS
 
 # Newer versions of typer bundle click, so the class is taken from a name that typer exports.
@@ -67,6 +70,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _places_of_config(file: str | None) -> list[str]:
+    """Return the files that a configuration is looked for in."""
+    named = file or os.environ.get(variables.CONFIG)
+    return [named] if named else list(FILE_NAMES)
 
 
 def _show_version(wanted: bool) -> None:
@@ -131,12 +140,15 @@ def _dev(
     env_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="KEY=value lines for the worker, read at each reload.")
     ] = None,
+    watch: Watch = None,
     config: ConfigFile = None,
 ) -> None:
-    """Develop: one worker, replaced whenever a source file here changes.
+    """Develop: one worker, replaced whenever a source file changes.
 
-    A running call finishes on the old code. Without LIVEKIT_URL a local LiveKit server is used, which sends
-    each new worker one call in a mock room. Ctrl-C drains briefly, a second one kills.
+    Sources are the Python files that the agent imports, .py and .env* below the directory of the target,
+    and the configuration; --watch adds others. A running call finishes on the old code. Without LIVEKIT_URL
+    a local LiveKit server is used, which sends each new worker one call in a mock room. Ctrl-C drains
+    briefly, a second one kills.
     """
     from lastcall.supervisor.cli.dev import dev
 
@@ -152,7 +164,13 @@ def _dev(
 
     session: _Session = context.obj
     assert session.inbox is not None
-    session.work = dev(session.inbox, reread, directory=Path.cwd().resolve())
+    session.work = dev(
+        session.inbox,
+        reread,
+        directory=Path.cwd(),
+        config_files=_places_of_config(config),
+        patterns=[pattern for pattern in watch or [] if pattern],
+    )
 
 
 @app.command("demo")

@@ -13,6 +13,7 @@ from lastcall.worker.base.wire import (
     Drained,
     Fault,
     Fenced,
+    Imported,
     JobEnded,
     JobNotAsked,
     JobOver,
@@ -46,6 +47,7 @@ class WorkerView:
         self.worker_id = ""
         self.agent_name = ""
         self.is_loaded = False
+        self.imported: set[str] = set()
         self.beat: LastBeat | None = None
         self.fenced_at: float | None = None
         self.fence_reason = ""
@@ -69,6 +71,8 @@ class WorkerView:
             case Loaded(agent_name=agent_name):
                 self.agent_name = agent_name
                 self.is_loaded = True
+            case Imported(files=files):
+                self.imported.update(files)
             case Ready():
                 self.worker_id = message.worker_id
                 # A worker that is held, or fenced, says so with its next beat, which follows at once.

@@ -32,7 +32,7 @@ from lastcall.worker.base.stopping import SHIELDED
 CONTROL_FD = 3
 OUTPUT_FDS = (4, 5)
 LIFELINE_FD = 6
-# SGR codes of a terminal (ECMA-48): cyan, yellow, magenta, green, blue; not red, which is for errors.
+# SGR codes of a terminal (ECMA-48): cyan, yellow, magenta, green, blue. Red is left to errors.
 COLOURS = (36, 33, 35, 32, 34)
 # systemd means these for the supervisor alone (sd_notify(3), sd_listen_fds(3)): a worker that inherited one
 # would answer in the name of the supervisor.

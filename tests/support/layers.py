@@ -22,7 +22,7 @@ ROOMS: dict[str, Room] = {
         idea="hosts one AgentServer and ends it without cutting a job",
         floors=(
             "base",
-            "sdk shield target scratch orphan_output exposition jobs local",
+            "sdk shield target scratch orphan_output exposition imported jobs local",
             "inworld engine",
             "job host",
             "__main__",
@@ -146,7 +146,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "plain_text local_server parameters source_changes",
+            "plain_text local_server parameters source_changes beside",
             "tables",
             "live_screen",
             "demo dev operate deployment",

@@ -26,6 +26,7 @@ NAMES = {
     "Stage",
     "play",
     "find_trial",
+    "Sources",
 }
 # Audit events of CPython that stand for a new process.
 EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}

@@ -30,7 +30,8 @@ class WorkerSettings:
     `max_running`: the most jobs at a time, 0 for no limit. `local_url`: the local server. The
     worker may register with no other, and its jobs run in mock rooms. `output_fds`: the read ends of the
     standard output and error of the worker. `lifeline_fd`: only held, for as long as the worker lives.
-    `scratch`: the directory for the sockets of multiprocessing.
+    `scratch`: the directory for the sockets of multiprocessing. `tells_imports`: whether the worker says
+    which files its target has imported.
     """
 
     grace: float = DEFAULT_GRACE
@@ -39,6 +40,7 @@ class WorkerSettings:
     max_running: int = 0
     coloured: bool = False
     local_url: str = ""
+    tells_imports: bool = False
     rehearsal: Rehearsal | None = None
     control_fd: int | None = None
     output_fds: tuple[int, ...] = ()

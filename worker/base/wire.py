@@ -45,6 +45,13 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """The target's import has loaded these Python files; said only where the settings ask for it."""
+
+    files: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The worker has registered with the LiveKit server; said at each connection. `warm` as in `Beat`."""
 
@@ -151,6 +158,7 @@ class Fault:
 
 WorkerSays = (
     Loaded
+    | Imported
     | Ready
     | Beat
     | JobStarted
@@ -395,6 +403,8 @@ def _is_a(value: object, hint: Any) -> bool:  # a type as typing has it: there i
         return any(_is_a(value, each) for each in get_args(hint))
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_a(each, get_args(hint)[0]) for each in value)
     if get_origin(hint) is dict:
         of = get_args(hint)[1]
         return isinstance(value, dict) and all(_is_a(each, of) for each in value.values())
