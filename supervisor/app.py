@@ -11,7 +11,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ class App:
         changed = Condition()
         self._outputs = Outputs(stdout=around.stdout, stderr=around.stderr, log=self.log)
         quiet = around.quiet_workers
-        self.companion = self._companion(config, changed)
+        environment = environment_of(around.environment, config)
+        self.companion = self._companion(config, environment, changed)
         self.program = Program(
             supervisor_id=self._id,
             environment=around.environment,
@@ -97,7 +98,7 @@ class App:
         self.fleet = Fleet(
             config,
             changed=changed,
-            launcher=self.program.launcher(config),
+            launcher=self.program.launcher(config, environment),
             ledger=self.ledger,
             record=self.record,
             log=self.log,
@@ -148,10 +149,11 @@ class App:
             log=self.log,
         )
 
-    def _companion(self, config: Config, changed: Condition) -> Companion | None:
+    def _companion(
+        self, config: Config, environment: Mapping[str, str], changed: Condition
+    ) -> Companion | None:
         if not config.inworld.enabled:
             return None
-        environment = environment_of(self.around.environment, config)
         key = key_of(config.inworld, environment)
         forbid_dumps()  # the key is in our memory now
         return Companion(

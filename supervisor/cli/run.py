@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lastcall.supervisor.cli import deployment
 from lastcall.supervisor.cli.parameters import ConfigFile, OptionalTarget, Target, with_run_options
-from lastcall.supervisor.config.loading import load
-from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.loading import Loader
+from lastcall.supervisor.config.paths import working_directory
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
 
@@ -87,7 +86,8 @@ def _run(
     given = {"target": target, "command": session.command or None, **flags}
     if target and session.command:
         raise UsageError(f"both a target ({target!r}) and a command after --; expected one of them")
-    loaded = load(given, os.environ, file=config)
+    load = Loader(given, os.environ, file=config)
+    loaded = load()
     if loaded.target and loaded.command:
         raise ConfigError("both target and command are configured; expected one of them")
     if not loaded.target and not loaded.command:
@@ -97,11 +97,8 @@ def _run(
     from lastcall.supervisor.app import App
     from lastcall.supervisor.environment import surroundings
 
-    def reread() -> Config:
-        return load(given, os.environ, file=config)
-
     assert session.inbox is not None
-    session.work = App(loaded, session.inbox, surroundings(), reread=reread).run()
+    session.work = App(loaded, session.inbox, surroundings(), reread=load).run()
 
 
 @app.command("dev")
@@ -127,12 +124,10 @@ def _dev(
 
     given = {"target": target, "env_file": env_file, **flags}
 
-    def reread() -> Config:
-        return load(given, os.environ, file=config, defaults=DEV_DEFAULTS)
-
+    load = Loader(given, os.environ, file=config, defaults=DEV_DEFAULTS)
     session: _Session = context.obj
     assert session.inbox is not None
-    session.work = dev(session.inbox, reread, directory=Path.cwd().resolve())
+    session.work = dev(session.inbox, load, directory=working_directory().resolve())
 
 
 @app.command("demo")
