@@ -350,6 +350,8 @@ PLACES = {
         "--receipt: got 'locked/r.json', expected a file that",
     ),
     "receipt by variable": ({"LASTCALL_RECEIPT": "locked/r"}, [], 78, "LASTCALL_RECEIPT: got 'locked/r', "),
+    "control": ({}, ["--control", "locked/c.sock"], 78, "control: locked/c.sock can't be used: "),
+    "sockets": ({"XDG_RUNTIME_DIR": "locked"}, [], 78, "control: locked/lastcall can't be made: "),
 }
 
 
@@ -430,3 +432,16 @@ async def test_configuration_in_another_locale(run: StartRun, tmp_path: Path) ->
     await r.until(lambda: "up" in r.out.read_text(), 30)
     r.kill()
     await r.exit()
+
+
+HTTP = {"name": "my..host:8080", "long": "x" * 64 + ".test:80", "nowhere": "no-such-host.invalid:80"}
+
+
+@pytest.mark.parametrize("case", HTTP)
+async def test_http_host_that_can_not_be(run: StartRun, case: str) -> None:
+    """One line, whatever the resolver raises."""
+    arguments = ["run", "--http", HTTP[case], "--", "sleep", "100"]
+    r: Run = await run(*arguments, command=[*_python(), *arguments], livekit=False)
+    assert await r.exit(30) == (78 if case == "nowhere" else 2)
+    said = r.err.read_text()
+    assert "http: " in said and HTTP[case] in said and said.count("\n") == 1

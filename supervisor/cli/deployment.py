@@ -17,6 +17,9 @@ from typing import Annotated
 import typer
 
 from lastcall.supervisor.cli.parameters import ConfigFile, Target, help_of, with_run_options
+from lastcall.supervisor.config.paths import working_directory
+from lastcall.supervisor.config.user_files import words_of
+from lastcall.supervisor.config.values import check_writable
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.budget import DEFAULT_GRACE
 
@@ -64,7 +67,7 @@ def _unit(
         name=name or "lastcall",
         image=image or "",
         program=_program(program) if kind == "systemd" else "lastcall",
-        directory=os.getcwd(),
+        directory=str(working_directory()),
         workers=1 if workers is None else workers,
         timers=Timers(grace=DEFAULT_GRACE if grace is None else grace),
         printed_by=shlex.join(["lastcall", "unit", kind, target, *given]),
@@ -130,10 +133,14 @@ def _rehearse(
 
     if not 1 <= workers <= 16:
         raise UsageError(f"--workers: got {workers}, expected 1 to 16")
-    if junit is not None and not Path(junit).absolute().parent.is_dir():
-        raise UsageError(f"--junit: no directory {str(Path(junit).absolute().parent)!r}; make it first")
-    if junit is not None and Path(junit).is_dir():
-        raise UsageError(f"--junit: {junit!r} is a directory; expected a file")
+    if junit is not None:
+        place = working_directory() / junit
+        if not os.path.isdir(place.parent):
+            raise UsageError(f"--junit: no directory {str(place.parent)!r}; make it first")
+        try:
+            check_writable(str(place))
+        except ValueError as error:
+            raise UsageError(f"--junit: got {junit!r}, {error}") from error
     verdicts = []
     with _interruptible():
         for verdict in rehearse(target, workers=workers):
@@ -143,7 +150,10 @@ def _rehearse(
     if as_json:
         print(json.dumps(drill_report.document(target, verdicts), indent=2))
     if junit is not None:
-        Path(junit).write_text(drill_report.junit(target, verdicts))
+        try:
+            Path(junit).write_text(drill_report.junit(target, verdicts))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--junit: {junit!r} can't be written: {words_of(error)}") from error
     return 0 if all(verdict.is_good for verdict in verdicts) else 1
 
 
