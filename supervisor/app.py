@@ -28,6 +28,7 @@ from lastcall.supervisor.fleet.states import Phase
 from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.inworld_endpoint import key_of
 from lastcall.supervisor.outputs import Outputs
+from lastcall.supervisor.processes.child import check_open_files
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.program import Program, environment_of
 from lastcall.supervisor.receipt import Ledger, StopRecord
@@ -184,6 +185,7 @@ class App:
 
     async def run(self) -> Exit:
         """Run until a stop is over. Raises ConfigError for a wrong configuration or target."""
+        check_open_files(self.config.workers)
         async with AsyncExitStack() as stack:
             serving = await stack.enter_async_context(http.serve(self.config.http, self.status))
             control = await stack.enter_async_context(

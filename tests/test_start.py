@@ -445,3 +445,14 @@ async def test_http_host_that_can_not_be(run: StartRun, case: str) -> None:
     assert await r.exit(30) == (78 if case == "nowhere" else 2)
     said = r.err.read_text()
     assert "http: " in said and HTTP[case] in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("limit", [16, 64])
+async def test_limit_of_open_files(run: StartRun, limit: int) -> None:
+    """Too low for a single worker: exit 78, and one line that names the limit and what is needed."""
+    prefix = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"]
+    r: Run = await run("run", "--", "sleep", "100", prefix=prefix, livekit=False)
+    assert await r.exit(20) == 78
+    said = r.err.read_text()
+    assert "open files" in said and "ulimit -n" in said and said.count("\n") == 1
+    await r.nothing_left()
