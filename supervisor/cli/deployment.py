@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -24,6 +27,8 @@ from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.budget import DEFAULT_GRACE
 
 KINDS = ("systemd", "docker", "compose", "k8s")
+# The users that DynamicUser makes: https://systemd.io/UIDS-GIDS/
+DYNAMIC_IDS = range(61184, 65520)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,6 +62,8 @@ def _unit(
         raise UsageError(f"--image: {kind} names no image; leave it out")
     if program is not None and kind != "systemd":
         raise UsageError(f"--exec: {kind} starts what is in the image; leave it out")
+    if kind == "systemd" and name is not None:
+        _check_unused(name)
     options = {"--grace": None if grace is None else seconds(grace) if grace < float("inf") else "inf"}
     options |= {"--workers": workers, "--name": name, "--image": image, "--exec": program}  # type: ignore[dict-item]
     given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
@@ -102,6 +109,24 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_unused(name: str) -> None:
+    """Refuse a name that a system user or group has: DynamicUser would run the unit as that user.
+
+    A running unit's own user is there too, under a number of the range that systemd gives to such users.
+    """
+    numbers: dict[str, int] = {}
+    with contextlib.suppress(KeyError):
+        numbers["user"] = pwd.getpwnam(name).pw_uid
+    with contextlib.suppress(KeyError):
+        numbers["group"] = grp.getgrnam(name).gr_gid
+    for kind, number in numbers.items():
+        if number not in DYNAMIC_IDS:
+            raise UsageError(
+                f"--name: got {name!r}, the name of a {kind} of this system, and the unit would run as that"
+                f" {kind}; expected another name"
+            )
 
 
 def _program(given: str | None) -> str:
