@@ -22,6 +22,7 @@ sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
 sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 import asyncio
+import errno
 import traceback
 from typing import NoReturn
 
@@ -92,6 +93,12 @@ def _explain(error: Exception) -> int:
         if isinstance(error, kind):
             print(f"lastcall: {error}", file=sys.stderr)
             return code
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        print(
+            f"lastcall: {error.strerror}; raise the limit: ulimit -n, or LimitNOFILE= of the unit",
+            file=sys.stderr,
+        )
+        return Exit.CONFIG
     traceback.print_exception(error)  # the workers, if any, drain by themselves
     return Exit.FAULT
 

@@ -11,7 +11,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lastcall.supervisor.fleet.states import Phase
 from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.inworld_endpoint import key_of
 from lastcall.supervisor.outputs import Outputs
+from lastcall.supervisor.processes.child import check_open_files
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.program import Program, environment_of
 from lastcall.supervisor.receipt import Ledger, StopRecord
@@ -80,7 +81,8 @@ class App:
         changed = Condition()
         self._outputs = Outputs(stdout=around.stdout, stderr=around.stderr, log=self.log)
         quiet = around.quiet_workers
-        self.companion = self._companion(config, changed)
+        environment = environment_of(around.environment, config)
+        self.companion = self._companion(config, environment, changed)
         self.program = Program(
             supervisor_id=self._id,
             environment=around.environment,
@@ -97,7 +99,7 @@ class App:
         self.fleet = Fleet(
             config,
             changed=changed,
-            launcher=self.program.launcher(config),
+            launcher=self.program.launcher(config, environment),
             ledger=self.ledger,
             record=self.record,
             log=self.log,
@@ -148,10 +150,11 @@ class App:
             log=self.log,
         )
 
-    def _companion(self, config: Config, changed: Condition) -> Companion | None:
+    def _companion(
+        self, config: Config, environment: Mapping[str, str], changed: Condition
+    ) -> Companion | None:
         if not config.inworld.enabled:
             return None
-        environment = environment_of(self.around.environment, config)
         key = key_of(config.inworld, environment)
         forbid_dumps()  # the key is in our memory now
         return Companion(
@@ -182,6 +185,7 @@ class App:
 
     async def run(self) -> Exit:
         """Run until a stop is over. Raises ConfigError for a wrong configuration or target."""
+        check_open_files(self.config.workers)
         async with AsyncExitStack() as stack:
             serving = await stack.enter_async_context(http.serve(self.config.http, self.status))
             control = await stack.enter_async_context(

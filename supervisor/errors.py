@@ -15,6 +15,14 @@ class UsageError(SupervisorError):
     """Raised when the command line is wrong: exit code 2."""
 
 
+class Unreadable(SupervisorError):
+    """Raised when a file that the user named can't be read; the text goes on where the file's name ends."""
+
+    def __init__(self, text: str, *, is_absent: bool = False) -> None:
+        super().__init__(text)
+        self.is_absent = is_absent
+
+
 class NotRunning(SupervisorError):
     """Raised by a verb that finds no supervisor to talk to: exit code 69."""
 

@@ -14,10 +14,10 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from lastcall.supervisor.config import Inworld
-from lastcall.supervisor.errors import ConfigError
+from lastcall.supervisor.config.user_files import read_text
+from lastcall.supervisor.errors import ConfigError, Unreadable
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.worker.base import variables
@@ -34,17 +34,17 @@ PASSED_ON |= {"VIRTUAL_ENV", "SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTT
 PASSED_ON |= {"http_proxy", "https_proxy", "no_proxy"}
 
 
-def key_of(config: Inworld, environment: Mapping[str, str]) -> str:
-    """Return the API key. Raises ConfigError when there is none."""
+def key_of(config: Inworld, environment: Mapping[str, str], *, again: bool = False) -> str:
+    """Return the API key. Blocks, as `read_text` does. Raises ConfigError when there is none."""
     if not config.api_key_file:
         key = environment.get(variables.INWORLD_API_KEY, "").strip()
         if not key:
             raise ConfigError("inworld.enabled: no API key: set INWORLD_API_KEY, or inworld.api_key_file")
         return key
     try:
-        key = Path(config.api_key_file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} can't be read: {error}") from error
+        key = read_text(config.api_key_file, again=again).strip()
+    except Unreadable as error:
+        raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} {error}") from error
     if not key:
         raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} is empty; expected the API key")
     return key

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +20,24 @@ from lastcall.worker.base.settings import WorkerSettings
 
 # The supervisor itself was set up by these keys: a reload keeps the old value, and logs that it does.
 KEPT_BY_A_RELOAD = ("http", "control", "log_format", "inworld")
+# Seconds that a reload waits for the configuration, the env file and the API key together. Ours: each of them
+# has 5 s (`user_files.READ_WITHIN`), and a file system that hangs is not bounded by that.
+REREAD_WITHIN = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """The result of reading for a reload. `wanted` has new values also for the keys that a reload keeps."""
+
+    wanted: Config
+    config: Config
+    environment: Mapping[str, str]
+    key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """Makes launchers. `reread` returns the configuration as it is now, and may raise ConfigError.
+    """Makes launchers. `reread` returns the configuration as it is now, may block, and may raise ConfigError.
 
     `settings` are those of the workers that no option sets; `write_output` and `write_errors` take the lines
     of the workers.
@@ -39,9 +55,8 @@ class Program:
     companion: Companion | None
     log: Any
 
-    def launcher(self, config: Config) -> Launcher:
-        """Return the launcher of workers for a configuration. Raises ConfigError for a bad env_file."""
-        environment: Mapping[str, str] = environment_of(self.environment, config)
+    def launcher(self, config: Config, environment: Mapping[str, str]) -> Launcher:
+        """Return the launcher of workers for a configuration and the environment with its env_file."""
         if self.companion is not None:
             environment = self.companion.environment_for_workers(environment)
         settings = replace(
@@ -66,29 +81,70 @@ class Program:
             write_errors=self.write_errors,
         )
 
-    def read(self, current: Config) -> tuple[Config, Launcher]:
-        """Read everything again. Raises ConfigError."""
+    def read(self, current: Config) -> asyncio.Future[tuple[Config, Launcher]]:
+        """Read everything again, in a thread. The future raises ConfigError, and may be cancelled.
+
+        A pipe may take seconds to come to its end, and the workers' signs of life would be missed meanwhile.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[tuple[Config, Launcher]] = loop.create_future()
+
+        def refuse(error: Exception) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        def adopt(sources: Sources) -> None:
+            if not future.done():
+                try:
+                    future.set_result(self._adopt(current, sources))
+                except Exception as error:
+                    refuse(error)
+
+        def read() -> None:
+            try:
+                sources = self._sources(current)
+            except Exception as error:
+                tell(refuse, error)
+            else:
+                tell(adopt, sources)
+
+        def tell(whom: Callable[[Any], None], what: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(whom, what)
+
+        late = ConfigError(f"the configuration could not be read within {REREAD_WITHIN:g} s")
+        timer = loop.call_later(REREAD_WITHIN, refuse, late)
+        future.add_done_callback(lambda _: timer.cancel())
+        try:
+            # A daemon, because a read from a file system that hangs never returns.
+            threading.Thread(target=read, name="reread", daemon=True).start()
+        except RuntimeError as error:
+            refuse(ConfigError(f"the configuration could not be read: {error}"))
+        return future
+
+    def _sources(self, current: Config) -> Sources:
+        """Read what a reload needs. Blocks; raises ConfigError."""
         new = self.reread()
         if new.is_opaque != current.is_opaque:
             raise ConfigError(
                 "a reload can't turn a target into a command or back; restart lastcall for that"
             )
-        kept = {
-            name: getattr(current, name)
-            for name in KEPT_BY_A_RELOAD
-            if getattr(new, name) != getattr(current, name)
-        }
-        for name, value in kept.items():
-            self.log.warning(
-                "takes effect at the next restart", key=name, still=value, new=getattr(new, name)
-            )
-        config = new.model_copy(update=kept)
-        launcher = self.launcher(config)
+        config = new.model_copy(update={name: getattr(current, name) for name in KEPT_BY_A_RELOAD})
+        environment = environment_of(self.environment, config, again=True)
+        key = "" if self.companion is None else key_of(config.inworld, environment, again=True)
+        return Sources(wanted=new, config=config, environment=environment, key=key)
+
+    def _adopt(self, current: Config, sources: Sources) -> tuple[Config, Launcher]:
+        for name in KEPT_BY_A_RELOAD:
+            still, new = getattr(current, name), getattr(sources.wanted, name)
+            if new != still:
+                self.log.warning("takes effect at the next restart", key=name, still=still, new=new)
+        launcher = self.launcher(sources.config, sources.environment)
         if self.companion is not None:
-            self.companion.set_key(key_of(config.inworld, environment_of(self.environment, config)))
-        return config, launcher
+            self.companion.set_key(sources.key)
+        return sources.config, launcher
 
 
-def environment_of(environment: Mapping[str, str], config: Config) -> dict[str, str]:
+def environment_of(environment: Mapping[str, str], config: Config, *, again: bool = False) -> dict[str, str]:
     """Return the environment with the variables of the env_file. Raises ConfigError for a bad env_file."""
-    return {**environment, **configuration.environment_of(config.env_file)}
+    return {**environment, **configuration.environment_of(config.env_file, again=again)}

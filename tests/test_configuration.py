@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lastcall.supervisor.config import user_files
 from lastcall.supervisor.config.env_file import environment_of
-from lastcall.supervisor.config.loading import load
+from lastcall.supervisor.config.loading import Loader, load
 from lastcall.supervisor.config.options import Config, flags
 from lastcall.supervisor.config.sources import read_environment, warnings
 from lastcall.supervisor.errors import ConfigError, UsageError
@@ -85,7 +89,34 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     ({"LASTCALL_STOP__FENCE": "0"}, "LASTCALL_STOP__FENCE: got '0', expected greater than 0"),
     ({"LASTCALL_STOP": "3"}, "LASTCALL_STOP: got 3, expected a table"),
     ({"LASTCALL_STOP": '{"clse": 3}'}, "unknown key 'LASTCALL_STOP__CLSE'; did you mean 'close'?"),
-    ({"LASTCALL_COMMAND": "node x"}, "LASTCALL_COMMAND: got 'node x', expected JSON"),
+    (
+        {"LASTCALL_COMMAND": "node x"},
+        """LASTCALL_COMMAND: got 'node x', expected a JSON list, as in ["node", "agent.js"]""",
+    ),
+    ({"LASTCALL_COMMAND": '"node"'}, "LASTCALL_COMMAND: got 'node', expected a list"),
+    ({"LASTCALL_STOP": "{"}, """LASTCALL_STOP: got '{', expected a JSON object, as in {"fence": 2}"""),
+    (
+        {"LASTCALL_STOP": '{"fence": true}'},
+        "LASTCALL_STOP__FENCE: got true, expected a number, not a boolean",
+    ),
+    (
+        {"LASTCALL_RESTART__BACKOFF": "[false, 1]"},
+        "LASTCALL_RESTART__BACKOFF: got [False, 1], expected a number, not a boolean",
+    ),
+    (
+        {"LASTCALL_COMMAND": '["a\\u0000"]'},
+        "LASTCALL_COMMAND: got ['a\\x00'], expected text without a NUL byte",
+    ),
+    (
+        {"LASTCALL_HTTP": "a..b:80"},
+        "LASTCALL_HTTP: got 'a..b:80', expected HOST:PORT or off;"
+        " 'a..b' can't be the name of a host: label empty or too long",
+    ),
+    ({"LASTCALL_HTTP": "x:\u00b2"}, "LASTCALL_HTTP: got 'x:\u00b2', expected HOST:PORT or off"),
+    (
+        {"LASTCALL_INWORLD__WS_URL": "ws://[x/"},
+        "LASTCALL_INWORLD__WS_URL: got 'ws://[x/', expected wss://HOST/; Invalid IPv6 URL",
+    ),
     ({"LASTCALL_RESTART__BACKOFF": "[1]"}, "LASTCALL_RESTART__BACKOFF__1: got [1], expected more values"),
     ({"LASTCALL_INWORLD__WS_URL": "x"}, "LASTCALL_INWORLD__WS_URL: got 'x', expected wss://HOST/"),
 ]
@@ -157,3 +188,167 @@ def test_help_shows_each_flag(columns: str) -> None:
         "[auto]",
     ):
         assert default in shown
+
+
+@contextmanager
+def written(path: Path, text: str) -> Iterator[None]:
+    """Have a thread write into a named pipe, as a secret manager does, whenever one reads from it."""
+    os.mkfifo(path)
+    is_over = threading.Event()
+
+    def write() -> None:
+        while not is_over.is_set():
+            with path.open("w") as pipe:
+                pipe.write("" if is_over.is_set() else text)
+            is_over.wait(0.01)  # so that a reader sees the end between two texts
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        thread.join()
+        os.close(reader)
+
+
+def pipe_of_a_shell(text: str) -> tuple[str, int]:
+    """Return a path as `<(…)` gives it, and the descriptor behind it."""
+    read, write = os.pipe()
+    os.write(write, text.encode())
+    os.close(write)
+    return f"/dev/fd/{read}", read
+
+
+def test_what_is_no_regular_file_is_read(tmp_path: Path) -> None:
+    """A named pipe, a pipe of the shell, /dev/null; and a byte order mark is no part of the first name."""
+    with written(tmp_path / "pipe.env", "A=1\n"):
+        assert environment_of(str(tmp_path / "pipe.env")) == {"A": "1"}
+        assert environment_of(str(tmp_path / "pipe.env"), again=True) == {"A": "1"}
+    with written(tmp_path / "pipe.toml", "grace = 5\n"):
+        assert load({}, {}, file=str(tmp_path / "pipe.toml")).grace == 5
+    path, fd = pipe_of_a_shell("A=1\n")
+    assert environment_of(path) == {"A": "1"}
+    os.close(fd)
+    assert environment_of("/dev/null") == {}
+    assert load({}, {"LASTCALL_CONFIG": "/dev/null"}) == Config()
+    (tmp_path / "bom.env").write_bytes(b"\xef\xbb\xbfA=1\r\nB=2\r\n")
+    assert environment_of(str(tmp_path / "bom.env")) == {"A": "1", "B": "2"}
+    (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbfgrace = 5\r\n")
+    assert load({}, {}, file=str(tmp_path / "bom.toml")).grace == 5
+
+
+def test_a_pipe_that_nobody_writes_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up after a while; so is what never ends, and what is too large."""
+    monkeypatch.setattr(user_files, "READ_WITHIN", 0.2)
+    monkeypatch.setattr(user_files, "MAX_BYTES", 1 << 20)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"^env_file: '.*pipe' can't be read: it has not come to an end"):
+        environment_of(str(tmp_path / "pipe"))
+    holder = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(holder, b"A=1\n")
+    with pytest.raises(ConfigError, match="it has not come to an end"):
+        environment_of(str(tmp_path / "pipe"))
+    os.close(holder)
+    with pytest.raises(ConfigError, match="it has more than 1 MB"):
+        environment_of("/dev/zero")
+
+
+@pytest.mark.parametrize("name", ["lastcall.toml", "pyproject.toml"])
+def test_a_file_that_is_there_and_can_not_be_read(empty_directory: Path, name: str) -> None:
+    """It does not count as none: a directory, a link to nothing, a loop, text that is not UTF-8."""
+    path = empty_directory / name
+    path.mkdir()
+    with pytest.raises(ConfigError, match=f"^{name} is a directory; expected a configuration in TOML$"):
+        load({}, {})
+    path.rmdir()
+    path.symlink_to("nothing")
+    with pytest.raises(ConfigError, match=f"^{name} is a link to a file that is not there"):
+        load({}, {})
+    path.unlink()
+    path.symlink_to(name)
+    with pytest.raises(ConfigError, match=f"^{name} can't be read: Too many levels of symbolic links"):
+        load({}, {})
+    path.unlink()
+    path.write_bytes(b"a = '\xe4'\n")
+    with pytest.raises(ConfigError, match=f"^{name} can't be read: not UTF-8 at byte 5"):
+        load({}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tool = 3\n", "pyproject.toml: tool: got 3, expected a table"),
+        ("[tool]\nlastcall = 5\n", "pyproject.toml: tool.lastcall: got 5, expected a table"),
+        ("[[tool.lastcall]]\n", "pyproject.toml: tool.lastcall: got [{}], expected a table"),
+        ("[tool.lastcall]\nstop = 5\n", "pyproject.toml: stop: got 5, expected a table"),
+        (
+            "[tool.lastcall]\ngrace = true\n",
+            "pyproject.toml: grace: got true, expected a number, not a boolean",
+        ),
+        ("a = " + "[" * 100_000, "pyproject.toml: not TOML: nested too deeply"),
+        ("a = " + "1" * 5000, "pyproject.toml: not TOML: Exceeds the limit"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_mistakes_in_a_project_file(empty_directory: Path, text: str, says: str) -> None:
+    """A wrong type at the top, a boolean for a number, and what the parser itself fails at: one line."""
+    (empty_directory / "pyproject.toml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load({}, {})
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+def test_a_named_project_file_without_the_section(empty_directory: Path) -> None:
+    """The defaults would be a surprise to whoever named it; looked for by itself, it counts as none."""
+    (empty_directory / "pyproject.toml").write_text("[tool.black]\n")
+    assert load({}, {}) == Config()
+    with pytest.raises(ConfigError, match=r"^LASTCALL_CONFIG: no \[tool.lastcall\] in 'pyproject.toml'"):
+        load({}, {"LASTCALL_CONFIG": "pyproject.toml"})
+    with pytest.raises(ConfigError, match=r"^--config: no configuration file 'none.toml'"):
+        load({}, {}, file="none.toml")
+
+
+def test_a_reload_without_the_file_of_the_start(empty_directory: Path) -> None:
+    """It is refused, until the file is there again; a pipe of the shell can't be read twice."""
+    file = empty_directory / "lastcall.toml"
+    file.write_text("workers = 3\n")
+    again = Loader({}, {})
+    assert again().workers == 3
+    file.rename(empty_directory / "away")
+    with pytest.raises(ConfigError, match=r"^lastcall.toml: the configuration that was read from it is gone"):
+        again()
+    (empty_directory / "pyproject.toml").write_text("[tool.lastcall]\nworkers = 1\n")
+    with pytest.raises(ConfigError, match="is gone"):
+        again()
+    file.write_text("workers = 4\n")
+    assert again().workers == 4
+    path, fd = pipe_of_a_shell("workers = 2\n")
+    from_pipe = Loader({}, {}, file=path)
+    assert from_pipe().workers == 2
+    with pytest.raises(ConfigError, match="can't be read again: it is a pipe that has been read to its end"):
+        from_pipe()
+    with pytest.raises(ConfigError, match="can't be read again"):
+        environment_of(path, again=True)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "/".join(["x" * 200] * 30)])
+def test_names_that_are_too_long(name: str) -> None:
+    """Nothing can look at such a path; the error is one line, as for a file that is not there."""
+    with pytest.raises(UsageError, match=r"--receipt: got .* File name too long$"):
+        load({"receipt": name}, {})
+    with pytest.raises(ConfigError, match="File name too long"):
+        load({}, {"LASTCALL_CONFIG": name})
+    with pytest.raises(ConfigError, match=r"env_file: .* File name too long"):
+        environment_of(name)
+
+
+def test_variables_that_no_process_can_have(tmp_path: Path) -> None:
+    """They are refused where they are read; the start of a worker would fail on them."""
+    file = tmp_path / "agent.env"
+    for text in ("A='1\0'\n", "'A=B'=1\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"can't be set; expected KEY=value lines"):
+            environment_of(str(file))

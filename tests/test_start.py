@@ -336,3 +336,123 @@ def _python() -> list[str]:
 
     assert os.path.exists(LASTCALL[0])
     return LASTCALL
+
+
+# Root may look everywhere, unless it gives up these two.
+AS_OTHERS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+PLACES = {
+    "env file": ({"LASTCALL_ENV_FILE": "locked/a.env"}, [], 78, "env_file: 'locked/a.env' can't be read: "),
+    "configuration": ({"LASTCALL_CONFIG": "locked/a.toml"}, [], 78, "locked/a.toml can't be read: "),
+    "receipt": (
+        {},
+        ["--receipt", "locked/r.json"],
+        2,
+        "--receipt: got 'locked/r.json', expected a file that",
+    ),
+    "receipt by variable": ({"LASTCALL_RECEIPT": "locked/r"}, [], 78, "LASTCALL_RECEIPT: got 'locked/r', "),
+    "control": ({}, ["--control", "locked/c.sock"], 78, "control: locked/c.sock can't be used: "),
+    "sockets": ({"XDG_RUNTIME_DIR": "locked"}, [], 78, "control: locked/lastcall can't be made: "),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_places_behind_a_locked_directory(run: StartRun, tmp_path: Path, place: str) -> None:
+    """One line that names the path and says that the permission is missing; no traceback."""
+    environment, options, code, says = PLACES[place]
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0)
+    arguments = ["run", "--http", "off", *options, "--", "sleep", "100"]
+    command = [*AS_OTHERS, *_python(), *arguments]
+    r: Run = await run(command=command, cwd=tmp_path, environment=environment, livekit=False)
+    assert await r.exit(20) == code
+    said = r.err.read_text()
+    assert said.startswith(
+        f"lastcall: {says}" if code == 2 or "got" not in says else "lastcall: environment: "
+    )
+    assert says in said and "Permission denied" in said and said.count("\n") == 1
+    locked.chmod(0o700)
+
+
+async def test_env_file_that_is_a_pipe(run: StartRun, tmp_path: Path) -> None:
+    """The worker gets what came through it; a reload that finds no writer is refused, and nothing waits.
+
+    Five seconds without an answer to the workers' signs of life would be taken for a stall.
+    """
+    pipe = tmp_path / "agent.env"
+    os.mkfifo(pipe)
+    script = "echo A is $A; exec sleep 600"
+    environment = {"LASTCALL_ENV_FILE": str(pipe)}
+    r: Run = await run("run", "--", "sh", "-c", script, environment=environment, livekit=False)
+    await asyncio.to_thread(pipe.write_text, "A=1\n")
+    await r.until(lambda: "A is 1" in r.out.read_text(), 30)
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: r.log("reload begins"))
+    began = time.monotonic()
+    from tests.support.program import status
+
+    assert (await status(r))["operations"][-1]["state"] == "running"
+    await r.until(lambda: r.log("reload failed"), 20)
+    assert time.monotonic() - began < 15
+    assert "it has not come to an end within 5 s" in r.log("reload failed")[0]["reason"]
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: len(r.log("reload begins")) == 2)
+    r.kill()
+    began = time.monotonic()
+    assert await r.exit() == 0
+    assert time.monotonic() - began < 4  # the stop does not wait for the pipe
+    await r.nothing_left()
+
+
+async def test_configuration_gone_at_a_reload(run: StartRun, tmp_path: Path) -> None:
+    """The reload is refused, and the old values stay, in the next stop too."""
+    write(tmp_path, "lastcall.toml", "workers = 3\ngrace = 20\n")
+    r: Run = await run("run", "--", "sleep", "600", cwd=tmp_path, livekit=False)
+    await r.until(lambda: r.log("ready"), 30)
+    (tmp_path / "lastcall.toml").rename(tmp_path / "away")
+    (tmp_path / "lastcall.toml").mkdir()
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: r.log("reload failed"))
+    assert "lastcall.toml is a directory" in r.log("reload failed")[0]["reason"]
+    (tmp_path / "lastcall.toml").rmdir()
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: len(r.log("reload failed")) == 2)
+    assert "is gone; put it back" in r.log("reload failed")[1]["reason"]
+    assert len(r.family()) == 1 + 3
+    r.kill()
+    assert await r.exit() == 0
+    assert r.receipt()["grace"] == 20
+
+
+async def test_configuration_in_another_locale(run: StartRun, tmp_path: Path) -> None:
+    """TOML is UTF-8, whatever the locale says."""
+    config = write(tmp_path, "lastcall.toml", "")
+    Path(config).write_bytes('command = ["echo", "up"]  # zwölf\n'.encode())
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    r: Run = await run("run", "--config", config, environment=locale, livekit=False)
+    await r.until(lambda: "up" in r.out.read_text(), 30)
+    r.kill()
+    await r.exit()
+
+
+HTTP = {"name": "my..host:8080", "long": "x" * 64 + ".test:80", "nowhere": "no-such-host.invalid:80"}
+
+
+@pytest.mark.parametrize("case", HTTP)
+async def test_http_host_that_can_not_be(run: StartRun, case: str) -> None:
+    """One line, whatever the resolver raises."""
+    arguments = ["run", "--http", HTTP[case], "--", "sleep", "100"]
+    r: Run = await run(*arguments, command=[*_python(), *arguments], livekit=False)
+    assert await r.exit(30) == (78 if case == "nowhere" else 2)
+    said = r.err.read_text()
+    assert "http: " in said and HTTP[case] in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("limit", [16, 64])
+async def test_limit_of_open_files(run: StartRun, limit: int) -> None:
+    """Too low for a single worker: exit 78, and one line that names the limit and what is needed."""
+    prefix = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"]
+    r: Run = await run("run", "--", "sleep", "100", prefix=prefix, livekit=False)
+    assert await r.exit(20) == 78
+    said = r.err.read_text()
+    assert "open files" in said and "ulimit -n" in said and said.count("\n") == 1
+    await r.nothing_left()

@@ -151,6 +151,7 @@ def test_short_grace_is_said() -> None:
         (["docker", "a.py", "--grace", "inf"], "--grace: got inf"),
         (["docker", "a.py", "--workers", "0"], "--workers: got 0"),
         (["docker", "a.py", "--name", "No Good"], "--name: got 'No Good'"),
+        (["systemd", "/opt/a.py", "--name", "daemon"], "--name: got 'daemon', the name of a user"),
         (["docker", "a.py", "--image", "x"], "--image: docker names no image"),
         (["compose", "a.py", "--image", "x y"], "--image: got 'x y'"),
         (["docker", "/opt/a.py"], "'/opt/a.py' would not be in the image"),
@@ -208,6 +209,9 @@ def test_entrypoint_turns_the_environment_into_a_command(tmp_path: Path) -> None
     assert enter("m:server")[0] == ["run", "m:server"]
     assert enter("--", "node", "x")[0] == ["run", "--", "node", "x"]
     assert enter()[0] == ["run"]
+    assert enter("--version")[0] == ["--version"]
+    assert enter("--help")[0] == ["--help"]
+    assert enter("--grace", "9", "a.py")[0] == ["run", "--grace", "9", "a.py"]
     assert enter("doctor")[0] == ["doctor"]
     assert enter()[1]["LASTCALL_HTTP"] == "0.0.0.0:8080"
     assert enter(PORT="10000")[1]["LASTCALL_HTTP"] == "0.0.0.0:10000"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -27,11 +30,16 @@ from lastcall.supervisor.cli.parameters import (
     target_of,
     with_run_options,
 )
+from lastcall.supervisor.config.paths import working_directory
+from lastcall.supervisor.config.user_files import words_of
+from lastcall.supervisor.config.values import check_writable
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.budget import DEFAULT_GRACE
 from lastcall.worker.base.target_form import tail, words
 
 KINDS = ("systemd", "docker", "compose", "k8s")
+# The users that DynamicUser makes: https://systemd.io/UIDS-GIDS/
+DYNAMIC_IDS = range(61184, 65520)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -69,6 +77,8 @@ def _unit(
         raise UsageError(f"--image: {kind} names no image; leave it out")
     if program is not None and kind != "systemd":
         raise UsageError(f"--exec: {kind} starts what is in the image; leave it out")
+    if kind == "systemd" and name is not None:
+        _check_unused(name)
     options = {"--grace": None if grace is None else seconds(grace) if grace < float("inf") else "inf"}
     options |= {"--workers": workers, "--name": name, "--image": image, "--exec": program}  # type: ignore[dict-item]
     given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
@@ -80,7 +90,7 @@ def _unit(
         name=name or "lastcall",
         image=image or "",
         program=_program(program) if kind == "systemd" else "lastcall",
-        directory=os.getcwd(),
+        directory=str(working_directory()),
         workers=1 if workers is None else workers,
         timers=Timers(grace=DEFAULT_GRACE if grace is None else grace),
         printed_by=shlex.join(["lastcall", "unit", kind, *words(target), *given, *tail(own)]),
@@ -117,6 +127,24 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _check_unused(name: str) -> None:
+    """Refuse a name that a system user or group has: DynamicUser would run the unit as that user.
+
+    A running unit's own user is there too, under a number of the range that systemd gives to such users.
+    """
+    numbers: dict[str, int] = {}
+    with contextlib.suppress(KeyError):
+        numbers["user"] = pwd.getpwnam(name).pw_uid
+    with contextlib.suppress(KeyError):
+        numbers["group"] = grp.getgrnam(name).gr_gid
+    for kind, number in numbers.items():
+        if number not in DYNAMIC_IDS:
+            raise UsageError(
+                f"--name: got {name!r}, the name of a {kind} of this system, and the unit would run as that"
+                f" {kind}; expected another name"
+            )
+
+
 def _program(given: str | None) -> str:
     """Return the absolute path of the lastcall that the unit starts."""
     if given is not None:
@@ -149,10 +177,14 @@ def _rehearse(
     target = needed_target(target, module)
     if not 1 <= workers <= 16:
         raise UsageError(f"--workers: got {workers}, expected 1 to 16")
-    if junit is not None and not Path(junit).absolute().parent.is_dir():
-        raise UsageError(f"--junit: no directory {str(Path(junit).absolute().parent)!r}; make it first")
-    if junit is not None and Path(junit).is_dir():
-        raise UsageError(f"--junit: {junit!r} is a directory; expected a file")
+    if junit is not None:
+        place = working_directory() / junit
+        if not os.path.isdir(place.parent):
+            raise UsageError(f"--junit: no directory {str(place.parent)!r}; make it first")
+        try:
+            check_writable(str(place))
+        except ValueError as error:
+            raise UsageError(f"--junit: got {junit!r}, {error}") from error
     verdicts = []
     with _interruptible():
         for verdict in rehearse(target, arguments_of(arguments) or (), workers=workers):
@@ -162,7 +194,10 @@ def _rehearse(
     if as_json:
         print(json.dumps(drill_report.document(target, verdicts), indent=2))
     if junit is not None:
-        Path(junit).write_text(drill_report.junit(target, verdicts))
+        try:
+            Path(junit).write_text(drill_report.junit(target, verdicts))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--junit: {junit!r} can't be written: {words_of(error)}") from error
     return 0 if all(verdict.is_good for verdict in verdicts) else 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,8 +21,8 @@ from lastcall.supervisor.cli.parameters import (
     with_arguments,
     with_run_options,
 )
-from lastcall.supervisor.config.loading import load
-from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.loading import Loader
+from lastcall.supervisor.config.paths import working_directory
 from lastcall.supervisor.config.sources import FILE_NAMES
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
@@ -111,7 +110,8 @@ def _run(
     given = {"target": target, "args": arguments_of(arguments), "command": session.command or None, **flags}
     if target and session.command:
         raise UsageError(f"both a target ({target!r}) and a command after --; expected one of them")
-    loaded = load(given, os.environ, file=config)
+    load = Loader(given, os.environ, file=config)
+    loaded = load()
     if loaded.target and loaded.command:
         raise ConfigError("both target and command are configured; expected one of them")
     if not loaded.target and not loaded.command:
@@ -119,11 +119,8 @@ def _run(
     from lastcall.supervisor.app import App
     from lastcall.supervisor.environment import surroundings
 
-    def reread() -> Config:
-        return load(given, os.environ, file=config)
-
     assert session.inbox is not None
-    session.work = App(loaded, session.inbox, surroundings(), reread=reread).run()
+    session.work = App(loaded, session.inbox, surroundings(), reread=load).run()
 
 
 @app.command("dev")
@@ -159,15 +156,13 @@ def _dev(
         **flags,
     }
 
-    def reread() -> Config:
-        return load(given, os.environ, file=config, defaults=DEV_DEFAULTS)
-
+    load = Loader(given, os.environ, file=config, defaults=DEV_DEFAULTS)
     session: _Session = context.obj
     assert session.inbox is not None
     session.work = dev(
         session.inbox,
-        reread,
-        directory=Path.cwd(),
+        load,
+        directory=working_directory(),
         config_files=_places_of_config(config),
         patterns=[pattern for pattern in watch or [] if pattern],
     )

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lastcall.supervisor.config.options import Config, Section
-from lastcall.supervisor.config.sources import read_environment, read_file, section_of
+from lastcall.supervisor.config.sources import FILE_NAMES, read_environment, read_file, section_of
+from lastcall.supervisor.config.values import shown
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.worker.base import variables
 
 # Expectations by the type of a pydantic error, where pydantic's own words name things of Python.
-EXPECTATIONS = {"missing": "more values", "model_type": "a table", "model_attributes_type": "a table"}
+EXPECTATIONS = {
+    "missing": "more values",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "list_type": "a list",
+    "tuple_type": "a list",
+}
 
 
 def load(
@@ -28,19 +36,51 @@ def load(
 
     Raises UsageError for a bad flag, ConfigError for a bad file or variable.
     """
-    path, from_file = read_file(file or environ.get(variables.CONFIG) or None)
-    from_environment = read_environment(environ)
-    given = {name: value for name, value in flags.items() if value is not None}
-    # A target and a command exclude each other, so a flag for one also takes the other's value away.
-    if "target" in given:
-        from_file.pop("command", None), from_environment.pop("command", None)
-    if "command" in given:
-        from_file.pop("target", None), from_environment.pop("target", None)
-    # Each source is checked alone first, so that an error names the source that the value is from.
-    _check(from_file, where=str(path))
-    _check(from_environment, where="environment")
-    _check(given, where="", error=UsageError)
-    return Config(**_merge(_merge(_merge(dict(defaults or {}), from_file), from_environment), given))
+    return Loader(flags, environ, file=file, defaults=defaults)()
+
+
+class Loader:
+    """Reads one configuration at the start, and again at each reload. The arguments are those of `load`.
+
+    A reload raises ConfigError when the file that the configuration was read from is gone, or is a pipe that
+    can't be read again. A call blocks, as `read_text` does.
+    """
+
+    def __init__(
+        self,
+        flags: Mapping[str, Any],
+        environ: Mapping[str, str],
+        *,
+        file: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._flags = {name: value for name, value in flags.items() if value is not None}
+        self._environ = environ
+        self._name = file or environ.get(variables.CONFIG) or None
+        self._named_by = "--config" if file else variables.CONFIG
+        self._defaults = dict(defaults or {})
+        self._path: Path | None = None
+        self._has_loaded = False
+
+    def __call__(self) -> Config:
+        """Return the configuration as it is now. Raises UsageError and ConfigError, as `load` does."""
+        path, from_file = read_file(
+            self._name, named_by=self._named_by, before=self._path, again=self._has_loaded
+        )
+        from_environment = read_environment(self._environ)
+        given = self._flags
+        # A target and a command exclude each other, so a flag for one also takes the other's value away.
+        if "target" in given:
+            from_file.pop("command", None), from_environment.pop("command", None)
+        if "command" in given:
+            from_file.pop("target", None), from_environment.pop("target", None)
+        # Each source is checked alone first, so that an error names the source that the value is from.
+        _check(from_file, where=str(path or FILE_NAMES[0]))
+        _check(from_environment, where="environment")
+        _check(given, where="", error=UsageError)
+        config = Config(**_merge(_merge(_merge(self._defaults, from_file), from_environment), given))
+        self._path, self._has_loaded = path, True
+        return config
 
 
 def _check(values: dict[str, Any], *, where: str, error: type[Exception] = ConfigError) -> None:
@@ -62,7 +102,7 @@ def _one_line(failure: ValidationError, where: str) -> str:
     option = name if where else f"--{name.replace('_', '-')}"
     expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = EXPECTATIONS.get(problem["type"], expected.partition(", unable to parse")[0])
-    return f"{prefix}{option}: got {problem['input']!r}, expected {expected.removeprefix('expected ')}"
+    return f"{prefix}{option}: got {shown(problem['input'])}, expected {expected.removeprefix('expected ')}"
 
 
 def _nearest(keys: list[str]) -> str:

@@ -8,9 +8,9 @@ a field with a description; a `Flag` puts the option on the command line too.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lastcall.supervisor.config.values import (
     Backoff,
@@ -20,6 +20,8 @@ from lastcall.supervisor.config.values import (
     SecondsOrZero,
     WebSocketUrl,
     WritableFile,
+    check_number,
+    check_text,
 )
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
@@ -41,6 +43,16 @@ class Section(BaseModel):
     """Options that are one table of the file. A section's docstring is its line on the page."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        if annotation in (int, float) or get_origin(annotation) is tuple:
+            check_number(value)
+        check_text(value)
+        return value
 
 
 class Stop(Section):

@@ -5,6 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lastcall.supervisor.errors import UsageError
+
+
+def working_directory() -> Path:
+    """Return the working directory. Raises UsageError when it has been deleted."""
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise UsageError(f"the working directory is gone: {error.strerror}; change to another") from error
+
 
 def runtime_directory() -> Path:
     """Return the directory of this user's control sockets.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,11 +18,19 @@ from typing import Any, get_origin
 from pydantic.fields import FieldInfo
 
 from lastcall.supervisor.config.options import Config, Section
-from lastcall.supervisor.errors import ConfigError
+from lastcall.supervisor.config.user_files import read_text
+from lastcall.supervisor.config.values import shown
+from lastcall.supervisor.errors import ConfigError, Unreadable
 from lastcall.worker.base.variables import NOT_OPTION_PREFIXES, NOT_OPTIONS, PREFIX
 
 # Looked for in the working directory, in this order.
 FILE_NAMES = ("lastcall.toml", "pyproject.toml")
+# The form of a variable, by the type of the option; None stands for a section.
+JSON_FORMS: dict[object, str] = {
+    list: 'a JSON list, as in ["node", "agent.js"]',
+    tuple: "a JSON list, as in [0.5, 30]",
+    None: 'a JSON object, as in {"fence": 2}',
+}
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -38,30 +47,42 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         value: Any = environ.get(name, "")
         if not value:
             continue
-        if section_of(field) is not None or get_origin(field.annotation) in (list, tuple):
-            value = _decoded(name, value)
+        kind = get_origin(field.annotation)
+        if section_of(field) is not None or kind in (list, tuple):
+            value = _decoded(name, value, JSON_FORMS[kind])
         if value is not None:
             _place(values, keys, value)
     return values
 
 
-def read_file(name: str | None) -> tuple[Path, dict[str, Any]]:
+def read_file(
+    name: str | None, *, named_by: str = "--config", before: Path | None = None, again: bool = False
+) -> tuple[Path | None, dict[str, Any]]:
     """Return the options of a file and its path; without a name, of the first file that is there and has any.
 
-    Raises ConfigError when the named file is not there or a file is not TOML.
+    `named_by` is the option or variable that the name is from. `again` says that this is a reload, and
+    `before` is the path that the reading before returned. Blocks, as `read_text` does. Raises ConfigError
+    when a file is there and can't be read as a configuration, and when the file of `before` is gone.
     """
     if name is not None:
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"no configuration file {name!r}; write one, or leave --config out")
-        return path, _parse(path)
+        values = _parse(Path(name), again=again)
+        if values is None:
+            lacks = "no [tool.lastcall] in" if os.path.exists(name) else "no configuration file"
+            raise ConfigError(f"{named_by}: {lacks} {name!r}; write one, or leave {named_by} out")
+        return Path(name), values
+    without_options: Path | None = None
     for candidate in FILE_NAMES:
         path = Path(candidate)
-        if path.is_file():
-            values = _parse(path)
-            if values:
-                return path, values
-    return Path(FILE_NAMES[0]), {}
+        found = _parse(path, again=again)
+        if found:
+            return path, found
+        if found is not None:
+            without_options = without_options or path
+        elif path == before:
+            raise ConfigError(
+                f"{path}: the configuration that was read from it is gone; put it back, or restart lastcall"
+            )
+    return without_options, {}
 
 
 def warnings(environ: Mapping[str, str]) -> list[str]:
@@ -104,20 +125,30 @@ def _place(values: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _decoded(name: str, text: str) -> Any:
+def _decoded(name: str, text: str, form: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"environment: {name}: got {text!r}, expected JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"environment: {name}: got {shown(text)}, expected {form}") from error
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path, *, again: bool) -> dict[str, Any] | None:
+    """Return the options of a file; None when it is not there, or is a pyproject.toml without a section."""
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        if path.name == "pyproject.toml" and not isinstance(error, tomllib.TOMLDecodeError):
-            return {}
+        values: Any = tomllib.loads(read_text(path, again=again))
+    except Unreadable as error:
+        if error.is_absent:
+            return None
+        raise ConfigError(f"{path} {error}; expected a configuration in TOML") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not TOML: nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, and an integer that has too many digits
         raise ConfigError(f"{path}: not TOML: {error}") from error
     if path.name == "pyproject.toml":
-        return dict(values.get("tool", {}).get("lastcall", {}))
-    return values
+        for key, whole in (("tool", "tool"), ("lastcall", "tool.lastcall")):
+            if key not in values:
+                return None
+            values = values[key]
+            if not isinstance(values, dict):
+                raise ConfigError(f"{path}: {whole}: got {shown(values)}, expected a table")
+    return dict(values)

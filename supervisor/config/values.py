@@ -3,25 +3,63 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
+from lastcall.supervisor.config.user_files import words_of
+
 # Ours: 115 days. A deadline that far away is as good as none, and no clock arithmetic overflows.
 LONGEST_SECONDS = 10_000_000
+# Characters of a value in an error. Ours: an error is a line to be read.
+MOST_SHOWN = 200
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: on one line, at most `MOST_SHOWN` characters."""
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
+
+
+def check_text(value: Any) -> None:
+    """Refuse text that can't be a path, a name or an argument of a program. Raises ValueError."""
+    for each in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(each, str) and "\0" in each:
+            raise ValueError("expected text without a NUL byte")
+
+
+def check_number(value: Any) -> None:
+    """Refuse booleans where numbers belong: pydantic takes true for 1. Raises ValueError."""
+    for each in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(each, bool):
+            raise ValueError("expected a number, not a boolean")
+
+
+def _check_host(host: str) -> None:
+    """Refuse a name that no resolver takes: resolving one raises UnicodeError. Raises ValueError."""
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{host!r} can't be the name of a host: {reason}") from error
 
 
 def _check_address(value: str) -> str:
     if value == "off":
         return value
     host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ValueError("expected HOST:PORT or off")
+    try:
+        _check_host(host.strip("[]"))
+    except ValueError as error:
+        raise ValueError(f"expected HOST:PORT or off; {error}") from error
     return value
 
 
@@ -32,31 +70,52 @@ def _check_backoff(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-def _check_writable(value: str) -> str:
-    """Find out at the start, not at the end of a stop, that a receipt can't be written."""
+def _kind_of(path: Path) -> int:
+    """Return the file type bits of a path; 0 when nothing is there. Raises ValueError for any other error.
+
+    Not `Path.is_file()`: for a directory that may not be searched, or a name that is too long, that raises
+    OSError before Python 3.14, and later says that nothing is there.
+    """
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a file that can be written; {words_of(error)}") from error
+
+
+def check_writable(value: str) -> str:
+    """Find out at the start, not at the end of a stop, that a file can't be written. Raises ValueError."""
     if not value:
         return value
     path = Path(value)
-    if path.is_dir():
+    kind = _kind_of(path)
+    if kind == stat.S_IFDIR:
         raise ValueError("expected a file, this is a directory")
-    if not path.parent.is_dir():
+    if _kind_of(path.parent) != stat.S_IFDIR:
         raise ValueError(f"expected a file in a directory that exists; there is no {str(path.parent)!r}")
     # Writing replaces a regular file, so the directory has to be writable. A pipe or device is written to.
-    needed = path if path.exists() and not path.is_file() else path.parent
+    needed = path if kind and kind != stat.S_IFREG else path.parent
     if not os.access(needed, os.W_OK):
         raise ValueError(f"expected a file that can be written; {str(needed)!r} can't be")
     return value
 
 
 def _check_url(value: str, schemes: tuple[str, str]) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in schemes or not parts.hostname:
-        raise ValueError(f"expected {schemes[-1]}://HOST/")
+    form = f"expected {schemes[-1]}://HOST/"
+    try:
+        parts = urlsplit(value)
+        is_url = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+        _check_host(parts.hostname or "")
+    except ValueError as error:
+        raise ValueError(f"{form}; {error}") from error
+    if not is_url:
+        raise ValueError(form)
     return value
 
 
 HttpAddress = Annotated[str, AfterValidator(_check_address)]
 Backoff = Annotated[tuple[SecondsOrZero, SecondsOrZero], AfterValidator(_check_backoff)]
-WritableFile = Annotated[str, AfterValidator(_check_writable)]
+WritableFile = Annotated[str, AfterValidator(check_writable)]
 WebSocketUrl = Annotated[str, AfterValidator(lambda value: _check_url(value, ("ws", "wss")))]
 HttpUrl = Annotated[str, AfterValidator(lambda value: _check_url(value, ("http", "https")))]

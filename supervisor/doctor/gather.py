@@ -19,6 +19,7 @@ from lastcall.supervisor.config.env_file import environment_of
 from lastcall.supervisor.config.loading import load
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import runtime_directory
+from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.doctor.facts import Answer, Facts, Unit
 from lastcall.supervisor.doctor.trial import look
 from lastcall.supervisor.errors import ConfigError, UsageError
@@ -75,7 +76,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         trial=look(config.target, config.args) if config.target else None,
         livekit=ask(environment),
         http_problem=_http_problem(config.http),
-        place_problems=tuple(_place_problems(config)),
+        place_problems=_place_problems(config),
     )
 
 
@@ -164,10 +165,10 @@ def _http_problem(address: str) -> str:
             with socket.socket(family, kind, protocol) as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.bind(where)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE and _is_lastcall(address):
+    except (OSError, ValueError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE and _is_lastcall(address):
             return ""  # doctor runs beside a supervisor that has the port already
-        return f"http {address} can't be used: {error.strerror or error}"
+        return f"http {address} can't be used: {words_of(error)}"
     return ""
 
 
@@ -184,7 +185,14 @@ def _is_lastcall(address: str) -> bool:
         connection.close()
 
 
-def _place_problems(config: Config) -> list[str]:
+def _place_problems(config: Config) -> tuple[str, ...]:
+    try:
+        return tuple(_unusable_places(config))
+    except (OSError, ValueError) as error:  # a directory that may not be searched, a name that is too long
+        return (f"control {config.control!r}, receipt {config.receipt!r}: {words_of(error)}",)
+
+
+def _unusable_places(config: Config) -> list[str]:
     problems = []
     if config.control not in ("", "auto"):
         if os.path.exists(config.control) and not Path(config.control).is_socket():

@@ -59,7 +59,7 @@ Work = Coroutine[Any, Any, str]
 class Operations:
     """Runs operations on one fleet.
 
-    `reread` returns the configuration and launcher of a reload, and may raise ConfigError. `on_reload` hears
+    `reread` returns the configuration and launcher of a reload, or raises ConfigError. `on_reload` hears
     1 when a reload begins, and -1 when it is over.
 
     No operation has to be told of a stop: the slots that it waits for end in the stop, and say so.
@@ -69,7 +69,7 @@ class Operations:
         self,
         fleet: Fleet,
         *,
-        reread: Callable[[], tuple[Config, Launcher]],
+        reread: Callable[[], asyncio.Future[tuple[Config, Launcher]]],
         on_reload: Callable[[int], None],
         log: Any,
     ) -> None:
@@ -175,8 +175,14 @@ class Operations:
                 self._on_reload(-1)
 
     async def _roll(self, operation: Operation) -> str:
+        reading = self._reread()
+        reading.add_done_callback(lambda _: self._fleet.changed.notify())
+        await self._fleet.changed.until(lambda: reading.done() or self._fleet.is_stopping)
+        if not reading.done():
+            reading.cancel()
+            return "the supervisor is stopping"
         try:
-            config, launcher = self._reread()
+            config, launcher = reading.result()
         except ConfigError as error:
             return str(error)
         slots = [slot for slot in self._fleet.slots if not slot.is_stopping]

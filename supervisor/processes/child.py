@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.errors import ConfigError, SpawnError
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 
 # Above every number that a child is given, so that no dup2 in the child overwrites one still needed. Ours:
@@ -25,6 +26,21 @@ HIGH_FD = 64
 # ignores the others. An ignored signal stays ignored across exec. A program that expects the default would
 # not end on a broken pipe, and not stop where a terminal that it has opened says so.
 IGNORED_HERE = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU)
+# Descriptors that the supervisor holds for a worker: two pipes, the control socket and the pidfd.
+FDS_OF_A_WORKER = 4
+# Descriptors above HIGH_FD for the moment of a start, and for a worker that is replaced. Ours.
+FDS_TO_SPARE = 24
+
+
+def check_open_files(workers: int) -> None:
+    """Raise ConfigError when the limit of open files is too low for so many workers."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = HIGH_FD + FDS_TO_SPARE + FDS_OF_A_WORKER * workers
+    if resource.RLIM_INFINITY != limit < needed:
+        raise ConfigError(
+            f"the limit of open files is {limit}, and {workers} workers need {needed};"
+            " raise it: ulimit -n, or LimitNOFILE= of the unit"
+        )
 
 
 def high(fd: int) -> int:
@@ -106,6 +122,7 @@ def spawn(
             setsigmask=list(blocked),
             setsigdef=IGNORED_HERE,
         )
-    except OSError as error:
-        raise SpawnError(f"{argv[0]!r} can't be started: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SpawnError(f"{argv[0]!r} can't be started: {why}") from error
     return Child(pid, reaper, on_exit)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lastcall.supervisor.config import runtime_directory
+from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused
 
 VERSION = 1
@@ -126,7 +127,13 @@ def find(path_option: str) -> Path:
     if path_option and path_option != "auto":
         return Path(path_option)
     directory = runtime_directory()
-    live = [path for path in sorted(directory.glob("*.sock")) if _is_live(path)] if directory.is_dir() else []
+    try:
+        paths = sorted(directory.glob("*.sock")) if directory.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise NotRunning(
+            f"{directory} can't be looked into: {words_of(error)}; give --control PATH"
+        ) from error
+    live = [path for path in paths if _is_live(path)]
     if len(live) == 1:
         return live[0]
     if not live:
@@ -144,9 +151,9 @@ def _path(option: str) -> Path:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = directory.lstat()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"control: {directory} can't be made: {error.strerror}; give --control PATH"
+            f"control: {directory} can't be made: {words_of(error)}; give --control PATH"
         ) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ConfigError(
@@ -160,18 +167,20 @@ def _path(option: str) -> Path:
 
 
 def _bind(path: Path) -> socket.socket:
-    if path.exists() and not path.is_socket():
-        raise ConfigError(f"control: {path} exists and is no socket; give another --control PATH")
-    if path.exists() and not _is_live(path):
-        with contextlib.suppress(OSError):
-            path.unlink()
     sock = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
+        if path.exists() and not path.is_socket():
+            raise ConfigError(f"control: {path} exists and is no socket; give another --control PATH")
+        if path.exists() and not _is_live(path):
+            with contextlib.suppress(OSError):
+                path.unlink()
         sock.bind(str(path))
-    except OSError as error:
+    except BaseException as error:
         sock.close()
-        why = error.strerror or error
+        if not isinstance(error, OSError | ValueError):
+            raise
+        why = words_of(error)
         raise ConfigError(f"control: {path} can't be used: {why}; give --control PATH") from error
     finally:
         os.umask(before)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.views.metrics import CONTENT_TYPE, Metrics
 from lastcall.supervisor.views.status import Status
@@ -28,9 +29,9 @@ async def serve(address: str, status: Status) -> AsyncIterator[str]:
     try:
         try:
             await web.TCPSite(runner, host.strip("[]"), int(port)).start()
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise ConfigError(
-                f"http: {address} can't be used: {error.strerror or error};"
+                f"http: {address} can't be used: {words_of(error)};"
                 " give another HOST:PORT by --http, or --http off"
             ) from error
         yield f"{host}:{runner.addresses[0][1]}"
