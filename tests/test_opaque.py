@@ -279,3 +279,15 @@ async def _get(address: str, path: str) -> tuple[int, str]:
 def _can_unshare() -> bool:
     command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("turn", range(6))
+async def test_every_process_is_signalled(run: StartRun, turn: int) -> None:
+    """A platform that signals every process ends workers in the moment of the fence: still a clean stop."""
+    r = await run("run", "-w", "3", "--grace", "20", "--", "sleep", "1000", livekit=False)
+    await r.until(lambda: len(r.log("slot ready")) == 3)
+    r.kill_all()
+    assert await r.exit() == 0
+    receipt = r.receipt()
+    assert (receipt["outcome"], receipt["killed"], receipt["fault"]) == ("clean", [], "")
+    await r.nothing_left()

@@ -15,6 +15,7 @@ from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import Action as A
 from lastcall.supervisor.fleet.stop_steps import Ending, Progress, Seen, Step, StopState, step
+from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.worker.base.budget import Shares, plan
 from tests.support.generations import generation_in
 
@@ -189,3 +190,16 @@ async def test_wait_that_is_over_while_it_is_looked_at(monkeypatch: pytest.Monke
     async with asyncio.timeout(5):
         await stopper.stop(generation, Ending(reason="test", deadlines=DEADLINES))
     assert killed and generation.state is S.KILLING
+
+
+@pytest.mark.parametrize("state", [S.STARTING, S.READY, S.STALLED])
+def test_an_end_between_the_decision_and_the_fence(state: S) -> None:
+    """A program that has ended well before its stop could fence it has stopped as asked."""
+    generation, log = generation_in(state)
+    generation.stopping.endings.append(Ending(reason="SIGTERM", deadlines=DEADLINES))
+    launcher: Any = SimpleNamespace(is_opaque=False)
+    generation.launcher = launcher
+    launched: Any = SimpleNamespace(relays=(None, None))
+    generation._record_end(launched, ExitStatus(code=0, signal=None), 0)
+    assert generation.state is S.STOPPED
+    assert [event for event, _ in log.lines] == ["slot draining", "slot stopped"]

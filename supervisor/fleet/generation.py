@@ -277,6 +277,10 @@ class Generation:
         is_well = self.state is S.KILLING or ended_well(status, is_opaque=self.is_opaque)
         as_asked = self.stopping.is_asked and is_well
         event = E.EXIT if as_asked else E.FAIL
+        if (self.state, event) not in SLOT_TABLE:
+            # The program ended between the decision to stop the program and the fence: both reach the program
+            # at once when a platform signals every process.
+            self.change(E.FENCE, reason=self.stopping.reason)
         why: dict[str, Any] = {
             "reason": self.last_exit,
             "exit": str(status) if str(status) != self.last_exit else "",

@@ -174,7 +174,10 @@ class Slot:
         except Exception as error:
             # A fault of lastcall must cut no call: it becomes a reason for the ordinary stop.
             self._on_fault(self.number, error)
-            await generation.see_out()
+            try:
+                await generation.see_out()
+            except Exception as second:  # once more would be the end of the other workers, and of their calls
+                self._on_fault(self.number, second)
         finally:
             self.last_exit = generation.last_exit or self.last_exit
             self.first_load_over = True

@@ -67,12 +67,23 @@ class Stage:
         self._rest = b""
         self._asked_at = 0.0
 
+    def _bind(self, path: Path) -> None:
+        """Give the socket a name. Raises ConfigError where no socket can have it, as below a long TMPDIR."""
+        try:
+            self._jobs.bind(str(path))
+        except OSError as error:
+            raise ConfigError(
+                f"TMPDIR: no socket can be made in {str(path.parent)!r}: {error.strerror or error};"
+                " set TMPDIR to a short path that can be written"
+            ) from error
+
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as stack:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lastcall-")))
             self._jobs = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             self._jobs.setblocking(False)
-            self._jobs.bind(str(self.directory / "jobs"))
+            if self._job_seconds:  # otherwise no job has anything to say
+                self._bind(self.directory / "jobs")
             environment = self._start_server(stack)
             self._start_supervisor(stack, environment)
             self._stack = stack.pop_all()
