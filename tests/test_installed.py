@@ -51,7 +51,7 @@ def contents(wheel: Path) -> dict[str, str]:
 
 
 def test_the_wheel_holds_each_module_once(wheel: Path) -> None:
-    """The wheel has the modules of the package, `py.typed` and one script, and nothing else."""
+    """The wheel has the modules and templates of the package, `py.typed` and one script, and nothing else."""
     package = ROOT / "lastcall"
     sources = [
         *package.glob("*.py"),
@@ -61,6 +61,8 @@ def test_the_wheel_holds_each_module_once(wheel: Path) -> None:
     files = contents(wheel)
     version = importlib.metadata.version("lastcall")
     script = f"lastcall-{version}.data/scripts/lastcall-entrypoint"
+    templates = (package / "supervisor" / "deploy" / "templates").rglob("*")
+    sources += [path for path in templates if path.is_file()]
     expected = {str(path.relative_to(ROOT)) for path in sources}
     assert set(files) == expected | {"lastcall/py.typed", script}
     digests = [digest for name, digest in files.items() if name.endswith(".py")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -310,6 +311,7 @@ class Context:
 
     def __init__(self) -> None:
         self.proc = Context.Process()
+        self.job = SimpleNamespace(id="AJ_1")
         self.callbacks: list[Any] = []
 
     class Process:

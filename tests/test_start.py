@@ -204,7 +204,7 @@ WRONG = {
     "wrong_type": ("app.py:AgentServerName", SERVER_TEXT + "\nAgentServerName = 3\n", "is a int, expected"),
     "syntax": ("app.py", "def broken(:\n", "SyntaxError"),
     "module": ("app.py", "import no_such_module_here\n", "No module named 'no_such_module_here'"),
-    "form": ("app", "", "expected path.py, path.py:attr or module:attr"),
+    "form": ("app", "", "expected path.py, path.py:attr, module:attr or -m module"),
     "no_agent": ("app.py", "x = 1\n", "never called cli.run_app"),
     "no_session": (
         "app.py:server",

@@ -16,7 +16,7 @@ import pytest
 
 # A test that uses one of these fixtures or names starts processes. The names are of the standard library, of
 # tests/support and of what lastcall offers for it.
-FIXTURES = {"run", "podman", "machine"}
+FIXTURES = {"run", "podman", "machine", "wheel", "installed"}
 NAMES = {
     "subprocess",
     "multiprocessing",
