@@ -327,7 +327,8 @@ def test_which_own_lastcall_is_refused(
         "from lastcall.worker import target\n"
         "from lastcall.worker.base.errors import TargetError\n"
         f"parsed = target.parse({target!r})\n"
-        "try: target.load(parsed, record=lambda run_app: None, classify=lambda found: None)\n"
+        "hooks = dict.fromkeys(('record', 'classify', 'refuse_to_run'), lambda _: None)\n"
+        "try: target.load(parsed, **hooks)\n"
         "except TargetError as error: print(error)"
     )
     said = installed.execute(code, cwd=tmp_path)
