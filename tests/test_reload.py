@@ -189,7 +189,7 @@ async def test_new_generation_that_never_warms(run: StartRun, tmp_path: Path) ->
     await r.ready()
     r.slow_down()
     said = await verb(r, "reload", "--wait", code=1, timeout=60)
-    assert "not registered within 8 s" in said or "no process of it was ready" in said
+    assert "not registered within 8 s" in said  # livekit-agents waits 12 s for a process before it registers
     assert {e.worker_id for e in r.events("accepted")} <= {r.log("slot ready")[0]["worker_id"]}
     job = await r.dispatch(sleep=0.1)
     await r.job_says(job.job_id, "ended")

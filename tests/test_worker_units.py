@@ -217,7 +217,7 @@ def test_settings_leave_the_environment(given: WorkerSettings) -> None:
 
 def test_settings_of_an_older_supervisor() -> None:
     """After an upgrade a running supervisor starts newer workers: no key too many or too few is an error."""
-    text = json.dumps({"control_fd": 3, "drain": 5, "output_fds": [4, 5]})
+    text = json.dumps({"control_fd": 3, "drain": 5, "output_fds": [4, 5], "shares": {"handover": 5}})
     assert WorkerSettings.from_json(text) == WorkerSettings(control_fd=3, output_fds=(4, 5))
 
 

@@ -99,7 +99,10 @@ class Job:
         code: int | None = getattr(self.popen, "returncode", None)
         if code is None or code in (0, STATUS_LOST):
             return ""
-        return f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+        if code > 0:
+            return f"exit code {code}"
+        known = -code in signal.valid_signals() and -code < signal.SIGRTMIN
+        return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
 
 
 class Jobs:

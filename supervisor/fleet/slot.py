@@ -251,7 +251,7 @@ class Slot:
     def _give_up(self, new: Generation, is_wanted: Callable[[], bool]) -> str:
         if self._stop_asked:
             return "the slot is being stopped"  # the stop takes the candidate along
-        why = new.last_exit or ("it left again" if new.is_leaving else NEVER_WARM)
+        why = new.last_exit or ("it left again" if new.is_leaving else _missing(new))
         if self.candidate is new:
             self.candidate = None
             if not new.ended:  # it may have taken a job already, so it is let go like any other
@@ -315,3 +315,10 @@ class Slot:
     def dump(self) -> None:
         for generation in self.generations:
             generation.dump()
+
+
+def _missing(new: Generation) -> str:
+    """Return what a candidate that has taken too long has not done."""
+    if new.was_ready:
+        return NEVER_WARM
+    return f"not registered within {new.shared.config.start.timeout:g} s"

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from lastcall.worker.base import variables
 from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, plan
@@ -65,11 +66,11 @@ class WorkerSettings:
         not known are left out, keys that are missing have their defaults.
         """
         values = json.loads(text)
-        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
-        known["shares"] = Shares(**known.get("shares", {}))
+        known = _known(cls, values)
+        known["shares"] = Shares(**_known(Shares, known.get("shares", {})))
         known["output_fds"] = tuple(known.get("output_fds", ()))
         if known.get("rehearsal") is not None:
-            known["rehearsal"] = Rehearsal(**known["rehearsal"])
+            known["rehearsal"] = Rehearsal(**_known(Rehearsal, known["rehearsal"]))
         return cls(**known)
 
     @classmethod
@@ -82,6 +83,11 @@ class WorkerSettings:
         if text:
             return cls.from_json(text)
         return cls(grace=_grace_of(environ.get(variables.GRACE, "")), coloured=os.isatty(1))
+
+
+def _known(kind: type[WorkerSettings | Shares | Rehearsal], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that a type has fields for. They are JSON, so they may be anything."""
+    return {each.name: values[each.name] for each in fields(kind) if each.name in values}
 
 
 def _grace_of(text: str) -> float:
