@@ -20,6 +20,7 @@ IDLE = {"IDLE": "3"}
 
 
 @pytest.mark.core
+@pytest.mark.alone
 async def test_reload_under_a_stream(run: StartRun) -> None:
     """None lost, none without a worker; the new ones start one at a time, and first."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
@@ -70,6 +71,7 @@ async def test_long_jobs_outlive_the_reload(run: StartRun) -> None:
     assert r.fates() == {job.job_id: "finished"}
 
 
+@pytest.mark.alone
 async def test_scale_down_under_a_stream(run: StartRun) -> None:
     """The one that goes finishes its jobs; the ones that stay take the rest."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
@@ -85,6 +87,7 @@ async def test_scale_down_under_a_stream(run: StartRun) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.alone
 async def test_recycle_under_a_stream(run: StartRun, tmp_path: Path) -> None:
     """After so many jobs a worker is replaced, never in the middle of one."""
     config = tmp_path / "lastcall.toml"
