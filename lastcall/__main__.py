@@ -6,7 +6,7 @@ import signal
 # it. The verbs that do not supervise let it in again at once. SIGCHLD is read from a signalfd later, which
 # only works when every thread has it blocked, and threads inherit the mask of the one that starts them.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
-# Who is born with it ignored gets no exit status of any child: the kernel throws them away.
+# Under an ignored SIGCHLD the kernel throws away the exit status of each child, so the default comes back.
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 import os

@@ -177,7 +177,7 @@ class Companion:
         self.changed.notify()
         child = self._child
         if child is None or child.status is not None:
-            # What the broker had open went with its process; nothing of that was closed in order.
+            # The connections of the broker went with the process of the broker; none was closed in order.
             self._note("forced")
             return
         self._change(E.FENCE)

@@ -226,7 +226,7 @@ class Engine:
     async def close(self, deadline: float) -> Counts:
         """Close the connection, then the processes that run no job; those are killed, nothing is lost.
 
-        What is still queued for the server, above all the ends of jobs, is sent first.
+        The queue for the server, above all the ends of jobs, is sent first.
         """
         await agent_server.flush(self.server)
         dropped = agent_server.drop_requests(self.server)

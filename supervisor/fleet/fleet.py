@@ -254,7 +254,7 @@ class Fleet:
             found = {process.pid: process for process in below}
             if not found:
                 return
-            # What lastcall itself has started is no program that a job left behind.
+            # A process that lastcall has started is no program that a job left behind.
             record.swept += self.shared.swept.add(
                 process for process in found.values() if process.pid not in self.shared.known_pids
             )
