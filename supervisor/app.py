@@ -50,10 +50,8 @@ FLUSH_WITHIN = 0.5
 # Seconds that slots have for their own end once everything has been swept.
 SLOTS_END_WITHIN = 0.25
 # Seconds between the fence and the rest of a stop, which takes processor time from workers that are about
-# to fence. Measured as in `scripts/bench`, 2 workers on 2 cores, from SIGTERM to the last FULL: p50 1.7 ms
-# with this pause and the worker's rest, 2.4 ms with neither. Twelve turns with and without this pause
-# alone, on a machine with six runnable processes a core: p50 3.4 ms with it and 4.2 ms without, a
-# difference within the noise.
+# to fence. Measured as in `scripts/bench`, 2 workers on 2 cores, from SIGTERM to the last FULL, in ten turns
+# with and without this pause: p50 2.05 ms with it and 2.56 ms without, and longer without in each of the ten.
 FENCE_FIRST = 0.005
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # livekit-agents loads its local models into every forkserver, a quarter of a second and 250 MB each, and
+    # no agent of the tests uses one. Containers and systemd units of the tests load the models as users' do.
+    os.environ["LIVEKIT_AGENTS_PRELOAD_LOCAL_INFERENCE"] = "0"
     selection.watch()
     # Hypothesis fails an example that takes longer than 200 ms, or slow data; beside other tests both happen.
     slow = [hypothesis.HealthCheck.too_slow]

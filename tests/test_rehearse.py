@@ -298,7 +298,7 @@ async def test_a_rehearsed_job_tells_how_it_goes(tmp_path: Path) -> None:
         hearing.bind(str(tmp_path / "s"))
         hearing.settimeout(5)
         before = now()
-        rehearsal = Rehearsal(job_seconds=0.05, socket=str(tmp_path / "s"))
+        rehearsal = Rehearsal(job_seconds=0.05, stop=str(tmp_path), socket=str(tmp_path / "s"))
         await RehearsedEntrypoint(user, rehearsal)(Context())
         heard = [OF_REHEARSED_JOB.decode(hearing.recv(MAX_LINE_BYTES)) for _ in range(4)]
     asked = heard.pop(1)
@@ -316,8 +316,29 @@ async def test_a_rehearsed_job_outlives_its_rehearsal(tmp_path: Path) -> None:
         ended.append(reason)
 
     context = SimpleNamespace(job=SimpleNamespace(id="AJ_1"), shutdown=end)
-    rehearsal = Rehearsal(job_seconds=0.01, socket=str(tmp_path / "gone"))
+    rehearsal = Rehearsal(job_seconds=0.01, stop=str(tmp_path), socket=str(tmp_path / "gone"))
     await RehearsedEntrypoint(lambda _: asyncio.sleep(60), rehearsal)(context)
+    assert ended == ["the rehearsal is over"]
+
+
+async def test_a_rehearsed_job_does_not_end_before_the_stop(tmp_path: Path) -> None:
+    """The job's time begins with the stop, however long the other jobs of the scene take to come up."""
+    ended: list[str] = []
+    stop = tmp_path / "stop"
+
+    def end(*, reason: str) -> None:
+        assert stop.exists()
+        ended.append(reason)
+
+    async def user(_: object) -> None:
+        return None
+
+    context = SimpleNamespace(job=SimpleNamespace(id="AJ_1"), shutdown=end)
+    rehearsal = Rehearsal(job_seconds=0.01, stop=str(stop), socket=str(tmp_path / "gone"))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(RehearsedEntrypoint(user, rehearsal)(context))
+        await asyncio.sleep(0.2)
+        stop.touch()
     assert ended == ["the rehearsal is over"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -345,12 +346,13 @@ async def test_programs_of_a_crashed_worker(run: StartRun) -> None:
 
 
 async def test_programs_of_a_job_can_be_stopped(run: StartRun) -> None:
-    """The shield ends at exec: what a job starts is ended by SIGTERM as ever."""
+    """The shield ends at exec: what a job starts is ended by SIGTERM as ever. The job collects garbage."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=0.1, mode="program")
     note = await r.job_says(job.job_id, "program")
     assert note["code"] == -signal.SIGTERM
+    assert note["collects_after"] == gc.get_threshold()[0]
     r.kill()
     assert await r.exit() == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lastcall.worker.base import variables, wire
+from lastcall.worker.base import garbage, variables, wire
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, plan
 from lastcall.worker.base.calls_over import CallsOver, tell
 from lastcall.worker.base.clock import now
@@ -308,3 +309,17 @@ def test_calls_that_are_over_are_told() -> None:
     for _ in range(20_000):
         tell(calls.writer, "AJ_3")
     assert set(calls.take()) == {"AJ_3"}
+
+
+def test_no_collections_during_imports() -> None:
+    """Automatic collections stop inside and go on behind; a threshold that the agent has set stays."""
+    before = gc.get_threshold()
+    with garbage.no_collections():
+        assert gc.get_threshold()[0] == 0 and gc.isenabled()
+    assert gc.get_threshold() == before
+    try:
+        with garbage.no_collections():
+            gc.set_threshold(5000, 5, 5)
+        assert gc.get_threshold() == (5000, 5, 5)
+    finally:
+        gc.set_threshold(*before)

@@ -20,7 +20,7 @@ import uvloop
 
 from lastcall.worker import scratch
 from lastcall.worker import target as loading
-from lastcall.worker.base import target_form, variables
+from lastcall.worker.base import garbage, target_form, variables
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError, TargetError
 from lastcall.worker.base.exit_codes import Exit
@@ -72,7 +72,8 @@ def _host(
 
     host = Host(settings, stopping, changed)
     try:
-        _load(host, runner.get_loop(), target, arguments)
+        with garbage.no_collections():
+            _load(host, runner.get_loop(), target, arguments)
     except TargetError as error:
         return _fault(host, Exit.CONFIG, error, error.traceback)
     except Incompatible as error:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from lastcall.worker.base.exit_codes import Exit
 
-# How long each job of a scene goes on. Ours: longer than a stop takes to reach everything.
-JOB_SECONDS = 3.0
+# Seconds that each job of a scene goes on after the stop began. Ours: longer than a stop takes to reach
+# everything.
+JOB_SECONDS = 2.5
 # Seconds after grace until a stop is no longer waited for. Ours.
 GIVE_UP_AFTER = 10.0
 # Seconds by which a whole stop may be late. Ours: what a busy machine is late.

@@ -80,6 +80,7 @@ class Stage:
     def __enter__(self) -> Stage:
         with contextlib.ExitStack() as stack:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lastcall-")))
+            self._stop = self.directory / "stop"
             self._jobs = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             self._jobs.setblocking(False)
             if self._job_seconds:  # otherwise no job has anything to say
@@ -141,7 +142,9 @@ class Stage:
     def _worker_settings(self, local_url: str) -> WorkerSettings:
         rehearsal = None
         if self._job_seconds:
-            rehearsal = Rehearsal(job_seconds=self._job_seconds, socket=str(self.directory / "jobs"))
+            rehearsal = Rehearsal(
+                job_seconds=self._job_seconds, stop=str(self._stop), socket=str(self.directory / "jobs")
+            )
         return WorkerSettings(local_url=local_url, rehearsal=rehearsal)
 
     def _take_down(self) -> None:
@@ -202,6 +205,7 @@ class Stage:
     def signal(self, number: signal.Signals, *, group: bool = False, everybody: bool = False) -> None:
         """Send a signal to the supervisor, its process group, or every process there is."""
         self._asked_at = self._asked_at or time.monotonic()
+        self._stop.touch()
         if group:
             os.killpg(self._supervisor.pid, number)
             return

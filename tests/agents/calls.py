@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import json
 import logging
 import multiprocessing.util
@@ -103,7 +104,7 @@ async def entrypoint(ctx: JobContext) -> None:
         await asyncio.sleep(0.2)
         child.terminate()
         code = await asyncio.to_thread(child.wait, 5)
-        note(ctx, "program", code=code)
+        note(ctx, "program", code=code, collects_after=gc.get_threshold()[0])
         await asyncio.sleep(seconds)
     else:
         for _ in range(int(spec.get("prints", 0))):

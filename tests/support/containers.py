@@ -166,7 +166,7 @@ class Container:
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """Return the supervisor's log lines of one event."""
-        lines = [json.loads(line) for line in self.logs().splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in self.logs().split("\n")[:-1] if line.startswith("{")]
         return [line for line in lines if line.get("event") == event]
 
     def receipt(self) -> dict[str, Any]:

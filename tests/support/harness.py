@@ -249,9 +249,9 @@ class Run:
         return {job["id"]: job["fate"] for job in self.receipt()["jobs"]}
 
     def log(self, event: str) -> list[dict[str, Any]]:
-        """Return the supervisor's own log lines of one event."""
+        """Return the supervisor's own log lines of one event; a line that is still being written is none."""
         found = []
-        for line in self.err.read_text(errors="replace").splitlines():
+        for line in self.err.read_text(errors="replace").split("\n")[:-1]:
             if line.startswith("{"):
                 entry = json.loads(line)
                 if entry.get("event") == event:

@@ -31,7 +31,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
         floors=(
-            "errors clock exit_codes variables process backoff budget target_form",
+            "errors clock exit_codes variables process backoff budget target_form garbage",
             "condition wire settings broker_settings calls_over",
             "stopping resources channel",
         ),
@@ -42,7 +42,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
-        floors=("teardown", "setup", "rehearsed"),
+        floors=("teardown preload", "setup", "rehearsed"),
     ),
     "lastcall.worker.inworld": Room(
         idea="the Inworld pool, the broker that shares it, and the plugin's side",

@@ -15,9 +15,14 @@ from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """How long each job is kept open, in seconds, and the datagram socket to which it says how it goes."""
+    """How long each job is kept open, and to whom it says how it goes.
+
+    `job_seconds`: from the stop on. `stop`: the path of the file that appears when the stop begins. `socket`:
+    the path of the datagram socket that hears the job.
+    """
 
     job_seconds: float
+    stop: str
     socket: str
 
 

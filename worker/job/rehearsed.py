@@ -1,4 +1,4 @@
-"""The entrypoint of a job in a rehearsal: a call that goes on for a given time, whatever the agent does.
+"""The entrypoint of a job in a rehearsal: a call that goes on for a time after the stop began.
 
 The job says how it goes to the rehearsal itself, in datagrams, and not through the log: an agent may set up
 its log as it likes, and one that ends its process by `os._exit` would take unsent records with it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -26,6 +27,8 @@ from lastcall.worker.job.setup import has_handler
 
 # Seconds. Ours: a rehearsal reads its socket several times a second. One that is gone must not hold up a job.
 SEND_TIMEOUT = 1.0
+# Seconds between two looks for the file that says that the stop has begun. Ours: short beside a job's time.
+LOOK_EVERY = 0.05
 # Characters of an exception that are told: a datagram has a bound.
 MAX_ERROR_LENGTH = 2000
 
@@ -42,8 +45,6 @@ class RehearsedEntrypoint:
         self.rehearsal = rehearsal
 
     async def __call__(self, context: Any) -> None:
-        loop = asyncio.get_running_loop()
-        over_at = loop.time() + self.rehearsal.job_seconds
         job: str = context.job.id
         self._say(EntrypointBegan(job=job))
 
@@ -51,16 +52,30 @@ class RehearsedEntrypoint:
             self._say(ShutdownAsked(job=job, at=now(), has_handler=has_handler()))
 
         shutdown, context.shutdown = context.shutdown, asked
+        user = asyncio.ensure_future(self.user(context))
+        over = asyncio.ensure_future(self._over())
         try:
-            async with asyncio.timeout_at(over_at):
-                await self.user(context)
-        except TimeoutError:
-            pass  # the time is over, or a timeout of the user's own: the job goes on to its end in both cases
-        except Exception as error:
-            self._say(EntrypointFailed(job=job, error=repr(error)[:MAX_ERROR_LENGTH]))
-        await asyncio.sleep(over_at - loop.time())
+            await asyncio.wait((user, over), return_when=asyncio.FIRST_COMPLETED)
+            if user.done() and not user.cancelled() and (error := user.exception()) is not None:
+                self._say(EntrypointFailed(job=job, error=repr(error)[:MAX_ERROR_LENGTH]))
+            await over
+        finally:
+            # livekit-agents cancels and awaits an entrypoint that outlasts its job, and so does this.
+            over.cancel()
+            user.cancel()
+            await asyncio.wait((user, over))
         self._say(EntrypointOver(job=job))
         shutdown(reason="the rehearsal is over")
+
+    async def _over(self) -> None:
+        """Return when the job's time after the begin of the stop is over.
+
+        A time that ran from the job's own begin could be over before the last job of the scene has begun.
+        """
+        stop = self.rehearsal.stop
+        while not os.path.exists(stop):  # noqa: ASYNC110, ASYNC240  # a stat takes microseconds
+            await asyncio.sleep(LOOK_EVERY)
+        await asyncio.sleep(self.rehearsal.job_seconds)
 
     def _say(self, message: RehearsedJobSays) -> None:
         # A new socket for each message: `asked` may run in a signal handler, between any two instructions.

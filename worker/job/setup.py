@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from lastcall.worker.base import calls_over
+from lastcall.worker.base import calls_over, garbage
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
 from lastcall.worker.job import teardown
@@ -63,6 +63,7 @@ class Setup:
 
     def __call__(self, process: Any) -> Any:
         unmask()
+        garbage.collect_again()
         # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.
         from lastcall.worker.inworld.plugin.attached import plugin_connections
 

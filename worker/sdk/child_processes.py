@@ -18,7 +18,7 @@ from typing import Any
 # multiprocessing gives this exit code to a child whose status it can't read (popen_forkserver.py, `poll`).
 STATUS_LOST = 255
 # Job processes unpickle the `setup_fnc` from here. The forkserver imports it, before the user's path is set.
-PRELOADED = ("lastcall.worker.job.setup",)
+PRELOADED = ("lastcall.worker.job.preload", "lastcall.worker.job.setup")
 # Imported too, in front of the plugin, where the user's module has imported the plugin.
 PRELOADED_FOR = {"livekit.plugins.inworld": "lastcall.worker.inworld.plugin.attached"}
 
