@@ -15,7 +15,7 @@ from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """How long each job is kept open, and to whom it says how it goes.
+    """How long each job is kept open, and the socket that hears how the job goes.
 
     `job_seconds`: from the stop on. `stop`: the path of the file that appears when the stop begins. `socket`:
     the path of the datagram socket that hears the job.
