@@ -21,7 +21,7 @@ def stop_collecting() -> None:
 
 
 def collect_again() -> None:
-    """Restore the threshold, unless the agent's modules have set a threshold of their own."""
+    """Restore the threshold, unless the agent's modules have set another."""
     if gc.get_threshold()[0] == 0:
         gc.set_threshold(*_threshold)
 
