@@ -14,7 +14,7 @@ from tests.support.harness import Run
 
 # Job processes of older versions cost most of a CPU second each.
 NEWEST = tuple(int(part) for part in livekit.agents.__version__.split(".")[:2]) >= (1, 8)
-RATE = 10.0 if NEWEST else 2.0
+RATE = 5.0 if NEWEST else 1.0
 
 
 class Stream:
