@@ -18,7 +18,7 @@ from typing import Any
 
 from lastcall.supervisor import config as configuration
 from lastcall.supervisor import logs, receipt
-from lastcall.supervisor.config import Config
+from lastcall.supervisor.config import Config, calls
 from lastcall.supervisor.environment import Surroundings
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
@@ -205,13 +205,18 @@ class App:
                 **receipt.versions(),
             )
             _trim()
-            for line in configuration.warnings(self.around.environment):
-                self.log.warning(line)
+            for line in (*configuration.warnings(self.around.environment), self._too_short()):
+                if line:
+                    self.log.warning(line)
             await self._run_fleet()
         code = self._finish()
         if self.record.config_error:
             raise ConfigError(self.record.config_error)
         return code
+
+    def _too_short(self) -> str:
+        """Say which callbacks grace is too short for; an opaque program has none that lastcall knows of."""
+        return "" if self.config.is_opaque else calls.warning(self.config.grace, self.config.shares)
 
     async def _run_fleet(self) -> None:
         try:

@@ -415,3 +415,21 @@ async def test_good_jobs_are_never_reported_failed(run: StartRun) -> None:
     assert statuses == ["JS_SUCCESS"] * len(jobs)
     r.kill()
     assert await r.exit() == 0
+
+
+async def test_what_calls_get_of_a_minute(run: StartRun) -> None:
+    """A call that ends 33 s into a grace of 60 s is not told to; one that goes on has its callbacks run."""
+    r: Run = await run("run", "--grace", "60", AGENT)
+    await r.ready()
+    long = await r.dispatch("long", sleep=33)
+    endless = await r.dispatch("endless", mode="hold")
+    for job in (long, endless):
+        await r.job_says(job.job_id, "started")
+    r.kill()
+    assert await r.exit(62) == 75
+    assert r.fates() == {long.job_id: "finished", endless.job_id: "cut"}
+    assert [note["job"] for note in r.notes() if note["what"] == "callback"] == [long.job_id, endless.job_id]
+    receipt = r.receipt()
+    assert receipt["phases"]["draining"] == pytest.approx(37, abs=1) and receipt["killed"] == []
+    assert r.livekit.jobs[endless.job_id].status == "JS_FAILED"
+    await r.nothing_left()
