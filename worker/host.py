@@ -110,10 +110,11 @@ class Host:
                 self.control.say(Imported(files=files))
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(self._beats()), group.create_task(engine.see_processes_out())]
+            running: list[asyncio.Task[None]] = []
             if self.stopping.is_set:
                 engine.ended = True
             else:
-                group.create_task(engine.run())
+                running.append(group.create_task(engine.run()))
                 telling = [
                     group.create_task(engine.keep_told()),
                     group.create_task(self._tell_of_changes(engine)),
@@ -122,7 +123,8 @@ class Host:
                 for task in telling:
                     task.cancel()
             code = await self._stop(engine)
-            for task in beside:
+            # A server whose close was given up would run on, and the worker with it.
+            for task in (*beside, *running):
                 task.cancel()
         return code
 
