@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lastcall.supervisor import config as configuration
-from lastcall.supervisor import logs, receipt
+from lastcall.supervisor import logs, receipt, receipt_file
 from lastcall.supervisor.config import Config, calls
 from lastcall.supervisor.environment import Surroundings
 from lastcall.supervisor.errors import ConfigError
@@ -31,7 +31,7 @@ from lastcall.supervisor.outputs import Outputs
 from lastcall.supervisor.processes.child import check_open_files
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.program import Program, environment_of
-from lastcall.supervisor.receipt import Ledger, StopRecord
+from lastcall.supervisor.receipt import Ledger, StopRecord, textfile
 from lastcall.supervisor.shutdown import PhaseClock, Shutdown, Stop
 from lastcall.supervisor.signal_actions import SignalActions
 from lastcall.supervisor.signals import Inbox
@@ -310,17 +310,22 @@ class App:
         self.receipt = document
         document["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self.config.receipt:
-            try:
-                _write_whole(Path(self.config.receipt), json.dumps(document, indent=2) + "\n")
-            except OSError as error:
-                self.log.error(
-                    "receipt could not be written", path=self.config.receipt, reason=error.strerror
-                )
+            self._write_receipt(Path(self.config.receipt), document)
         self._outputs.tell_dropped()
         if not self.around.quiet_receipt:
             self.log.info("receipt", receipt=document)
         self._outputs.flush(FLUSH_WITHIN)
         return Exit(document["exit_code"])
+
+    def _write_receipt(self, path: Path, document: dict[str, Any]) -> None:
+        texts = {path: json.dumps(document, indent=2) + "\n"}
+        if not receipt_file.is_special(path):
+            texts[Path(f"{path}{textfile.SUFFIX}")] = textfile.text_of(document, str(path), time.time())
+        for place, text in texts.items():
+            try:
+                receipt_file.write_whole(place, text)
+            except OSError as error:
+                self.log.error("receipt could not be written", path=str(place), reason=error.strerror)
 
 
 def _trim() -> None:
@@ -333,16 +338,3 @@ def _trim() -> None:
 
 def _discard(_lines: bytes) -> None:
     """The demo's table stands where the workers' lines would go."""
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old receipt or the new one, never half of one."""
-    if path.exists() and not path.is_file():
-        path.write_text(text)  # a device or a pipe is written to; replacing it would take it away
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

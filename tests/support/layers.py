@@ -80,7 +80,7 @@ ROOMS: dict[str, Room] = {
             "errors signals",
             "config receipt",
             "processes",
-            "logs environment outputs inworld_endpoint",
+            "logs environment outputs receipt_file inworld_endpoint",
             "fleet",
             "inworld_broker",
             "program shutdown",
@@ -98,7 +98,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.receipt": Room(
         idea="what a stop did: jobs, resources, processes; and the document that says so",
-        floors=("ledger record", "document"),
+        floors=("ledger record textfile", "document"),
     ),
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
