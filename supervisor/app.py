@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lastcall.supervisor import config as configuration
-from lastcall.supervisor import logs, receipt
-from lastcall.supervisor.config import Config
+from lastcall.supervisor import logs, receipt, receipt_file
+from lastcall.supervisor.config import Config, calls
 from lastcall.supervisor.environment import Surroundings
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
@@ -31,7 +31,7 @@ from lastcall.supervisor.outputs import Outputs
 from lastcall.supervisor.processes.child import check_open_files
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.program import Program, environment_of
-from lastcall.supervisor.receipt import Ledger, StopRecord
+from lastcall.supervisor.receipt import Ledger, StopRecord, textfile
 from lastcall.supervisor.shutdown import PhaseClock, Shutdown, Stop
 from lastcall.supervisor.signal_actions import SignalActions
 from lastcall.supervisor.signals import Inbox
@@ -203,13 +203,18 @@ class App:
                 **receipt.versions(),
             )
             _trim()
-            for line in configuration.warnings(self.around.environment):
-                self.log.warning(line)
+            for line in (*configuration.warnings(self.around.environment), self._too_short()):
+                if line:
+                    self.log.warning(line)
             await self._run_fleet()
         code = self._finish()
         if self.record.config_error:
             raise ConfigError(self.record.config_error)
         return code
+
+    def _too_short(self) -> str:
+        """Say which callbacks grace is too short for; an opaque program has none that lastcall knows of."""
+        return "" if self.config.is_opaque else calls.warning(self.config.grace, self.config.shares)
 
     async def _run_fleet(self) -> None:
         try:
@@ -303,17 +308,22 @@ class App:
         self.receipt = document
         document["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self.config.receipt:
-            try:
-                _write_whole(Path(self.config.receipt), json.dumps(document, indent=2) + "\n")
-            except OSError as error:
-                self.log.error(
-                    "receipt could not be written", path=self.config.receipt, reason=error.strerror
-                )
+            self._write_receipt(Path(self.config.receipt), document)
         self._outputs.tell_dropped()
         if not self.around.quiet_receipt:
             self.log.info("receipt", receipt=document)
         self._outputs.flush(FLUSH_WITHIN)
         return Exit(document["exit_code"])
+
+    def _write_receipt(self, path: Path, document: dict[str, Any]) -> None:
+        texts = {path: json.dumps(document, indent=2) + "\n"}
+        if not receipt_file.is_special(path):
+            texts[Path(f"{path}{textfile.SUFFIX}")] = textfile.text_of(document, str(path), time.time())
+        for place, text in texts.items():
+            try:
+                receipt_file.write_whole(place, text)
+            except OSError as error:
+                self.log.error("receipt could not be written", path=str(place), reason=error.strerror)
 
 
 def _trim() -> None:
@@ -326,16 +336,3 @@ def _trim() -> None:
 
 def _discard(_lines: bytes) -> None:
     """The demo's table stands where the workers' lines would go."""
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader sees the old receipt or the new one, never half of one."""
-    if path.exists() and not path.is_file():
-        path.write_text(text)  # a device or a pipe is written to; replacing it would take it away
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -105,6 +105,7 @@ class Companion:
         self._ready_at: float | None = None
         self._is_stopping = False
         self._was_told = False
+        self._has_served = False
 
     # -- what workers are given -----------------------------------------------------------------------
 
@@ -177,8 +178,9 @@ class Companion:
         self.changed.notify()
         child = self._child
         if child is None or child.status is not None:
-            # The connections of the broker went with the process of the broker; none was closed in order.
-            self._note("forced")
+            # The connections of the broker went with the process of the broker; none was closed in order. A
+            # broker that never served has opened none.
+            self._note("forced" if self._has_served else "closed")
             return
         self._change(E.FENCE)
         self._change(E.CLOSE)
@@ -269,6 +271,7 @@ class Companion:
         match message:
             case Serving():
                 self._ready_at = now()
+                self._has_served = True
                 if self.state is S.STARTING:
                     self._change(E.REGISTER)
             case BrokerBeat():

@@ -21,8 +21,11 @@ from tests.support.program import Program
 from tests.support.terminal import Terminal
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Set up the process that runs tests, before any test is imported."""
+    config.addinivalue_line(
+        "markers", "promtool: rules and queries under promtool, which scripts/fixtures gets"
+    )
     # Undo a nohup, or the `&` of a script, around the tests: a program that a test starts inherits an ignored
     # signal, and SIGHUP or SIGINT from the test would not reach it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -238,6 +238,7 @@ async def test_process_that_outlives_its_call_and_grace(run: StartRun) -> None:
     receipt = r.receipt()
     assert [each["process"] for each in receipt["jobs"]] == ["killed"]
     assert receipt["seconds"] < 8
+    assert "with a grace of 8 s a call that is cut has" in r.logs(), "said at the start"
 
 
 async def test_process_that_crashes_after_its_call(run: StartRun) -> None:

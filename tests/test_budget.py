@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import random
+from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
 
+import livekit.agents.ipc
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lastcall.supervisor.config import calls
 from lastcall.supervisor.fleet.restarts import JITTER, RestartPolicy, Restarts
-from lastcall.worker.base.budget import Deadlines, Shares, close_by, plan
+from lastcall.worker.base.budget import (
+    CALLBACKS,
+    CALLS_AT_LEAST,
+    COMPANION_AT_LEAST,
+    KILL_AT_LEAST,
+    TERMINATE_AT_LEAST,
+    Deadlines,
+    Shares,
+    close_by,
+    entrypoint_wait,
+    plan,
+    plan_of_stalled,
+)
 
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 seconds = st.floats(min_value=0.001, max_value=10_000, allow_nan=False)
 shares = st.builds(Shares, fence=seconds, close=seconds, terminate=seconds, kill=seconds, companion=seconds)
 
@@ -27,13 +45,13 @@ def in_order(deadlines: Deadlines) -> list[float]:
 
 @given(started=st.floats(0, 1e6), grace=seconds, shares=shares)
 def test_a_plan_fits_into_grace(started: float, grace: float, shares: Shares) -> None:
-    """In order, from the start to exactly grace, and the drain has at least half of it."""
+    """In order, from the start to exactly grace, and calls have 5 s of it or half of a shorter one."""
     planned = plan(started, grace, shares)
     slack = 1e-6 * (1 + started)
     for earlier, later in pairwise([started, *in_order(planned)]):
         assert later >= earlier - slack
     assert abs(planned.end_at - (started + grace)) <= slack
-    assert planned.drain_at - started >= grace / 2 - slack
+    assert planned.drain_at - started >= min(grace / 2, CALLS_AT_LEAST) - slack
     assert started - slack <= planned.fence_at <= planned.drain_at + slack
 
 
@@ -65,10 +83,103 @@ def test_hurry_and_kill_only_shorten(started: float, grace: float, shares: Share
 
 
 def test_the_defaults() -> None:
-    """An hour: 3565 s to drain when nothing else is reserved but close, terminate and kill."""
+    """An hour: 3570 s to drain when nothing else is reserved but close, terminate and kill."""
     planned = plan(0, 3600, Shares())
-    assert in_order(planned) == [3565, 3590, 3595, 3600, 3600]
+    assert in_order(planned) == [3570, 3590, 3595, 3600, 3600]
     assert planned.fence_at == 2
+
+
+# The seconds of calls, of the close, and of the shares behind it: without the pool, and with it.
+TABLE = {
+    30: ((7, 20, 3), (5, 20, 5)),
+    60: ((37, 20, 3), (35, 20, 5)),
+    120: ((97, 20, 3), (95, 20, 5)),
+    540: ((514.6, 20, 5.4), (514.6, 20, 5.4)),
+    3600: ((3570, 20, 10), (3565, 20, 15)),
+}
+
+
+@pytest.mark.parametrize("grace", TABLE)
+def test_what_calls_get_of_a_grace(grace: int) -> None:
+    """The close keeps what livekit-agents needs, and calls have what is left; as on the page."""
+    cells = [f"{grace} s"]
+    for shares, expected in zip((Shares(), Shares(companion=5.0)), TABLE[grace], strict=True):
+        planned = plan(0.0, grace, shares)
+        drain_at, close_at = planned.drain_at, planned.close_at
+        assert (drain_at, close_at - drain_at, grace - close_at) == pytest.approx(expected)
+        assert planned.shares.jobs_close >= entrypoint_wait("1.8.9") + CALLBACKS
+        cells += [f"{each:g}" for each in expected]
+    assert f"| {' | '.join(cells)} |" in PAGE.read_text()
+
+
+@given(grace=st.floats(0.1, 5000), more=st.floats(0, 100), shares=shares)
+def test_more_grace_is_more_for_calls(grace: float, more: float, shares: Shares) -> None:
+    """Calls never have less of a longer grace, and close and rest never more than they were given."""
+    assert shares.calls(grace + more) >= shares.calls(grace) - 1e-6 * (grace + more)
+    within = shares.within(grace)
+    for name in ("fence", "close", "terminate", "kill", "companion"):
+        assert 0 <= getattr(within, name) <= getattr(shares, name) + 1e-9
+
+
+def test_the_order_in_which_shares_give_way() -> None:
+    """First the shares behind the close, then the close down to its need, and at last the need."""
+    long = Shares(close=60.0, companion=5.0)
+    assert long.within(3600).close == 60
+    at_120 = long.within(120)
+    minima = (TERMINATE_AT_LEAST, KILL_AT_LEAST, COMPANION_AT_LEAST)
+    assert (at_120.terminate, at_120.kill, at_120.companion) == minima
+    assert long.calls(120) == 60 and at_120.close == 55
+    assert long.within(40).close == 20, "what livekit-agents needs"
+    assert long.within(20).close < 20 and long.calls(20) == pytest.approx(CALLS_AT_LEAST)
+    assert long.calls(6) == 3
+    small = Shares(kill=0.5, terminate=0.5, close=4.0)
+    assert (small.within(60).kill, small.within(60).close) == (0.5, 4.0), "no share grows"
+
+
+@pytest.mark.parametrize(
+    ("version", "wait"),
+    [("1.3.12", 0), ("1.5.1", 0), ("1.5.3", 15), ("1.5.7", 15), ("1.8.9", 15), ("1.9.0rc1", 15), ("", 15)],
+)
+def test_what_a_version_needs(version: str, wait: float) -> None:
+    """Newer ones wait for the entrypoint before the callbacks; a version that is not known may."""
+    assert entrypoint_wait(version) == wait
+
+
+def test_installed_version_waits_as_written_down() -> None:
+    """The wait is in the file that `budget` names, as often as the version says."""
+    source = Path(livekit.agents.ipc.__path__[0]) / "job_proc_lazy_main.py"
+    waits = source.read_text().count("asyncio.shield(job_entry_task), timeout=15)")
+    assert waits == (1 if entrypoint_wait(metadata.version("livekit-agents")) else 0)
+
+
+def test_jobs_of_a_stalled_worker_have_their_grace() -> None:
+    """All of `[stall] grace`: a worker that is stuck can't be asked to close anything."""
+    planned = plan_of_stalled(100.0, 30.0, 5.0)
+    assert in_order(planned) == [130, 130, 130, 135, 135]
+
+
+@pytest.mark.parametrize(
+    ("grace", "shares", "says"),
+    [
+        (28, Shares(), ""),
+        (27, Shares(), "where the entrypoint goes on: livekit-agents waits 15 s"),
+        (5, Shares(), "has 1.2 s to shut down: its on_session_end and shutdown callbacks may not run"),
+        (30, Shares(companion=5.0), ""),
+        (29, Shares(companion=5.0), "where the entrypoint goes on"),
+        (13, Shares(entrypoint_wait=0.0), ""),
+        (9, Shares(entrypoint_wait=0.0), "callbacks may not run"),
+        (3600, Shares(close=10.0), "where the entrypoint goes on"),
+    ],
+)
+def test_which_callbacks_may_not_run(grace: float, shares: Shares, says: str) -> None:
+    """Said exactly where the close is too short for them, with what would help."""
+    warning = calls.warning(grace, shares)
+    assert (says in warning) if says else (warning == "")
+    if grace < 3600:
+        assert calls.warning(shares.grace_needed, shares) == ""
+        assert f"--grace to {shares.grace_needed:g} s" in calls.advice(shares)
+    else:
+        assert calls.advice(shares) == "stop.close of 20 s or more"
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=30), st.integers(0, 10), st.floats(1, 100))

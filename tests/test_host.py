@@ -60,6 +60,7 @@ class FakeEngine:
     load: float = float("nan")
     error: BaseException | None = None
     is_fenced: bool = False
+    hangs: bool = False
     ends: list[tuple[float, float]] = field(default_factory=list)
 
     async def run(self) -> None:
@@ -80,6 +81,8 @@ class FakeEngine:
         self.jobs.clear()
 
     async def close(self, deadline: float) -> Counts:
+        if self.hangs:
+            await asyncio.Event().wait()
         self.ended = True
         self.changed.notify()
         return {}
@@ -173,6 +176,16 @@ async def test_terminate_over_the_wire() -> None:
         assert await p.ends() == Exit.FORCED
         ((kill_at, give_up_at),) = p.engine.ends
         assert max(kill_at, give_up_at) <= now()
+
+
+async def test_a_close_that_is_given_up_keeps_no_worker() -> None:
+    """The server would run on for ever: the worker ends all the same, and says that the close was forced."""
+    async with pair(settings=replace(SETTINGS, beat=0.01)) as p:
+        p.engine.hangs = True
+        await p.hears(Beat)
+        p.channel.say(Terminate())
+        assert await p.ends() == Exit.FORCED
+        assert (await p.hears(Resource)).fate == "forced" and not p.engine.ended
 
 
 @pytest.mark.parametrize("was_told", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,24 @@ def test_overlay_for_long_calls() -> None:
     assert environment["LASTCALL_GRACE"] == "14400"
     assert pod["terminationGracePeriodSeconds"] == 14430 == int(environment["LASTCALL_PLATFORM_GRACE"])
     assert environment["LASTCALL_HTTP"] == "0.0.0.0:8080", "the patch replaced the list"
+
+
+def test_keda_in_an_overlay_with_other_names(tmp_path: Path) -> None:
+    """namePrefix and namespace reach the target and the query; without a namespace nothing is built."""
+    for part in ("base", "keda"):
+        shutil.copytree(K8S / part, tmp_path / part)
+    overlay = tmp_path / "overlay" / "kustomization.yaml"
+    overlay.parent.mkdir()
+    text = "namePrefix: a-\nresources: [../base]\ncomponents: [../keda]\n"
+    overlay.write_text("namespace: voice\n" + text)
+    documents = yaml.safe_load_all(lint("kubectl", "kustomize", overlay.parent))
+    (scaled,) = [document for document in documents if document["kind"] == "ScaledObject"]
+    assert scaled["metadata"]["name"] == scaled["spec"]["scaleTargetRef"]["name"] == "a-lastcall"
+    query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+    assert 'namespace="voice"' in query and 'pod=~"a-lastcall-[' in query and "$(" not in query
+    overlay.write_text(text)
+    with pytest.raises(AssertionError, match="LASTCALL_NAMESPACE"):
+        lint("kubectl", "kustomize", overlay.parent)
 
 
 @pytest.mark.skipif(not KEDA.is_file(), reason="KEDA's schema is not beside the checkout")

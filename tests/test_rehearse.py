@@ -228,8 +228,8 @@ def seen(**changes: Any) -> Seen:
     ("scene", "what", "problem"),
     [
         (PID, {"exit_code": 75, "receipt": {"outcome": "cut"}}, "exit code 75, expected 0 (receipt: cut)"),
-        (PID, {"exit_code": None}, "the stop was not over after 40 s"),
-        (PID, {"seconds": 32.5}, "the stop took 32.5 s with a grace of 30 s"),
+        (PID, {"exit_code": None}, "the stop was not over after 50 s"),
+        (PID, {"seconds": 42.5}, "the stop took 42.5 s with a grace of 40 s"),
         (PID, {"ends": {"a": "JS_FAILED"}}, "job a: reported as JS_FAILED, expected JS_SUCCESS: it was cut"),
         (
             PID,

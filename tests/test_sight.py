@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import urllib.request
 from pathlib import Path
 
 import jsonschema
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
+from lastcall.supervisor.receipt import Ledger, StopRecord, textfile, write
 from lastcall.supervisor.views.metrics import POOL_COUNTERS, POOL_GAUGES
 from tests.support.harness import AGENT, Run, StartRun
+from tests.support.metrics import Samples, scrape
 from tests.support.program import status, verb
 
 ROOT = Path(__file__).parent.parent
@@ -21,23 +21,8 @@ DASHBOARD = ROOT / "scripts" / "deploy" / "grafana.json"
 ALERTS = ROOT / "scripts" / "deploy" / "alerts.yaml"
 PAGE = ROOT / "docs" / "metrics.md"
 SCHEMA = json.loads((ROOT / "docs" / "status.schema.json").read_text())
+LAST_STOP = write(StopRecord(phases={"draining": 1.0}), Ledger(), grace=60.0, pid=1)
 NAME = re.compile(r"\blastcall_[a-z_]+")
-
-
-async def scrape(r: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Return every sample of /metrics by name."""
-    address = r.log("supervisor started")[0]["http"]
-
-    def get() -> str:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-            return str(answer.read().decode())
-
-    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(await asyncio.to_thread(get)):
-        assert family.documentation, family.name
-        for sample in family.samples:
-            samples.setdefault(sample.name, []).append((dict(sample.labels), sample.value))
-    return samples
 
 
 async def test_metrics_say_what_happened(run: StartRun) -> None:
@@ -56,10 +41,7 @@ async def test_metrics_say_what_happened(run: StartRun) -> None:
     running = await r.dispatch("running", mode="hold")
     await r.job_says(running.job_id, "started")
     seen = await scrape(r)
-
-    def value(name: str, **labels: str) -> float:
-        return sum(v for found, v in seen[name] if labels.items() <= found.items())
-
+    value = seen.value
     assert value("lastcall_jobs_started_total") == 3
     assert value("lastcall_jobs_finished_total") == 1
     assert value("lastcall_jobs_failed_total") == 1
@@ -69,7 +51,8 @@ async def test_metrics_say_what_happened(run: StartRun) -> None:
     assert value("lastcall_operations_total", verb="recycle", result="done") == 1
     assert value("lastcall_slots", state="ready") == 2
     assert value("lastcall_workers_accepting") == value("lastcall_workers_wanted") == 2
-    assert value("lastcall_fence_seconds_count") == 1
+    assert value("lastcall_fence_seconds_count") == value("lastcall_drain_seconds_count") == 1
+    assert value("lastcall_jobs_to_cut") == 0
     assert value("lastcall_worker_resident_memory_bytes") > 2 * 10_000_000
     own = {(labels["slot"], labels["generation"]) for labels, _ in seen["lk_agents_worker_load"]}
     assert {slot for slot, _ in own} == {"0", "1"}
@@ -103,6 +86,12 @@ async def exported(run: StartRun, directory: Path) -> set[str]:
     config.write_text('[inworld]\nenabled = true\nws_url = "ws://127.0.0.1:9/"\n')
     options = ("--config", str(config), "--http", "127.0.0.1:0")
     r: Run = await run("run", *options, AGENT, environment={"INWORLD_API_KEY": "a-key"})
+    await r.until(lambda: r.log("supervisor started"))
+    first = await scrape(r)
+    counters = re.findall(r"^\| `(lastcall_\w+_total)` \| counter", PAGE.read_text(), re.MULTILINE)
+    assert counters and all(first[name] and first.value(name) == 0 for name in counters)
+    reasons = {labels["reason"] for labels, _ in first["lastcall_restarts_total"]}
+    assert reasons == {"exited", "killed", "never ready", "not started", "left"}
     await r.ready()
     names: set[str] = set()
     async with asyncio.timeout(20):
@@ -130,6 +119,7 @@ async def test_dashboard_alerts_and_page_name_what_there_is(run: StartRun, tmp_p
     used |= {name for rule in rules for name in NAME.findall(rule["expr"])}
     for path in (ROOT / "docs" / "operations.md", *(ROOT / "scripts" / "deploy" / "k8s").rglob("*.yaml")):
         used |= {name for name in NAME.findall(path.read_text()) if name != "lastcall_"}
+    known |= set(Samples.of(textfile.text_of(LAST_STOP, "receipt.json", 0.0)))
     assert used and used <= known, used - known
     base = {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in known}
     on_page = set(NAME.findall(PAGE.read_text()))

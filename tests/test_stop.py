@@ -7,10 +7,12 @@ import gc
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.support.harness import AGENT, Run, StartRun, lives
+from tests.support.metrics import Samples, scrape
 
 pytestmark = pytest.mark.core
 
@@ -417,3 +419,37 @@ async def test_good_jobs_are_never_reported_failed(run: StartRun) -> None:
     assert statuses == ["JS_SUCCESS"] * len(jobs)
     r.kill()
     assert await r.exit() == 0
+
+
+async def test_what_calls_get_of_a_minute(run: StartRun) -> None:
+    """A call that ends 33 s into a grace of 60 s is not told to; one that goes on has its callbacks run."""
+    r: Run = await run("run", "--grace", "60", "--http", "127.0.0.1:0", AGENT)
+    await r.ready()
+    long = await r.dispatch("long", sleep=33)
+    endless = await r.dispatch("endless", mode="hold")
+    for job in (long, endless):
+        await r.job_says(job.job_id, "started")
+    r.kill()
+    await r.until(lambda: r.log("stop draining"))
+    draining = await scrape(r)
+    assert draining.value("lastcall_jobs_to_cut") == 2
+    assert 0 < draining.value("lastcall_drain_left_seconds") <= 37
+    assert draining.value("lastcall_jobs_cut_total") == 0
+    await r.until(lambda: r.log("stop closing"), 40)
+    async with asyncio.timeout(10):
+        while (closing := await scrape(r)).value("lastcall_jobs_cut_total") == 0:
+            await asyncio.sleep(0.1)
+    assert closing.value("lastcall_jobs_cut_total") == closing.value("lastcall_jobs_finished_total") == 1
+    assert closing.value("lastcall_jobs_running") == 1, "the job is counted as cut before it has ended"
+    assert closing.value("lastcall_jobs_to_cut") == closing.value("lastcall_drain_left_seconds") == 0
+    assert closing.value("lastcall_drain_seconds_count") == 0, "the worker has not drained: it gave up"
+    assert await r.exit(62) == 75
+    assert r.fates() == {long.job_id: "finished", endless.job_id: "cut"}
+    assert [note["job"] for note in r.notes() if note["what"] == "callback"] == [long.job_id, endless.job_id]
+    receipt = r.receipt()
+    assert receipt["phases"]["draining"] == pytest.approx(37, abs=1) and receipt["killed"] == []
+    assert r.livekit.jobs[endless.job_id].status == "JS_FAILED"
+    last = Samples.of(Path(f"{r.receipt_file}.prom").read_text())
+    assert last.value("lastcall_last_stop_jobs", fate="cut", receipt=str(r.receipt_file)) == 1
+    assert last.value("lastcall_last_stop_exit_code") == 75
+    await r.nothing_left()

@@ -16,13 +16,19 @@ from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import Action as A
 from lastcall.supervisor.fleet.stop_steps import Ending, Progress, Seen, Step, StopState, step
 from lastcall.supervisor.processes.reaper import ExitStatus
-from lastcall.worker.base.budget import Shares, plan
+from lastcall.worker.base.budget import Deadlines, Shares, plan
 from tests.support.generations import generation_in
 
 T0 = 1000.0
-DEADLINES = plan(T0, 100.0, Shares(fence=2.0, close=20.0, terminate=5.0, kill=5.0))
-assert (DEADLINES.fence_at, DEADLINES.drain_at) == (T0 + 2, T0 + 70)
-assert (DEADLINES.close_at, DEADLINES.terminate_at) == (T0 + 90, T0 + 95)
+DEADLINES = Deadlines(
+    fence_at=T0 + 2,
+    drain_at=T0 + 70,
+    close_at=T0 + 90,
+    terminate_at=T0 + 95,
+    kill_at=T0 + 100,
+    end_at=T0 + 100,
+    shares=Shares(fence=2.0, close=20.0, terminate=5.0, kill=5.0),
+)
 # A worker that was told everything, and one that has fenced, too.
 TOLD = Progress(fence_said_at=T0, drain_said=DEADLINES.drain_at)
 FENCED = replace(TOLD, is_fence_settled=True)

@@ -138,7 +138,9 @@ def test_short_grace_is_said() -> None:
     done = unit("docker", "agent.py", "--grace", "20")
     assert done.returncode == 0
     assert "callbacks may not run" in done.stdout.splitlines()[1] and "callbacks may not run" in done.stderr
-    assert not Timers(grace=51).warning and Timers(grace=50).warning
+    assert not Timers(grace=28).warning and Timers(grace=27).warning
+    assert "calls have 5 s to end by themselves, and then 10 s to shut down" in done.stdout.splitlines()[2]
+    assert "calls have 3570 s" in unit("docker", "agent.py").stdout.splitlines()[1]
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class Engine:
                 for job in unasked():
                     asked.add(job.id)
                     if not (job.is_over or agent_server.is_ending(job.executor) or job.has_ended):
-                        job.cut_short = True
+                        self.jobs.cut_short(job)
                         asking.append(group.create_task(self._ask(job.executor, kill_at)))
                 # A job whose process was still starting is asked as soon as it runs.
                 if not await self._changed.until(lambda: not len(self.jobs) or unasked(), lambda: kill_at):
@@ -175,7 +175,8 @@ class Engine:
             await self._end_processes(self.jobs.outliving)
             for job in self.jobs.running:
                 if not job.was_killed:
-                    job.cut_short = job.cut_short or not (job.is_over or job.has_ended)
+                    if not (job.is_over or job.has_ended):
+                        self.jobs.cut_short(job)
                     agent_server.kill(job.executor)
             await self._changed.until(lambda: not self.jobs.running, lambda: give_up_at)
             for task in asking:

@@ -18,7 +18,7 @@ import sys
 from typing import Any, assert_never
 
 from lastcall.worker import exposition, imported, orphan_output
-from lastcall.worker.base.budget import close_by
+from lastcall.worker.base.budget import close_by, kept_for_reports
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
@@ -50,9 +50,9 @@ from lastcall.worker.inworld.plugin.attached import plugin_connections
 
 log = logging.getLogger("lastcall.worker")
 
-# Seconds of the close. Ours: killed jobs have to be reported to the server, and the connection is closed, a
-# round trip each.
-KEPT_FOR_REPORTS = 5.0
+# The share of what is kept for reports in which the server is told, also when a killed job has not died.
+# Ours: half a second, for round trips.
+TELLING = 0.25
 # Seconds that a worker rests after its fence. The other workers of the machine fence at the same moment, and
 # a worker that goes on takes processor time from them: by its own end, and by the supervisor that it wakes.
 # Measured as `scripts/bench` does, two workers on two cores that other programs kept busy, in turns with and
@@ -110,10 +110,11 @@ class Host:
                 self.control.say(Imported(files=files))
         async with asyncio.TaskGroup() as group:
             beside = [group.create_task(self._beats()), group.create_task(engine.see_processes_out())]
+            running: list[asyncio.Task[None]] = []
             if self.stopping.is_set:
                 engine.ended = True
             else:
-                group.create_task(engine.run())
+                running.append(group.create_task(engine.run()))
                 telling = [
                     group.create_task(engine.keep_told()),
                     group.create_task(self._tell_of_changes(engine)),
@@ -122,7 +123,8 @@ class Host:
                 for task in telling:
                     task.cancel()
             code = await self._stop(engine)
-            for task in beside:
+            # A server whose close was given up would run on, and the worker with it.
+            for task in (*beside, *running):
                 task.cancel()
         return code
 
@@ -146,10 +148,11 @@ class Host:
         began = now()
         deadlines = self._deadlines
         close_at = close_by(began, drain_at=deadlines.drain_at, close_at=deadlines.close_at)
-        kill_at = close_at - min(KEPT_FOR_REPORTS, (close_at - began) / 5)
+        kept = kept_for_reports(close_at - began)
+        kill_at = close_at - kept
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
-            await engine.end_jobs(self._or_now(kill_at), close_at)
+            await engine.end_jobs(self._or_now(kill_at), close_at - TELLING * kept)
         if plugin_connections.is_needed:
             self.resources.join("inworld", plugin_connections.aclose)
         census = await self.resources.aclose(close_at)

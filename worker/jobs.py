@@ -31,7 +31,7 @@ from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import JobEnded, JobFate, JobOver, JobStarted
+from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobOver, JobStarted
 
 # multiprocessing's exit code for a process whose status went with the forkserver.
 STATUS_LOST = 255
@@ -108,7 +108,9 @@ class Job:
 class Jobs:
     """The register of accepted and running jobs; `report` hears of each beginning and end."""
 
-    def __init__(self, changed: Condition, report: Callable[[JobStarted | JobOver | JobEnded], None]) -> None:
+    def __init__(
+        self, changed: Condition, report: Callable[[JobStarted | JobOver | JobCut | JobEnded], None]
+    ) -> None:
         self._jobs: dict[str, Job] = {}
         self._changed = changed
         self._report = report
@@ -172,6 +174,12 @@ class Jobs:
             record.popen = count_as_good(record.executor)
             self._report(JobOver(id=id))
         self._changed.notify()
+
+    def cut_short(self, record: Job) -> None:
+        """End a job while it has more to do: its fate is certain from now on."""
+        if not record.cut_short:
+            record.cut_short = True
+            self._report(JobCut(id=record.id))
 
     @property
     def outliving(self) -> list[Job]:

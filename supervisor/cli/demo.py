@@ -29,7 +29,7 @@ from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.settings import WorkerSettings
 
 # Seconds, all ours: a drain that can be watched, calls that end within it, and lines that can be read.
-GRACE = 30.0
+GRACE = 45.0
 CALL_SECONDS = 4.0
 LINE_INTERVAL = 2.0
 # Seconds for the last line to be written. Ours: standard output may be a pipe that nobody reads.

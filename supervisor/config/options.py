@@ -23,7 +23,7 @@ from lastcall.supervisor.config.values import (
     check_number,
     check_text,
 )
-from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, installed_entrypoint_wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Stop(Section):
     """Reserved shares of grace, in seconds."""
 
     fence: Annotated[Seconds, Field(description="For the worker to confirm that it takes no new jobs.")] = 2
-    close: Annotated[Seconds, Field(description="Jobs have all but its last 5 s.")] = 25
+    close: Annotated[Seconds, Field(description="Jobs have all but its last 2 s.")] = 20
     terminate: Annotated[Seconds, Field(description="For what is left after close.")] = 5
     kill: Annotated[Seconds, Field(description="For SIGKILL to the worker and all below it.")] = 5
     companion: Annotated[
@@ -70,7 +70,13 @@ class Stop(Section):
     @property
     def shares(self) -> Shares:
         """The shares of one worker's stop; `Config.shares` adds the share of the Inworld pool."""
-        return Shares(fence=self.fence, close=self.close, terminate=self.terminate, kill=self.kill)
+        return Shares(
+            fence=self.fence,
+            close=self.close,
+            terminate=self.terminate,
+            kill=self.kill,
+            entrypoint_wait=installed_entrypoint_wait(),
+        )
 
 
 class Start(Section):

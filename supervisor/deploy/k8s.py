@@ -52,9 +52,10 @@ def kustomization(service: Service) -> str:
 def keda(service: Service) -> Mapping[str, str]:
     """Return the component that puts a KEDA ScaledObject in place of the HPA, by file name.
 
-    Its query sums the jobs of each pod over all slots, and leaves out draining pods, which take nothing new.
+    Its query sums the jobs of the Deployment's pods over all slots. Draining pods take nothing new, and count
+    as pods without jobs.
     """
-    names = ("kustomization.yaml", "scaledobject.yaml")
+    names = ("kustomization.yaml", "names.yaml", "scaledobject.yaml")
     return {name: render(f"k8s/keda/{name}", service, jobs_per_pod=str(JOBS_PER_POD)) for name in names}
 
 

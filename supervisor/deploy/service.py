@@ -15,16 +15,14 @@ import posixpath
 import re
 from dataclasses import dataclass, field
 
-from lastcall.supervisor.config.options import Start
+from lastcall.supervisor.config import calls
+from lastcall.supervisor.config.options import Start, Stop
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base import target_form
-from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
+from lastcall.worker.base.budget import DEFAULT_GRACE
 
 # Seconds from the end of grace to the platform's SIGKILL. Ours: for a supervisor that gets little processor.
 KILL_MARGIN = 30
-# Seconds of the close share. With less, the shutdown callbacks of a cut job may not run: livekit-agents lets
-# the job's entrypoint end for 15 s before them (ipc/job_proc_lazy_main.py:432-515 in 1.8.9).
-CALLBACKS_CLOSE_SHARE = 18.0
 
 # RFC 1123 labels, as Kubernetes wants names. 53 characters: a ReplicaSet's and a pod's suffix fit into 63.
 NAME_PATTERN = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")
@@ -53,19 +51,14 @@ class Timers:
         return self.pre_stop + self.kill_after
 
     @property
-    def close_share(self) -> float:
-        """Seconds in which jobs that outlast the drain have to end, under the default shares."""
-        return Shares().within(self.grace).close
+    def calls(self) -> str:
+        """A line that says how long calls have, under the default shares."""
+        return calls.given(self.grace, Stop().shares)
 
     @property
     def warning(self) -> str:
         """A line when grace is too short for jobs that are cut to end well; else empty."""
-        if self.close_share >= CALLBACKS_CLOSE_SHARE:
-            return ""
-        return (
-            f"a grace of {seconds(self.grace)} s leaves a job that has to be cut {self.close_share:.0f} s,"
-            f" less than {CALLBACKS_CLOSE_SHARE:.0f} s: its shutdown callbacks may not run"
-        )
+        return calls.warning(self.grace, Stop().shares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +126,7 @@ class Service:
         lines = [f"# {self.printed_by}"] if self.printed_by else []
         if self.timers.warning:
             lines.append(f"# Note: {self.timers.warning}.")
+        lines.append(f"# A grace of {seconds(self.timers.grace)} s: {self.timers.calls}.")
         return "".join(line + "\n" for line in lines)
 
 

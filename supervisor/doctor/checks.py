@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lastcall.supervisor.config import calls
 from lastcall.supervisor.deploy.service import KILL_MARGIN, Timers, seconds
 from lastcall.supervisor.doctor.facts import Facts, Finding, Severity
 from lastcall.worker.base import variables
@@ -73,12 +74,12 @@ def configuration(facts: Facts) -> Finding:
     return Finding(check="configuration", verdict="ok", why=why)
 
 
-def grace(facts: Facts) -> Finding | None:
-    """Whether a job that has to be cut can end well."""
-    warning = Timers(grace=facts.grace).warning
-    if not warning:
-        return None
-    return Finding(check="grace", verdict="warn", why=warning, do="raise --grace to 51 s or more")
+def grace(facts: Facts) -> Finding:
+    """How long calls have, and whether a job that has to be cut can end well."""
+    warning = calls.warning(facts.grace, facts.shares)
+    if warning:
+        return Finding(check="grace", verdict="warn", why=warning, do=calls.advice(facts.shares))
+    return Finding(check="grace", verdict="ok", why=calls.given(facts.grace, facts.shares))
 
 
 def init(facts: Facts) -> Finding:

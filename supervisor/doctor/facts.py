@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lastcall.worker.base.budget import DEFAULT_GRACE
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
 # `warn`: lastcall runs, but less well than it could. `fail`: calls would be cut, or lastcall would not start.
 Severity = Literal["ok", "warn", "fail"]
@@ -62,6 +62,7 @@ class Facts:
     config_error: str = ""
     target: str = ""
     grace: float = DEFAULT_GRACE
+    shares: Shares = field(default_factory=Shares)
     workers: int = 1
     http: str = "127.0.0.1:8080"
     pid: int = 2

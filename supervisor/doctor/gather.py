@@ -59,6 +59,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         config_error=error,
         target=config.target,
         grace=config.grace,
+        shares=config.shares,
         workers=config.workers,
         http=config.http,
         pid=os.getpid(),

@@ -159,6 +159,13 @@ class Generation:
     def jobs(self) -> list[JobEntry]:
         return self.shared.ledger.of(self.slot, self.number)
 
+    @property
+    def jobs_to_cut(self) -> list[JobEntry]:
+        """The jobs that are cut unless they end before `drain_at`; none without a stop of this generation."""
+        if not self.stopping.is_asked:
+            return []
+        return [job for job in self.jobs if not (job.is_over or job.is_cut)]
+
     def has_living_jobs(self) -> bool:
         """Look at the processes of the jobs, for a worker that can't tell any more."""
         return any(is_living(job) for job in self.jobs)
@@ -177,8 +184,10 @@ class Generation:
         write(SLOT_LOG_EVENT[after], was=before.value, **why)
         if event is E.FENCE:
             self._fenced_since = self.since
-        elif self._fenced_since is not None and after in (S.CLOSING, S.STOPPED):
-            self.shared.drain_seconds.observe(self.since - self._fenced_since)
+        elif self._fenced_since is not None:
+            # The moment in which jobs are given up, or the worker is, is no end of a drain.
+            if after in (S.CLOSING, S.STOPPED) and not self.has_living_jobs():
+                self.shared.drain_seconds.observe(self.since - self._fenced_since)
             self._fenced_since = None
         self.changed.notify()
         self.shared.on_change()

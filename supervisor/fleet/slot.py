@@ -20,7 +20,7 @@ from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import Ending
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.receipt import JobEntry
-from lastcall.worker.base.budget import Shares, plan
+from lastcall.worker.base.budget import plan, plan_of_stalled
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 
@@ -277,7 +277,7 @@ class Slot:
         config = self._shared.config
         if old.state is S.STALLED:
             # Its jobs have the stall's own grace; should it come to itself meanwhile, it has all of grace.
-            deadlines = plan(now(), config.stall.grace + config.stop.kill, Shares(kill=config.stop.kill))
+            deadlines = plan_of_stalled(now(), config.stall.grace, config.stop.kill)
             retirement = Ending(reason=reason, deadlines=deadlines)
             async with asyncio.TaskGroup() as group:
                 recovering = group.create_task(self._extend_if_it_recovers(old, retirement))

@@ -14,6 +14,7 @@ from lastcall.worker.base.wire import (
     Fault,
     Fenced,
     Imported,
+    JobCut,
     JobEnded,
     JobNotAsked,
     JobOver,
@@ -92,6 +93,8 @@ class WorkerView:
                 self._start(message)
             case JobOver(id=id):
                 self._ledger.over(self._slot, self._generation, id)
+            case JobCut(id=id):
+                self._ledger.cut(self._slot, self._generation, id)
             case JobEnded():
                 self._end(message)
             case Fenced(reason=reason, at=at):

@@ -18,7 +18,7 @@ class JobEntry:
     """One accepted job. `accepted_at` is monotonic; `fate` is None while the job runs.
 
     `is_over`: the call has ended by itself, and only its process is left. `process` says how that ended when
-    it did not end well by itself.
+    it did not end well by itself. `is_cut`: the job was asked to shut down, so its fate is certain.
     """
 
     id: str
@@ -31,6 +31,7 @@ class JobEntry:
     fate: EntryFate | None = None
     seconds: float = 0.0
     is_over: bool = False
+    is_cut: bool = False
     process: str = ""
 
 
@@ -64,6 +65,16 @@ class Ledger:
         if entry is not None:
             entry.is_over = True
 
+    def cut(self, slot: int, generation: int, id: str) -> None:
+        """Note that a job was asked to shut down: it counts as cut from now on, however it ends."""
+        entry = self.running.get((slot, generation, id))
+        if entry is not None:
+            entry.is_cut = True
+
+    def count(self, fate: EntryFate) -> int:
+        """Return how many jobs have a fate, those included whose fate is certain while they still run."""
+        return self.totals[fate] + sum(1 for each in self.running.values() if fate == "cut" and each.is_cut)
+
     def end(
         self,
         slot: int,
@@ -95,7 +106,9 @@ class Ledger:
         """
         gone = self.of(slot, generation)
         for entry in gone:
-            fate: EntryFate = "finished" if entry.is_over else "cut" if entry.id in cut else "lost"
+            fate: EntryFate = (
+                "finished" if entry.is_over else "cut" if entry.is_cut or entry.id in cut else "lost"
+            )
             process = "killed" if entry.is_over else ""
             self.end(slot, generation, entry.id, fate, now - entry.accepted_at, process=process)
         return sum(1 for entry in gone if not entry.is_over)

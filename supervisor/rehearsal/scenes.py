@@ -26,7 +26,7 @@ class Scene:
     name: str
     says: str
     sends: tuple[tuple[To, float], ...]
-    grace: float = 30.0
+    grace: float = 40.0
     job_seconds: float = JOB_SECONDS
 
     @property

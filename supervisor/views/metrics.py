@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 
 from lastcall.supervisor.fleet.states import SlotState
+from lastcall.supervisor.receipt.ledger import EntryFate
 from lastcall.supervisor.views.status import Status
 from lastcall.supervisor.views.worker_metrics import WorkerMetrics
 from lastcall.worker.base.clock import now
@@ -17,6 +18,7 @@ from lastcall.worker.base.process import rss_bytes
 from lastcall.worker.base.wire import AskMetrics
 
 LABELS = ["slot", "generation"]
+FATES: tuple[EntryFate, ...] = ("finished", "failed", "cut", "lost")
 # Seconds that a scrape waits for the workers. Ours: Prometheus waits 10 s, a loop answers in a few ms.
 WAIT_FOR_WORKERS = 0.3
 POOL_GAUGES = {
@@ -31,6 +33,8 @@ POOL_COUNTERS = {
     "refusals": "Connections that Inworld refused.",
     "retries": "Creates that were sent again on another connection.",
 }
+# How the worker before a restart ended; `Generation.end_kind`, and `left` for one that went unasked.
+RESTART_REASONS = ("exited", "killed", "never ready", "not started", "left")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -78,8 +82,8 @@ class Collector:
             "lastcall_restarts", "Restarts by how the one before ended.", labels=["slot", "reason"]
         )
         for slot in fleet.slots:
-            for reason, count in slot.restarts.items() or (("exited", 0),):
-                restarts.add_metric([str(slot.number), reason], count)
+            for reason in RESTART_REASONS:  # each from the start, because `increase` needs a first sample
+                restarts.add_metric([str(slot.number), reason], slot.restarts[reason])
         yield restarts
         lag = GaugeMetricFamily(
             "lastcall_worker_loop_lag_seconds", "How late the worker's event loop last was.", labels=LABELS
@@ -117,9 +121,10 @@ class Collector:
             jobs.add_metric([str(slot.number)], len(slot.jobs))
         yield jobs
         yield CounterMetricFamily("lastcall_jobs_started", "Jobs accepted.", value=fleet.ledger.started)
-        for name in ("finished", "failed", "cut", "lost"):
-            help = f"Jobs that ended as {name}."
-            yield CounterMetricFamily(f"lastcall_jobs_{name}", help, value=fleet.ledger.totals[name])
+        for fate in FATES:
+            help = f"Jobs that ended as {fate}."
+            yield CounterMetricFamily(f"lastcall_jobs_{fate}", help, value=fleet.ledger.count(fate))
+        yield from self._cuts()
         for name, histogram, help in (
             ("lastcall_fence_seconds", fleet.shared.fence_seconds, "From fence to its acknowledgement."),
             (
@@ -130,14 +135,31 @@ class Collector:
         ):
             yield HistogramMetricFamily(name, help, buckets=histogram.buckets, sum_value=histogram.sum)
 
+    def _cuts(self) -> Iterator[Metric]:
+        """Yield the jobs that a drain may cut, and the time before; a scrape sees both while it can."""
+        draining = [g for g in self._status.fleet.generations if g.jobs_to_cut]
+        left = min((g.stopping.deadlines.drain_at - now() for g in draining), default=0.0)
+        yield GaugeMetricFamily(
+            "lastcall_jobs_to_cut",
+            "Jobs of workers that are being stopped, which are cut when the drain is over.",
+            value=sum(len(g.jobs_to_cut) for g in draining),
+        )
+        yield GaugeMetricFamily(
+            "lastcall_drain_left_seconds",
+            "Until the first of these jobs are asked to shut down; 0 without such jobs.",
+            value=max(0.0, left),
+        )
+
     def _pool(self) -> Iterator[Metric]:
         companion = self._status.companion
-        if companion is None or not companion.figures:
+        if companion is None:
             return
+        # A broker that starts has told nothing yet, and its counters begin at 0.
+        figures = companion.figures
         for name, help in POOL_GAUGES.items():
-            yield GaugeMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
+            yield GaugeMetricFamily(f"lastcall_pool_{name}", help, value=figures.get(name, 0))
         for name, help in POOL_COUNTERS.items():
-            yield CounterMetricFamily(f"lastcall_pool_{name}", help, value=companion.figures[name])
+            yield CounterMetricFamily(f"lastcall_pool_{name}", help, value=figures.get(name, 0))
 
     def _operations(self) -> Iterator[Metric]:
         operations = CounterMetricFamily(

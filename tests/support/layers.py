@@ -80,7 +80,7 @@ ROOMS: dict[str, Room] = {
             "errors signals",
             "config receipt",
             "processes",
-            "logs environment outputs inworld_endpoint",
+            "logs environment outputs receipt_file inworld_endpoint",
             "fleet",
             "inworld_broker",
             "program shutdown",
@@ -94,11 +94,11 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.config": Room(
         idea="every option, written once; where values come from",
-        floors=("paths user_files", "env_file values", "options", "sources", "loading"),
+        floors=("paths user_files calls", "env_file values", "options", "sources", "loading"),
     ),
     "lastcall.supervisor.receipt": Room(
         idea="what a stop did: jobs, resources, processes; and the document that says so",
-        floors=("ledger record", "document"),
+        floors=("ledger record textfile", "document"),
     ),
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lastcall"
+PROMTOOL = CACHE / "promtool"
 BIN = Path(sys.executable).parent
 SUITES = ("trixie", "bookworm")
 
@@ -25,6 +26,8 @@ def missing(marker: str) -> str:
         ]
         tools += [] if importlib.util.find_spec("kubernetes_validate") else ["kubernetes-validate"]
         return f"no {', '.join(tools)} in the virtual environment" if tools else ""
+    if marker == "promtool":
+        return "" if PROMTOOL.exists() else f"no {PROMTOOL}"
     if os.getuid() != 0:
         return "not root"
     programs = {"systemd": ["systemd-nspawn", "nsenter"], "container": ["podman", "runc"]}[marker]
@@ -36,7 +39,7 @@ def missing(marker: str) -> str:
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what can't run, and remember why."""
     lines = []
-    for marker in ("lint", "systemd", "container"):
+    for marker in ("lint", "promtool", "systemd", "container"):
         marked = [item for item in items if item.get_closest_marker(marker)]
         why = missing(marker) if marked else ""
         if why:

@@ -44,7 +44,9 @@ def mark(items: list[pytest.Item]) -> None:
 
 def starts_processes(item: pytest.Function) -> bool:
     """Tell whether the test uses a fixture or, in its own code or that of its helpers, a name that does."""
-    if item.get_closest_marker("lint") or FIXTURES & set(item.fixturenames):
+    if any(item.get_closest_marker(name) for name in ("lint", "promtool")) or FIXTURES & set(
+        item.fixturenames
+    ):
         return True
     return not NAMES.isdisjoint(_names(item.function, set()))
 

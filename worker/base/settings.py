@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lastcall.worker.base import variables
-from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, plan
+from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, installed_entrypoint_wait, plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,9 @@ class WorkerSettings:
         text = environ.pop(variables.WORKER, "")
         if text:
             return cls.from_json(text)
-        return cls(grace=_grace_of(environ.get(variables.GRACE, "")), coloured=os.isatty(1))
+        grace = _grace_of(environ.get(variables.GRACE, ""))
+        shares = Shares(entrypoint_wait=installed_entrypoint_wait())
+        return cls(grace=grace, shares=shares, coloured=os.isatty(1))
 
 
 def _known(kind: type[WorkerSettings | Shares | Rehearsal], values: dict[str, Any]) -> dict[str, Any]:

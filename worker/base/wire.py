@@ -90,6 +90,13 @@ class JobOver:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobCut:
+    """A job was asked to shut down, or is killed, while it had more to do; its end follows."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnded:
     """A job has ended, `seconds` after it was accepted.
 
@@ -163,6 +170,7 @@ WorkerSays = (
     | Beat
     | JobStarted
     | JobOver
+    | JobCut
     | JobEnded
     | Fenced
     | Drained
