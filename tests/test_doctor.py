@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from lastcall.supervisor.doctor import checks, probe, report
+from lastcall.supervisor.doctor import checks, gather, probe, report
 from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
 from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
@@ -78,6 +78,12 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("unit", "fail", {"unit": unit(KillMode="process")}, "KillMode=process"),
     ("unit", "fail", {"unit": unit(KillSignal="3")}, "KillSignal=3"),
     ("unit", "ok", {"unit": unit(KillSignal="2")}, "stops within"),
+    (
+        "unit",
+        "fail",
+        {"unit": unit(OOMPolicy="stop")},
+        "OOMPolicy=stop: one call out of memory ends the unit",
+    ),
     ("unit", "fail", {"unit": unit(NotifyAccess="none")}, "NotifyAccess=none"),
     ("unit", "warn", {"unit": unit(TimeoutStopUSec="1h", Type="exec")}, "0 s after grace is over"),
     ("unit", "fail", {"unit": unit(LoadState="not-found")}, "not loaded (not-found)"),
@@ -120,6 +126,10 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("memory", "warn", {"memory_limit": 900 << 20}, "0.49 GiB before the first call"),
     ("memory", "fail", {"memory_limit": 900 << 20, "workers": 2}, "2 x 0.49 GiB"),
     ("memory", "ok", {"memory_limit": 1 << 30, "trial": None}, "not known without TARGET"),
+    ("out of memory", "ok", {"dies_as_group": False}, "kills one process"),
+    ("out of memory", "warn", {"dies_as_group": True}, "kills every call"),
+    ("out of memory", "ok", {"dies_as_group": True, "job_memory_mb": 900}, "a job is ended at 900 MB"),
+    ("out of memory", "warn", {"job_memory_mb": 900, "memory_limit": 900 << 20}, "is never reached"),
     ("limits", "warn", {"open_files": 512}, "only 512 open files"),
     ("limits", "fail", {"open_files": 64}, "only 64 open files"),
     ("limits", "warn", {"processes_limit": 100}, "only 100 processes"),
@@ -162,6 +172,30 @@ def test_own_unit_is_found_in_the_cgroup() -> None:
     assert _own_unit("0::/system.slice/lastcall.service\n") == "lastcall.service"
     assert _own_unit("0::/user.slice/user-1.slice/user@1.service/app.slice/bot.service\n") == "bot.service"
     assert _own_unit("0::/user.slice/user-1.slice/user@1.service/session.scope\n") == ""
+
+
+def test_memory_files_of_cgroup_v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group set anywhere from the own cgroup up to the root kills together; cgroup v1 has no such file."""
+    monkeypatch.setattr(gather, "CGROUPS", tmp_path)
+    monkeypatch.setattr(gather, "_read", lambda path: read(Path(path)))
+
+    def read(path: Path) -> str:
+        if path == Path("/proc/self/cgroup"):
+            return "0::/pod/app\n"
+        return path.read_text() if path.exists() else ""
+
+    (tmp_path / "pod" / "app").mkdir(parents=True)
+    assert gather._dies_as_group() is None
+    own, above = tmp_path / "pod" / "app" / "memory.oom.group", tmp_path / "pod" / "memory.oom.group"
+    own.write_text("0\n")
+    above.write_text("0\n")
+    assert gather._dies_as_group() is False
+    above.write_text("1\n")
+    assert gather._dies_as_group() is True
+    (tmp_path / "pod" / "memory.max").write_text("max\n")
+    assert gather._limit("memory.max") is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert gather._limit("memory.max") == 1000
 
 
 async def test_livekit_is_asked_as_a_worker_asks() -> None:

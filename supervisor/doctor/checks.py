@@ -146,6 +146,10 @@ def unit(facts: Facts) -> Finding | None:
             why=f"{name} has Type={values['Type']} and NotifyAccess=none: systemd hears nothing",
             do="NotifyAccess=main",
         )
+    policy = values.get("OOMPolicy", "continue")
+    if policy != "continue":
+        why = f"{name} has OOMPolicy={policy}: one call out of memory ends the unit, and every other call"
+        return Finding(check="unit", verdict="fail", why=why, do="OOMPolicy=continue")
     timers = Timers(grace=facts.grace)
     timeout = span(values.get("TimeoutStopUSec", "infinity"))
     if timeout < facts.grace:
@@ -277,6 +281,31 @@ def memory(facts: Facts) -> Finding:
     return Finding(check="memory", verdict="ok", why=why)
 
 
+def out_of_memory(facts: Facts) -> Finding | None:
+    """Whether one call that finds no memory takes the others along."""
+    limit, each = facts.memory_limit, facts.job_memory_mb
+    if each and limit is not None and each << 20 >= limit:
+        why = f"jobs.memory_mb is {each}, and all jobs together have {limit >> 20} MB: it is never reached"
+        do = "give a memory_mb that several jobs fit into, or a higher limit"
+        return Finding(check="out of memory", verdict="warn", why=why, do=do)
+    if facts.dies_as_group is None:
+        return None
+    if not facts.dies_as_group:
+        why = "memory.oom.group is 0: the kernel kills one process, a job's before a worker"
+        return Finding(check="out of memory", verdict="ok", why=why)
+    why = "memory.oom.group is 1: the kernel kills every call with the one that finds no memory"
+    if each:
+        why = (
+            f"memory.oom.group is 1, and a job is ended at {each} MB before it comes to that (jobs.memory_mb)"
+        )
+        return Finding(check="out of memory", verdict="ok", why=why)
+    do = (
+        "[jobs] memory_mb, which ends one job before; and singleProcessOOMKill: true in the kubelet's"
+        " configuration (1.32), or OOMPolicy=continue in a unit"
+    )
+    return Finding(check="out of memory", verdict="warn", why=why, do=do)
+
+
 def limits(facts: Facts) -> Finding:
     """File descriptors and processes."""
     if facts.open_files < OPEN_FILES_WARN:
@@ -362,6 +391,7 @@ CHECKS: tuple[Check, ...] = (
     livekit_agents,
     shield,
     memory,
+    out_of_memory,
     limits,
     clock,
     livekit,

@@ -75,6 +75,9 @@ class Facts:
     has_inworld_plugin: bool = False
     has_inworld_key: bool = False
     memory_limit: int | None = None
+    # Whether the kernel kills all processes of the cgroup with the one that has found no memory; cgroup v2.
+    dies_as_group: bool | None = None
+    job_memory_mb: int = 0
     processes_limit: int | None = None
     open_files: int = 65536
     trial: Trial | None = None

@@ -42,7 +42,10 @@ CGROUPS = Path("/sys/fs/cgroup")
 # https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 NO_LIMIT = 1 << 60
 # As `systemctl show` prints them; systemd.kill(5) and systemd.service(5) say what they mean.
-UNIT_PROPERTIES = ("LoadState", "KillMode", "KillSignal", "TimeoutStopUSec", "Type", "NotifyAccess")
+UNIT_PROPERTIES = (
+    *("LoadState", "KillMode", "KillSignal", "TimeoutStopUSec", "Type", "NotifyAccess"),
+    "OOMPolicy",
+)
 
 
 def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | None) -> Facts:
@@ -71,6 +74,8 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         has_inworld_plugin=_version("livekit-plugins-inworld") is not None,
         has_inworld_key=bool(environment.get("INWORLD_API_KEY")) or _is_readable(config.inworld.api_key_file),
         memory_limit=_limit("memory.max", "memory/memory.limit_in_bytes"),
+        dies_as_group=_dies_as_group(),
+        job_memory_mb=config.jobs.memory_mb,
         processes_limit=_limit("pids.max", "pids/pids.max"),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         trial=look(config.target, config.args) if config.target else None,
@@ -142,17 +147,26 @@ def _is_readable(path: str) -> bool:
 
 def _limit(*names: str) -> int | None:
     """Return the lowest limit from the cgroup of this process up to the root, in either hierarchy."""
+    return min((limit for limit in _values(*names) if limit < NO_LIMIT), default=None)
+
+
+def _dies_as_group() -> bool | None:
+    """Return whether memory.oom.group is set from the cgroup of this process up to the root."""
+    values = list(_values("memory.oom.group"))
+    return any(values) if values else None
+
+
+def _values(*names: str) -> Iterator[int]:
+    """Yield the numbers in files of this cgroup and of those above it, in either hierarchy."""
     own = [line.rpartition(":")[2].lstrip("/") for line in _read("/proc/self/cgroup").splitlines()]
-    found = []
     for name in names:
         controller, _, file = name.rpartition("/")
         for path in {"", *own}:
             place = CGROUPS / controller / path
             while place.is_relative_to(CGROUPS):
                 with contextlib.suppress(ValueError):
-                    found.append(int(_read(place / file)))
+                    yield int(_read(place / file))
                 place = place.parent
-    return min((limit for limit in found if limit < NO_LIMIT), default=None)
 
 
 def _http_problem(address: str) -> str:
