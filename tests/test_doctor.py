@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from lastcall.supervisor.doctor import checks, gather, probe, report
-from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
+from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, ShutdownTarget, Trial, Unit
 from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import open_to
@@ -36,6 +36,15 @@ NOTIFY = {"KillMode": "mixed", "TimeoutStopUSec": "1h 30s", "Type": "notify", "L
 
 def unit(**changes: str) -> Unit:
     return Unit(name="lastcall.service", properties=NOTIFY | changes)
+
+
+def targets(timeout: str) -> tuple[ShutdownTarget, ...]:
+    """Return the targets as systemd 252 has them: halt.target has no limit."""
+    return (
+        ShutdownTarget(name="poweroff.target", timeout=timeout, action="poweroff-force"),
+        ShutdownTarget(name="reboot.target", timeout=timeout, action="reboot-force"),
+        ShutdownTarget(name="halt.target", timeout="infinity", action="none"),
+    )
 
 
 def test_nothing_wrong() -> None:
@@ -83,6 +92,14 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         "fail",
         {"unit": unit(OOMPolicy="stop")},
         "OOMPolicy=stop: one call out of memory ends the unit",
+    ),
+    ("shutdown", "ok", {"shutdown_targets": targets("1h 5min 30s")}, "by force after 3930 s"),
+    ("shutdown", "ok", {"shutdown_targets": targets("30min"), "grace": 600.0}, "by force after 1800 s"),
+    (
+        "shutdown",
+        "fail",
+        {"shutdown_targets": targets("30min")},
+        "after 1800 s (poweroff.target, reboot.target)",
     ),
     ("unit", "fail", {"unit": unit(NotifyAccess="none")}, "NotifyAccess=none"),
     ("unit", "warn", {"unit": unit(TimeoutStopUSec="1h", Type="exec")}, "0 s after grace is over"),

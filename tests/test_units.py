@@ -53,7 +53,7 @@ def test_values_are_not_read_as_placeholders() -> None:
         template.render("compose.yaml", service)
 
 
-@pytest.mark.parametrize("name", ["lastcall.service", "Dockerfile", "compose.yaml"])
+@pytest.mark.parametrize("name", ["lastcall.service", systemd.SHUTDOWN, "Dockerfile", "compose.yaml"])
 def test_shipped_file_is_printed_by_the_command_in_its_first_line(name: str) -> None:
     """The command that a file names, run as it stands, prints the file."""
     text = (DEPLOY / name).read_text()
@@ -80,6 +80,8 @@ def test_every_kill_timer_is_grace_and_a_margin(grace: float) -> None:
     after = Timers(grace=grace).kill_after
     assert grace + 30 <= after < grace + 31
     assert f"TimeoutStopSec={after}\n" in systemd.unit(service)
+    shutdown_after = int(systemd.shutdown_drop_in(service).rpartition("JobTimeoutSec=")[2])
+    assert shutdown_after == max(1800, after + 300)
     assert f"-t {after}:" in docker.dockerfile(service)
     assert yaml.safe_load(docker.compose(service))["services"]["agent"]["stop_grace_period"] == f"{after}s"
     paused = Service(target="a.py", timers=Timers(grace=grace, pre_stop=5))

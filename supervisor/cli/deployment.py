@@ -37,7 +37,7 @@ from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.budget import DEFAULT_GRACE
 from lastcall.worker.base.target_form import tail, words
 
-KINDS = ("systemd", "docker", "compose", "k8s")
+KINDS = ("systemd", "poweroff", "docker", "compose", "k8s")
 # The users that DynamicUser makes: https://systemd.io/UIDS-GIDS/
 DYNAMIC_IDS = range(61184, 65520)
 
@@ -50,7 +50,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _unit(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="systemd, docker, compose or k8s.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="systemd, poweroff (its drop-in), docker, compose or k8s.")
+    ],
     target: OptionalTarget = None,
     module: Module = None,
     arguments: Arguments = None,
@@ -97,6 +99,7 @@ def _unit(
     )
     render = {
         "systemd": systemd.unit,
+        "poweroff": systemd.shutdown_drop_in,
         "docker": docker.dockerfile,
         "compose": docker.compose,
         "k8s": k8s.stream,

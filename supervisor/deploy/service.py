@@ -26,6 +26,12 @@ KILL_MARGIN = 30
 # the job's entrypoint end for 15 s before them (ipc/job_proc_lazy_main.py:432-515 in 1.8.9).
 CALLBACKS_CLOSE_SHARE = 18.0
 
+# Seconds. JobTimeoutSec of poweroff.target and reboot.target in systemd 252 and 257.
+SHUTDOWN_LIMIT = 1800
+# Seconds of a shutdown for the units that stop after lastcall. Ours: DefaultTimeoutStopSec is 90 s, and the
+# network may be three units one behind the other.
+REST_OF_SHUTDOWN = 300
+
 # RFC 1123 labels, as Kubernetes wants names. 53 characters: a ReplicaSet's and a pod's suffix fit into 63.
 NAME_PATTERN = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")
 IMAGE_PATTERN = re.compile(r"[A-Za-z0-9][\w.\-/:@]*")
@@ -51,6 +57,11 @@ class Timers:
     def pod_kill_after(self) -> int:
         """The same on Kubernetes, whose clock starts before preStop."""
         return self.pre_stop + self.kill_after
+
+    @property
+    def shutdown_after(self) -> int:
+        """From the command to the end of a machine's shutdown by force; never less than without lastcall."""
+        return max(SHUTDOWN_LIMIT, self.kill_after + REST_OF_SHUTDOWN)
 
     @property
     def close_share(self) -> float:

@@ -11,6 +11,7 @@ import posixpath
 from lastcall.supervisor.deploy.service import (
     HIDDEN_BY_PRIVATE_TMP,
     HIDDEN_BY_PROTECT_HOME,
+    REST_OF_SHUTDOWN,
     Service,
     is_below,
     seconds,
@@ -22,6 +23,8 @@ from lastcall.worker.base import target_form
 # The file names of the drop-ins; their numbers say the order in which systemd reads them.
 RELOAD = "10-notify-reload.conf"
 RESTART = "20-restart-steps.conf"
+# The same for the targets of a shutdown. poweroff.target stands for all.
+SHUTDOWN = "poweroff.target.d/10-lastcall.conf"
 
 
 def unit(service: Service) -> str:
@@ -66,6 +69,16 @@ def reload_drop_in(service: Service) -> str:
 def restart_drop_in(service: Service) -> str:
     """Return the drop-in for systemd 254 and newer: restarts come slower the more there were."""
     return render(f"lastcall.service.d/{RESTART}", service)
+
+
+def shutdown_drop_in(service: Service) -> str:
+    """Return the drop-in for the targets of a shutdown: the machine waits as long as a stop may take."""
+    return render(
+        SHUTDOWN,
+        service,
+        shutdown_after=str(service.timers.shutdown_after),
+        rest_of_shutdown=str(REST_OF_SHUTDOWN),
+    )
 
 
 def quote(word: str) -> str:

@@ -168,6 +168,29 @@ def unit(facts: Facts) -> Finding | None:
     return Finding(check="unit", verdict="ok", why=f"{name}: KillMode={mode}, stops within {timeout:g} s")
 
 
+def shutdown(facts: Facts) -> Finding | None:
+    """Whether the machine waits for calls when it is powered off or rebooted."""
+    limits = {
+        target.name: span(target.timeout)
+        for target in facts.shutdown_targets
+        if target.action not in ("", "none")
+    }
+    short = {name: limit for name, limit in limits.items() if limit < facts.grace}
+    if not limits:
+        return None
+    if not short:
+        least = min(limits.values())
+        why = f"a shutdown is ended by force after {least:g} s, grace is {seconds(facts.grace)} s"
+        return Finding(check="shutdown", verdict="ok", why=why)
+    why = (
+        f"systemd ends a shutdown by force after {min(short.values()):g} s ({', '.join(short)}),"
+        f" grace is {seconds(facts.grace)} s: longer calls are cut"
+    )
+    needed = Timers(grace=facts.grace).shutdown_after
+    do = f"JobTimeoutSec={needed} for these targets; lastcall unit poweroff prints the drop-in"
+    return Finding(check="shutdown", verdict="fail", why=why, do=do)
+
+
 def kill_timer(facts: Facts) -> Finding:
     """The platform's kill timer against grace."""
     given = facts.environment.get(variables.PLATFORM_GRACE, "")
@@ -387,6 +410,7 @@ CHECKS: tuple[Check, ...] = (
     grace,
     init,
     unit,
+    shutdown,
     kill_timer,
     livekit_agents,
     shield,

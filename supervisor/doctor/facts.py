@@ -31,6 +31,15 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownTarget:
+    """A target that ends the machine, and the time after which systemd ends the machine by force."""
+
+    name: str
+    timeout: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
     """A worker that was started, looked at and stopped. `error` says why no worker could be."""
 
@@ -71,6 +80,7 @@ class Facts:
     in_container: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     unit: Unit | None = None
+    shutdown_targets: tuple[ShutdownTarget, ...] = ()
     livekit_agents: str | None = None
     has_inworld_plugin: bool = False
     has_inworld_key: bool = False
