@@ -37,7 +37,7 @@ def service(machine: Machine, name: str, server: DispatchServer, **settings: str
 
 
 def extra(name: str) -> dict[str, str]:
-    return {"LASTCALL_HTTP": "off", "JOB_LOG": f"/var/lib/{name}/jobs"}
+    return {"JOB_LOG": f"/var/lib/{name}/jobs"}
 
 
 async def call(unit: Unit, server: DispatchServer, seconds: float | None = None) -> Dispatched:

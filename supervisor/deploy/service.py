@@ -47,6 +47,7 @@ class Timers:
     grace: float = DEFAULT_GRACE
     pre_stop: int = 0
     margin: int = KILL_MARGIN
+    shares: Shares = field(default_factory=Shares)
 
     @property
     def kill_after(self) -> int:
@@ -65,8 +66,8 @@ class Timers:
 
     @property
     def close_share(self) -> float:
-        """Seconds in which jobs that outlast the drain have to end, under the default shares."""
-        return Shares().within(self.grace).close
+        """Seconds in which jobs that outlast the drain have to end."""
+        return self.shares.within(self.grace).close
 
     @property
     def warning(self) -> str:
@@ -91,6 +92,12 @@ class Service:
     directory: str = "/"
     workers: int = 1
     timers: Timers = field(default_factory=Timers)
+    start: Start = field(default_factory=Start)
+    # The configuration file of the directory in which the artefact is printed, and the options that the file
+    # sets. They are left to the file: an artefact that repeats them would hide every later change of it.
+    config_file: str = ""
+    in_file: frozenset[str] = frozenset()
+    control: str = ""
     # The command that prints the artefact; its first line, so that a file says where it came from.
     printed_by: str = ""
 
@@ -135,13 +142,14 @@ class Service:
     @property
     def start_timeout(self) -> int:
         """Seconds until every worker has registered, or has been given up."""
-        start = Start()
-        return math.ceil(start.timeout + start.stagger * (self.workers - 1)) + KILL_MARGIN
+        return math.ceil(self.start.timeout + self.start.stagger * (self.workers - 1)) + KILL_MARGIN
 
     @property
     def header(self) -> str:
         """The first comment lines of every artefact."""
         lines = [f"# {self.printed_by}"] if self.printed_by else []
+        if self.in_file:
+            lines.append(f"# Print it again when {self.config_file} changes: the timers are made from it.")
         if self.timers.warning:
             lines.append(f"# Note: {self.timers.warning}.")
         return "".join(line + "\n" for line in lines)
