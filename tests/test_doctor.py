@@ -22,7 +22,7 @@ from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import open_to
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import LASTCALL, SAMPLE, Run, StartRun
+from tests.support.harness import AGENT, LASTCALL, SAMPLE, Run, StartRun
 
 GOOD = Facts(
     target="agent.py",
@@ -138,6 +138,14 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         "job (pid 7) to SIGTERM",
     ),
     ("shield", "fail", {"trial": Trial(looked_at=2, exit_code=75)}, "exit code 75"),
+    (
+        "shield",
+        "fail",
+        {"trial": Trial(looked_at=2, exit_code=75, stop="forced after 61.0 s, closing 25.0 s")},
+        "ended with exit code 75 (forced after 61.0 s, closing 25.0 s)",
+    ),
+    ("shield", "fail", {"trial": Trial(looked_at=2)}, "was not over in time"),
+    ("kill timer", "ok", {"in_container": True, "unit": unit()}, "systemd is the platform"),
     ("shield", "warn", {"trial": Trial(exit_code=0)}, "none could be looked at"),
     ("memory", "ok", {"memory_limit": 2 << 30}, "limit 2.0 GiB; 1 x 0.49 GiB"),
     ("memory", "warn", {"memory_limit": 900 << 20}, "0.49 GiB before the first call"),
@@ -173,6 +181,37 @@ def test_check(check: str, verdict: str, facts: dict[str, Any], why: str) -> Non
     assert bool(finding.do) is (verdict != "ok")
     assert "\n" not in finding.why + finding.do
     assert report.document(findings)["ok"] is all(each.verdict != "fail" for each in findings)
+
+
+HEX = "0123456789ab" * 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "init", "init_environment", "cgroups", "is_one"),
+    [
+        ({"container": "podman"}, "", "", "", True),
+        ({}, "systemd", "PATH=/bin\0container=systemd-nspawn", "", True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "", "", "", True),
+        # A read-only Podman container, with a cgroup namespace: only PID 1 tells.
+        ({}, "/opt/venv/bin/python", "", "0::/\n", True),
+        ({}, "/usr/bin/catatonit", "", "0::/\n", True),
+        ({}, "", "", f"0::/system.slice/docker-{HEX}.scope\n", True),
+        ({}, "", "", f"4:memory:/docker/{HEX}\n", True),
+        ({}, "", "", f"0::/machine.slice/libpod-{HEX}.scope/container\n", True),
+        ({}, "", "", f"0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-{HEX}.scope\n", True),
+        ({}, "", "", f"0::/ecs/{HEX}\n", True),
+        ({}, "/lib/systemd/systemd", "", "0::/user.slice/user-1000.slice/session-2.scope\n", False),
+        ({}, "/sbin/init", "PATH=/bin", "0::/system.slice/lastcall.service\n", False),
+        ({}, "systemd", "", "0::/system.slice/docker.service\n0::/system.slice/containerd.service", False),
+        ({}, "", "", "", False),
+    ],
+)
+def test_container(
+    environment: dict[str, str], init: str, init_environment: str, cgroups: str, is_one: bool
+) -> None:
+    """Each sign alone is enough; services that manage containers are no containers."""
+    words = (init,) if init else ()
+    assert checks.is_container(environment, words, init_environment, cgroups) is is_one
 
 
 @pytest.mark.parametrize(
@@ -411,6 +450,15 @@ def test_wrong_option_is_a_wrong_command_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "--grace: got 'soon'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_worker_whose_prewarm_raises(tmp_path: Path) -> None:
+    """A process has to become ready for a job: that the forkserver is safe says nothing of calls."""
+    jobs = tmp_path / "jobs"
+    jobs.with_name("jobs.raise").touch()
+    code, findings = doctor(AGENT, "--http", "off", cwd=tmp_path, JOB_LOG=str(jobs))
+    assert code == 1 and findings["shield"].verdict == "fail", findings
+    assert "no model" in findings["shield"].why
 
 
 async def test_the_port_of_a_running_lastcall_is_its_own(run: StartRun, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lastcall.supervisor.deploy.service import KILL_MARGIN, Timers, seconds
@@ -19,6 +19,12 @@ CONTAINER_INITS = frozenset({"tini", "docker-init", "catatonit", "dumb-init", "p
 # The signals that begin a drain, SIGTERM and SIGINT, by the numbers that systemctl shows.
 DRAINING_SIGNALS = frozenset({"15", "2"})
 HOST_INITS = frozenset({"systemd", "init", "launchd"})
+# In the cgroup paths of a process in a container of Docker, Podman, Kubernetes, ECS, LXC or systemd-nspawn. A
+# service of these names on a host, as docker.service, is none.
+CONTAINER_CGROUP = re.compile(
+    r"/(docker|libpod|containers?|kubepods|lxc|ecs|machine\.slice)\b(?!\.service)"
+    r"|\b(docker|libpod|cri-containerd|crio|lxc\.payload)[-.:]\w*[0-9a-f]{12}|kubepods"
+)
 # Versions of livekit-agents, as in pyproject.toml and the CHANGELOG.
 OLDEST_SUPPORTED, NEWEST_TESTED = (1, 3, 12), (1, 8, 9)
 GIB = 1 << 30
@@ -218,7 +224,8 @@ def kill_timer(facts: Facts) -> Finding:
             return Finding(check="kill timer", verdict="warn", why=why, do=f"raise the timer to {needed} s")
         why = f"{name} kills after {timer:g} s, grace is {seconds(facts.grace)} s"
         return Finding(check="kill timer", verdict="ok", why=why)
-    if platform or facts.in_container:
+    unit_decides = facts.unit is not None and facts.unit.properties.get("LoadState", "loaded") == "loaded"
+    if platform or (facts.in_container and not unit_decides):
         default = platform.default if platform else CONTAINER_KILL_DEFAULT
         return Finding(
             check="kill timer",
@@ -226,6 +233,9 @@ def kill_timer(facts: Facts) -> Finding:
             why=f"{name} kills after {default} s unless told otherwise, and nothing says what it was told",
             do=f"set its timer to {needed} s, and {variables.PLATFORM_GRACE}={needed} beside it",
         )
+    if unit_decides:
+        why = "systemd is the platform: see unit"
+        return Finding(check="kill timer", verdict="ok", why=why)
     why = "no container and no platform that would kill by itself"
     return Finding(check="kill timer", verdict="ok", why=why)
 
@@ -274,7 +284,10 @@ def shield(facts: Facts) -> Finding:
         do = "see what in the agent sets signal handlers or masks as it is imported"
         return Finding(check="shield", verdict="fail", why=f"open: {holes}", do=do)
     if trial.exit_code != 0:
-        why = f"the worker's stop, without a job, ended with exit code {trial.exit_code}"
+        ended = (
+            "was not over in time" if trial.exit_code is None else f"ended with exit code {trial.exit_code}"
+        )
+        why = f"the worker's stop, without a job, {ended}" + (f" ({trial.stop})" if trial.stop else "")
         do = "lastcall rehearse TARGET says more"
         return Finding(check="shield", verdict="fail", why=why, do=do)
     if not trial.looked_at:
@@ -427,6 +440,24 @@ CHECKS: tuple[Check, ...] = (
 def examine(facts: Facts) -> list[Finding]:
     """Return every finding."""
     return [finding for check in CHECKS if (finding := check(facts)) is not None]
+
+
+def is_container(
+    environment: Mapping[str, str], init: Sequence[str], init_environment: str, cgroups: str
+) -> bool:
+    """Tell whether this is a container, by what container managers set, by PID 1, and by cgroup paths.
+
+    A variable `container` is set by systemd-nspawn, Podman and LXC: https://systemd.io/CONTAINER_INTERFACE/.
+    `init` is the command line of PID 1: a host's is an init, and has a name of HOST_INITS.
+    """
+    name = posixpath.basename(init[0]) if init else ""
+    return (
+        bool(environment.get("container"))
+        or "KUBERNETES_SERVICE_HOST" in environment
+        or any(variable.startswith("container=") for variable in init_environment.split("\0"))
+        or (name != "" and name not in HOST_INITS)
+        or CONTAINER_CGROUP.search(cgroups) is not None
+    )
 
 
 # -- reading -----------------------------------------------------------------------------------------------

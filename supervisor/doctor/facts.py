@@ -41,7 +41,10 @@ class ShutdownTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A worker that was started, looked at and stopped. `error` says why no worker could be."""
+    """A worker that was started, looked at and stopped. `error` says why no worker, or no job, could be.
+
+    `looked_at`: how many processes, 0 unless one of them waited for a job. `stop`: how the stop went.
+    """
 
     error: str = ""
     looked_at: int = 0
@@ -49,6 +52,7 @@ class Trial:
     open_to: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     worker_bytes: int = 0
     exit_code: int | None = None
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from lastcall.supervisor.config.loading import load
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import runtime_directory
 from lastcall.supervisor.config.user_files import words_of
+from lastcall.supervisor.doctor.checks import is_container
 from lastcall.supervisor.doctor.facts import Answer, Facts, ShutdownTarget, Unit
 from lastcall.supervisor.doctor.trial import look
 from lastcall.supervisor.errors import ConfigError, UsageError
@@ -108,8 +109,10 @@ def _children(parent: int) -> Iterator[tuple[str, ...]]:
 
 
 def _in_container(environment: Mapping[str, str]) -> bool:
-    marks = ("/.dockerenv", "/run/.containerenv")
-    return any(map(os.path.exists, marks)) or "KUBERNETES_SERVICE_HOST" in environment
+    cgroups = _read("/proc/self/cgroup") + _read("/proc/1/cgroup")
+    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or is_container(
+        environment, _init(), _read("/proc/1/environ"), cgroups
+    )
 
 
 def _own_unit(cgroups: str) -> str:
