@@ -185,7 +185,7 @@ class App:
         """Run until a stop is over. Raises ConfigError for a wrong configuration or target."""
         check_open_files(self.config.workers)
         async with AsyncExitStack() as stack:
-            serving = await stack.enter_async_context(http.serve(self.config.http, self.status))
+            serving = await stack.enter_async_context(http.serve(self.config.http, self.status, self.log))
             control = await stack.enter_async_context(
                 control_socket.serve(self.config.control, self.commands.table())
             )

@@ -65,6 +65,7 @@ class Program:
             shares=config.shares,
             beat=config.stall.beat,
             max_running=config.jobs.max_running,
+            job_memory_limit=config.jobs.memory_mb << 20,
             coloured=self.coloured,
         )
         return Launcher(

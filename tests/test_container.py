@@ -177,6 +177,10 @@ async def test_a_hung_supervisor_is_unhealthy(podman: Podman) -> None:
     """The health check asks the supervisor itself, so one that no longer answers is seen."""
     container = podman.start("hung", "--", "sleep", "infinity")
     await container.until(lambda: container.health() == 0)
+    asked = podman.run("exec", container.name, "lastcall", "doctor", "--json", check=False).stdout
+    verdicts = {each["check"]: (each["verdict"], each["why"]) for each in json.loads(asked)["findings"]}
+    assert verdicts["kill timer"][0] == "warn" and "the container runtime kills" in verdicts["kill timer"][1]
+    assert verdicts["pid 1"] == ("ok", "lastcall is PID 1: it gets the signal itself and reaps orphans")
     container.run("kill", "--signal", "STOP")
     assert await asyncio.to_thread(container.health) != 0
     container.run("kill", "--signal", "CONT")

@@ -16,13 +16,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from lastcall.supervisor.doctor import checks, probe, report
-from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Trial, Unit
+from lastcall.supervisor.doctor import checks, gather, probe, report
+from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, ShutdownTarget, Trial, Unit
 from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import open_to
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import LASTCALL, SAMPLE, Run, StartRun
+from tests.support.harness import AGENT, LASTCALL, SAMPLE, Run, StartRun
 
 GOOD = Facts(
     target="agent.py",
@@ -36,6 +36,15 @@ NOTIFY = {"KillMode": "mixed", "TimeoutStopUSec": "1h 30s", "Type": "notify", "L
 
 def unit(**changes: str) -> Unit:
     return Unit(name="lastcall.service", properties=NOTIFY | changes)
+
+
+def targets(timeout: str) -> tuple[ShutdownTarget, ...]:
+    """Return the targets as systemd 252 has them: halt.target has no limit."""
+    return (
+        ShutdownTarget(name="poweroff.target", timeout=timeout, action="poweroff-force"),
+        ShutdownTarget(name="reboot.target", timeout=timeout, action="reboot-force"),
+        ShutdownTarget(name="halt.target", timeout="infinity", action="none"),
+    )
 
 
 def test_nothing_wrong() -> None:
@@ -78,6 +87,20 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("unit", "fail", {"unit": unit(KillMode="process")}, "KillMode=process"),
     ("unit", "fail", {"unit": unit(KillSignal="3")}, "KillSignal=3"),
     ("unit", "ok", {"unit": unit(KillSignal="2")}, "stops within"),
+    (
+        "unit",
+        "fail",
+        {"unit": unit(OOMPolicy="stop")},
+        "OOMPolicy=stop: one call out of memory ends the unit",
+    ),
+    ("shutdown", "ok", {"shutdown_targets": targets("1h 5min 30s")}, "by force after 3930 s"),
+    ("shutdown", "ok", {"shutdown_targets": targets("30min"), "grace": 600.0}, "by force after 1800 s"),
+    (
+        "shutdown",
+        "fail",
+        {"shutdown_targets": targets("30min")},
+        "after 1800 s (poweroff.target, reboot.target)",
+    ),
     ("unit", "fail", {"unit": unit(NotifyAccess="none")}, "NotifyAccess=none"),
     ("unit", "warn", {"unit": unit(TimeoutStopUSec="1h", Type="exec")}, "0 s after grace is over"),
     ("unit", "fail", {"unit": unit(LoadState="not-found")}, "not loaded (not-found)"),
@@ -115,11 +138,23 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         "job (pid 7) to SIGTERM",
     ),
     ("shield", "fail", {"trial": Trial(looked_at=2, exit_code=75)}, "exit code 75"),
+    (
+        "shield",
+        "fail",
+        {"trial": Trial(looked_at=2, exit_code=75, stop="forced after 61.0 s, closing 25.0 s")},
+        "ended with exit code 75 (forced after 61.0 s, closing 25.0 s)",
+    ),
+    ("shield", "fail", {"trial": Trial(looked_at=2)}, "was not over in time"),
+    ("kill timer", "ok", {"in_container": True, "unit": unit()}, "systemd is the platform"),
     ("shield", "warn", {"trial": Trial(exit_code=0)}, "none could be looked at"),
     ("memory", "ok", {"memory_limit": 2 << 30}, "limit 2.0 GiB; 1 x 0.49 GiB"),
     ("memory", "warn", {"memory_limit": 900 << 20}, "0.49 GiB before the first call"),
     ("memory", "fail", {"memory_limit": 900 << 20, "workers": 2}, "2 x 0.49 GiB"),
     ("memory", "ok", {"memory_limit": 1 << 30, "trial": None}, "not known without TARGET"),
+    ("out of memory", "ok", {"dies_as_group": False}, "kills one process"),
+    ("out of memory", "warn", {"dies_as_group": True}, "kills every call"),
+    ("out of memory", "ok", {"dies_as_group": True, "job_memory_mb": 900}, "a job is ended at 900 MB"),
+    ("out of memory", "warn", {"job_memory_mb": 900, "memory_limit": 900 << 20}, "is never reached"),
     ("limits", "warn", {"open_files": 512}, "only 512 open files"),
     ("limits", "fail", {"open_files": 64}, "only 64 open files"),
     ("limits", "warn", {"processes_limit": 100}, "only 100 processes"),
@@ -148,6 +183,37 @@ def test_check(check: str, verdict: str, facts: dict[str, Any], why: str) -> Non
     assert report.document(findings)["ok"] is all(each.verdict != "fail" for each in findings)
 
 
+HEX = "0123456789ab" * 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "init", "init_environment", "cgroups", "is_one"),
+    [
+        ({"container": "podman"}, "", "", "", True),
+        ({}, "systemd", "PATH=/bin\0container=systemd-nspawn", "", True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "", "", "", True),
+        # A read-only Podman container, with a cgroup namespace: only PID 1 tells.
+        ({}, "/opt/venv/bin/python", "", "0::/\n", True),
+        ({}, "/usr/bin/catatonit", "", "0::/\n", True),
+        ({}, "", "", f"0::/system.slice/docker-{HEX}.scope\n", True),
+        ({}, "", "", f"4:memory:/docker/{HEX}\n", True),
+        ({}, "", "", f"0::/machine.slice/libpod-{HEX}.scope/container\n", True),
+        ({}, "", "", f"0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-{HEX}.scope\n", True),
+        ({}, "", "", f"0::/ecs/{HEX}\n", True),
+        ({}, "/lib/systemd/systemd", "", "0::/user.slice/user-1000.slice/session-2.scope\n", False),
+        ({}, "/sbin/init", "PATH=/bin", "0::/system.slice/lastcall.service\n", False),
+        ({}, "systemd", "", "0::/system.slice/docker.service\n0::/system.slice/containerd.service", False),
+        ({}, "", "", "", False),
+    ],
+)
+def test_container(
+    environment: dict[str, str], init: str, init_environment: str, cgroups: str, is_one: bool
+) -> None:
+    """Each sign alone is enough; services that manage containers are no containers."""
+    words = (init,) if init else ()
+    assert checks.is_container(environment, words, init_environment, cgroups) is is_one
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("1h 30s", 3630.0), ("1min 30s", 90.0), ("500ms", 0.5), ("infinity", float("inf")), ("2d", 172800.0)],
@@ -162,6 +228,30 @@ def test_own_unit_is_found_in_the_cgroup() -> None:
     assert _own_unit("0::/system.slice/lastcall.service\n") == "lastcall.service"
     assert _own_unit("0::/user.slice/user-1.slice/user@1.service/app.slice/bot.service\n") == "bot.service"
     assert _own_unit("0::/user.slice/user-1.slice/user@1.service/session.scope\n") == ""
+
+
+def test_memory_files_of_cgroup_v2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group set anywhere from the own cgroup up to the root kills together; cgroup v1 has no such file."""
+    monkeypatch.setattr(gather, "CGROUPS", tmp_path)
+    monkeypatch.setattr(gather, "_read", lambda path: read(Path(path)))
+
+    def read(path: Path) -> str:
+        if path == Path("/proc/self/cgroup"):
+            return "0::/pod/app\n"
+        return path.read_text() if path.exists() else ""
+
+    (tmp_path / "pod" / "app").mkdir(parents=True)
+    assert gather._dies_as_group() is None
+    own, above = tmp_path / "pod" / "app" / "memory.oom.group", tmp_path / "pod" / "memory.oom.group"
+    own.write_text("0\n")
+    above.write_text("0\n")
+    assert gather._dies_as_group() is False
+    above.write_text("1\n")
+    assert gather._dies_as_group() is True
+    (tmp_path / "pod" / "memory.max").write_text("max\n")
+    assert gather._limit("memory.max") is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert gather._limit("memory.max") == 1000
 
 
 async def test_livekit_is_asked_as_a_worker_asks() -> None:
@@ -360,6 +450,15 @@ def test_wrong_option_is_a_wrong_command_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "--grace: got 'soon'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_worker_whose_prewarm_raises(tmp_path: Path) -> None:
+    """A process has to become ready for a job: that the forkserver is safe says nothing of calls."""
+    jobs = tmp_path / "jobs"
+    jobs.with_name("jobs.raise").touch()
+    code, findings = doctor(AGENT, "--http", "off", cwd=tmp_path, JOB_LOG=str(jobs))
+    assert code == 1 and findings["shield"].verdict == "fail", findings
+    assert "no model" in findings["shield"].why
 
 
 async def test_the_port_of_a_running_lastcall_is_its_own(run: StartRun, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from tests.support.harness import AGENT, Run, StartRun
@@ -308,15 +310,32 @@ async def test_wrong_command_line(run: StartRun, case: str) -> None:
 
 
 async def test_busy_http_port(run: StartRun) -> None:
-    """Exit 78 and one line; nothing was started."""
-    import socket
-
+    """The workers start, one line says so, and the port is served once it is free; a stop ends the wait."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         arguments = ["run", "--http", address, "--", "sleep", "100"]
-        r: Run = await run(*arguments, command=[*_python(), *arguments], livekit=False)
-        assert await r.exit(10) == 78
-    assert f"http: {address} can't be used: " in r.err.read_text()
+        r: Run = await run(*arguments, livekit=False)
+        await r.until(lambda: r.log("ready"))
+        assert [line["http"] for line in r.log("http port is busy")] == [address]
+        second: Run = await run(*arguments, livekit=False)
+        await second.until(lambda: second.log("http port is busy"))
+        second.kill()
+        assert await second.exit() == 0
+    await r.until(lambda: r.log("http port is free now"))
+    async with aiohttp.ClientSession() as session, session.get(f"http://{address}/livez") as response:
+        assert response.status == 200
+    r.kill()
+    assert await r.exit() == 0
+    assert len(r.log("http port is busy")) == 1
+    await r.nothing_left()
+
+
+async def test_http_address_of_another_machine(run: StartRun) -> None:
+    """Exit 78 and one line; nothing was started. 192.0.2.1 is an address of nobody (RFC 5737)."""
+    arguments = ["run", "--http", "192.0.2.1:80", "--", "sleep", "100"]
+    r: Run = await run(*arguments, command=[*_python(), *arguments], livekit=False)
+    assert await r.exit(10) == 78
+    assert "http: 192.0.2.1:80 can't be used: " in r.err.read_text()
     await r.nothing_left()
 
 

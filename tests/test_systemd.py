@@ -37,7 +37,7 @@ def service(machine: Machine, name: str, server: DispatchServer, **settings: str
 
 
 def extra(name: str) -> dict[str, str]:
-    return {"LASTCALL_HTTP": "off", "JOB_LOG": f"/var/lib/{name}/jobs"}
+    return {"JOB_LOG": f"/var/lib/{name}/jobs"}
 
 
 async def call(unit: Unit, server: DispatchServer, seconds: float | None = None) -> Dispatched:
@@ -195,13 +195,35 @@ def test_unit_is_understood_and_tight(machine: Machine) -> None:
     assert unit.show("Type") == expected
 
 
-async def test_poweroff_waits_for_the_job() -> None:
-    """A machine that is shut down lets the call end first."""
-    with Machine("trixie") as machine:
+def shutdown_finding(machine: Machine) -> dict[str, str]:
+    """Return what the doctor says of the machine's shutdown."""
+    options = ("--unit", "last.service", "--http", "off", "--grace", "40", "--json")
+    asked = machine.run(LASTCALL, "doctor", *options, check=False)
+    (found,) = [each for each in json.loads(asked.stdout)["findings"] if each["check"] == "shutdown"]
+    finding: dict[str, str] = found
+    return finding
+
+
+@pytest.mark.parametrize("suite", SUITES)
+async def test_poweroff_waits_for_the_job(suite: str) -> None:
+    """A machine that is shut down lets the call end first, also a call that is longer than systemd's limit.
+
+    2 s stand for the 30 min of systemd's own targets, and the doctor sees both.
+    """
+    with Machine(suite) as machine:
         async with DispatchServer() as server:
             unit = service(machine, "last", server)
+            directory = "/etc/systemd/system/poweroff.target.d"
+            machine.write(f"{directory}/00-limit.conf", "[Unit]\nJobTimeoutSec=2\n")
+            machine.run("systemctl", "daemon-reload")
+            found = shutdown_finding(machine)
+            assert found["verdict"] == "fail" and "after 2 s (poweroff.target)" in found["why"]
+            printed = machine.run(LASTCALL, "unit", "poweroff", AGENT, "--grace", "40")
+            machine.write(f"{directory}/10-lastcall.conf", printed.stdout)
+            machine.run("systemctl", "daemon-reload")
+            assert shutdown_finding(machine)["verdict"] == "ok"
             await asyncio.to_thread(unit.systemctl, "start")
-            job = await call(unit, server, 4)
+            job = await call(unit, server, 8)
             machine.run("systemctl", "--no-block", "poweroff")
             await asyncio.to_thread(machine.wait, 40)
             assert server.jobs[job.job_id].status == "JS_SUCCESS", machine.console()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lastcall.supervisor.config.options import Start
 from lastcall.supervisor.deploy import docker, k8s, systemd, template
 from lastcall.supervisor.deploy.service import Service, Timers
 from lastcall.supervisor.deploy.tree import BY_HAND, shipped
@@ -53,7 +54,7 @@ def test_values_are_not_read_as_placeholders() -> None:
         template.render("compose.yaml", service)
 
 
-@pytest.mark.parametrize("name", ["lastcall.service", "Dockerfile", "compose.yaml"])
+@pytest.mark.parametrize("name", ["lastcall.service", systemd.SHUTDOWN, "Dockerfile", "compose.yaml"])
 def test_shipped_file_is_printed_by_the_command_in_its_first_line(name: str) -> None:
     """The command that a file names, run as it stands, prints the file."""
     text = (DEPLOY / name).read_text()
@@ -80,6 +81,8 @@ def test_every_kill_timer_is_grace_and_a_margin(grace: float) -> None:
     after = Timers(grace=grace).kill_after
     assert grace + 30 <= after < grace + 31
     assert f"TimeoutStopSec={after}\n" in systemd.unit(service)
+    shutdown_after = int(systemd.shutdown_drop_in(service).rpartition("JobTimeoutSec=")[2])
+    assert shutdown_after == max(1800, after + 300)
     assert f"-t {after}:" in docker.dockerfile(service)
     assert yaml.safe_load(docker.compose(service))["services"]["agent"]["stop_grace_period"] == f"{after}s"
     paused = Service(target="a.py", timers=Timers(grace=grace, pre_stop=5))
@@ -122,6 +125,66 @@ def test_systemd_unit_takes_paths_as_they_are(tmp_path: Path) -> None:
     assert "--control /run/bot/control.sock" in section["ExecStart"]
     assert section["WorkingDirectory"] == "/srv/it's/a b%%"
     assert section["RuntimeDirectory"] == "bot"
+
+
+FILE = """
+target = "agent.py"
+args = ["--model", "big"]
+grace = 600
+workers = 3
+http = "127.0.0.1:9000"
+control = "auto"
+[start]
+timeout = 300
+"""
+
+
+def test_configuration_file_counts_and_stays_in_charge(tmp_path: Path) -> None:
+    """Timers fit the grace of the file, and no option of the file is repeated where that would hide it."""
+    (tmp_path / "lastcall.toml").write_text(FILE)
+    compose = unit("compose", cwd=tmp_path).stdout
+    agent = yaml.safe_load(compose)["services"]["agent"]
+    assert (agent["command"], agent["stop_grace_period"]) == (["agent.py"], "630s")
+    # The kill timer beside it is for this grace.
+    assert agent["environment"]["LASTCALL_GRACE"] == "600"
+    assert "LASTCALL_WORKERS" not in agent["environment"]
+    assert f"Print it again when {tmp_path}/lastcall.toml changes" in compose
+    dockerfile = unit("docker", cwd=tmp_path).stdout
+    assert "docker stop -t 630" in dockerfile and "LASTCALL_" not in dockerfile
+    assert "JobTimeoutSec=1800\n" in unit("poweroff", cwd=tmp_path).stdout
+    flags = unit("docker", "--grace", "4000", "-w", "2", cwd=tmp_path).stdout
+    assert "-t 4030" in flags and "LASTCALL_GRACE=4000" in flags and "LASTCALL_WORKERS=2" in flags
+    (tmp_path / "lastcall.toml").write_text("grace = 'x'\n")
+    done = unit("docker", "agent.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
+
+
+def test_unit_names_its_configuration_file() -> None:
+    """It is found wherever the target is, and what it sets is no flag, which would win over it."""
+    service = Service(
+        target="sub/agent.py",
+        directory="/srv",
+        program="/opt/lastcall",
+        workers=3,
+        timers=Timers(grace=600),
+        start=Start(timeout=300),
+        config_file="/srv/lastcall.toml",
+        in_file=frozenset({"grace", "workers", "http"}),
+    )
+    text = systemd.unit(service)
+    (command,) = [line for line in text.splitlines() if line.startswith("ExecStart=")]
+    own = "--control /run/lastcall/control.sock --receipt /var/lib/lastcall/receipt.json"
+    assert command == f"ExecStart=/opt/lastcall run /srv/sub/agent.py {own} --config /srv/lastcall.toml"
+    assert "TimeoutStopSec=630\nTimeoutStartSec=331\n" in text
+    assert "LASTCALL_HTTP" not in text
+
+
+def test_units_of_one_machine_share_no_port() -> None:
+    """HTTP is off until a port is given, in the file of variables, which wins over the unit's own line."""
+    for name in ("lastcall", "bot"):
+        text = systemd.unit(Service(target="agent.py", directory="/srv", name=name))
+        assert "Environment=LASTCALL_HTTP=off\n" in text and "--http" not in text
+        assert f"/run/{name}/control.sock" in text and f"RuntimeDirectory={name}\n" in text
 
 
 def test_home_directories_stay_visible_when_the_program_is_there() -> None:

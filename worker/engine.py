@@ -18,6 +18,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.stopping import unshielded
 from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays
+from lastcall.worker.job_memory import MemoryWatch
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
 from lastcall.worker.sdk import agent_server
 
@@ -47,9 +48,17 @@ class Engine:
         calls_over: CallsOver,
         mock_room: bool = False,
         max_running: int = 0,
+        job_memory_limit: int = 0,
     ) -> None:
         self.server = server
         self.jobs = Jobs(changed, report)
+        self.memory = MemoryWatch(
+            self.jobs,
+            changed,
+            limit=job_memory_limit,
+            ask=lambda job, end_at: self._ask(job.executor, end_at),
+            kill=lambda job: agent_server.kill(job.executor),
+        )
         self.worker_id = ""
         self.error: BaseException | None = None
         self.ended = False
@@ -182,7 +191,9 @@ class Engine:
             for task in asking:
                 task.cancel()
         for job in self.jobs:
-            if job.cut_short or not job.is_over:  # of the others the server was told that they ended well
+            if (
+                job.was_told_to_end or not job.is_over
+            ):  # of the others the server was told that they ended well
                 await agent_server.report_failed(self.server, job.id)
         self.jobs.abandon()
 
@@ -212,7 +223,7 @@ class Engine:
         for job in jobs:
             job.was_killed = True
             log.warning("the process of a call that is over is killed", extra={"job_id": job.id})
-        good = [job for job in jobs if not job.cut_short]
+        good = [job for job in jobs if not job.was_told_to_end]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TELL_WITHIN):
                 for job in good:

@@ -91,6 +91,7 @@ class Host:
             calls_over=self.calls_over,
             mock_room=bool(self.settings.local_url),
             max_running=self.settings.max_running,
+            job_memory_limit=self.settings.job_memory_limit,
         )
         self.resources.join("livekit", self.engine.close)
 
@@ -109,7 +110,11 @@ class Host:
             for files in imported.portions(imported.imported_files(list(sys.modules.values()))):
                 self.control.say(Imported(files=files))
         async with asyncio.TaskGroup() as group:
-            beside = [group.create_task(self._beats()), group.create_task(engine.see_processes_out())]
+            beside = [
+                group.create_task(self._beats()),
+                group.create_task(engine.see_processes_out()),
+                group.create_task(engine.memory.run()),
+            ]
             running: list[asyncio.Task[None]] = []
             if self.stopping.is_set:
                 engine.ended = True

@@ -13,6 +13,8 @@ A call is over when its job says so (`base.calls_over`), after the last callback
 EXIT_WITHIN. The fate is the call's: a process that is kept by a thread, or crashes at its exit, changes
 nothing about a call that had ended by itself, and is only noted (`process`).
 
+A job that is ended for its memory (`worker.job_memory`) is `failed`, as one is that the kernel kills for it.
+
 `cut` is whatever this worker ended: a job that was told to shut down while its entrypoint had more to do is
 cut, however well it then takes its leave. One that had begun to shut down by itself is not told, and ends as
 it would have; it is cut only when it has to be killed.
@@ -63,6 +65,7 @@ class Job:
     over_at: float | None = None
     popen: Any = None
     was_killed: bool = False
+    over_memory: bool = False
 
     @property
     def has_ended(self) -> bool:
@@ -80,9 +83,16 @@ class Job:
 
     @property
     def fate(self) -> JobFate:
+        if self.over_memory:
+            return "failed"
         if self.cut_short:
             return "cut"
         return "finished" if self.is_over or self.exit_code == 0 else "failed"
+
+    @property
+    def was_told_to_end(self) -> bool:
+        """Whether this worker has ended the call, and not the call itself."""
+        return self.cut_short or self.over_memory
 
     @property
     def is_over(self) -> bool:
@@ -92,7 +102,7 @@ class Job:
     @property
     def process(self) -> str:
         """How the process ended, when that was not as its call did."""
-        if not self.is_over or self.cut_short:
+        if not self.is_over or self.was_told_to_end:
             return ""
         if self.was_killed:
             return "killed"
@@ -165,12 +175,12 @@ class Jobs:
             self._end(record, fate)
 
     def over(self, id: str, count_as_good: Callable[[Any], Any]) -> None:
-        """The job says that its call is over. `count_as_good` gets the executor, if the call was not cut."""
+        """The job says that its call is over. `count_as_good` gets the executor, if the call ended itself."""
         record = self._jobs.get(id)
         if record is None or record.is_over:
             return
         record.over_at = now()
-        if not record.cut_short:
+        if not record.was_told_to_end:
             record.popen = count_as_good(record.executor)
             self._report(JobOver(id=id))
         self._changed.notify()

@@ -30,14 +30,16 @@ from lastcall.supervisor.cli.parameters import (
     target_of,
     with_run_options,
 )
+from lastcall.supervisor.config.loading import Loader
+from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import working_directory
 from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.config.values import check_writable
 from lastcall.supervisor.errors import UsageError
-from lastcall.worker.base.budget import DEFAULT_GRACE
 from lastcall.worker.base.target_form import tail, words
+from lastcall.worker.base.variables import CONFIG
 
-KINDS = ("systemd", "docker", "compose", "k8s")
+KINDS = ("systemd", "poweroff", "docker", "compose", "k8s")
 # The users that DynamicUser makes: https://systemd.io/UIDS-GIDS/
 DYNAMIC_IDS = range(61184, 65520)
 
@@ -50,7 +52,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _unit(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="systemd, docker, compose or k8s.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="systemd, poweroff (its drop-in), docker, compose or k8s.")
+    ],
     target: OptionalTarget = None,
     module: Module = None,
     arguments: Arguments = None,
@@ -69,10 +73,13 @@ def _unit(
     from lastcall.supervisor.deploy import docker, k8s, systemd
     from lastcall.supervisor.deploy.service import Service, Timers, seconds
 
-    target = needed_target(target, module)
-    own = arguments_of(arguments) or []
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of unit: expected {', '.join(KINDS)}")
+    # The file of this directory, as `run` would find it here. Variables of this shell are none of the unit.
+    loader = Loader({}, {name: os.environ[name] for name in (CONFIG,) if name in os.environ})
+    config = loader()
+    target = target_of(target, module) or needed_target(config.target or None, None)
+    own = arguments_of(arguments) or []
     if image is not None and kind not in ("compose", "k8s"):
         raise UsageError(f"--image: {kind} names no image; leave it out")
     if program is not None and kind != "systemd":
@@ -84,6 +91,8 @@ def _unit(
     given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
     if kind == "docker" and (os.path.isabs(target) or ".." in Path(target).parts):
         raise UsageError(f"{target!r} would not be in the image; expected a path below the build's directory")
+    flags = {"grace": grace, "workers": workers, "control": None, "receipt": None, "http": None}
+    in_file = {option for option, flag in flags.items() if flag is None and _is_set(config, option)}
     service = Service(
         target=target,
         arguments=tuple(own),
@@ -91,12 +100,17 @@ def _unit(
         image=image or "",
         program=_program(program) if kind == "systemd" else "lastcall",
         directory=str(working_directory()),
-        workers=1 if workers is None else workers,
-        timers=Timers(grace=DEFAULT_GRACE if grace is None else grace),
+        workers=config.workers if workers is None else workers,
+        timers=Timers(grace=config.grace if grace is None else grace, shares=config.shares),
+        start=config.start,
+        config_file=os.path.abspath(loader.path) if loader.path and config.model_fields_set else "",
+        in_file=frozenset(in_file),
+        control=config.control if "control" in in_file else "",
         printed_by=shlex.join(["lastcall", "unit", kind, *words(target), *given, *tail(own)]),
     )
     render = {
         "systemd": systemd.unit,
+        "poweroff": systemd.shutdown_drop_in,
         "docker": docker.dockerfile,
         "compose": docker.compose,
         "k8s": k8s.stream,
@@ -104,6 +118,11 @@ def _unit(
     print(render[kind](service), end="")
     if service.timers.warning:
         print(f"lastcall: {service.timers.warning}", file=sys.stderr)
+
+
+def _is_set(config: Config, option: str) -> bool:
+    """Tell whether a configuration sets an option to a value that has a meaning in a unit."""
+    return option in config.model_fields_set and getattr(config, option) not in ("", "auto")
 
 
 @contextmanager

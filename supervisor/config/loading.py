@@ -62,6 +62,11 @@ class Loader:
         self._path: Path | None = None
         self._has_loaded = False
 
+    @property
+    def path(self) -> Path | None:
+        """The file of the last call; None where there was no file."""
+        return self._path
+
     def __call__(self) -> Config:
         """Return the configuration as it is now. Raises UsageError and ConfigError, as `load` does."""
         path, from_file = read_file(

@@ -140,6 +140,14 @@ class JobLimits(Section):
     max_running: Annotated[
         int, Field(ge=0, description="Accepted by one worker at a time; 0 is no limit.")
     ] = 0
+    memory_mb: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1 << 30,
+            description="Private memory of a job: asked to end at 80 %, killed at it; 0 is no limit.",
+        ),
+    ] = 0
 
 
 class Inworld(Section):

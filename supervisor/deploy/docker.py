@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from lastcall.supervisor.deploy.service import Service
+from lastcall.supervisor.deploy.service import Service, seconds
 from lastcall.supervisor.deploy.template import render
 
 
 def dockerfile(service: Service) -> str:
     """Return a Dockerfile for a directory with requirements.txt, which names lastcall, and the agent."""
-    return render("Dockerfile", service, quoted_target=service.quoted_words)
+    options = {"grace": seconds(service.timers.grace), "workers": str(service.workers)}
+    # The image holds the file, and nothing beside these variables depends on their values.
+    variables = "".join(
+        f"ENV LASTCALL_{option.upper()}={value}\n"
+        for option, value in options.items()
+        if option not in service.in_file
+    )
+    return render("Dockerfile", service, quoted_target=service.quoted_words, options=variables)
 
 
 def dockerignore(service: Service) -> str:
@@ -17,6 +24,11 @@ def dockerignore(service: Service) -> str:
 
 
 def compose(service: Service) -> str:
-    """Return a compose file for one host."""
+    """Return a compose file for one host.
+
+    It has the grace also when a file sets it, because the kill timer beside it is made for that grace.
+    """
     # compose reads a dollar sign as the start of a variable, and two of them as one dollar sign.
-    return render("compose.yaml", service, quoted_target=service.quoted_words.replace("$", "$$"))
+    workers = "" if "workers" in service.in_file else f'      LASTCALL_WORKERS: "{service.workers}"\n'
+    quoted_target = service.quoted_words.replace("$", "$$")
+    return render("compose.yaml", service, quoted_target=quoted_target, workers_variable=workers)

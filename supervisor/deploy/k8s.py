@@ -20,6 +20,10 @@ LONG_CALLS = Timers(grace=4 * 3600.0)
 JOBS_PER_POD = 12
 # The resources of the base, in the order in which `kubectl apply` gets them.
 BASE = ("deployment.yaml", "pdb.yaml", "hpa.yaml", "networkpolicy.yaml")
+WORKERS = """\
+            - name: LASTCALL_WORKERS
+              value: "{workers}"
+"""
 PRE_STOP = """\
           lifecycle:
             preStop:
@@ -29,12 +33,17 @@ PRE_STOP = """\
 
 
 def base(service: Service) -> Mapping[str, str]:
-    """Return the base's resources by file name."""
+    """Return the base's resources by file name.
+
+    They have the grace also when a file sets it, because the kill timer beside it is made for that grace.
+    """
+    has_workers = "workers" in service.in_file
     pre_stop = service.timers.pre_stop
     values = {
         "quoted_target": service.quoted_words,
         "lifecycle": PRE_STOP.format(seconds=pre_stop) if pre_stop else "",
         "jobs_per_pod": str(JOBS_PER_POD),
+        "workers_variable": "" if has_workers else WORKERS.format(workers=service.workers),
     }
     return {name: render(f"k8s/base/{name}", service, **values) for name in BASE}
 

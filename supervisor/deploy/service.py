@@ -19,10 +19,16 @@ from lastcall.supervisor.config import calls
 from lastcall.supervisor.config.options import Start, Stop
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base import target_form
-from lastcall.worker.base.budget import DEFAULT_GRACE
+from lastcall.worker.base.budget import DEFAULT_GRACE, Shares
 
 # Seconds from the end of grace to the platform's SIGKILL. Ours: for a supervisor that gets little processor.
 KILL_MARGIN = 30
+
+# Seconds. JobTimeoutSec of poweroff.target and reboot.target in systemd 252 and 257.
+SHUTDOWN_LIMIT = 1800
+# Seconds of a shutdown for the units that stop after lastcall. Ours: DefaultTimeoutStopSec is 90 s, and the
+# network may be three units one behind the other.
+REST_OF_SHUTDOWN = 300
 
 # RFC 1123 labels, as Kubernetes wants names. 53 characters: a ReplicaSet's and a pod's suffix fit into 63.
 NAME_PATTERN = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")
@@ -39,6 +45,7 @@ class Timers:
     grace: float = DEFAULT_GRACE
     pre_stop: int = 0
     margin: int = KILL_MARGIN
+    shares: Shares = field(default_factory=lambda: Stop().shares)
 
     @property
     def kill_after(self) -> int:
@@ -52,13 +59,18 @@ class Timers:
 
     @property
     def calls(self) -> str:
-        """A line that says how long calls have, under the default shares."""
-        return calls.given(self.grace, Stop().shares)
+        """A line that says how long calls have."""
+        return calls.given(self.grace, self.shares)
+
+    @property
+    def shutdown_after(self) -> int:
+        """From the command to the end of a machine's shutdown by force; never less than without lastcall."""
+        return max(SHUTDOWN_LIMIT, self.kill_after + REST_OF_SHUTDOWN)
 
     @property
     def warning(self) -> str:
         """A line when grace is too short for jobs that are cut to end well; else empty."""
-        return calls.warning(self.grace, Stop().shares)
+        return calls.warning(self.grace, self.shares)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +85,12 @@ class Service:
     directory: str = "/"
     workers: int = 1
     timers: Timers = field(default_factory=Timers)
+    start: Start = field(default_factory=Start)
+    # The configuration file of the directory in which the artefact is printed, and the options that the file
+    # sets. They are left to the file: an artefact that repeats them would hide every later change of it.
+    config_file: str = ""
+    in_file: frozenset[str] = frozenset()
+    control: str = ""
     # The command that prints the artefact; its first line, so that a file says where it came from.
     printed_by: str = ""
 
@@ -117,13 +135,14 @@ class Service:
     @property
     def start_timeout(self) -> int:
         """Seconds until every worker has registered, or has been given up."""
-        start = Start()
-        return math.ceil(start.timeout + start.stagger * (self.workers - 1)) + KILL_MARGIN
+        return math.ceil(self.start.timeout + self.start.stagger * (self.workers - 1)) + KILL_MARGIN
 
     @property
     def header(self) -> str:
         """The first comment lines of every artefact."""
         lines = [f"# {self.printed_by}"] if self.printed_by else []
+        if self.in_file:
+            lines.append(f"# Print it again when {self.config_file} changes: the timers are made from it.")
         if self.timers.warning:
             lines.append(f"# Note: {self.timers.warning}.")
         lines.append(f"# A grace of {seconds(self.timers.grace)} s: {self.timers.calls}.")

@@ -11,6 +11,7 @@ import posixpath
 from lastcall.supervisor.deploy.service import (
     HIDDEN_BY_PRIVATE_TMP,
     HIDDEN_BY_PROTECT_HOME,
+    REST_OF_SHUTDOWN,
     Service,
     is_below,
     seconds,
@@ -22,37 +23,51 @@ from lastcall.worker.base import target_form
 # The file names of the drop-ins; their numbers say the order in which systemd reads them.
 RELOAD = "10-notify-reload.conf"
 RESTART = "20-restart-steps.conf"
+# The same for the targets of a shutdown. poweroff.target stands for all.
+SHUTDOWN = "poweroff.target.d/10-lastcall.conf"
+# A port can be had by one service of a machine only, and machines run several. A variable, and not --http,
+# because EnvironmentFile wins over it.
+HTTP_OFF = """\
+# Probes and metrics need a port for each service of the machine: LASTCALL_HTTP=127.0.0.1:8080 in that file.
+Environment=LASTCALL_HTTP=off
+"""
 
 
 def unit(service: Service) -> str:
     """Return the unit file. Raises UsageError for a program or target that the unit could not see."""
-    for path in (service.program, service.target_file or service.directory):
+    for path in filter(
+        None, (service.program, service.target_file or service.directory, service.config_file)
+    ):
         if is_below(path, HIDDEN_BY_PRIVATE_TMP):
             raise UsageError(
                 f"{path} is in a directory for temporary files, which the unit's PrivateTmp hides; move it"
             )
     name, timers = service.name, service.timers
     target = service.target_file + _attribute(service) if service.target_file else service.target
-    command = " ".join(
-        quote(word)
-        for word in (
-            service.program,
-            "run",
-            *target_form.words(target),
-            *("--workers", str(service.workers)),
-            *("--grace", seconds(timers.grace)),
-            *("--control", f"/run/{name}/control.sock"),
-            *("--receipt", f"/var/lib/{name}/receipt.json"),
-            *target_form.tail(service.arguments),
-        )
-    )
+    options = {
+        "workers": str(service.workers),
+        "grace": seconds(timers.grace),
+        "control": f"/run/{name}/control.sock",
+        "receipt": f"/var/lib/{name}/receipt.json",
+    }
+    words = [service.program, "run", *target_form.words(target)]
+    words += [
+        w
+        for option, value in options.items()
+        if option not in service.in_file
+        for w in (f"--{option}", value)
+    ]
+    words += ["--config", service.config_file] if service.config_file else []
+    command = " ".join(map(quote, [*words, *target_form.tail(service.arguments)]))
     directory = posixpath.dirname(service.target_file) or service.directory
     return render(
         "lastcall.service",
         service,
         target=plain(service.target),
         command=command,
+        control=plain(service.control or options["control"]),
         directory=plain(directory),
+        http="" if "http" in service.in_file else HTTP_OFF,
         start_timeout=str(service.start_timeout),
         protect_home=_protect_home(service),
     )
@@ -66,6 +81,16 @@ def reload_drop_in(service: Service) -> str:
 def restart_drop_in(service: Service) -> str:
     """Return the drop-in for systemd 254 and newer: restarts come slower the more there were."""
     return render(f"lastcall.service.d/{RESTART}", service)
+
+
+def shutdown_drop_in(service: Service) -> str:
+    """Return the drop-in for the targets of a shutdown: the machine waits as long as a stop may take."""
+    return render(
+        SHUTDOWN,
+        service,
+        shutdown_after=str(service.timers.shutdown_after),
+        rest_of_shutdown=str(REST_OF_SHUTDOWN),
+    )
 
 
 def quote(word: str) -> str:
@@ -85,5 +110,5 @@ def _attribute(service: Service) -> str:
 
 
 def _protect_home(service: Service) -> str:
-    paths = (service.program, service.target_file, service.directory)
+    paths = (service.program, service.target_file, service.directory, service.config_file)
     return "read-only" if any(is_below(path, HIDDEN_BY_PROTECT_HOME) for path in paths if path) else "yes"

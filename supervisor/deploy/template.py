@@ -28,7 +28,6 @@ def render(path: str, service: Service, **more: str) -> str:
         "header": service.header,
         "name": service.name,
         "image": service.image_or_default,
-        "workers": str(service.workers),
         "port": str(PORT),
         "user": str(USER),
         "grace": seconds(timers.grace),

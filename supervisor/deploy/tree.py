@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from lastcall.supervisor.deploy import docker, k8s, systemd
 from lastcall.supervisor.deploy.service import Service, Timers, seconds
@@ -22,6 +23,7 @@ def shipped() -> Mapping[str, str]:
         program=PROGRAM,
         printed_by=f"lastcall unit systemd {TARGET} --exec {PROGRAM}",
     )
+    shutdown = replace(host, printed_by=f"lastcall unit poweroff {TARGET}")
     image = {kind: _in_image(kind) for kind in ("docker", "compose")}
     printed_by = f"lastcall unit k8s agent.py --grace {seconds(POD_GRACE)}"
     pods = Service(target="agent.py", timers=Timers(grace=POD_GRACE), printed_by=printed_by)
@@ -29,6 +31,7 @@ def shipped() -> Mapping[str, str]:
         "lastcall.service": systemd.unit(host),
         f"lastcall.service.d/{systemd.RELOAD}": systemd.reload_drop_in(host),
         f"lastcall.service.d/{systemd.RESTART}": systemd.restart_drop_in(host),
+        systemd.SHUTDOWN: systemd.shutdown_drop_in(shutdown),
         "Dockerfile": docker.dockerfile(image["docker"]),
         ".dockerignore": docker.dockerignore(image["docker"]),
         "compose.yaml": docker.compose(image["compose"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lastcall.supervisor.config import calls
@@ -20,6 +20,12 @@ CONTAINER_INITS = frozenset({"tini", "docker-init", "catatonit", "dumb-init", "p
 # The signals that begin a drain, SIGTERM and SIGINT, by the numbers that systemctl shows.
 DRAINING_SIGNALS = frozenset({"15", "2"})
 HOST_INITS = frozenset({"systemd", "init", "launchd"})
+# In the cgroup paths of a process in a container of Docker, Podman, Kubernetes, ECS, LXC or systemd-nspawn. A
+# service of these names on a host, as docker.service, is none.
+CONTAINER_CGROUP = re.compile(
+    r"/(docker|libpod|containers?|kubepods|lxc|ecs|machine\.slice)\b(?!\.service)"
+    r"|\b(docker|libpod|cri-containerd|crio|lxc\.payload)[-.:]\w*[0-9a-f]{12}|kubepods"
+)
 # Versions of livekit-agents, as in pyproject.toml and the CHANGELOG.
 OLDEST_SUPPORTED, NEWEST_TESTED = (1, 3, 12), (1, 8, 9)
 GIB = 1 << 30
@@ -147,6 +153,10 @@ def unit(facts: Facts) -> Finding | None:
             why=f"{name} has Type={values['Type']} and NotifyAccess=none: systemd hears nothing",
             do="NotifyAccess=main",
         )
+    policy = values.get("OOMPolicy", "continue")
+    if policy != "continue":
+        why = f"{name} has OOMPolicy={policy}: one call out of memory ends the unit, and every other call"
+        return Finding(check="unit", verdict="fail", why=why, do="OOMPolicy=continue")
     timers = Timers(grace=facts.grace)
     timeout = span(values.get("TimeoutStopUSec", "infinity"))
     if timeout < facts.grace:
@@ -163,6 +173,29 @@ def unit(facts: Facts) -> Finding | None:
         why = f"{name} is killed {after:g} s after grace is over; {timers.margin} s would be safe"
         return Finding(check="unit", verdict="warn", why=why, do=f"TimeoutStopSec={timers.kill_after}")
     return Finding(check="unit", verdict="ok", why=f"{name}: KillMode={mode}, stops within {timeout:g} s")
+
+
+def shutdown(facts: Facts) -> Finding | None:
+    """Whether the machine waits for calls when it is powered off or rebooted."""
+    limits = {
+        target.name: span(target.timeout)
+        for target in facts.shutdown_targets
+        if target.action not in ("", "none")
+    }
+    short = {name: limit for name, limit in limits.items() if limit < facts.grace}
+    if not limits:
+        return None
+    if not short:
+        least = min(limits.values())
+        why = f"a shutdown is ended by force after {least:g} s, grace is {seconds(facts.grace)} s"
+        return Finding(check="shutdown", verdict="ok", why=why)
+    why = (
+        f"systemd ends a shutdown by force after {min(short.values()):g} s ({', '.join(short)}),"
+        f" grace is {seconds(facts.grace)} s: longer calls are cut"
+    )
+    needed = Timers(grace=facts.grace).shutdown_after
+    do = f"JobTimeoutSec={needed} for these targets; lastcall unit poweroff prints the drop-in"
+    return Finding(check="shutdown", verdict="fail", why=why, do=do)
 
 
 def kill_timer(facts: Facts) -> Finding:
@@ -192,7 +225,8 @@ def kill_timer(facts: Facts) -> Finding:
             return Finding(check="kill timer", verdict="warn", why=why, do=f"raise the timer to {needed} s")
         why = f"{name} kills after {timer:g} s, grace is {seconds(facts.grace)} s"
         return Finding(check="kill timer", verdict="ok", why=why)
-    if platform or facts.in_container:
+    unit_decides = facts.unit is not None and facts.unit.properties.get("LoadState", "loaded") == "loaded"
+    if platform or (facts.in_container and not unit_decides):
         default = platform.default if platform else CONTAINER_KILL_DEFAULT
         return Finding(
             check="kill timer",
@@ -200,6 +234,9 @@ def kill_timer(facts: Facts) -> Finding:
             why=f"{name} kills after {default} s unless told otherwise, and nothing says what it was told",
             do=f"set its timer to {needed} s, and {variables.PLATFORM_GRACE}={needed} beside it",
         )
+    if unit_decides:
+        why = "systemd is the platform: see unit"
+        return Finding(check="kill timer", verdict="ok", why=why)
     why = "no container and no platform that would kill by itself"
     return Finding(check="kill timer", verdict="ok", why=why)
 
@@ -248,7 +285,10 @@ def shield(facts: Facts) -> Finding:
         do = "see what in the agent sets signal handlers or masks as it is imported"
         return Finding(check="shield", verdict="fail", why=f"open: {holes}", do=do)
     if trial.exit_code != 0:
-        why = f"the worker's stop, without a job, ended with exit code {trial.exit_code}"
+        ended = (
+            "was not over in time" if trial.exit_code is None else f"ended with exit code {trial.exit_code}"
+        )
+        why = f"the worker's stop, without a job, {ended}" + (f" ({trial.stop})" if trial.stop else "")
         do = "lastcall rehearse TARGET says more"
         return Finding(check="shield", verdict="fail", why=why, do=do)
     if not trial.looked_at:
@@ -276,6 +316,31 @@ def memory(facts: Facts) -> Finding:
         do = "leave at least half for the calls: fewer --workers, or a higher limit"
         return Finding(check="memory", verdict="warn", why=why, do=do)
     return Finding(check="memory", verdict="ok", why=why)
+
+
+def out_of_memory(facts: Facts) -> Finding | None:
+    """Whether one call that finds no memory takes the others along."""
+    limit, each = facts.memory_limit, facts.job_memory_mb
+    if each and limit is not None and each << 20 >= limit:
+        why = f"jobs.memory_mb is {each}, and all jobs together have {limit >> 20} MB: it is never reached"
+        do = "give a memory_mb that several jobs fit into, or a higher limit"
+        return Finding(check="out of memory", verdict="warn", why=why, do=do)
+    if facts.dies_as_group is None:
+        return None
+    if not facts.dies_as_group:
+        why = "memory.oom.group is 0: the kernel kills one process, a job's before a worker"
+        return Finding(check="out of memory", verdict="ok", why=why)
+    why = "memory.oom.group is 1: the kernel kills every call with the one that finds no memory"
+    if each:
+        why = (
+            f"memory.oom.group is 1, and a job is ended at {each} MB before it comes to that (jobs.memory_mb)"
+        )
+        return Finding(check="out of memory", verdict="ok", why=why)
+    do = (
+        "[jobs] memory_mb, which ends one job before; and singleProcessOOMKill: true in the kubelet's"
+        " configuration (1.32), or OOMPolicy=continue in a unit"
+    )
+    return Finding(check="out of memory", verdict="warn", why=why, do=do)
 
 
 def limits(facts: Facts) -> Finding:
@@ -359,10 +424,12 @@ CHECKS: tuple[Check, ...] = (
     grace,
     init,
     unit,
+    shutdown,
     kill_timer,
     livekit_agents,
     shield,
     memory,
+    out_of_memory,
     limits,
     clock,
     livekit,
@@ -374,6 +441,24 @@ CHECKS: tuple[Check, ...] = (
 def examine(facts: Facts) -> list[Finding]:
     """Return every finding."""
     return [finding for check in CHECKS if (finding := check(facts)) is not None]
+
+
+def is_container(
+    environment: Mapping[str, str], init: Sequence[str], init_environment: str, cgroups: str
+) -> bool:
+    """Tell whether this is a container, by what container managers set, by PID 1, and by cgroup paths.
+
+    A variable `container` is set by systemd-nspawn, Podman and LXC: https://systemd.io/CONTAINER_INTERFACE/.
+    `init` is the command line of PID 1: a host's is an init, and has a name of HOST_INITS.
+    """
+    name = posixpath.basename(init[0]) if init else ""
+    return (
+        bool(environment.get("container"))
+        or "KUBERNETES_SERVICE_HOST" in environment
+        or any(variable.startswith("container=") for variable in init_environment.split("\0"))
+        or (name != "" and name not in HOST_INITS)
+        or CONTAINER_CGROUP.search(cgroups) is not None
+    )
 
 
 # -- reading -----------------------------------------------------------------------------------------------

@@ -31,8 +31,20 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownTarget:
+    """A target that ends the machine, and the time after which systemd ends the machine by force."""
+
+    name: str
+    timeout: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A worker that was started, looked at and stopped. `error` says why no worker could be."""
+    """A worker that was started, looked at and stopped. `error` says why no worker, or no job, could be.
+
+    `looked_at`: how many processes, 0 unless one of them waited for a job. `stop`: how the stop went.
+    """
 
     error: str = ""
     looked_at: int = 0
@@ -40,6 +52,7 @@ class Trial:
     open_to: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     worker_bytes: int = 0
     exit_code: int | None = None
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +85,14 @@ class Facts:
     in_container: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     unit: Unit | None = None
+    shutdown_targets: tuple[ShutdownTarget, ...] = ()
     livekit_agents: str | None = None
     has_inworld_plugin: bool = False
     has_inworld_key: bool = False
     memory_limit: int | None = None
+    # Whether the kernel kills all processes of the cgroup with the one that has found no memory; cgroup v2.
+    dies_as_group: bool | None = None
+    job_memory_mb: int = 0
     processes_limit: int | None = None
     open_files: int = 65536
     trial: Trial | None = None

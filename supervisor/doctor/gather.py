@@ -10,7 +10,7 @@ import re
 import resource
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from lastcall.supervisor.config.loading import load
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import runtime_directory
 from lastcall.supervisor.config.user_files import words_of
-from lastcall.supervisor.doctor.facts import Answer, Facts, Unit
+from lastcall.supervisor.doctor.checks import is_container
+from lastcall.supervisor.doctor.facts import Answer, Facts, ShutdownTarget, Unit
 from lastcall.supervisor.doctor.trial import look
 from lastcall.supervisor.errors import ConfigError, UsageError
 
@@ -42,7 +43,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 # https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 NO_LIMIT = 1 << 60
 # As `systemctl show` prints them; systemd.kill(5) and systemd.service(5) say what they mean.
-UNIT_PROPERTIES = ("LoadState", "KillMode", "KillSignal", "TimeoutStopUSec", "Type", "NotifyAccess")
+UNIT_PROPERTIES = (
+    *("LoadState", "KillMode", "KillSignal", "TimeoutStopUSec", "Type", "NotifyAccess"),
+    "OOMPolicy",
+)
+# systemd.special(7): the targets that end the machine.
+SHUTDOWN_TARGETS = tuple(f"{name}.target" for name in ("poweroff", "reboot", "halt", "kexec", "soft-reboot"))
 
 
 def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | None) -> Facts:
@@ -55,6 +61,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         error, environment = str(wrong), dict(os.environ)
     if unit is not None and not re.fullmatch(r"[\w:.\\@-]+", unit):
         raise UsageError(f"--unit: got {unit!r}, expected the name of a systemd unit")
+    found = _unit(unit or _own_unit(_read("/proc/self/cgroup")))
     return Facts(
         config_error=error,
         target=config.target,
@@ -67,11 +74,14 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         init_children=tuple(_children(1)),
         in_container=_in_container(environment),
         environment=environment,
-        unit=_unit(unit or _own_unit(_read("/proc/self/cgroup"))),
+        unit=found,
+        shutdown_targets=_shutdown_targets() if found else (),
         livekit_agents=_version("livekit-agents"),
         has_inworld_plugin=_version("livekit-plugins-inworld") is not None,
         has_inworld_key=bool(environment.get("INWORLD_API_KEY")) or _is_readable(config.inworld.api_key_file),
         memory_limit=_limit("memory.max", "memory/memory.limit_in_bytes"),
+        dies_as_group=_dies_as_group(),
+        job_memory_mb=config.jobs.memory_mb,
         processes_limit=_limit("pids.max", "pids/pids.max"),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         trial=look(config.target, config.args) if config.target else None,
@@ -100,8 +110,10 @@ def _children(parent: int) -> Iterator[tuple[str, ...]]:
 
 
 def _in_container(environment: Mapping[str, str]) -> bool:
-    marks = ("/.dockerenv", "/run/.containerenv")
-    return any(map(os.path.exists, marks)) or "KUBERNETES_SERVICE_HOST" in environment
+    cgroups = _read("/proc/self/cgroup") + _read("/proc/1/cgroup")
+    return any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or is_container(
+        environment, _init(), _read("/proc/1/environ"), cgroups
+    )
 
 
 def _own_unit(cgroups: str) -> str:
@@ -113,10 +125,25 @@ def _own_unit(cgroups: str) -> str:
 def _unit(name: str) -> Unit | None:
     if not name:
         return None
-    names = [word for each in UNIT_PROPERTIES for word in ("-p", each)]
+    (properties,) = _show(UNIT_PROPERTIES, name) or ({},)
+    return Unit(name=name, properties=properties) if properties else None
+
+
+def _shutdown_targets() -> tuple[ShutdownTarget, ...]:
+    return tuple(
+        ShutdownTarget(
+            name=each["Id"], timeout=each.get("JobTimeoutUSec", ""), action=each.get("JobTimeoutAction", "")
+        )
+        for each in _show(("Id", "LoadState", "JobTimeoutUSec", "JobTimeoutAction"), *SHUTDOWN_TARGETS)
+        if each.get("LoadState") == "loaded"
+    )
+
+
+def _show(properties: Sequence[str], *names: str) -> list[dict[str, str]]:
+    """Return the properties of each unit, as systemctl has them; nothing where there is no systemd to ask."""
     try:
         done = subprocess.run(
-            ["systemctl", "show", *names, "--", name],
+            ["systemctl", "show", f"--property={','.join(properties)}", "--", *names],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -124,10 +151,10 @@ def _unit(name: str) -> Unit | None:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    pairs = (line.partition("=") for line in done.stdout.splitlines())
-    properties = {key: value for key, _, value in pairs}
-    return Unit(name=name, properties=properties) if properties else None
+        return []
+    blocks = done.stdout.strip().split("\n\n") if done.stdout.strip() else []
+    pairs = ([line.partition("=") for line in block.splitlines()] for block in blocks)
+    return [{key: value for key, _, value in each} for each in pairs]
 
 
 def _version(package: str) -> str | None:
@@ -143,17 +170,26 @@ def _is_readable(path: str) -> bool:
 
 def _limit(*names: str) -> int | None:
     """Return the lowest limit from the cgroup of this process up to the root, in either hierarchy."""
+    return min((limit for limit in _values(*names) if limit < NO_LIMIT), default=None)
+
+
+def _dies_as_group() -> bool | None:
+    """Return whether memory.oom.group is set from the cgroup of this process up to the root."""
+    values = list(_values("memory.oom.group"))
+    return any(values) if values else None
+
+
+def _values(*names: str) -> Iterator[int]:
+    """Yield the numbers in files of this cgroup and of those above it, in either hierarchy."""
     own = [line.rpartition(":")[2].lstrip("/") for line in _read("/proc/self/cgroup").splitlines()]
-    found = []
     for name in names:
         controller, _, file = name.rpartition("/")
         for path in {"", *own}:
             place = CGROUPS / controller / path
             while place.is_relative_to(CGROUPS):
                 with contextlib.suppress(ValueError):
-                    found.append(int(_read(place / file)))
+                    yield int(_read(place / file))
                 place = place.parent
-    return min((limit for limit in found if limit < NO_LIMIT), default=None)
 
 
 def _http_problem(address: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -13,12 +16,17 @@ from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.views.metrics import CONTENT_TYPE, Metrics
 from lastcall.supervisor.views.status import Status
 
+# Seconds between two tries to get a port that another program has. Ours: such a program is about to end, or
+# will not end.
+RETRY_EVERY = 1.0
+
 
 @asynccontextmanager
-async def serve(address: str, status: Status) -> AsyncIterator[str]:
+async def serve(address: str, status: Status, log: Any) -> AsyncIterator[str]:
     """Serve on HOST:PORT for as long as the block runs; "off" serves nothing.
 
-    Yields the address in use. Raises ConfigError when it is taken or does not exist.
+    Yields the address in use. A port that another program has is tried again while the block runs, because
+    calls need no HTTP. Raises ConfigError for an address that can't be had at all.
     """
     if address == "off":
         yield address
@@ -26,17 +34,49 @@ async def serve(address: str, status: Status) -> AsyncIterator[str]:
     host, _, port = address.rpartition(":")
     runner = web.AppRunner(_app(status), access_log=None, handle_signals=False, shutdown_timeout=0.2)
     await runner.setup()
+    waiting: asyncio.Task[None] | None = None
     try:
         try:
-            await web.TCPSite(runner, host.strip("[]"), int(port)).start()
+            site = web.TCPSite(runner, host.strip("[]"), int(port))
+            listens = await _listens(site)
         except (OSError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"http: {address} can't be used: {words_of(error)};"
                 " give another HOST:PORT by --http, or --http off"
             ) from error
-        yield f"{host}:{runner.addresses[0][1]}"
+        if not listens:
+            log.warning("http port is busy", http=address, tried_again_every_s=RETRY_EVERY)
+            waiting = asyncio.create_task(_wait_for_port(site, address, log))
+        yield f"{host}:{runner.addresses[0][1]}" if listens else address
     finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.wait({waiting})
         await runner.cleanup()
+
+
+async def _listens(site: web.TCPSite) -> bool:
+    """Begin to listen; False where another program has the port. Raises OSError for any other reason."""
+    try:
+        await site.start()
+    except OSError as error:
+        await site.stop()  # else it could not be started again
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+async def _wait_for_port(site: web.TCPSite, address: str, log: Any) -> None:
+    try:
+        while True:
+            await asyncio.sleep(RETRY_EVERY)
+            if await _listens(site):
+                break
+    except OSError as error:
+        log.error("http port can't be had", http=address, reason=words_of(error))
+    else:
+        log.info("http port is free now", http=address)
 
 
 def _app(status: Status) -> web.Application:

@@ -1,8 +1,9 @@
 """The tests' agent. Each dispatch's metadata says what its job does; every job keeps a log of its own.
 
-metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "hungry" | "crash" | "spawn" |
-"fork" | "thread" | "to_thread" | "exit_handler" | "bad_exit", and for the offer "request_sleep",
-"request_block", "request_linger", "accepts", "busy"}. A job that holds ends when the test lets it go.
+metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "hungry" | "leak" |
+"blocking_leak" | "leaking_program" | "crash" | "spawn" | "fork" | "thread" | "to_thread" | "exit_handler" |
+"bad_exit", for a leak its "mb", and for the offer "request_sleep", "request_block", "request_linger",
+"accepts", "busy"}. A job that holds ends when the test lets it go.
 """
 
 from __future__ import annotations
@@ -20,12 +21,25 @@ import time
 
 from livekit.agents import JobContext, JobExecutorType, JobProcess, JobRequest, WorkerOptions, cli
 
+from lastcall.worker.base.memory import held_alone
+
 # A program that ignores SIGTERM and left its parent's session.
 STUBBORN = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("up", flush=True)
 time.sleep(600)
+"""
+
+
+# A program that takes 40 MB a second and never ends.
+LEAK = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+hoard = []
+while True:
+    hoard.append(b"x" * (4 << 20))
+    time.sleep(0.1)
 """
 
 
@@ -65,6 +79,15 @@ async def entrypoint(ctx: JobContext) -> None:
         hoard = []
         while True:
             hoard.append(b"x" * (16 << 20))
+    elif mode == "leaking_program":
+        note(ctx, "leaks", child=subprocess.Popen([sys.executable, "-c", LEAK], start_new_session=True).pid)
+        await asyncio.sleep(600)
+    elif mode in ("leak", "blocking_leak"):
+        hoard = []
+        while held_alone(os.getpid()) < spec["mb"] << 20:
+            hoard.append(b"x" * (4 << 20))
+            await asyncio.sleep(0.1) if mode == "leak" else time.sleep(0.1)
+        await asyncio.sleep(600)
     elif mode == "hold":
         while not os.path.exists(os.environ["JOB_LOG"] + ".go"):
             await asyncio.sleep(0.02)

@@ -22,7 +22,7 @@ ROOMS: dict[str, Room] = {
         idea="hosts one AgentServer and ends it without cutting a job",
         floors=(
             "base",
-            "sdk shield target scratch orphan_output exposition imported jobs local",
+            "sdk shield target scratch orphan_output exposition imported jobs job_memory local",
             "inworld engine",
             "job host",
             "__main__",
@@ -31,7 +31,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
         floors=(
-            "errors clock exit_codes variables process backoff budget target_form garbage",
+            "errors clock exit_codes variables process memory backoff budget target_form garbage",
             "condition wire settings broker_settings calls_over",
             "stopping resources channel",
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from tests.support.left_out import CACHE
 ROOT = Path(__file__).parent.parent.parent
 LASTCALL = "/opt/lastcall/bin/lastcall"
 BOOT = 30.0
+NUMBERS = itertools.count()
 NAMESPACES = ("-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w")
 
 # $1 lower root, $2 checkout, $3 name, $4 cgroup, $5 an empty directory
@@ -60,7 +62,7 @@ class Machine:
 
     def __init__(self, suite: str) -> None:
         self.suite = suite
-        self.name = f"lc-{suite}-{os.getpid()}"
+        self.name = f"lc-{suite}-{os.getpid()}-{next(NUMBERS)}"
         unified = Path("/sys/fs/cgroup/unified")
         self.cgroup = (unified if unified.is_dir() else Path("/sys/fs/cgroup")) / self.name
         self.init = 0

@@ -33,17 +33,18 @@ class WorkerSettings:
     The supervisor builds one value for all workers (`supervisor.program`), replaces the last six fields for
     each worker (`processes.launch`), and hands the value over as JSON in one variable.
 
-    `max_running`: the most jobs at a time, 0 for no limit. `local_url`: the local server. The
-    worker may register with no other, and its jobs run in mock rooms. `output_fds`: the read ends of the
-    standard output and error of the worker. `lifeline_fd`: only held, for as long as the worker lives.
-    `scratch`: the directory for the sockets of multiprocessing. `tells_imports`: whether the worker says
-    which files its target has imported.
+    `max_running`: the most jobs at a time, 0 for no limit. `job_memory_limit`: bytes, 0 for no limit.
+    `local_url`: the local server. The worker may register with no other, and its jobs run in mock rooms.
+    `output_fds`: the read ends of the standard output and error of the worker. `lifeline_fd`: only held, for
+    as long as the worker lives. `scratch`: the directory for the sockets of multiprocessing. `tells_imports`:
+    whether the worker says which files its target has imported.
     """
 
     grace: float = DEFAULT_GRACE
     shares: Shares = field(default_factory=Shares)
     beat: float = 1.0
     max_running: int = 0
+    job_memory_limit: int = 0
     coloured: bool = False
     local_url: str = ""
     tells_imports: bool = False

@@ -17,10 +17,15 @@ from types import FrameType
 from typing import Any
 
 from lastcall.worker.base import calls_over, garbage
+from lastcall.worker.base.memory import die_before, oom_adjustment
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
 from lastcall.worker.job import teardown
 from lastcall.worker.sdk import job_process
+
+# Steps of oom_score_adj above that of the worker, in thousandths of the memory. Ours: a forkserver holds
+# about as much as a job, and all of its jobs end with it.
+JOBS_DIE_BEFORE = 50
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -64,6 +69,8 @@ class Setup:
     def __call__(self, process: Any) -> Any:
         unmask()
         garbage.collect_again()
+        if os.environ.get(WORKER_PID) != str(os.getpid()):
+            die_before(oom_adjustment() + JOBS_DIE_BEFORE)
         # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.
         from lastcall.worker.inworld.plugin.attached import plugin_connections
 

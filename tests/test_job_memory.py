@@ -1,0 +1,121 @@
+"""The memory of jobs: each may have a limit, and the kernel finds the processes in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lastcall.worker.base import memory
+from tests.support.harness import AGENT, Run, StartRun, lives
+
+LIMIT_MB = 300
+# A process that holds 60 MB alone, and reads 40 MB of a file.
+HOLDER = """
+import mmap, sys
+held = b"x" * (60 << 20)
+file = open(sys.argv[1], "rb")
+read = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+sum(read[::4096])
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.core
+async def test_job_over_its_limit_ends_alone(run: StartRun, tmp_path: Path) -> None:
+    """Jobs that leak are asked to end, and those that do not are killed; the worker's other job goes on.
+
+    On the way: the order in which the kernel would kill, from the workers over the jobs to their programs.
+    """
+    config = tmp_path / "lastcall.toml"
+    config.write_text(f"[jobs]\nmemory_mb = {LIMIT_MB}\n")
+    r: Run = await run("run", "--grace", "60", "--config", str(config), AGENT, environment={"IDLE": "3"})
+    await r.ready()
+    good = await r.dispatch("good", mode="hold")
+    leak = await r.dispatch("leak", mode="leak", mb=LIMIT_MB * 9 // 10)
+    program = await r.dispatch("program", mode="leaking_program")
+    hungry = await r.dispatch("hungry", mode="blocking_leak", mb=2 * LIMIT_MB)
+    leaking = await r.job_says(program.job_id, "leaks")
+    started = await r.job_says(good.job_id, "started")
+
+    base = memory.oom_adjustment()
+    (worker,) = r.workers()
+    assert [memory.oom_adjustment(pid) for pid in (r.pid, worker.pid)] == [base, base]
+    assert memory.oom_adjustment(psutil.Process(started["pid"]).ppid()) == base, "the forkserver"
+    assert memory.oom_adjustment(started["pid"]) == base + 50
+    await r.until(lambda: memory.oom_adjustment(leaking["child"]) == base + 100)
+
+    for job in (leak, program, hungry):
+        # livekit-agents lets the entrypoint of a job that was asked go on for 15 s, since 1.8.
+        await r.until(lambda job=job: r.livekit.jobs[job.job_id].status != "JS_RUNNING", 60)  # type: ignore[misc]
+    await r.until(lambda: not lives(leaking["child"]))
+    said = {
+        job.job_id: [note["what"] for note in r.notes() if note["job"] == job.job_id]
+        for job in (leak, hungry)
+    }
+    assert "callback" in said[leak.job_id], "the shutdown callbacks of a job that was asked have run"
+    assert "callback" not in said[hungry.job_id]
+    assert r.livekit.jobs[hungry.job_id].status == "JS_FAILED"
+    lines = [json.loads(line) for line in r.out.read_text().splitlines() if "for its memory" in line]
+    asked, killed = (
+        {line["job_id"] for line in lines if f"job is {what}" in line["message"]}
+        for what in ("asked", "killed")
+    )
+    assert asked == {leak.job_id, program.job_id, hungry.job_id}
+    # Before 1.8 a job that was asked ends at once, and its program is killed after it.
+    assert {hungry.job_id} <= killed <= {hungry.job_id, program.job_id}
+
+    assert r.livekit.jobs[good.job_id].status == "JS_RUNNING" and lives(worker.pid)
+    r.kill()
+    r.let_go()
+    assert await r.exit() == 0
+    await r.clean(good)
+    totals = r.receipt()["totals"]
+    assert (totals["failed"], totals["finished"], totals["cut"]) == (3, 1, 0)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    file = tmp_path / "model"
+    file.write_bytes(b"x" * (40 << 20))
+    words = [sys.executable, "-c", HOLDER, str(file)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_private_memory(holder: subprocess.Popen[str]) -> None:
+    """Memory that ends with the process counts; pages of a file, which the kernel can drop, do not."""
+    alone, at_most = memory.held_alone(holder.pid), memory.held_at_most(holder.pid)
+    assert 60 << 20 < alone <= at_most < 90 << 20
+    assert memory.held_alone(2**22 + 1) == memory.held_at_most(2**22 + 1) == 0
+
+
+def test_descendants(holder: subprocess.Popen[str]) -> None:
+    """All of them at any depth, by parent; a process that is not there has none."""
+    processes = memory.all_processes()
+    found = memory.below([os.getpid(), 1, holder.pid, 2**22 + 1], processes)
+    assert processes[holder.pid] in found[os.getpid()]
+    assert found[holder.pid] == found[2**22 + 1] == []
+
+
+@pytest.mark.parametrize(
+    ("now", "asked", "then"), [(0, 50, 50), (60, 50, 60), (970, 1020, 999), (1000, 1050, 1000)]
+)
+def test_order_is_only_raised(holder: subprocess.Popen[str], now: int, asked: int, then: int) -> None:
+    """No value is lowered, and none is raised to 1000."""
+    Path(f"/proc/{holder.pid}/oom_score_adj").write_text(str(now))
+    memory.die_before(asked, holder.pid)
+    assert memory.oom_adjustment(holder.pid) == then
+    with contextlib.suppress(FileNotFoundError):
+        memory.die_before(asked, 2**22 + 1)

@@ -1,0 +1,99 @@
+"""Processes as /proc shows them: which are below which, their memory, and the order in which they die.
+
+Every function takes a process that ends meanwhile for one that holds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# The kernel kills a process with this value before all others: proc(5), oom_score_adj.
+FIRST_TO_DIE = 1000
+# Lines of /proc/PID/smaps_rollup: the memory that would be free if only this process ended. Clean pages of
+# files are not among them, because the kernel drops those before it kills. Dirty ones are, and the bound
+# takes them out again.
+HELD_ALONE = ("Private_Dirty:", "Private_Hugetlb:", "SwapPss:")
+# Lines of /proc/PID/status whose sum is never less than the sum of those.
+HELD_AT_MOST = ("RssAnon:", "RssShmem:", "VmSwap:", "HugetlbPages:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A process. The start, in clock ticks after boot, tells it from a later one with the same pid."""
+
+    pid: int
+    parent: int
+    started: int
+
+
+def all_processes() -> dict[int, Process]:
+    """Return every process that can be seen, by pid."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                # The name, in parentheses, may hold anything. Fields from the third on: proc(5), stat.
+                fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
+                pid = int(entry.name)
+                found[pid] = Process(pid=pid, parent=int(fields[1]), started=int(fields[19]))
+    return found
+
+
+def below(pids: Iterable[int], processes: Mapping[int, Process]) -> dict[int, list[Process]]:
+    """Return the descendants of each of the pids, as far as nothing between them has ended."""
+    children: dict[int, list[Process]] = {}
+    for process in processes.values():
+        children.setdefault(process.parent, []).append(process)
+    found = {}
+    for pid in pids:
+        found[pid] = list(children.get(pid, ()))
+        for process in found[pid]:  # grows while it is read
+            found[pid] += children.get(process.pid, ())
+    return found
+
+
+def held_at_most(pid: int) -> int:
+    """Return a bound of `held_alone`, which costs a tenth."""
+    return _sum(pid, "status", HELD_AT_MOST)
+
+
+def held_alone(pid: int) -> int:
+    """Return the bytes that the process shares with no other and that the kernel can't drop."""
+    bound = held_at_most(pid)
+    try:
+        return min(bound, _sum(pid, "smaps_rollup", HELD_ALONE))
+    except PermissionError:  # a program that has changed its user
+        return bound
+
+
+def _sum(pid: int, file: str, names: tuple[str, ...]) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text(errors="replace").splitlines()
+    except PermissionError:
+        raise
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(names)) * 1024
+
+
+def oom_adjustment(pid: int | str = "self") -> int:
+    """Return the process's oom_score_adj; 0 where it can't be read."""
+    try:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def die_before(adjustment: int, pid: int | str = "self") -> None:
+    """Raise the oom_score_adj of a process, never lower it, and never to the top.
+
+    A step of 1 stands for a thousandth of the memory of the machine, or of the control group at its limit.
+    """
+    wanted = min(adjustment, FIRST_TO_DIE - 1)
+    # No right to it, as for a program that has changed its user: the order is a help and no condition.
+    with contextlib.suppress(OSError):
+        if oom_adjustment(pid) < wanted:
+            Path(f"/proc/{pid}/oom_score_adj").write_text(str(wanted))
