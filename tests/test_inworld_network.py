@@ -76,7 +76,7 @@ async def proxied(port: int) -> AsyncIterator[Proxy]:
 async def test_a_slow_network_only_slows() -> None:
     """Frames that arrive a few bytes at a time are whole: 20 callers are served, the close is in order."""
     async with pair() as p, proxied(p.server.port) as proxy:
-        p.pool.url = f"ws://127.0.0.1:{proxy.port}/"
+        p.pool._connections.url = f"ws://127.0.0.1:{proxy.port}/"
         async with asyncio.timeout(60):
             heard = await asyncio.gather(*(p.say("Hi.", timeout=60.0) for _ in range(20)))
             assert heard == [2] * 20
@@ -88,7 +88,7 @@ async def test_a_slow_network_only_slows() -> None:
 async def test_a_connection_may_end_at_any_byte() -> None:
     """Cut within the handshake or any frame after it: the caller is told or served, and nothing is kept."""
     async with pair(timings=quick(retry_cap=0.02)) as p, proxied(p.server.port) as proxy:
-        p.pool.url = f"ws://127.0.0.1:{proxy.port}/"
+        p.pool._connections.url = f"ws://127.0.0.1:{proxy.port}/"
         proxy.piece = 4096
         for cut in range(0, 560, 7):
             proxy.cut_after = cut
@@ -101,7 +101,7 @@ async def test_a_connection_may_end_at_any_byte() -> None:
             except InworldError:
                 await p.say("Hi.", timeout=PATIENCE)  # it was cut in mid-stream; the next is served
             for connection in list(p.pool.connections.values()):
-                p.pool.close_entry(connection.entry)
+                p.pool._connections.close(connection.entry)
             await until(lambda: not p.pool.tasks)
             await p.settled()
         stream = await acquire(p.pool, CONFIG)

@@ -219,10 +219,10 @@ async def test_a_refused_key_is_told_at_once() -> None:
 async def test_no_server_at_all() -> None:
     """With nobody listening an acquire ends in its timeout, and the pool is as before."""
     async with pair() as p:
-        p.pool.url = "ws://127.0.0.1:9/"
+        p.pool._connections.url = "ws://127.0.0.1:9/"
         with pytest.raises(AcquireTimeout):
             await p.acquire(timeout=0.3)
-        p.pool.url = p.server.ws_url
+        p.pool._connections.url = p.server.ws_url
         await p.say()
 
 
@@ -333,7 +333,7 @@ async def test_an_idle_pool_sets_no_timer_but_its_own() -> None:
         await p.settled()
         (connection,) = p.pool.connections.values()
         # The timers of the handshake and of the last context fire once more.
-        await until(lambda: p.pool._timer.at >= connection.idle_since + 300.0)
+        await until(lambda: p.pool._connections._timer.at >= connection.idle_since + 300.0)
         await until(lambda: connection._timer._handle is None)
 
 

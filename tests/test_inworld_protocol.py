@@ -19,7 +19,7 @@ from lastcall.worker.inworld.pool.lifecycles import (
     ConnectionState,
     ContextState,
 )
-from lastcall.worker.inworld.pool.pool import REDIAL_JITTER
+from lastcall.worker.inworld.pool.open_connections import REDIAL_JITTER
 from lastcall.worker.inworld.pool.protocol import Action, Kind
 from lastcall.worker.inworld.pool.splitting import split
 

@@ -55,6 +55,8 @@ ROOMS: dict[str, Room] = {
             "protocol outbox capacity",
             "dialling idling context",
             "connection",
+            "open_connections",
+            "live_contexts",
             "pool",
         ),
     ),

@@ -1,0 +1,174 @@
+"""The contexts of a pool: each context's claim on the capacity, its wait, and what it wants done.
+
+A `Context` decides and returns effects. `Contexts` performs them: frames go to the context's connection or to
+the listener, a claim is requested or released, and a context that has ended is forgotten. A caller owns no
+task: when a caller is cancelled its context is cancelled, and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from typing import assert_never
+
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.inworld.pool.capacity import Capacity, Claim, ClaimState
+from lastcall.worker.inworld.pool.close_report import CloseTally
+from lastcall.worker.inworld.pool.connection import Connection
+from lastcall.worker.inworld.pool.context import (
+    Context,
+    Deliver,
+    Effects,
+    End,
+    Retire,
+    Retry,
+    Send,
+    Tell,
+    Watch,
+)
+from lastcall.worker.inworld.pool.errors import InworldError
+from lastcall.worker.inworld.pool.figures import Counters
+from lastcall.worker.inworld.pool.open_connections import Connections
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A context's wait for a place: since when, and the timer for its acquire timeout."""
+
+    since: float
+    timer: asyncio.TimerHandle | None = None
+
+    def stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class Contexts:
+    """Every context that has not ended, with its claim. `changed` is notified when one ends in a close."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        connections: Connections,
+        *,
+        counters: Counters,
+        tally: CloseTally,
+        changed: Condition,
+    ) -> None:
+        self.claims: dict[Context, Claim] = {}
+        # Those contexts that the server has not been asked for.
+        self.waiting: dict[Context, Waiting] = {}
+        self._capacity = capacity
+        self._connections = connections
+        self._counters = counters
+        self._tally = tally
+        self._changed = changed
+
+    @property
+    def open(self) -> int:
+        """How many contexts the server may count."""
+        return sum(len(connection.contexts) for connection in self._connections.by_entry.values())
+
+    def connection_of(self, context: Context) -> Connection | None:
+        """Return the connection that the context has a place on, if any."""
+        claim = self.claims.get(context)
+        if claim is None or claim.entry is None:
+            return None
+        return self._connections.by_entry[claim.entry]
+
+    def fail(self, context: Context, error: InworldError) -> None:
+        """Tell the listener this error as the end, now, and cancel the context at the server."""
+        self.perform(context, context.fail(error, now()))
+
+    def fail_waiting(self, error: InworldError) -> None:
+        """Fail every context that waits for a place."""
+        for context in list(self.waiting):
+            self.fail(context, error)
+
+    def perform(self, context: Context, effects: Effects) -> None:
+        """Do what a context wants done, in order."""
+        for effect in effects:
+            match effect:
+                case Deliver(frame):
+                    assert context.listener is not None
+                    context.listener.on_frame(frame, context)
+                case Send(text):
+                    self._connection_of(context).put(text)
+                case Watch(at):
+                    self._connection_of(context).watch(at)
+                case Tell(error, frame):
+                    # Drop the listener: it refers to this context, and the reference cycle would keep both
+                    # alive until the next garbage collection.
+                    listener, context.listener = context.listener, None
+                    assert listener is not None
+                    listener.on_end(error, frame, context)
+                case Retire():
+                    self._connections.retire(self._connection_of(context).entry)
+                case Retry(remainder):
+                    self._retry(context, remainder)
+                case End(fate):
+                    self._end(context, fate)
+                case _:
+                    assert_never(effect)
+
+    def _connection_of(self, context: Context) -> Connection:
+        entry = self.claims[context].entry
+        assert entry is not None
+        return self._connections.by_entry[entry]
+
+    def request(self, context: Context, *, first: bool = False) -> None:
+        """Have a context wait for a place, with `first` before all others."""
+        self.claims[context] = claim = Claim(lambda _: self._granted(context))
+        self.waiting[context] = waiting = Waiting(now())
+        self._capacity.request(claim, first=first)
+        if claim.state is ClaimState.WAITING:
+            self._counters.waited += 1
+            left = max(0.0, context.acquire_at - now())
+            waiting.timer = asyncio.get_running_loop().call_later(left, self._expire, context)
+            self._connections.dial_as_wanted()
+
+    def _expire(self, context: Context) -> None:
+        self.perform(context, context.expire(now()))
+
+    def _granted(self, context: Context) -> None:
+        waiting = self.waiting.pop(context)
+        waiting.stop()
+        self._counters.granted += 1
+        self._counters.wait_seconds += now() - waiting.since
+        self._capacity.create_sent(self.claims[context])
+        # A hyphen is no letter of base64, so the id can't stand in any audio.
+        id = f"lc-{secrets.token_hex(8)}"
+        self._connection_of(context).contexts[id] = context
+        self.perform(context, context.granted(id, now()))
+
+    def _retry(self, context: Context, remainder: Context | None) -> None:
+        self._counters.retries += 1
+        claim = self.claims[context]
+        if remainder is None:
+            self._connection_of(context).contexts.pop(context.id)
+            self._capacity.release(claim)
+        else:
+            self.claims[remainder] = claim
+            self._connection_of(remainder).contexts[remainder.id] = remainder
+            self.perform(remainder, remainder.cancel(now()))
+        self.request(context, first=True)
+
+    def _end(self, context: Context, fate: str) -> None:
+        claim = self.claims.pop(context)
+        connection = None if claim.entry is None else self._connections.by_entry[claim.entry]
+        if connection is not None:
+            connection.contexts.pop(context.id)
+        self._capacity.release(claim)
+        waiting = self.waiting.pop(context, None)
+        if waiting is not None:
+            waiting.stop()
+            if not self._capacity.waiters:
+                self._connections.stop_dialling()
+        if self._tally.is_counting:
+            if connection is not None:
+                self._tally.contexts[fate] += 1
+            self._changed.notify()
+        if connection is not None:
+            connection.report_idle()
