@@ -51,7 +51,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.inworld.pool": Room(
         idea="connections and the contexts on them",
         floors=(
-            "errors lifecycles timings splitting close_report figures timer",
+            "errors lifecycles timings splitting close_report fault_log figures timer",
             "protocol outbox capacity",
             "dialling idling context",
             "connection",

@@ -243,6 +243,7 @@ class BrokerBeat:
     failed_dials: int
     retries: int
     lost: int
+    faults: int
 
 
 BrokerSays = Serving | BrokerBeat | Resource | Fault

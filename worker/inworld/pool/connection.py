@@ -18,6 +18,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, Protocol
 
 import aiohttp
 
@@ -26,14 +27,14 @@ from lastcall.worker.base.wire import ResourceFate
 from lastcall.worker.inworld.pool import protocol
 from lastcall.worker.inworld.pool.capacity import PoolEntry
 from lastcall.worker.inworld.pool.context import Context, Effects
-from lastcall.worker.inworld.pool.errors import ConnectionLost, ContextError, Malformed
-from lastcall.worker.inworld.pool.lifecycles import ContextState
+from lastcall.worker.inworld.pool.errors import ConnectionLost, Malformed
 from lastcall.worker.inworld.pool.outbox import Outbox
 from lastcall.worker.inworld.pool.protocol import Frame, Kind
 from lastcall.worker.inworld.pool.timer import NEVER, Timer
 from lastcall.worker.inworld.pool.timings import Timings
 
 log = logging.getLogger("lastcall.inworld")
+P = ParamSpec("P")
 
 # Bytes that wait for the writer: above the first number `room` waits, above the second the peer is given up.
 # Ours: five contexts with 1,000 characters each are 5 kB, so both are far above what speech needs.
@@ -43,15 +44,23 @@ MAX_UNSENT_EVER = 8 * 1024 * 1024
 MAX_MALFORMED = 3
 
 
+class Act(Protocol):
+    """Calls a method of a context and performs the effects. An exception ends that context alone."""
+
+    def __call__(
+        self, context: Context, method: Callable[P, Effects], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
     """The calls by which a connection reports to its pool.
 
-    `perform` gets an effect of a context on this connection. `retire` gets an entry that is to take no new
-    context. `on_idle` gets a connection whose last context has ended.
+    `act` calls a method of a context on this connection and performs its effects. `retire` gets an entry that
+    is to take no new context. `on_idle` gets a connection whose last context has ended.
     """
 
-    perform: Callable[[Context, Effects], None]
+    act: Act
     retire: Callable[[PoolEntry], None]
     on_idle: Callable[[Connection], None]
 
@@ -166,7 +175,7 @@ class Connection:
     def _lose_contexts(self, why: str) -> None:
         self.was_lost = bool(self.contexts)
         for context in list(self.contexts.values()):
-            self._callbacks.perform(context, context.lose(ConnectionLost(why)))
+            self._callbacks.act(context, context.lose, ConnectionLost(why))
         self.outbox.wake()
         if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
             self.fate = "closed"
@@ -216,7 +225,7 @@ class Connection:
             return
         for context in list(self.contexts.values()):
             if context.deadline <= at:
-                self._callbacks.perform(context, context.expire(at))
+                self._callbacks.act(context, context.expire, at)
         due = min((context.deadline for context in self.contexts.values()), default=NEVER)
         due = min(due, stalled_at)
         if due < NEVER:
@@ -235,7 +244,7 @@ class Connection:
             return
         context = self.contexts.get(frame.context)
         if context is not None:
-            self._callbacks.perform(context, context.take(frame, now()))
+            self._callbacks.act(context, context.take, frame, now())
         # Else the frame is for a context that has ended here, and was under way.
 
     def _take_nameless(self, frame: Frame) -> None:
@@ -252,12 +261,7 @@ class Connection:
         else:
             self._callbacks.retire(self.entry)  # one of the contexts is about to be silent
             return
-        if whose.state is ContextState.CANCELLING:
-            effects = whose.hint()
-        else:
-            text = frame.message or f"the server's error {frame.code}"
-            effects = whose.fail(ContextError(text, code=frame.code), now())
-        self._callbacks.perform(whose, effects)
+        self._callbacks.act(whose, whose.take_nameless, frame, now())
 
     def _count_malformed(self, what: str) -> None:
         """Give the connection no new context, because a frame is missing; end it after a few."""

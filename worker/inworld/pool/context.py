@@ -266,6 +266,14 @@ class Context:
         # No published text says whether a context outlives its error, so it is cancelled and its place kept.
         return [*self._tell(error, frame), *self._cancel(at)]
 
+    def take_nameless(self, frame: Frame, at: float) -> Effects:
+        """Take an error of the server's that names no context, and that is most likely for this one."""
+        if self.state is S.CANCELLING:
+            return self.hint()
+        return self.fail(
+            ContextError(frame.message or f"the server's error {frame.code}", code=frame.code), at
+        )
+
     def expire(self, at: float) -> Effects:
         """Give up waiting for the answer that the deadline was for."""
         timings = self._timings

@@ -62,6 +62,13 @@ class Overflow(InworldError):
     code = RESOURCE_EXHAUSTED
 
 
+class LastcallFault(InworldError):
+    """Raised when an exception that nobody foresaw has ended a context. The log has the traceback."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"a fault in lastcall, {type(error).__name__}; its log has more")
+
+
 class ContextCancelled(InworldError):
     """Raised to a reader whose context was cancelled by its own side."""
 

@@ -29,7 +29,8 @@ class Figures:
     """What a pool has now, and its counters.
 
     `connections`: all that count against the account's limit. `dialling`: those of them without a finished
-    handshake. `contexts`: places that are taken. `waiters`: contexts that wait for a place.
+    handshake. `contexts`: places that are taken. `waiters`: contexts that wait for a place. `faults`: what
+    ended by a fault in lastcall.
     """
 
     connections: int
@@ -43,3 +44,4 @@ class Figures:
     failed_dials: int
     retries: int
     lost: int
+    faults: int

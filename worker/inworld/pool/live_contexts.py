@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import assert_never
+from typing import ParamSpec, assert_never
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
@@ -20,6 +21,7 @@ from lastcall.worker.inworld.pool.connection import Connection
 from lastcall.worker.inworld.pool.context import (
     Context,
     Deliver,
+    Effect,
     Effects,
     End,
     Retire,
@@ -28,9 +30,12 @@ from lastcall.worker.inworld.pool.context import (
     Tell,
     Watch,
 )
-from lastcall.worker.inworld.pool.errors import InworldError
+from lastcall.worker.inworld.pool.errors import InworldError, LastcallFault
+from lastcall.worker.inworld.pool.fault_log import FaultLog
 from lastcall.worker.inworld.pool.figures import Counters
 from lastcall.worker.inworld.pool.open_connections import Connections
+
+P = ParamSpec("P")
 
 
 @dataclass(slots=True)
@@ -54,6 +59,7 @@ class Contexts:
         connections: Connections,
         *,
         counters: Counters,
+        faults: FaultLog,
         tally: CloseTally,
         changed: Condition,
     ) -> None:
@@ -63,6 +69,7 @@ class Contexts:
         self._capacity = capacity
         self._connections = connections
         self._counters = counters
+        self._faults = faults
         self._tally = tally
         self._changed = changed
 
@@ -80,38 +87,66 @@ class Contexts:
 
     def fail(self, context: Context, error: InworldError) -> None:
         """Tell the listener this error as the end, now, and cancel the context at the server."""
-        self.perform(context, context.fail(error, now()))
+        self.act(context, context.fail, error, now())
 
     def fail_waiting(self, error: InworldError) -> None:
         """Fail every context that waits for a place."""
         for context in list(self.waiting):
             self.fail(context, error)
 
-    def perform(self, context: Context, effects: Effects) -> None:
-        """Do what a context wants done, in order."""
-        for effect in effects:
-            match effect:
-                case Deliver(frame):
-                    assert context.listener is not None
-                    context.listener.on_frame(frame, context)
-                case Send(text):
-                    self._connection_of(context).put(text)
-                case Watch(at):
-                    self._connection_of(context).watch(at)
-                case Tell(error, frame):
-                    # Drop the listener: it refers to this context, and the reference cycle would keep both
-                    # alive until the next garbage collection.
-                    listener, context.listener = context.listener, None
-                    assert listener is not None
+    def act(
+        self, context: Context, method: Callable[P, Effects], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Call a method of the context and perform its effects in order. A fault ends this context alone."""
+        try:
+            for effect in method(*args, **kwargs):
+                self._perform(context, effect)
+        except Exception as error:
+            self._end_faulty(context, error)
+
+    def _perform(self, context: Context, effect: Effect) -> None:
+        match effect:
+            case Deliver(frame):
+                assert context.listener is not None
+                context.listener.on_frame(frame, context)
+            case Send(text):
+                self._connection_of(context).put(text)
+            case Watch(at):
+                self._connection_of(context).watch(at)
+            case Tell(error, frame):
+                # Drop the listener: it refers to this context, and the reference cycle would keep both
+                # alive until the next garbage collection.
+                listener, context.listener = context.listener, None
+                assert listener is not None
+                try:
                     listener.on_end(error, frame, context)
-                case Retire():
-                    self._connections.retire(self._connection_of(context).entry)
-                case Retry(remainder):
-                    self._retry(context, remainder)
-                case End(fate):
-                    self._end(context, fate)
-                case _:
-                    assert_never(effect)
+                except Exception as fault:  # the effects after this one are the server's
+                    self._faults.note("a listener", fault)
+            case Retire():
+                self._connections.retire(self._connection_of(context).entry)
+            case Retry(remainder):
+                self._retry(context, remainder)
+            case End(fate):
+                self._end(context, fate)
+            case _:
+                assert_never(effect)
+
+    def _end_faulty(self, context: Context, error: Exception) -> None:
+        """Fail a context after an exception that nobody foresaw, or forget it if that fails too."""
+        self._faults.note("a context", error, context=context.id)
+        try:
+            for effect in context.fail(LastcallFault(error), now()):
+                self._perform(context, effect)
+        except Exception as second:
+            self._faults.note("a context", second, context=context.id)
+            if context.listener is not None:
+                self._perform(context, Tell(LastcallFault(error), None))
+            if context in self.claims:
+                # The server may still count the context, so its connection takes no other.
+                connection = self.connection_of(context)
+                if connection is not None:
+                    self._connections.retire(connection.entry)
+                self._end(context, "forced")
 
     def _connection_of(self, context: Context) -> Connection:
         entry = self.claims[context].entry
@@ -130,7 +165,7 @@ class Contexts:
             self._connections.dial_as_wanted()
 
     def _expire(self, context: Context) -> None:
-        self.perform(context, context.expire(now()))
+        self.act(context, context.expire, now())
 
     def _granted(self, context: Context) -> None:
         waiting = self.waiting.pop(context)
@@ -141,7 +176,7 @@ class Contexts:
         # A hyphen is no letter of base64, so the id can't stand in any audio.
         id = f"lc-{secrets.token_hex(8)}"
         self._connection_of(context).contexts[id] = context
-        self.perform(context, context.granted(id, now()))
+        self.act(context, context.granted, id, now())
 
     def _retry(self, context: Context, remainder: Context | None) -> None:
         self._counters.retries += 1
@@ -152,7 +187,7 @@ class Contexts:
         else:
             self.claims[remainder] = claim
             self._connection_of(remainder).contexts[remainder.id] = remainder
-            self.perform(remainder, remainder.cancel(now()))
+            self.act(remainder, remainder.cancel, now())
         self.request(context, first=True)
 
     def _end(self, context: Context, fate: str) -> None:

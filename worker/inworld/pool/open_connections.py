@@ -20,10 +20,10 @@ from lastcall.worker.base.condition import Condition
 from lastcall.worker.inworld.pool import idling
 from lastcall.worker.inworld.pool.capacity import Capacity, PoolEntry
 from lastcall.worker.inworld.pool.close_report import CloseTally
-from lastcall.worker.inworld.pool.connection import Callbacks, Connection
-from lastcall.worker.inworld.pool.context import Context, Effects
+from lastcall.worker.inworld.pool.connection import Act, Callbacks, Connection
 from lastcall.worker.inworld.pool.dialling import DialError, dial
-from lastcall.worker.inworld.pool.errors import InworldError, KeyRefused
+from lastcall.worker.inworld.pool.errors import InworldError, KeyRefused, LastcallFault
+from lastcall.worker.inworld.pool.fault_log import FaultLog
 from lastcall.worker.inworld.pool.figures import Counters
 from lastcall.worker.inworld.pool.lifecycles import ConnectionState
 from lastcall.worker.inworld.pool.timer import NEVER, Timer
@@ -51,6 +51,7 @@ class Connections:
         idle_timeout: float,
         seed: int | None,
         counters: Counters,
+        faults: FaultLog,
         tally: CloseTally,
         changed: Condition,
     ) -> None:
@@ -64,6 +65,7 @@ class Connections:
         self._timings = timings
         self._idle_timeout = idle_timeout
         self._counters = counters
+        self._faults = faults
         self._tally = tally
         self._changed = changed
         self._backoff = Backoff(
@@ -82,15 +84,16 @@ class Connections:
         group: asyncio.TaskGroup,
         session: aiohttp.ClientSession,
         *,
-        perform: Callable[[Context, Effects], None],
+        act: Act,
         fail_waiting: Callable[[InworldError], None],
     ) -> None:
         """Let handshakes begin; the tasks of connections are the group's.
 
-        `perform` gets the effects of a context. `fail_waiting` gets an error for every context that waits.
+        `act` calls a method of a context and performs the effects. `fail_waiting` gets an error for every
+        context that waits.
         """
         self._group, self._session = group, session
-        self._callbacks = Callbacks(perform=perform, retire=self.retire, on_idle=self._on_idle)
+        self._callbacks = Callbacks(act=act, retire=self.retire, on_idle=self._on_idle)
         self._fail_waiting = fail_waiting
         self.is_open = True
 
@@ -167,7 +170,7 @@ class Connections:
                 self.close(entry)
 
     async def _live(self, entry: PoolEntry) -> None:
-        """The whole life of one connection."""
+        """Dial, serve and end one connection. An exception that left this task would end all others."""
         timings = self._timings
         try:
             ws = await dial(
@@ -180,6 +183,17 @@ class Connections:
         except DialError as error:
             self._dial_failed(entry, error)
             return
+        except Exception as error:
+            self._faults.note("a handshake", error, connection=entry.number)
+            self._dial_failed(entry, DialError(str(LastcallFault(error)), "failed"))
+            return
+        try:
+            await self._serve(entry, ws)
+        except Exception as error:
+            self._faults.note("a connection", error, connection=entry.number)
+
+    async def _serve(self, entry: PoolEntry, ws: aiohttp.ClientWebSocketResponse) -> None:
+        timings = self._timings
         connection = Connection(entry, ws, timings=timings, callbacks=self._callbacks)
         if entry.state is ConnectionState.DIALLING:
             self._backoff.succeed()
@@ -191,8 +205,10 @@ class Connections:
             self.dial_as_wanted()
         else:
             connection.close(now() + timings.close_handshake)
-        await connection.run()
-        self._counters.lost += connection.was_lost
+        try:
+            await connection.run()
+        finally:
+            self._counters.lost += connection.was_lost
 
     def _gone(self, entry: PoolEntry) -> None:
         connection = self.by_entry.pop(entry, None)

@@ -5,7 +5,8 @@ that. A `Connection` has the socket, and `Connections` decides how many there ar
 has the methods that callers use, and closes everything in order.
 
 Tasks: one for each connection, and one that waits for the close. All are in one TaskGroup. A caller owns no
-task.
+task. The group would cancel every task when one of them fails, so an exception that nobody foresaw ends where
+it was raised: in the dial, the connection or the context (`fault_log`).
 
 The close, in order and on time:
 
@@ -33,6 +34,7 @@ from lastcall.worker.inworld.pool.capacity import Capacity
 from lastcall.worker.inworld.pool.close_report import CloseReport, CloseTally
 from lastcall.worker.inworld.pool.context import Context, Listener
 from lastcall.worker.inworld.pool.errors import InworldError, PoolClosed
+from lastcall.worker.inworld.pool.fault_log import FaultLog
 from lastcall.worker.inworld.pool.figures import Counters, Figures
 from lastcall.worker.inworld.pool.live_contexts import Contexts
 from lastcall.worker.inworld.pool.open_connections import Connections
@@ -71,6 +73,7 @@ class InworldPool:
         self.capacity = Capacity(max_connections, max_contexts)
         self._acquire_timeout = acquire_timeout
         self._counters = Counters()
+        self.faults = FaultLog()
         self._tally = CloseTally()
         self._changed = Condition()
         self._close_at: float | None = None
@@ -83,6 +86,7 @@ class InworldPool:
             idle_timeout=idle_connection_timeout,
             seed=seed,
             counters=self._counters,
+            faults=self.faults,
             tally=self._tally,
             changed=self._changed,
         )
@@ -90,6 +94,7 @@ class InworldPool:
             self.capacity,
             self._connections,
             counters=self._counters,
+            faults=self.faults,
             tally=self._tally,
             changed=self._changed,
         )
@@ -110,7 +115,7 @@ class InworldPool:
         self._connections.open(
             self._group,
             self._session,
-            perform=self._contexts.perform,
+            act=self._contexts.act,
             fail_waiting=self._contexts.fail_waiting,
         )
         return self
@@ -151,15 +156,15 @@ class InworldPool:
 
     def send(self, context: Context, action: Action, document: Document) -> None:
         """Pass a frame on, after those before it. A context that is closed or has ended ignores the frame."""
-        self._contexts.perform(context, context.send(action, document, now()))
+        self._contexts.act(context, context.send, action, document, now())
 
     def close(self, context: Context) -> None:
         """Have the server finish what it has, and close the context."""
-        self._contexts.perform(context, context.close(now()))
+        self._contexts.act(context, context.close, now())
 
     def cancel(self, context: Context) -> None:
         """Stop a context at once. Its place comes free when the server says so."""
-        self._contexts.perform(context, context.cancel(now()))
+        self._contexts.act(context, context.cancel, now())
 
     def fail(self, context: Context, error: InworldError) -> None:
         """Tell the listener this error as the end, now, and cancel the context at the server."""
@@ -204,6 +209,7 @@ class InworldPool:
             dialling=len(self.capacity.dialling),
             contexts=self.capacity.taken,
             waiters=self.capacity.waiters,
+            faults=self.faults.count,
             **asdict(self._counters),
         )
 
