@@ -181,3 +181,16 @@ def test_a_cancelled_context_is_over_for_its_owner_when_the_server_says_so() -> 
     end, tell = context.take(frame(Kind.CLOSED), 0.4)
     assert end == End("closed")
     assert isinstance(tell, Tell) and isinstance(tell.error, ContextCancelled)
+
+
+def test_each_request_to_stop_takes_one_nameless_error() -> None:
+    """The cancel and the close that follows it may each be refused once; later errors are for others."""
+    context = Walk().context
+    context.granted("lc-1", 0.0)
+    context.take(frame(Kind.CREATED), 0.1)
+    context.cancel(1.0)
+    seen = []
+    for at in (1.1, 1.2, 1.3):
+        seen.append(context.unanswered_cancels)
+        context.take_nameless(frame(Kind.ERROR, code=3, message="unknown payload"), at)
+    assert seen == [1, 1, 0]

@@ -204,6 +204,8 @@ class ServerConnection:
         self._emit("cancel_requested", context.id)
         if self._faults.cancel == "error":
             await self._fail(context.id, self._faults.codes.invalid, "unknown payload")
+        elif self._faults.cancel == "top-level":
+            await self._fail_connection(self._faults.codes.invalid, "unknown payload")
         elif self._faults.cancel == "supported":
             context.task.cancel()
             context.task = self._group.create_task(self._end(context))

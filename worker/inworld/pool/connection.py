@@ -248,12 +248,17 @@ class Connection:
         # Else the frame is for a context that has ended here, and was under way.
 
     def _take_nameless(self, frame: Frame) -> None:
-        """Give an error without a context to the create that waits longest, or else to the only context."""
+        """Give a nameless error to an unanswered cancel, else to a create, else to the only context.
+
+        A server that does not know cancel_context may refuse it without a name. A wrong guess costs one
+        close_context for a cancel, and for a create the context of its owner.
+        """
         if frame.kind is not Kind.ERROR:
             return
         log.warning("error without a context", extra={"code": frame.code, "text": frame.message})
         contexts = list(self.contexts.values())
-        waiting = [each for each in contexts if not each.is_created and not each.is_told]
+        waiting = [each for each in contexts if each.unanswered_cancels]
+        waiting = waiting or [each for each in contexts if not each.is_created and not each.is_told]
         if waiting:
             whose = waiting[0]
         elif len(contexts) == 1:

@@ -119,7 +119,8 @@ class Context:
     """One context. `id` is the server's name for it, drawn anew for each connection.
 
     `deadline`: when the connection has to call `expire`. `acquire_at`: by when the context has to exist.
-    `is_told`: the listener knows the end, or there is no listener.
+    `is_told`: the listener knows the end, or there is no listener. `unanswered_cancels`: requests to stop
+    that the server has answered neither by the end nor by an error.
     """
 
     __slots__ = (
@@ -137,6 +138,7 @@ class Context:
         "is_told",
         "listener",
         "state",
+        "unanswered_cancels",
     )
 
     def __init__(
@@ -149,6 +151,7 @@ class Context:
         self.listener = listener
         self.acquire_at = acquire_at
         self.deadline = NEVER
+        self.unanswered_cancels = 0
         self._config = config
         self._timings = timings
         self._cancel_until = NEVER
@@ -214,6 +217,7 @@ class Context:
     def _cancel(self, at: float) -> Effects:
         effects = self._put(Action.CANCEL, protocol.cancel(), at)
         self._move(E.CANCEL)
+        self.unanswered_cancels += 1
         self._cancel_until = at + self._timings.cancel
         return [*effects, *self._wait_until(min(self._cancel_until, at + self._timings.cancel_hint))]
 
@@ -257,7 +261,7 @@ class Context:
         is_unknown = frame.code == NOT_FOUND or "not found" in frame.message.lower()
         if self.state is S.CANCELLING:
             # The error answers the cancel, or a frame before the cancel. Only "not found" is an end.
-            return self._end(error, "closed", frame) if is_unknown else self.hint()
+            return self._end(error, "closed", frame) if is_unknown else self._refused_cancel()
         if not self.is_created and "max contexts" in frame.message.lower():
             # The server counts more contexts on this connection than the pool does, so it takes no create.
             return self._retry_elsewhere(error, MAX_RETRIES_LOST, at)
@@ -269,7 +273,7 @@ class Context:
     def take_nameless(self, frame: Frame, at: float) -> Effects:
         """Take an error of the server's that names no context, and that is most likely for this one."""
         if self.state is S.CANCELLING:
-            return self.hint()
+            return self._refused_cancel()
         return self.fail(
             ContextError(frame.message or f"the server's error {frame.code}", code=frame.code), at
         )
@@ -302,7 +306,12 @@ class Context:
         if self._has_hinted:
             return []
         self._has_hinted = True
+        self.unanswered_cancels += 1
         return [Send(protocol.encode(protocol.close(), self.id)), *self._wait_until(self._cancel_until)]
+
+    def _refused_cancel(self) -> Effects:
+        self.unanswered_cancels = max(0, self.unanswered_cancels - 1)
+        return self.hint()
 
     # -- another connection -------------------------------------------------------------------------------
 
