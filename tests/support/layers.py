@@ -54,6 +54,7 @@ ROOMS: dict[str, Room] = {
             "errors lifecycles timings splitting close_report fault_log figures timer",
             "protocol outbox capacity",
             "dialling idling context",
+            "redialling",
             "connection",
             "open_connections",
             "live_contexts",

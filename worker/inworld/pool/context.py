@@ -282,7 +282,7 @@ class Context:
         """Give up waiting for the answer that the deadline was for."""
         timings = self._timings
         if self.state is S.WAITING:
-            return self._end(AcquireTimeout("no capacity came free in time; try again"), "closed")
+            return self.fail(AcquireTimeout("no capacity came free in time; try again"), at)
         if self.state is S.CANCELLING:
             if at < self._cancel_until:
                 return self.hint()

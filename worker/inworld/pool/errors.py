@@ -33,7 +33,7 @@ class PoolClosed(InworldError):
 
 
 class AcquireTimeout(InworldError):
-    """Raised when no capacity came free in time, or the server did not create the context in time."""
+    """Raised when no capacity came free in time, or the server did not answer in time."""
 
     code = RESOURCE_EXHAUSTED
 
@@ -42,6 +42,12 @@ class KeyRefused(InworldError):
     """Raised when the server refuses the key; waiting would not help."""
 
     code = UNAUTHENTICATED
+
+
+class Unreachable(InworldError):
+    """Raised when no handshake with the server succeeds; the text has the cause."""
+
+    code = UNAVAILABLE
 
 
 class ConnectionLost(InworldError):

@@ -30,7 +30,7 @@ from lastcall.worker.inworld.pool.context import (
     Tell,
     Watch,
 )
-from lastcall.worker.inworld.pool.errors import InworldError, LastcallFault
+from lastcall.worker.inworld.pool.errors import AcquireTimeout, InworldError, LastcallFault
 from lastcall.worker.inworld.pool.fault_log import FaultLog
 from lastcall.worker.inworld.pool.figures import Counters
 from lastcall.worker.inworld.pool.open_connections import Connections
@@ -165,7 +165,10 @@ class Contexts:
             self._connections.dial_as_wanted()
 
     def _expire(self, context: Context) -> None:
-        self.act(context, context.expire, now())
+        if self._connections.is_unanswered:
+            self.fail(context, AcquireTimeout("no handshake with Inworld was answered in time; try again"))
+        else:
+            self.act(context, context.expire, now())
 
     def _granted(self, context: Context) -> None:
         waiting = self.waiting.pop(context)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import aiohttp
 
-from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.inworld.pool import idling
@@ -22,17 +21,15 @@ from lastcall.worker.inworld.pool.capacity import Capacity, PoolEntry
 from lastcall.worker.inworld.pool.close_report import CloseTally
 from lastcall.worker.inworld.pool.connection import Act, Callbacks, Connection
 from lastcall.worker.inworld.pool.dialling import DialError, dial
-from lastcall.worker.inworld.pool.errors import InworldError, KeyRefused, LastcallFault
+from lastcall.worker.inworld.pool.errors import InworldError, LastcallFault
 from lastcall.worker.inworld.pool.fault_log import FaultLog
 from lastcall.worker.inworld.pool.figures import Counters
 from lastcall.worker.inworld.pool.lifecycles import ConnectionState
+from lastcall.worker.inworld.pool.redialling import Redialling
 from lastcall.worker.inworld.pool.timer import NEVER, Timer
 from lastcall.worker.inworld.pool.timings import Timings
 
 log = logging.getLogger("lastcall.inworld")
-
-# Part of each delay that is random. Ours: machines that Inworld refused together must not come back together.
-REDIAL_JITTER = 0.5
 
 
 class Connections:
@@ -68,10 +65,7 @@ class Connections:
         self._faults = faults
         self._tally = tally
         self._changed = changed
-        self._backoff = Backoff(
-            timings.retry_first, timings.retry_cap, jitter=REDIAL_JITTER, random=random.Random(seed)
-        )
-        self._redial_at = 0.0
+        self._redialling = Redialling(timings, random.Random(seed))
         self._dialled_at: dict[PoolEntry, float] = {}
         self._timer = Timer(self._on_timer)
         self._callbacks: Callbacks
@@ -104,9 +98,13 @@ class Connections:
     def set_key(self, key: str) -> None:
         """Use another key for new connections. A refused handshake may be tried again at once."""
         self._key = key
-        self._backoff.succeed()
-        self._redial_at = 0.0
+        self._redialling.reset()
         self.dial_as_wanted()
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether handshakes are under way, no connection stands, and the account is not known to be full."""
+        return len(self._capacity.dialling) == len(self._capacity.entries) and not self._redialling.is_full
 
     def close(self, entry: PoolEntry) -> None:
         """Close one connection, or stop its handshake."""
@@ -141,13 +139,17 @@ class Connections:
         if not self.is_open:
             return
         at = now()
-        if self._redial_at > at:
+        if self._redialling.at > at:
             if self._capacity.waiters:
-                self._timer.set(self._redial_at)
+                self._timer.set(self._redialling.at)
+                self._tell_outage()
             return
         wanted = self._capacity.wanted()
-        if self._backoff.failures:
-            # After a failure one handshake finds out for all, or one more if that one hangs.
+        if self._redialling.outage is not None:
+            # One handshake finds out for all, however long it takes: no caller waits for a slow one.
+            wanted = min(wanted, int(not self._capacity.dialling))
+        elif self._redialling.is_full:
+            # One handshake finds out for all, or one more if that one hangs.
             wanted = min(wanted, int(all(entry.is_slow for entry in self._capacity.dialling)))
         for _ in range(wanted):
             self._dial()
@@ -155,6 +157,16 @@ class Connections:
             for entry in self._capacity.dialling:
                 if not entry.is_slow:
                     self._timer.set(self._dialled_at[entry] + self._timings.slow_dial)
+            self._tell_outage()
+
+    def _tell_outage(self) -> None:
+        """Fail every context that waits, if the server is known to be down and nothing is in sight."""
+        refusal = self._redialling.refusal(
+            is_finding_out=not all(entry.is_slow for entry in self._capacity.dialling),
+            stands=any(entry.state is ConnectionState.OPEN for entry in self._capacity.entries),
+        )
+        if refusal is not None:
+            self._fail_waiting(refusal)
 
     def _dial(self, *, is_replacement: bool = False) -> None:
         entry = self._capacity.dial(is_replacement=is_replacement)
@@ -164,7 +176,12 @@ class Connections:
         task.add_done_callback(lambda _: self._gone(entry))
 
     def stop_dialling(self) -> None:
-        """Stop the handshakes that were begun for contexts which wait no more."""
+        """Stop the handshakes that were begun for contexts which wait no more.
+
+        In an outage a handshake goes on, to find out when the outage is over.
+        """
+        if self._redialling.outage is not None and self.is_open:
+            return
         for entry in self._capacity.dialling:
             if not entry.is_replacement:
                 self.close(entry)
@@ -196,7 +213,7 @@ class Connections:
         timings = self._timings
         connection = Connection(entry, ws, timings=timings, callbacks=self._callbacks)
         if entry.state is ConnectionState.DIALLING:
-            self._backoff.succeed()
+            self._redialling.succeeded()
             self.by_entry[entry] = connection
             self._capacity.opened(entry)
             connection.report_idle()
@@ -217,18 +234,14 @@ class Connections:
         del self._dialled_at[entry], self.tasks[entry]
         self._capacity.gone(entry)
         self._changed.notify()
+        self._tell_outage()
         self.dial_as_wanted()
 
     def _dial_failed(self, entry: PoolEntry, error: DialError) -> None:
         self._counters.failed_dials += 1
         self._counters.refusals += error.failure == "refused"
         log.warning("no connection", extra={"why": str(error), "connection": entry.number})
-        at = now()
-        if self._dialled_at[entry] >= self._redial_at:
-            # Handshakes that were under way together fail together, and count once.
-            self._redial_at = at + self._backoff.fail()
-        if error.failure == "key" and not self.by_entry:
-            self._fail_waiting(KeyRefused(str(error)))
+        self._redialling.failed(error, began=self._dialled_at[entry], at=now())
 
     # -- the timer ------------------------------------------------------------------------------------------
 
@@ -240,6 +253,7 @@ class Connections:
             if self._dialled_at[entry] + self._timings.slow_dial <= at:
                 entry.is_slow = True
         self._close_idle(at)
+        self._tell_outage()
         self.dial_as_wanted()
 
     def _close_idle(self, at: float) -> None:

@@ -13,10 +13,13 @@ class Timings:
     dial: float = 10.0
     # A handshake older than this gets a second one beside it. Ours: so that one that hangs holds up nobody.
     slow_dial: float = 1.0
-    # The back-off after failed handshakes: first step and cap. Ours: 429 lasts until another client of the
+    # The back-off after a 429: first step and cap. Ours: 429 lasts until another client of the
     # account closes a connection, and a longer pause than 8 s would be most of an acquire timeout of 30 s.
     retry_first: float = 0.5
     retry_cap: float = 8.0
+    # How long an outage is remembered: callers are told of it without a handshake. Ours: a call notices a
+    # second, and one handshake a second from each machine harms no server.
+    outage: float = 1.0
     # From a create to contextCreated. Ours: two tries fit into an acquire timeout of 30 s, dial included.
     create: float = 5.0
     # A cancel_context that is not answered so soon is followed by close_context. Ours: Inworld's pages know
