@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lastcall.worker.inworld.pool import protocol
 from lastcall.worker.inworld.pool.context import (
+    Answered,
     Context,
     Deliver,
     Effects,
@@ -17,6 +18,7 @@ from lastcall.worker.inworld.pool.context import (
     Retire,
     Retry,
     Send,
+    Slow,
     Tell,
     Watch,
 )
@@ -106,7 +108,7 @@ class Walk:
                 effects = context.fail(ContextError("no", code=3), self.at)
             case "granted" if before is ContextState.WAITING:
                 self.creates += 1
-                effects = context.granted(f"lc-{self.creates}", self.at)
+                effects = context.granted(f"lc-{self.creates}", self.at, 1.0)
             case "expire" if context.deadline <= self.at or before is ContextState.WAITING:
                 effects = context.expire(self.at)
             case "lose" if is_on_connection:
@@ -123,6 +125,10 @@ class Walk:
                     assert json.loads(text)["contextId"] == self.context.id != ""
                 case Watch(at):
                     assert at >= self.at
+                case Answered(seconds):
+                    assert seconds >= 0
+                case Slow():
+                    self.check(self.context.try_elsewhere(self.at))
                 case Deliver():
                     assert not self.told
                 case Tell(error, _):

@@ -125,8 +125,15 @@ async def _parse_fails(p: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     await p.server.connections[1].send_raw('"unforeseen"')
 
 
+class NoText(str):
+    """A text that can't be sent."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        raise ZeroDivisionError
+
+
 async def _writing_fails(p: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    next(iter(p.pool.connections.values())).put(b"no text")  # type: ignore[arg-type]  # which is the fault
+    next(iter(p.pool.connections.values())).put(NoText("text"))
 
 
 @pytest.mark.parametrize("how", [_parse_fails, _writing_fails])

@@ -12,7 +12,10 @@ from tests.support.inworld_stream import acquire
 
 
 class Proxy:
-    """Passes bytes on in small pieces; with `cut_after` it cuts a connection after so many of the server."""
+    """Passes bytes on in small pieces; with `cut_after` it cuts a connection after so many of the server.
+
+    `forget` has it swallow all that comes on the connections of this moment, as a firewall does.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = 0
@@ -20,17 +23,21 @@ class Proxy:
         self.cut_after: int | None = None
         self.cuts = 0
         self._target = port
+        self._last = 0
+        self._forgotten = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._last += 1
+        number = self._last
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         try:
             async with asyncio.TaskGroup() as group:
-                up = group.create_task(self._pump(reader, far_writer, None))
-                await self._pump(far_reader, writer, self.cut_after)
+                up = group.create_task(self._pump(number, reader, far_writer, None))
+                await self._pump(number, far_reader, writer, self.cut_after)
                 up.cancel()
         except ConnectionError:
             return
@@ -40,10 +47,12 @@ class Proxy:
                 each.transport.abort()
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int | None
+        self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int | None
     ) -> None:
         passed = 0
         while data := await reader.read(self.piece):
+            if number <= self._forgotten:
+                continue
             if most is not None and passed + len(data) > most:
                 writer.write(data[: most - passed])
                 self.cuts += 1
@@ -52,6 +61,9 @@ class Proxy:
             writer.write(data)
             await writer.drain()
             await asyncio.sleep(0)
+
+    def forget(self) -> None:
+        self._forgotten = self._last
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -30,6 +30,7 @@ POOL_COUNTERS = {
     "wait_seconds": "Time that creates have waited for capacity.",
     "refusals": "Connections that Inworld refused.",
     "retries": "Creates that were sent again on another connection.",
+    "second_tries": "Creates that were sent again because the first try was slow.",
     "faults": "Handshakes, connections, contexts and requests that ended by a fault in lastcall.",
 }
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -242,6 +242,7 @@ class BrokerBeat:
     refusals: int
     failed_dials: int
     retries: int
+    second_tries: int
     lost: int
     faults: int
 

@@ -13,6 +13,7 @@ EventKind = Literal[
     "connected",
     "refused",
     "connection_closed",
+    "ping",
     "context_created",
     "context_refused",
     "text",
@@ -79,6 +80,7 @@ class Faults:
     cancel            stop at once and close; act as if cancel_context were not known; answer it with an error
                       of the context, or of none
     stop_reading      leave what clients send unread
+    ping_unanswered   send no pong
     ignore_close      never answer a close frame, nor end the connection
     cut_rate          the chance that a frame received cuts its connection without a close frame
     linger            how long a connection that is gone still counts against the limit
@@ -99,6 +101,7 @@ class Faults:
     closed_never: bool = False
     cancel: Literal["supported", "ignored", "error", "top-level"] = "supported"
     stop_reading: bool = False
+    ping_unanswered: bool = False
     ignore_close: bool = False
     cut_rate: float = 0.0
     linger: float = 0.0

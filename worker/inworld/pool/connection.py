@@ -6,8 +6,7 @@ and the socket is closed on every way out. Frames to the server go through a bou
 waits in vain. Frames from the server are handed on at once. A listener that may be slow has a bound of its
 own, because one slow listener must not hold up the other contexts.
 
-One timer keeps the deadlines of all contexts. The timer is set only while the server owes an answer: an idle
-connection wakes nobody.
+One timer keeps the deadlines of all contexts, and the pings while there is none (`pinging`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ from lastcall.worker.inworld.pool import protocol
 from lastcall.worker.inworld.pool.capacity import PoolEntry
 from lastcall.worker.inworld.pool.context import Context, Effects
 from lastcall.worker.inworld.pool.errors import ConnectionLost, Malformed
+from lastcall.worker.inworld.pool.lifecycles import ConnectionState
 from lastcall.worker.inworld.pool.outbox import Outbox
+from lastcall.worker.inworld.pool.pinging import Pinging, Verdict
 from lastcall.worker.inworld.pool.protocol import Frame, Kind
 from lastcall.worker.inworld.pool.timer import NEVER, Timer
 from lastcall.worker.inworld.pool.timings import Timings
@@ -40,6 +41,8 @@ P = ParamSpec("P")
 # Ours: five contexts with 1,000 characters each are 5 kB, so both are far above what speech needs.
 MAX_UNSENT = 256 * 1024
 MAX_UNSENT_EVER = 8 * 1024 * 1024
+# A ping and a pong, as they stand in the outbox.
+PING, PONG = b"ping", b"pong"
 # Malformed frames after which a connection is ended. Ours: one may be an accident, three are a broken peer.
 MAX_MALFORMED = 3
 
@@ -66,14 +69,17 @@ class Callbacks:
 
 
 class Connection:
-    """A WebSocket after its handshake. `contexts` are those that the server may count, by id."""
+    """A WebSocket after its handshake. `contexts` are those that the server may count, by id.
+
+    `heard_at`: when the server last said something.
+    """
 
     def __init__(
         self, entry: PoolEntry, ws: aiohttp.ClientWebSocketResponse, *, timings: Timings, callbacks: Callbacks
     ) -> None:
         self.entry = entry
         self.contexts: dict[str, Context] = {}
-        self.idle_since = now()
+        self.idle_since = self.heard_at = now()
         self.malformed = 0
         # The connection ended with close frames (closed) or without them (forced).
         self.fate: ResourceFate = "forced"
@@ -82,6 +88,9 @@ class Connection:
         self.outbox = Outbox(MAX_UNSENT)
         self._ws = ws
         self._timings = timings
+        self._pinging = Pinging(timings.ping, timings.pong)
+        # The payload of the last ping of the server's, while its pong is not written.
+        self._pong: bytes | None = None
         self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
         self._timer = Timer(self._on_timer)
@@ -140,7 +149,10 @@ class Connection:
         """Report the connection as idle if no context is on it."""
         if not self.contexts:
             self.idle_since = now()
+            self._pinging.idle(self.idle_since)
             self._callbacks.on_idle(self)
+            if self.entry.state is ConnectionState.OPEN and self._pinging.due < NEVER:
+                self.watch(self._pinging.due)
 
     def close(self, at: float) -> None:
         """End the connection with a close frame, by `at` at the latest. A later call can only be sooner."""
@@ -205,6 +217,14 @@ class Connection:
                 self._take(message.data)
             elif message.type is aiohttp.WSMsgType.BINARY:
                 self._count_malformed("a binary frame")
+            elif message.type is aiohttp.WSMsgType.PONG:
+                self.heard_at = now()
+                self._pinging.pong(self.heard_at)
+                self.watch(self._pinging.due)
+            elif message.type is aiohttp.WSMsgType.PING:
+                if self._pong is None:  # one pong answers every ping before it: RFC 6455, section 5.5.3
+                    self.outbox.put(PONG)
+                self._pong = message.data
             else:
                 break
         self._leave(f"by the other side, code {self._ws.close_code}")
@@ -212,12 +232,19 @@ class Connection:
     async def _write(self) -> None:
         stall = self._timings.stall
         try:
-            await self.outbox.write(self._ws.send_str, lambda at: self.watch(at + stall))
+            await self.outbox.write(self._ws.send_str, lambda at: self.watch(at + stall), self._control)
         except ConnectionError as error:
             self._leave(f"can't send: {error}")
 
+    async def _control(self, frame: bytes) -> None:
+        if frame == PING:
+            await self._ws.ping()
+        else:
+            payload, self._pong = self._pong or b"", None
+            await self._ws.pong(payload)
+
     def _on_timer(self) -> None:
-        """Have the contexts expire whose deadline is over, and set the timer for the next."""
+        """Have the contexts expire whose deadline is over, or ping, and set the timer for the next."""
         at = now()
         stalled_at = self.outbox.sending_since + self._timings.stall
         if stalled_at <= at:
@@ -227,9 +254,23 @@ class Connection:
             if context.deadline <= at:
                 self._callbacks.act(context, context.expire, at)
         due = min((context.deadline for context in self.contexts.values()), default=NEVER)
+        if not self.contexts:
+            due = self._look_at_idle(at)
         due = min(due, stalled_at)
         if due < NEVER:
             self.watch(due)
+
+    def _look_at_idle(self, at: float) -> float:
+        """Ping an idle connection in time, or give it up; return when to look again."""
+        if self._leaving.done() or self.entry.state is not ConnectionState.OPEN:
+            return NEVER
+        verdict = self._pinging.look(at)
+        if verdict is Verdict.PING:
+            self.outbox.put(PING)
+        elif verdict is Verdict.DEAD:
+            log.info("idle connection is dead", extra={"connection": self.entry.number})
+            self._leave(f"no pong within {self._timings.pong:g} s")
+        return self._pinging.due
 
     # -- frames from the server ---------------------------------------------------------------------------
 
@@ -242,9 +283,10 @@ class Connection:
         if frame.context is None:
             self._take_nameless(frame)
             return
+        self.heard_at = at = now()
         context = self.contexts.get(frame.context)
         if context is not None:
-            self._callbacks.act(context, context.take, frame, now())
+            self._callbacks.act(context, context.take, frame, at)
         # Else the frame is for a context that has ended here, and was under way.
 
     def _take_nameless(self, frame: Frame) -> None:

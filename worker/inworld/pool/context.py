@@ -75,6 +75,18 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """Note that the server answered the create after so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Call `try_elsewhere` if another connection may answer sooner: the create is slow."""
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
     """Give a frame to the listener."""
 
@@ -111,13 +123,14 @@ class End:
     fate: Literal["closed", "forced"]
 
 
-Effect = Send | Watch | Deliver | Tell | Retire | Retry | End
+Effect = Send | Watch | Answered | Slow | Deliver | Tell | Retire | Retry | End
 Effects = list[Effect]
 
 
 class Context:
     """One context. `id` is the server's name for it, drawn anew for each connection.
 
+    `sent_at`: when the create was sent.
     `deadline`: when the connection has to call `expire`. `acquire_at`: by when the context has to exist.
     `is_told`: the listener knows the end, or there is no listener. `unanswered_cancels`: requests to stop
     that the server has answered neither by the end nor by an error.
@@ -126,6 +139,7 @@ class Context:
     __slots__ = (
         "_cancel_until",
         "_config",
+        "_create_until",
         "_has_hinted",
         "_replay",
         "_replay_bytes",
@@ -137,6 +151,7 @@ class Context:
         "is_created",
         "is_told",
         "listener",
+        "sent_at",
         "state",
         "unanswered_cancels",
     )
@@ -152,6 +167,8 @@ class Context:
         self.acquire_at = acquire_at
         self.deadline = NEVER
         self.unanswered_cancels = 0
+        self.sent_at = NEVER
+        self._create_until = NEVER
         self._config = config
         self._timings = timings
         self._cancel_until = NEVER
@@ -223,14 +240,20 @@ class Context:
 
     # -- what happens -------------------------------------------------------------------------------------
 
-    def granted(self, id: str, at: float) -> Effects:
-        """Send the create, and all that was kept, under an id that is new to the connection."""
+    def granted(self, id: str, at: float, slow_after: float = NEVER) -> Effects:
+        """Send the create, and all that was kept, under an id that is new to the connection.
+
+        A first create that is not answered for `slow_after` seconds is reported as slow, once.
+        """
         self.id = id
+        self.sent_at = at
+        self._create_until = min(self.acquire_at, at + self._timings.create)
         self._move(E.GRANT)
         effects: Effects = [Send(protocol.encode(protocol.create(self._config), id))]
         for action, document in self._replay:
             effects += self._put(action, document, at)
-        return [*effects, *self._wait_until(min(self.acquire_at, at + self._timings.create))]
+        slow_at = NEVER if self._retries else at + slow_after
+        return [*effects, *self._wait_until(min(self._create_until, slow_at))]
 
     def take(self, frame: Frame, at: float) -> Effects:
         """Take one frame of the server's that is addressed to this context."""
@@ -251,10 +274,14 @@ class Context:
     def _created(self, at: float) -> Effects:
         self.is_created = True
         self._replay.clear()
+        answered = Answered(at - self.sent_at)
         if self.state is S.CANCELLING:
-            return []
+            return [answered]
         self._move(E.CREATED)
-        return self._wait_until(at + self._timings.silence if self.state is S.CLOSING else NEVER)
+        return [
+            answered,
+            *self._wait_until(at + self._timings.silence if self.state is S.CLOSING else NEVER),
+        ]
 
     def _take_error(self, frame: Frame, at: float) -> Effects:
         error = ContextError(frame.message or f"the server's error {frame.code}", code=frame.code)
@@ -290,10 +317,23 @@ class Context:
         if self.is_created:
             silent = Silent(f"a closed context said nothing for {timings.silence:g} s")
             return [*self._put(Action.CANCEL, protocol.cancel(), at), *self._give_up(silent)]
+        if at < self._create_until:
+            return [*self._wait_until(self._create_until), Slow()]
         if at >= self.acquire_at:
             return self.fail(AcquireTimeout("the server did not create the context in time; try again"), at)
         error = AcquireTimeout(f"create was not answered within {timings.create:g} s; try again")
         return self._retry_elsewhere(error, MAX_RETRIES_UNANSWERED, at)
+
+    @property
+    def may_try_elsewhere(self) -> bool:
+        """Whether this is the first try of a create that is neither answered nor cancelled."""
+        return not self.is_created and not self._retries and self.state in (S.CREATING, S.CLOSING)
+
+    def try_elsewhere(self, at: float) -> Effects:
+        """Send the create once more on another connection."""
+        if not self.may_try_elsewhere:
+            return []
+        return self._retry_elsewhere(AcquireTimeout("create is slow"), MAX_RETRIES_UNANSWERED, at)
 
     def lose(self, error: ConnectionLost) -> Effects:
         """Note that the connection has gone."""
@@ -320,7 +360,7 @@ class Context:
             return [Retire(), *self.fail(error, at)]
         # The first try may yet succeed, unseen: what is left of it has its place, and is to be cancelled.
         remainder = Context({}, None, timings=self._timings, acquire_at=NEVER)
-        remainder.id, remainder.state = self.id, self.state
+        remainder.id, remainder.state, remainder.sent_at = self.id, self.state, self.sent_at
         return [Retire(), *self._retry(remainder)]
 
     def _retry(self, remainder: Context | None) -> Effects:

@@ -19,6 +19,7 @@ from lastcall.worker.inworld.pool.capacity import Capacity, Claim, ClaimState
 from lastcall.worker.inworld.pool.close_report import CloseTally
 from lastcall.worker.inworld.pool.connection import Connection
 from lastcall.worker.inworld.pool.context import (
+    Answered,
     Context,
     Deliver,
     Effect,
@@ -27,6 +28,7 @@ from lastcall.worker.inworld.pool.context import (
     Retire,
     Retry,
     Send,
+    Slow,
     Tell,
     Watch,
 )
@@ -34,6 +36,8 @@ from lastcall.worker.inworld.pool.errors import AcquireTimeout, InworldError, La
 from lastcall.worker.inworld.pool.fault_log import FaultLog
 from lastcall.worker.inworld.pool.figures import Counters
 from lastcall.worker.inworld.pool.open_connections import Connections
+from lastcall.worker.inworld.pool.second_tries import SecondTries
+from lastcall.worker.inworld.pool.timings import Timings
 
 P = ParamSpec("P")
 
@@ -58,6 +62,7 @@ class Contexts:
         capacity: Capacity,
         connections: Connections,
         *,
+        timings: Timings,
         counters: Counters,
         faults: FaultLog,
         tally: CloseTally,
@@ -70,6 +75,9 @@ class Contexts:
         self._connections = connections
         self._counters = counters
         self._faults = faults
+        self._second_tries = SecondTries(
+            first=timings.second_try_first, least=timings.second_try_least, most=timings.create
+        )
         self._tally = tally
         self._changed = changed
 
@@ -113,6 +121,11 @@ class Contexts:
                 self._connection_of(context).put(text)
             case Watch(at):
                 self._connection_of(context).watch(at)
+            case Answered(seconds):
+                self._second_tries.created(seconds)
+            case Slow():
+                # After a pause of this process the answer may have come and not been read: frames first.
+                asyncio.get_running_loop().call_soon(self._try_elsewhere, context)
             case Tell(error, frame):
                 # Drop the listener: it refers to this context, and the reference cycle would keep both
                 # alive until the next garbage collection.
@@ -179,7 +192,26 @@ class Contexts:
         # A hyphen is no letter of base64, so the id can't stand in any audio.
         id = f"lc-{secrets.token_hex(8)}"
         self._connection_of(context).contexts[id] = context
-        self.act(context, context.granted, id, now())
+        self._second_tries.sent()
+        self.act(context, context.granted, id, now(), self._second_tries.after)
+
+    def _try_elsewhere(self, context: Context) -> None:
+        """Have a slow create tried on another connection, if that may help and the allowance is there."""
+        connection = self.connection_of(context)
+        if connection is None or not context.may_try_elsewhere:
+            return
+        at = now()
+        others = (each for each in self._connections.by_entry.values() if each is not connection)
+        is_slow_everywhere = any(
+            not each.is_created and self._second_tries.is_slow(at - each.sent_at)
+            for other in others
+            for each in other.contexts.values()
+        )
+        if is_slow_everywhere or not self._connections.has_room_beside(connection):
+            return
+        if self._second_tries.take():
+            self._counters.second_tries += 1
+            self.act(context, context.try_elsewhere, at)
 
     def _retry(self, context: Context, remainder: Context | None) -> None:
         self._counters.retries += 1
@@ -191,6 +223,7 @@ class Contexts:
             self.claims[remainder] = claim
             self._connection_of(remainder).contexts[remainder.id] = remainder
             self.act(remainder, remainder.cancel, now())
+            self._connections.retire_silent(self._connection_of(remainder), context.sent_at)
         self.request(context, first=True)
 
     def _end(self, context: Context, fate: str) -> None:

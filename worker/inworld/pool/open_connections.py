@@ -125,6 +125,20 @@ class Connections:
             self._on_idle(connection)
         self.dial_as_wanted()
 
+    def retire_silent(self, connection: Connection, since: float) -> None:
+        """Retire every idle connection that was silent since then, if this one was.
+
+        The network has probably forgotten them all at once, and the next create would meet the next of them.
+        """
+        if connection.heard_at <= since:
+            for entry in self._capacity.idle:
+                if self.by_entry[entry].heard_at <= since:
+                    self.retire(entry)
+
+    def has_room_beside(self, connection: Connection) -> bool:
+        """Whether a context may find a place on another connection soon."""
+        return not self._redialling.has_failed and self._capacity.has_room_beside(connection.entry)
+
     def _on_idle(self, connection: Connection) -> None:
         """Close a connection that takes no new context; look at any other again after its idle time."""
         if connection.entry.state is ConnectionState.OPEN:

@@ -93,6 +93,7 @@ class InworldPool:
         self._contexts = Contexts(
             self.capacity,
             self._connections,
+            timings=self.timings,
             counters=self._counters,
             faults=self.faults,
             tally=self._tally,

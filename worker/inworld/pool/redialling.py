@@ -44,6 +44,11 @@ class Redialling:
         """Whether the last handshake was refused because the account is full."""
         return self._backoff.failures > 0
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last handshake failed."""
+        return self.is_full or self.outage is not None
+
     def failed(self, error: DialError, *, began: float, at: float) -> None:
         """Note a failure. Handshakes that were under way together fail together, and count once."""
         counts = began >= self.at
