@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lastcall.worker.inworld.pool import protocol
 from lastcall.worker.inworld.pool.context import (
+    Answered,
     Context,
     Deliver,
     Effects,
@@ -17,6 +18,7 @@ from lastcall.worker.inworld.pool.context import (
     Retire,
     Retry,
     Send,
+    Slow,
     Tell,
     Watch,
 )
@@ -106,7 +108,7 @@ class Walk:
                 effects = context.fail(ContextError("no", code=3), self.at)
             case "granted" if before is ContextState.WAITING:
                 self.creates += 1
-                effects = context.granted(f"lc-{self.creates}", self.at)
+                effects = context.granted(f"lc-{self.creates}", self.at, 1.0)
             case "expire" if context.deadline <= self.at or before is ContextState.WAITING:
                 effects = context.expire(self.at)
             case "lose" if is_on_connection:
@@ -123,6 +125,10 @@ class Walk:
                     assert json.loads(text)["contextId"] == self.context.id != ""
                 case Watch(at):
                     assert at >= self.at
+                case Answered(seconds):
+                    assert seconds >= 0
+                case Slow():
+                    self.check(self.context.try_elsewhere(self.at))
                 case Deliver():
                     assert not self.told
                 case Tell(error, _):
@@ -181,3 +187,16 @@ def test_a_cancelled_context_is_over_for_its_owner_when_the_server_says_so() -> 
     end, tell = context.take(frame(Kind.CLOSED), 0.4)
     assert end == End("closed")
     assert isinstance(tell, Tell) and isinstance(tell.error, ContextCancelled)
+
+
+def test_each_request_to_stop_takes_one_nameless_error() -> None:
+    """The cancel and the close that follows it may each be refused once; later errors are for others."""
+    context = Walk().context
+    context.granted("lc-1", 0.0)
+    context.take(frame(Kind.CREATED), 0.1)
+    context.cancel(1.0)
+    seen = []
+    for at in (1.1, 1.2, 1.3):
+        seen.append(context.unanswered_cancels)
+        context.take_nameless(frame(Kind.ERROR, code=3, message="unknown payload"), at)
+    assert seen == [1, 1, 0]

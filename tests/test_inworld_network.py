@@ -12,7 +12,10 @@ from tests.support.inworld_stream import acquire
 
 
 class Proxy:
-    """Passes bytes on in small pieces; with `cut_after` it cuts a connection after so many of the server."""
+    """Passes bytes on in small pieces; with `cut_after` it cuts a connection after so many of the server.
+
+    `forget` has it swallow all that comes on the connections of this moment, as a firewall does.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = 0
@@ -20,17 +23,21 @@ class Proxy:
         self.cut_after: int | None = None
         self.cuts = 0
         self._target = port
+        self._last = 0
+        self._forgotten = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._last += 1
+        number = self._last
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         try:
             async with asyncio.TaskGroup() as group:
-                up = group.create_task(self._pump(reader, far_writer, None))
-                await self._pump(far_reader, writer, self.cut_after)
+                up = group.create_task(self._pump(number, reader, far_writer, None))
+                await self._pump(number, far_reader, writer, self.cut_after)
                 up.cancel()
         except ConnectionError:
             return
@@ -40,10 +47,12 @@ class Proxy:
                 each.transport.abort()
 
     async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int | None
+        self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int | None
     ) -> None:
         passed = 0
         while data := await reader.read(self.piece):
+            if number <= self._forgotten:
+                continue
             if most is not None and passed + len(data) > most:
                 writer.write(data[: most - passed])
                 self.cuts += 1
@@ -52,6 +61,9 @@ class Proxy:
             writer.write(data)
             await writer.drain()
             await asyncio.sleep(0)
+
+    def forget(self) -> None:
+        self._forgotten = self._last
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -76,7 +88,7 @@ async def proxied(port: int) -> AsyncIterator[Proxy]:
 async def test_a_slow_network_only_slows() -> None:
     """Frames that arrive a few bytes at a time are whole: 20 callers are served, the close is in order."""
     async with pair() as p, proxied(p.server.port) as proxy:
-        p.pool.url = f"ws://127.0.0.1:{proxy.port}/"
+        p.pool._connections.url = f"ws://127.0.0.1:{proxy.port}/"
         async with asyncio.timeout(60):
             heard = await asyncio.gather(*(p.say("Hi.", timeout=60.0) for _ in range(20)))
             assert heard == [2] * 20
@@ -88,7 +100,7 @@ async def test_a_slow_network_only_slows() -> None:
 async def test_a_connection_may_end_at_any_byte() -> None:
     """Cut within the handshake or any frame after it: the caller is told or served, and nothing is kept."""
     async with pair(timings=quick(retry_cap=0.02)) as p, proxied(p.server.port) as proxy:
-        p.pool.url = f"ws://127.0.0.1:{proxy.port}/"
+        p.pool._connections.url = f"ws://127.0.0.1:{proxy.port}/"
         proxy.piece = 4096
         for cut in range(0, 560, 7):
             proxy.cut_after = cut
@@ -101,7 +113,7 @@ async def test_a_connection_may_end_at_any_byte() -> None:
             except InworldError:
                 await p.say("Hi.", timeout=PATIENCE)  # it was cut in mid-stream; the next is served
             for connection in list(p.pool.connections.values()):
-                p.pool.close_entry(connection.entry)
+                p.pool._connections.close(connection.entry)
             await until(lambda: not p.pool.tasks)
             await p.settled()
         stream = await acquire(p.pool, CONFIG)

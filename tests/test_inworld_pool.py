@@ -11,7 +11,13 @@ import itertools
 
 import pytest
 
-from lastcall.worker.inworld.pool.errors import AcquireTimeout, ContextError, KeyRefused, PoolClosed
+from lastcall.worker.inworld.pool.errors import (
+    AcquireTimeout,
+    ContextError,
+    KeyRefused,
+    PoolClosed,
+    Unreachable,
+)
 from lastcall.worker.local.inworld_server import Faults, Limits
 from tests.support.inworld import PATIENCE, many, pair, quick, until
 
@@ -104,8 +110,8 @@ async def test_a_waiter_outlives_the_cancelled_callers_before_it() -> None:
 
     Fails if a cancelled caller keeps its turn.
     """
-    timings = quick(slow_dial=0.1, dial=2.0)
-    async with pair(faults=Faults(handshake_hang=True), timings=timings) as p:
+    timings = quick(slow_dial=2.0, dial=600.0)  # the next handshake is begun after the hang is over
+    async with pair(faults=Faults(handshake_hang=True), timings=timings, max_contexts=6) as p:
         before = [asyncio.ensure_future(p.acquire()) for _ in range(5)]
         sixth = asyncio.ensure_future(p.acquire())
         await until(lambda: p.pool.figures.waiters == 6)
@@ -176,16 +182,14 @@ async def test_one_hung_handshake_holds_nobody_up() -> None:
             await stream.release()
 
 
-@pytest.mark.parametrize("status", [429, 500])
-async def test_a_refused_handshake_is_tried_again(status: int) -> None:
-    """429 and failures are retried while somebody waits, who does not notice. Fails if they are raised."""
-    async with pair(faults=Faults(handshake_status=status)) as p:
+async def test_a_refused_handshake_is_tried_again() -> None:
+    """429 is retried while a caller waits, and the caller does not notice. Fails if it is raised."""
+    async with pair(faults=Faults(handshake_status=429)) as p:
         caller = asyncio.ensure_future(p.acquire())
         await until(lambda: p.server.counts["refused"] >= 3)
         p.server.faults.handshake_status = 0
         await (await caller).release()
-        assert p.pool.figures.failed_dials >= 3
-        assert bool(p.pool.figures.refusals) is (status == 429)
+        assert p.pool.figures.failed_dials == p.pool.figures.refusals >= 3
 
 
 async def test_an_account_with_fewer_connections_is_shared_out() -> None:
@@ -216,14 +220,72 @@ async def test_a_refused_key_is_told_at_once() -> None:
         await p.say()
 
 
-async def test_no_server_at_all() -> None:
-    """With nobody listening an acquire ends in its timeout, and the pool is as before."""
-    async with pair() as p:
-        p.pool.url = "ws://127.0.0.1:9/"
-        with pytest.raises(AcquireTimeout):
-            await p.acquire(timeout=0.3)
-        p.pool.url = p.server.ws_url
+OUTAGES = {
+    "nobody listens": (Faults(), "Cannot connect"),
+    "refused": (Faults(handshake_status=503), "503"),
+    "cut": (Faults(handshake_cut=True), "Server disconnected"),
+    "unanswered": (Faults(handshake_hang=True), "no handshake within 0.3 s"),
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+async def test_an_outage_is_told_at_once(outage: str) -> None:
+    """A caller is told the cause at once, and does not wait; the first good dial ends the outage.
+
+    While the outage is remembered, a hundred callers cost no handshake.
+    """
+    faults, cause = OUTAGES[outage]
+    async with pair(faults=faults, timings=quick(dial=0.3, outage=600.0), acquire_timeout=600.0) as p:
+        url = p.pool._connections.url
+        if outage == "nobody listens":
+            p.pool._connections.url = "ws://127.0.0.1:9/"
+
+        async def fails() -> None:
+            with pytest.raises(Unreachable, match=cause):
+                await p.acquire()
+
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*(fails() for _ in range(5)))
+            assert p.pool.figures.failed_dials == 1
+            await asyncio.gather(*(fails() for _ in range(100)))
+            assert p.pool.figures.failed_dials == 1 and not p.pool.tasks
+            p.pool._connections.url = url
+            p.server.faults.handshake_status = 0
+            p.server.faults.handshake_cut = p.server.faults.handshake_hang = False
+            p.pool._connections._redialling.at = 0.0  # the moment is over
+            await many(20, p)
+
+
+async def test_an_outage_beside_a_connection_is_told_at_its_second_failure() -> None:
+    """A caller that waits beside an open connection waits for one more handshake, and is told then."""
+    async with pair(max_contexts=1, timings=quick(outage=0.2), acquire_timeout=600.0) as p:
+        holder = await p.acquire()
+        p.server.faults.handshake_status = 503
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(Unreachable):
+                await p.acquire()
+            assert p.pool.figures.failed_dials == 2
+            waiting = asyncio.ensure_future(p.acquire())
+            p.server.faults.handshake_status = 429
+            p.pool.set_key(p.server.api_key)
+            await until(lambda: p.pool.figures.refusals)
+            await holder.release()  # a full account is worth the wait
+            await (await waiting).release()
+
+
+async def test_a_slow_server_ends_the_outage_too() -> None:
+    """Callers in an outage do not wait for a slow handshake; it goes on without them, and ends the outage."""
+    async with pair(faults=Faults(handshake_status=503), timings=quick(slow_dial=0.1, outage=0.0)) as p:
+        with pytest.raises(Unreachable):
+            await p.acquire()
+        p.server.faults.handshake_status = 0
+        p.server.faults.handshake_delay = 1.0
+        with pytest.raises(Unreachable, match="503"):
+            await p.acquire(timeout=600.0)
+        assert p.pool.figures.dialling == 1
+        await until(lambda: p.pool.figures.dialling == 0)
         await p.say()
+        assert p.server.counts["connected"] == 1
 
 
 # -- creates ------------------------------------------------------------------------------------------------
@@ -326,15 +388,15 @@ async def test_the_warm_connection_is_replaced_once() -> None:
         await p.say()
 
 
-async def test_an_idle_pool_sets_no_timer_but_its_own() -> None:
-    """With one warm connection and nothing to do, the next thing to happen is its idle time."""
+async def test_an_idle_pool_sets_no_timer_but_for_pings_and_its_own() -> None:
+    """With one warm connection and nothing to do, the next things to happen are a ping and its idle time."""
     async with pair(timings=quick(create=1.0, silence=1.0, stall=1.0, slow_dial=0.5)) as p:
         await p.say()
         await p.settled()
         (connection,) = p.pool.connections.values()
         # The timers of the handshake and of the last context fire once more.
-        await until(lambda: p.pool._timer.at >= connection.idle_since + 300.0)
-        await until(lambda: connection._timer._handle is None)
+        await until(lambda: p.pool._connections._timer.at >= connection.idle_since + 300.0)
+        await until(lambda: connection._timer.at >= connection.idle_since + 29.9)
 
 
 # -- after the close ----------------------------------------------------------------------------------------

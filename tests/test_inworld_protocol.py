@@ -19,8 +19,8 @@ from lastcall.worker.inworld.pool.lifecycles import (
     ConnectionState,
     ContextState,
 )
-from lastcall.worker.inworld.pool.pool import REDIAL_JITTER
 from lastcall.worker.inworld.pool.protocol import Action, Kind
+from lastcall.worker.inworld.pool.redialling import REDIAL_JITTER
 from lastcall.worker.inworld.pool.splitting import split
 
 # A busy machine is no failure.

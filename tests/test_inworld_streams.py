@@ -93,7 +93,7 @@ async def test_barge_in_frees_the_place_at_once() -> None:
         assert p.server.events_of("cancel_requested")
 
 
-@pytest.mark.parametrize("cancel", ["ignored", "error"])
+@pytest.mark.parametrize("cancel", ["ignored", "error", "top-level"])
 async def test_a_server_that_knows_no_cancel_is_asked_to_close(cancel: str) -> None:
     """The place comes back by close_context then, and the connection stays."""
     async with pair(max_connections=1, max_contexts=1, timings=quick(cancel=PATIENCE, cancel_hint=0.1)) as p:
@@ -102,6 +102,24 @@ async def test_a_server_that_knows_no_cancel_is_asked_to_close(cancel: str) -> N
         await (await p.acquire(timeout=PATIENCE)).release()
         assert p.server.counts["connected"] == 1
         assert len(p.server.events_of("close_requested")) == 2
+
+
+async def test_an_error_without_a_context_is_the_unanswered_cancels() -> None:
+    """A create that waits beside a cancel is not failed for it, and the place of the cancel comes back.
+
+    Fails if the error is given to the create. Once the cancel is answered, errors are the create's again.
+    """
+    async with pair(faults=Faults(cancel="top-level"), timings=quick(create=600.0), max_connections=1) as p:
+        first = await p.acquire()
+        p.server.faults.create_delay = 0.5
+        waiting = asyncio.ensure_future(p.acquire())
+        await until(lambda: p.server.counts["context_created"] == 2)
+        first.cancel()
+        stream = await waiting
+        assert [frame async for frame in stream.speak("I am served.")]
+        await p.settled()
+        assert [e.detail["message"] for e in p.server.events_of("error")] == ["unknown payload"]
+    p.orderly()
 
 
 async def test_an_unanswered_cancel_costs_the_connection() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import aiohttp
 import pytest
 from livekit.agents import APIConnectOptions, APIError
+from livekit.agents.tts import FallbackAdapter
 from livekit.plugins import inworld
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Close
 from lastcall.worker.inworld.broker.broker import listen
+from lastcall.worker.inworld.pool.timings import Timings
 from lastcall.worker.local.inworld_server import InworldServer, Speech
 from tests.support.broker import TOKEN, Setting, brokered
 from tests.support.companion import Companion
@@ -122,3 +124,41 @@ async def test_it_speaks_through_the_next_broker(tmp_path: Path) -> None:
                 for one in (first, second):
                     if one is not None:
                         one.end()
+
+
+async def first_audio(tts: inworld.TTS, backup: inworld.TTS) -> float:
+    """Return the seconds until livekit's FallbackAdapter has audio, from whichever of the two."""
+    adapter = FallbackAdapter([tts, backup])
+    began = now()
+    async with asyncio.timeout(PATIENCE), adapter.stream() as stream:
+        stream.push_text("Good morning.")
+        stream.end_input()
+        await anext(aiter(stream))
+        seconds = now() - began
+    await adapter.aclose()
+    return seconds
+
+
+@pytest.mark.parametrize("outage", ["nobody listens", "refused"])
+async def test_a_fallback_speaks_about_as_soon_as_without_the_broker(outage: str) -> None:
+    """With Inworld down, the adapter gives up on the plugin after the retries, and no later."""
+    async with (
+        InworldServer() as other,
+        brokered(is_alone=False, timings=Timings(), acquire_timeout=600.0) as s,
+        aiohttp.ClientSession() as session,
+    ):
+        down = s.pair.server.ws_url if outage == "refused" else "ws://127.0.0.1:9/"
+        s.pair.pool._connections.url = down
+        s.pair.server.faults.handshake_status = 503
+        direct = inworld.TTS(api_key="any", ws_url=down, http_session=session, encoding="LINEAR16")
+        backup = inworld.TTS(
+            api_key=other.api_key, ws_url=other.ws_url, http_session=session, encoding="LINEAR16"
+        )
+        tts = plugin(s, session)
+        # Together, so that a busy machine slows both. Versions before 1.8.9 do not retry without the broker,
+        # and the adapter retries twice, after 0.1 s and after 2 s.
+        without, through = await asyncio.gather(first_audio(direct, backup), first_audio(tts, backup))
+        assert through < without + 2.1 + 5.0, (without, through)
+        assert 1 <= s.pair.pool.figures.failed_dials <= 4
+        for each in (direct, tts, backup):
+            await each.aclose()

@@ -32,6 +32,8 @@ POOL_COUNTERS = {
     "wait_seconds": "Time that creates have waited for capacity.",
     "refusals": "Connections that Inworld refused.",
     "retries": "Creates that were sent again on another connection.",
+    "second_tries": "Creates that were sent again because the first try was slow.",
+    "faults": "Handshakes, connections, contexts and requests that ended by a fault in lastcall.",
 }
 # How the worker before a restart ended; `Generation.end_kind`, and `left` for one that went unasked.
 RESTART_REASONS = ("exited", "killed", "never ready", "not started", "left")

@@ -23,7 +23,9 @@ CONFIG = {
     "autoMode": True,
 }
 # Quick to try again; patient in all else, because a busy machine is no failure. Tests of impatience set it.
-QUICK = Timings(slow_dial=5.0, retry_first=0.02, retry_cap=0.1, aclose=10.0)
+QUICK = Timings(
+    slow_dial=5.0, outage=0.0, second_try_least=60.0, retry_first=0.02, retry_cap=0.1, aclose=10.0
+)
 PATIENCE = 30.0
 
 

@@ -51,10 +51,13 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.inworld.pool": Room(
         idea="connections and the contexts on them",
         floors=(
-            "errors lifecycles timings splitting close_report figures timer",
-            "protocol outbox capacity",
+            "errors lifecycles timings splitting close_report fault_log figures timer second_tries",
+            "protocol outbox capacity pinging",
             "dialling idling context",
+            "redialling",
             "connection",
+            "open_connections",
+            "live_contexts",
             "pool",
         ),
     ),

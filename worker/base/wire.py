@@ -250,7 +250,9 @@ class BrokerBeat:
     refusals: int
     failed_dials: int
     retries: int
+    second_tries: int
     lost: int
+    faults: int
 
 
 BrokerSays = Serving | BrokerBeat | Resource | Fault

@@ -147,7 +147,11 @@ class ServerConnection:
                     await _forever()  # until the client drops the connection, which cancels the handler
                 await self.ws.close(code=frame.data or 1000)
                 return
-            elif frame.type is not aiohttp.WSMsgType.BINARY:
+            elif frame.type is aiohttp.WSMsgType.PING:
+                self._emit("ping")
+                if not self._faults.ping_unanswered:
+                    await self.ws.pong(frame.data)
+            elif frame.type not in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.PONG):
                 return
 
     async def _take(self, text: str) -> None:
@@ -204,6 +208,8 @@ class ServerConnection:
         self._emit("cancel_requested", context.id)
         if self._faults.cancel == "error":
             await self._fail(context.id, self._faults.codes.invalid, "unknown payload")
+        elif self._faults.cancel == "top-level":
+            await self._fail_connection(self._faults.codes.invalid, "unknown payload")
         elif self._faults.cancel == "supported":
             context.task.cancel()
             context.task = self._group.create_task(self._end(context))

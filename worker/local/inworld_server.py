@@ -175,7 +175,7 @@ class InworldServer:
         if status:
             self._emit("refused", status=status)
             return web.json_response({"code": status, "message": "refused", "details": []}, status=status)
-        ws = web.WebSocketResponse(autoclose=False, timeout=CLOSE_TIMEOUT, compress=False)
+        ws = web.WebSocketResponse(autoclose=False, autoping=False, timeout=CLOSE_TIMEOUT, compress=False)
         self._numbers += 1
         connection = ServerConnection(
             self._numbers,

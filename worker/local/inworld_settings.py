@@ -13,6 +13,7 @@ EventKind = Literal[
     "connected",
     "refused",
     "connection_closed",
+    "ping",
     "context_created",
     "context_refused",
     "text",
@@ -77,7 +78,9 @@ class Faults:
     speech_error      a status error after the first chunk; `error_ends_context`: it ends the context
     closed_*          delay or withhold contextClosed; the context is counted until then
     cancel            stop at once and close; act as if cancel_context were not known; answer it with an error
+                      of the context, or of none
     stop_reading      leave what clients send unread
+    ping_unanswered   send no pong
     ignore_close      never answer a close frame, nor end the connection
     cut_rate          the chance that a frame received cuts its connection without a close frame
     linger            how long a connection that is gone still counts against the limit
@@ -96,8 +99,9 @@ class Faults:
     error_ends_context: bool = False
     closed_delay: float = 0.0
     closed_never: bool = False
-    cancel: Literal["supported", "ignored", "error"] = "supported"
+    cancel: Literal["supported", "ignored", "error", "top-level"] = "supported"
     stop_reading: bool = False
+    ping_unanswered: bool = False
     ignore_close: bool = False
     cut_rate: float = 0.0
     linger: float = 0.0

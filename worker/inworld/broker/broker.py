@@ -14,7 +14,7 @@ import hmac
 import logging
 import socket
 
-from aiohttp import web
+from aiohttp import ClientError, WSCloseCode, web
 
 from lastcall.worker.base.variables import INWORLD_TOKEN
 from lastcall.worker.inworld.broker.client import (
@@ -26,7 +26,7 @@ from lastcall.worker.inworld.broker.client import (
 from lastcall.worker.inworld.broker.passthrough import PassThrough
 from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.dialling import PATH
-from lastcall.worker.inworld.pool.errors import UNAUTHENTICATED, UNAVAILABLE
+from lastcall.worker.inworld.pool.errors import UNAUTHENTICATED, UNAVAILABLE, UNKNOWN, LastcallFault
 from lastcall.worker.inworld.pool.pool import InworldPool
 
 log = logging.getLogger("lastcall.inworld")
@@ -136,12 +136,25 @@ class Broker:
         try:
             await ws.prepare(request)
             await client.run()
+        except Exception as error:
+            self.pool.faults.note("a local connection", error)
+            if ws.prepared:
+                await ws.close(code=WSCloseCode.INTERNAL_ERROR)
         finally:
             self.clients.discard(client)
         return ws
 
     async def _plain(self, request: web.Request) -> web.StreamResponse:
-        return self._refusal(request) or await self._pass(request, self._key)
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return refusal
+        try:
+            return await self._pass(request, self._key)
+        except (OSError, ClientError):  # TimeoutError is an OSError
+            raise  # cuts a connection whose answer can't be completed
+        except Exception as error:
+            self.pool.faults.note("a local request", error)
+            return _answer(500, UNKNOWN, str(LastcallFault(error)))
 
 
 def _answer(status: int, code: int, message: str) -> web.Response:

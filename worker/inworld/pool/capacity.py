@@ -101,6 +101,13 @@ class Capacity:
         """The open connections without a taken place."""
         return [entry for entry in self.entries if entry.state is ConnectionState.OPEN and not entry.taken]
 
+    def has_room_beside(self, entry: PoolEntry) -> bool:
+        """Whether another connection has a free place, or may be dialled, and no claim waits for that."""
+        return not self._waiting and (
+            len(self.entries) < self.max_connections
+            or any(self._is_free(each) for each in self.entries if each is not entry)
+        )
+
     def wanted(self) -> int:
         """Return how many handshakes to start now, so that every waiting claim will have a place.
 
@@ -199,7 +206,9 @@ class Capacity:
         """Return the fullest connection with a free place: few full ones leave the others to go idle."""
         best: PoolEntry | None = None
         for entry in self.entries:
-            is_free = entry.state is ConnectionState.OPEN and entry.taken < self.max_contexts
-            if is_free and (best is None or entry.taken > best.taken):
+            if self._is_free(entry) and (best is None or entry.taken > best.taken):
                 best = entry
         return best
+
+    def _is_free(self, entry: PoolEntry) -> bool:
+        return entry.state is ConnectionState.OPEN and entry.taken < self.max_contexts

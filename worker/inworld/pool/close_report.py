@@ -37,8 +37,9 @@ class CloseReport:
 
 @dataclass(slots=True)
 class CloseTally:
-    """The counts of a close that is under way."""
+    """The counts of a close. `is_counting`: the close is under way."""
 
+    is_counting: bool = False
     connections: Counter[str] = field(default_factory=Counter)
     contexts: Counter[str] = field(default_factory=Counter)
 

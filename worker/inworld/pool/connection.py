@@ -6,8 +6,7 @@ and the socket is closed on every way out. Frames to the server go through a bou
 waits in vain. Frames from the server are handed on at once. A listener that may be slow has a bound of its
 own, because one slow listener must not hold up the other contexts.
 
-One timer keeps the deadlines of all contexts. The timer is set only while the server owes an answer: an idle
-connection wakes nobody.
+One timer keeps the deadlines of all contexts, and the pings while there is none (`pinging`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, Protocol
 
 import aiohttp
 
@@ -26,45 +26,60 @@ from lastcall.worker.base.wire import ResourceFate
 from lastcall.worker.inworld.pool import protocol
 from lastcall.worker.inworld.pool.capacity import PoolEntry
 from lastcall.worker.inworld.pool.context import Context, Effects
-from lastcall.worker.inworld.pool.errors import ConnectionLost, ContextError, Malformed
-from lastcall.worker.inworld.pool.lifecycles import ContextState
+from lastcall.worker.inworld.pool.errors import ConnectionLost, Malformed
+from lastcall.worker.inworld.pool.lifecycles import ConnectionState
 from lastcall.worker.inworld.pool.outbox import Outbox
+from lastcall.worker.inworld.pool.pinging import Pinging, Verdict
 from lastcall.worker.inworld.pool.protocol import Frame, Kind
 from lastcall.worker.inworld.pool.timer import NEVER, Timer
 from lastcall.worker.inworld.pool.timings import Timings
 
 log = logging.getLogger("lastcall.inworld")
+P = ParamSpec("P")
 
 # Bytes that wait for the writer: above the first number `room` waits, above the second the peer is given up.
 # Ours: five contexts with 1,000 characters each are 5 kB, so both are far above what speech needs.
 MAX_UNSENT = 256 * 1024
 MAX_UNSENT_EVER = 8 * 1024 * 1024
+# A ping and a pong, as they stand in the outbox.
+PING, PONG = b"ping", b"pong"
 # Malformed frames after which a connection is ended. Ours: one may be an accident, three are a broken peer.
 MAX_MALFORMED = 3
+
+
+class Act(Protocol):
+    """Calls a method of a context and performs the effects. An exception ends that context alone."""
+
+    def __call__(
+        self, context: Context, method: Callable[P, Effects], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
     """The calls by which a connection reports to its pool.
 
-    `perform` gets an effect of a context on this connection. `retire` gets an entry that is to take no new
-    context. `on_idle` gets a connection whose last context has ended.
+    `act` calls a method of a context on this connection and performs its effects. `retire` gets an entry that
+    is to take no new context. `on_idle` gets a connection whose last context has ended.
     """
 
-    perform: Callable[[Context, Effects], None]
+    act: Act
     retire: Callable[[PoolEntry], None]
     on_idle: Callable[[Connection], None]
 
 
 class Connection:
-    """A WebSocket after its handshake. `contexts` are those that the server may count, by id."""
+    """A WebSocket after its handshake. `contexts` are those that the server may count, by id.
+
+    `heard_at`: when the server last said something.
+    """
 
     def __init__(
         self, entry: PoolEntry, ws: aiohttp.ClientWebSocketResponse, *, timings: Timings, callbacks: Callbacks
     ) -> None:
         self.entry = entry
         self.contexts: dict[str, Context] = {}
-        self.idle_since = now()
+        self.idle_since = self.heard_at = now()
         self.malformed = 0
         # The connection ended with close frames (closed) or without them (forced).
         self.fate: ResourceFate = "forced"
@@ -73,6 +88,9 @@ class Connection:
         self.outbox = Outbox(MAX_UNSENT)
         self._ws = ws
         self._timings = timings
+        self._pinging = Pinging(timings.ping, timings.pong)
+        # The payload of the last ping of the server's, while its pong is not written.
+        self._pong: bytes | None = None
         self._callbacks = callbacks
         self._loop = asyncio.get_running_loop()
         self._timer = Timer(self._on_timer)
@@ -131,7 +149,10 @@ class Connection:
         """Report the connection as idle if no context is on it."""
         if not self.contexts:
             self.idle_since = now()
+            self._pinging.idle(self.idle_since)
             self._callbacks.on_idle(self)
+            if self.entry.state is ConnectionState.OPEN and self._pinging.due < NEVER:
+                self.watch(self._pinging.due)
 
     def close(self, at: float) -> None:
         """End the connection with a close frame, by `at` at the latest. A later call can only be sooner."""
@@ -166,7 +187,7 @@ class Connection:
     def _lose_contexts(self, why: str) -> None:
         self.was_lost = bool(self.contexts)
         for context in list(self.contexts.values()):
-            self._callbacks.perform(context, context.lose(ConnectionLost(why)))
+            self._callbacks.act(context, context.lose, ConnectionLost(why))
         self.outbox.wake()
         if self._ws.close_code not in (None, aiohttp.WSCloseCode.ABNORMAL_CLOSURE):
             self.fate = "closed"
@@ -196,6 +217,14 @@ class Connection:
                 self._take(message.data)
             elif message.type is aiohttp.WSMsgType.BINARY:
                 self._count_malformed("a binary frame")
+            elif message.type is aiohttp.WSMsgType.PONG:
+                self.heard_at = now()
+                self._pinging.pong(self.heard_at)
+                self.watch(self._pinging.due)
+            elif message.type is aiohttp.WSMsgType.PING:
+                if self._pong is None:  # one pong answers every ping before it: RFC 6455, section 5.5.3
+                    self.outbox.put(PONG)
+                self._pong = message.data
             else:
                 break
         self._leave(f"by the other side, code {self._ws.close_code}")
@@ -203,12 +232,19 @@ class Connection:
     async def _write(self) -> None:
         stall = self._timings.stall
         try:
-            await self.outbox.write(self._ws.send_str, lambda at: self.watch(at + stall))
+            await self.outbox.write(self._ws.send_str, lambda at: self.watch(at + stall), self._control)
         except ConnectionError as error:
             self._leave(f"can't send: {error}")
 
+    async def _control(self, frame: bytes) -> None:
+        if frame == PING:
+            await self._ws.ping()
+        else:
+            payload, self._pong = self._pong or b"", None
+            await self._ws.pong(payload)
+
     def _on_timer(self) -> None:
-        """Have the contexts expire whose deadline is over, and set the timer for the next."""
+        """Have the contexts expire whose deadline is over, or ping, and set the timer for the next."""
         at = now()
         stalled_at = self.outbox.sending_since + self._timings.stall
         if stalled_at <= at:
@@ -216,11 +252,25 @@ class Connection:
             return
         for context in list(self.contexts.values()):
             if context.deadline <= at:
-                self._callbacks.perform(context, context.expire(at))
+                self._callbacks.act(context, context.expire, at)
         due = min((context.deadline for context in self.contexts.values()), default=NEVER)
+        if not self.contexts:
+            due = self._look_at_idle(at)
         due = min(due, stalled_at)
         if due < NEVER:
             self.watch(due)
+
+    def _look_at_idle(self, at: float) -> float:
+        """Ping an idle connection in time, or give it up; return when to look again."""
+        if self._leaving.done() or self.entry.state is not ConnectionState.OPEN:
+            return NEVER
+        verdict = self._pinging.look(at)
+        if verdict is Verdict.PING:
+            self.outbox.put(PING)
+        elif verdict is Verdict.DEAD:
+            log.info("idle connection is dead", extra={"connection": self.entry.number})
+            self._leave(f"no pong within {self._timings.pong:g} s")
+        return self._pinging.due
 
     # -- frames from the server ---------------------------------------------------------------------------
 
@@ -233,18 +283,24 @@ class Connection:
         if frame.context is None:
             self._take_nameless(frame)
             return
+        self.heard_at = at = now()
         context = self.contexts.get(frame.context)
         if context is not None:
-            self._callbacks.perform(context, context.take(frame, now()))
+            self._callbacks.act(context, context.take, frame, at)
         # Else the frame is for a context that has ended here, and was under way.
 
     def _take_nameless(self, frame: Frame) -> None:
-        """Give an error without a context to the create that waits longest, or else to the only context."""
+        """Give a nameless error to an unanswered cancel, else to a create, else to the only context.
+
+        A server that does not know cancel_context may refuse it without a name. A wrong guess costs one
+        close_context for a cancel, and for a create the context of its owner.
+        """
         if frame.kind is not Kind.ERROR:
             return
         log.warning("error without a context", extra={"code": frame.code, "text": frame.message})
         contexts = list(self.contexts.values())
-        waiting = [each for each in contexts if not each.is_created and not each.is_told]
+        waiting = [each for each in contexts if each.unanswered_cancels]
+        waiting = waiting or [each for each in contexts if not each.is_created and not each.is_told]
         if waiting:
             whose = waiting[0]
         elif len(contexts) == 1:
@@ -252,12 +308,7 @@ class Connection:
         else:
             self._callbacks.retire(self.entry)  # one of the contexts is about to be silent
             return
-        if whose.state is ContextState.CANCELLING:
-            effects = whose.hint()
-        else:
-            text = frame.message or f"the server's error {frame.code}"
-            effects = whose.fail(ContextError(text, code=frame.code), now())
-        self._callbacks.perform(whose, effects)
+        self._callbacks.act(whose, whose.take_nameless, frame, now())
 
     def _count_malformed(self, what: str) -> None:
         """Give the connection no new context, because a frame is missing; end it after a few."""

@@ -75,6 +75,18 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """Note that the server answered the create after so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Call `try_elsewhere` if another connection may answer sooner: the create is slow."""
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
     """Give a frame to the listener."""
 
@@ -111,20 +123,23 @@ class End:
     fate: Literal["closed", "forced"]
 
 
-Effect = Send | Watch | Deliver | Tell | Retire | Retry | End
+Effect = Send | Watch | Answered | Slow | Deliver | Tell | Retire | Retry | End
 Effects = list[Effect]
 
 
 class Context:
     """One context. `id` is the server's name for it, drawn anew for each connection.
 
+    `sent_at`: when the create was sent.
     `deadline`: when the connection has to call `expire`. `acquire_at`: by when the context has to exist.
-    `is_told`: the listener knows the end, or there is no listener.
+    `is_told`: the listener knows the end, or there is no listener. `unanswered_cancels`: requests to stop
+    that the server has answered neither by the end nor by an error.
     """
 
     __slots__ = (
         "_cancel_until",
         "_config",
+        "_create_until",
         "_has_hinted",
         "_replay",
         "_replay_bytes",
@@ -136,7 +151,9 @@ class Context:
         "is_created",
         "is_told",
         "listener",
+        "sent_at",
         "state",
+        "unanswered_cancels",
     )
 
     def __init__(
@@ -149,6 +166,9 @@ class Context:
         self.listener = listener
         self.acquire_at = acquire_at
         self.deadline = NEVER
+        self.unanswered_cancels = 0
+        self.sent_at = NEVER
+        self._create_until = NEVER
         self._config = config
         self._timings = timings
         self._cancel_until = NEVER
@@ -214,19 +234,26 @@ class Context:
     def _cancel(self, at: float) -> Effects:
         effects = self._put(Action.CANCEL, protocol.cancel(), at)
         self._move(E.CANCEL)
+        self.unanswered_cancels += 1
         self._cancel_until = at + self._timings.cancel
         return [*effects, *self._wait_until(min(self._cancel_until, at + self._timings.cancel_hint))]
 
     # -- what happens -------------------------------------------------------------------------------------
 
-    def granted(self, id: str, at: float) -> Effects:
-        """Send the create, and all that was kept, under an id that is new to the connection."""
+    def granted(self, id: str, at: float, slow_after: float = NEVER) -> Effects:
+        """Send the create, and all that was kept, under an id that is new to the connection.
+
+        A first create that is not answered for `slow_after` seconds is reported as slow, once.
+        """
         self.id = id
+        self.sent_at = at
+        self._create_until = min(self.acquire_at, at + self._timings.create)
         self._move(E.GRANT)
         effects: Effects = [Send(protocol.encode(protocol.create(self._config), id))]
         for action, document in self._replay:
             effects += self._put(action, document, at)
-        return [*effects, *self._wait_until(min(self.acquire_at, at + self._timings.create))]
+        slow_at = NEVER if self._retries else at + slow_after
+        return [*effects, *self._wait_until(min(self._create_until, slow_at))]
 
     def take(self, frame: Frame, at: float) -> Effects:
         """Take one frame of the server's that is addressed to this context."""
@@ -247,17 +274,21 @@ class Context:
     def _created(self, at: float) -> Effects:
         self.is_created = True
         self._replay.clear()
+        answered = Answered(at - self.sent_at)
         if self.state is S.CANCELLING:
-            return []
+            return [answered]
         self._move(E.CREATED)
-        return self._wait_until(at + self._timings.silence if self.state is S.CLOSING else NEVER)
+        return [
+            answered,
+            *self._wait_until(at + self._timings.silence if self.state is S.CLOSING else NEVER),
+        ]
 
     def _take_error(self, frame: Frame, at: float) -> Effects:
         error = ContextError(frame.message or f"the server's error {frame.code}", code=frame.code)
         is_unknown = frame.code == NOT_FOUND or "not found" in frame.message.lower()
         if self.state is S.CANCELLING:
             # The error answers the cancel, or a frame before the cancel. Only "not found" is an end.
-            return self._end(error, "closed", frame) if is_unknown else self.hint()
+            return self._end(error, "closed", frame) if is_unknown else self._refused_cancel()
         if not self.is_created and "max contexts" in frame.message.lower():
             # The server counts more contexts on this connection than the pool does, so it takes no create.
             return self._retry_elsewhere(error, MAX_RETRIES_LOST, at)
@@ -266,11 +297,19 @@ class Context:
         # No published text says whether a context outlives its error, so it is cancelled and its place kept.
         return [*self._tell(error, frame), *self._cancel(at)]
 
+    def take_nameless(self, frame: Frame, at: float) -> Effects:
+        """Take an error of the server's that names no context, and that is most likely for this one."""
+        if self.state is S.CANCELLING:
+            return self._refused_cancel()
+        return self.fail(
+            ContextError(frame.message or f"the server's error {frame.code}", code=frame.code), at
+        )
+
     def expire(self, at: float) -> Effects:
         """Give up waiting for the answer that the deadline was for."""
         timings = self._timings
         if self.state is S.WAITING:
-            return self._end(AcquireTimeout("no capacity came free in time; try again"), "closed")
+            return self.fail(AcquireTimeout("no capacity came free in time; try again"), at)
         if self.state is S.CANCELLING:
             if at < self._cancel_until:
                 return self.hint()
@@ -278,10 +317,23 @@ class Context:
         if self.is_created:
             silent = Silent(f"a closed context said nothing for {timings.silence:g} s")
             return [*self._put(Action.CANCEL, protocol.cancel(), at), *self._give_up(silent)]
+        if at < self._create_until:
+            return [*self._wait_until(self._create_until), Slow()]
         if at >= self.acquire_at:
             return self.fail(AcquireTimeout("the server did not create the context in time; try again"), at)
         error = AcquireTimeout(f"create was not answered within {timings.create:g} s; try again")
         return self._retry_elsewhere(error, MAX_RETRIES_UNANSWERED, at)
+
+    @property
+    def may_try_elsewhere(self) -> bool:
+        """Whether this is the first try of a create that is neither answered nor cancelled."""
+        return not self.is_created and not self._retries and self.state in (S.CREATING, S.CLOSING)
+
+    def try_elsewhere(self, at: float) -> Effects:
+        """Send the create once more on another connection."""
+        if not self.may_try_elsewhere:
+            return []
+        return self._retry_elsewhere(AcquireTimeout("create is slow"), MAX_RETRIES_UNANSWERED, at)
 
     def lose(self, error: ConnectionLost) -> Effects:
         """Note that the connection has gone."""
@@ -294,7 +346,12 @@ class Context:
         if self._has_hinted:
             return []
         self._has_hinted = True
+        self.unanswered_cancels += 1
         return [Send(protocol.encode(protocol.close(), self.id)), *self._wait_until(self._cancel_until)]
+
+    def _refused_cancel(self) -> Effects:
+        self.unanswered_cancels = max(0, self.unanswered_cancels - 1)
+        return self.hint()
 
     # -- another connection -------------------------------------------------------------------------------
 
@@ -303,7 +360,7 @@ class Context:
             return [Retire(), *self.fail(error, at)]
         # The first try may yet succeed, unseen: what is left of it has its place, and is to be cancelled.
         remainder = Context({}, None, timings=self._timings, acquire_at=NEVER)
-        remainder.id, remainder.state = self.id, self.state
+        remainder.id, remainder.state, remainder.sent_at = self.id, self.state, self.sent_at
         return [Retire(), *self._retry(remainder)]
 
     def _retry(self, remainder: Context | None) -> Effects:

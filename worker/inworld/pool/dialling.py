@@ -38,6 +38,7 @@ async def dial(
                 urljoin(url, PATH),
                 headers={"Authorization": f"Basic {key}", "X-User-Agent": USER_AGENT},
                 max_msg_size=MAX_FRAME,
+                autoping=False,  # aiohttp would hide the pongs, and answer pings beside the writer
                 timeout=aiohttp.ClientWSTimeout(ws_close=close_timeout),
             )
     except TimeoutError as error:

@@ -33,7 +33,7 @@ class PoolClosed(InworldError):
 
 
 class AcquireTimeout(InworldError):
-    """Raised when no capacity came free in time, or the server did not create the context in time."""
+    """Raised when no capacity came free in time, or the server did not answer in time."""
 
     code = RESOURCE_EXHAUSTED
 
@@ -42,6 +42,12 @@ class KeyRefused(InworldError):
     """Raised when the server refuses the key; waiting would not help."""
 
     code = UNAUTHENTICATED
+
+
+class Unreachable(InworldError):
+    """Raised when no handshake with the server succeeds; the text has the cause."""
+
+    code = UNAVAILABLE
 
 
 class ConnectionLost(InworldError):
@@ -60,6 +66,13 @@ class Overflow(InworldError):
     """Raised when more is unread, or unsent, than may be buffered."""
 
     code = RESOURCE_EXHAUSTED
+
+
+class LastcallFault(InworldError):
+    """Raised when an exception that nobody foresaw has ended a context. The log has the traceback."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"a fault in lastcall, {type(error).__name__}; its log has more")
 
 
 class ContextCancelled(InworldError):

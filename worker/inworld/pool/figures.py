@@ -12,7 +12,8 @@ class Counters:
     `granted`: contexts that were given a place. `waited`: requests for a place that had to wait.
     `wait_seconds`: the sum of their waits. `refusals`: handshakes answered with 429.
     `failed_dials`: handshakes that failed, refusals included. `retries`: creates that were sent again on
-    another connection. `lost`: connections that ended under open contexts.
+    another connection. `second_tries`: those of them whose first try was only slow. `lost`: connections that
+    ended under open contexts.
     """
 
     granted: int = 0
@@ -21,6 +22,7 @@ class Counters:
     refusals: int = 0
     failed_dials: int = 0
     retries: int = 0
+    second_tries: int = 0
     lost: int = 0
 
 
@@ -29,7 +31,8 @@ class Figures:
     """What a pool has now, and its counters.
 
     `connections`: all that count against the account's limit. `dialling`: those of them without a finished
-    handshake. `contexts`: places that are taken. `waiters`: contexts that wait for a place.
+    handshake. `contexts`: places that are taken. `waiters`: contexts that wait for a place. `faults`: what
+    ended by a fault in lastcall.
     """
 
     connections: int
@@ -42,4 +45,6 @@ class Figures:
     refusals: int
     failed_dials: int
     retries: int
+    second_tries: int
     lost: int
+    faults: int

@@ -1,4 +1,7 @@
-"""Frames that wait to be written to one WebSocket, in order, with their size known."""
+"""Frames that wait to be written to one WebSocket, in order, with their size known.
+
+A frame is text, or bytes that stand for a ping or pong.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ class Outbox:
         self.size = 0
         self.sending_since = NEVER
         self._high_water = high_water
-        self._frames: deque[str] = deque()
+        self._frames: deque[str | bytes] = deque()
         self._work: asyncio.Future[None] | None = None
         self._room: deque[asyncio.Future[None]] = deque()
         self._flushed: asyncio.Future[None] | None = None
 
-    def put(self, text: str) -> None:
-        self._frames.append(text)
-        self.size += len(text)
+    def put(self, frame: str | bytes) -> None:
+        self._frames.append(frame)
+        self.size += len(frame)
         if self._work is not None and not self._work.done():
             self._work.set_result(None)
 
@@ -57,17 +60,28 @@ class Outbox:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def write(self, send: Callable[[str], Awaitable[None]], begun: Callable[[float], None]) -> None:
-        """Write for ever; `begun` gets the time at which each frame is begun. Raises what `send` does."""
+    async def write(
+        self,
+        send: Callable[[str], Awaitable[None]],
+        begun: Callable[[float], None],
+        control: Callable[[bytes], Awaitable[None]] | None = None,
+    ) -> None:
+        """Write for ever: `send` gets text, and `control` bytes. Raises what they do.
+
+        `begun` gets the time at which each frame is begun.
+        """
         loop = asyncio.get_running_loop()
         while True:
             while self._frames:
-                text = self._frames.popleft()
+                frame = self._frames.popleft()
                 self.sending_since = at = now()
                 begun(at)
-                await send(text)
+                if isinstance(frame, str):
+                    await send(frame)
+                elif control is not None:
+                    await control(frame)
                 self.sending_since = NEVER
-                self.size -= len(text)
+                self.size -= len(frame)
                 if self._room and self.size <= self._high_water:
                     self.wake()
             if self._flushed is not None and not self._flushed.done():

@@ -13,12 +13,25 @@ class Timings:
     dial: float = 10.0
     # A handshake older than this gets a second one beside it. Ours: so that one that hangs holds up nobody.
     slow_dial: float = 1.0
-    # The back-off after failed handshakes: first step and cap. Ours: 429 lasts until another client of the
+    # The back-off after a 429: first step and cap. Ours: 429 lasts until another client of the
     # account closes a connection, and a longer pause than 8 s would be most of an acquire timeout of 30 s.
     retry_first: float = 0.5
     retry_cap: float = 8.0
+    # How long an outage is remembered: callers are told of it without a handshake. Ours: a call notices a
+    # second, and one handshake a second from each machine harms no server.
+    outage: float = 1.0
     # From a create to contextCreated. Ours: two tries fit into an acquire timeout of 30 s, dial included.
     create: float = 5.0
+    # A create that is not answered so soon may go out on another connection. The time follows from the
+    # answers (`second_tries`); these are the value before the first answer, as in RFC 6298, and the least.
+    # Ours: a listener notices 0.3 s, and a working network answers sooner.
+    second_try_first: float = 1.0
+    second_try_least: float = 0.3
+    # Between pings on an idle connection. Ours: half of the minute after which the strictest of the common
+    # firewalls forget a connection.
+    ping: float = 30.0
+    # From a ping to its pong. Ours: as `silence`.
+    pong: float = 10.0
     # A cancel_context that is not answered so soon is followed by close_context. Ours: Inworld's pages know
     # no cancel_context, and a server that knows only close_context answers that.
     cancel_hint: float = 1.0

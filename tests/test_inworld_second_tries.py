@@ -1,0 +1,180 @@
+"""Connections that have died in silence: pings that find them, and creates that go out a second time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lastcall.worker.base.clock import now
+from lastcall.worker.inworld.pool.pinging import Pinging, Verdict
+from lastcall.worker.inworld.pool.second_tries import SHARE, SecondTries
+from lastcall.worker.inworld.pool.timer import NEVER
+from lastcall.worker.local.inworld_server import Faults, Speech
+from tests.support.inworld import PATIENCE, pair, quick, until
+from tests.test_inworld_network import proxied
+
+# No create is given up here, so a caller that is served in time is served by a second try.
+EAGER = quick(create=600.0, second_try_first=0.3, second_try_least=0.3, cancel=0.5, close_handshake=0.2)
+
+# -- decisions ----------------------------------------------------------------------------------------------
+
+
+def test_pings_of_a_server_that_answers() -> None:
+    """One each interval while idle; the first that is not answered in time means the connection is dead."""
+    pinging = Pinging(30.0, 10.0)
+    pinging.idle(100.0)
+    assert (pinging.look(129.0), pinging.due) == (Verdict.WAIT, 130.0)
+    assert (pinging.look(130.0), pinging.due) == (Verdict.PING, 140.0)
+    pinging.pong(130.1)
+    assert pinging.due == pytest.approx(160.1)
+    assert pinging.look(160.2) is Verdict.PING
+    pinging.idle(165.0)  # a context came and went: the missing pong means nothing
+    assert (pinging.look(171.0), pinging.due) == (Verdict.WAIT, 195.0)
+    assert pinging.look(195.0) is Verdict.PING
+    assert (pinging.look(205.0), pinging.due) == (Verdict.DEAD, NEVER)
+
+
+def test_pings_of_a_server_that_answers_none() -> None:
+    """The connection is not dead for that, and no second ping goes out."""
+    pinging = Pinging(30.0, 10.0)
+    pinging.idle(0.0)
+    assert pinging.look(30.0) is Verdict.PING
+    assert (pinging.look(40.0), pinging.due) == (Verdict.WAIT, NEVER)
+    pinging.idle(50.0)
+    assert (pinging.look(1000.0), pinging.due) == (Verdict.WAIT, NEVER)
+    pinging.pong(1001.0)  # late, but an answer
+    assert pinging.look(1031.0) is Verdict.PING
+
+
+def test_second_tries_have_an_allowance() -> None:
+    """One at the start, and 5 % of the creates after it, of which no more than five are saved up."""
+    tries = SecondTries(first=1.0, least=0.3, most=5.0)
+    taken = 0
+    for count in range(1, 1001):
+        tries.sent()
+        taken += tries.take()
+        assert taken <= 1 + SHARE * count
+    assert taken >= SHARE * 1000 - 1
+    for _ in range(10_000):
+        tries.sent()
+    assert sum(tries.take() for _ in range(100)) == 5
+
+
+def test_the_time_that_a_create_may_take_follows_the_answers() -> None:
+    """Short after quick answers, longer after slow or uneven ones, within its bounds."""
+    tries = SecondTries(first=1.0, least=0.3, most=5.0)
+    assert tries.after == 1.0
+    for _ in range(50):
+        tries.created(0.05)
+    assert tries.after == 0.3
+    for _ in range(50):
+        tries.created(0.8)
+    assert 0.79 < tries.after < 1.0
+    for seconds in (0.1, 2.0) * 20:
+        tries.created(seconds)
+    assert 2.0 < tries.after <= 5.0
+    for _ in range(20):
+        tries.created(1e6)
+    assert tries.after == 5.0
+    assert tries.is_slow(2.5) and not tries.is_slow(2.4)
+
+
+# -- pings --------------------------------------------------------------------------------------------------
+
+
+async def test_an_idle_connection_that_stops_answering_is_ended() -> None:
+    """Pinged while it answers, and ended when it does not, before a caller meets it."""
+    async with pair(timings=quick(ping=0.1, pong=1.0)) as p:
+        await p.say()
+        await p.server.until(lambda: p.server.counts["ping"] >= 3, PATIENCE)
+        assert p.server.counts["connected"] == 1
+        p.server.faults.ping_unanswered = True
+        await until(lambda: p.pool.figures.connections == 0)
+        assert p.pool.figures.lost == 0
+        await p.say()
+
+
+async def test_a_server_that_answers_no_ping_keeps_its_connection() -> None:
+    """One ping goes out, no other, and the next caller uses the connection."""
+    async with pair(faults=Faults(ping_unanswered=True), timings=quick(ping=0.1, pong=0.1)) as p:
+        await p.say()
+        (connection,) = p.pool.connections.values()
+        await until(lambda: p.server.counts["ping"] and connection._pinging.due == NEVER)
+        await p.say()
+        await until(lambda: connection._timer.at > now() + 1.0)
+        assert (p.server.counts["ping"], p.server.counts["connected"]) == (1, 1)
+
+
+async def test_a_missing_pong_ends_no_connection_that_carries_audio() -> None:
+    """The connection answered a ping before, then none; a context that came meanwhile speaks to its end."""
+    speech = Speech(pace="real-time")
+    async with pair(timings=quick(ping=0.2, pong=0.4), speech=speech) as p:
+        await p.say("Hi.")
+        await p.server.until(lambda: p.server.counts["ping"] >= 1, PATIENCE)
+        stream = await p.acquire()
+        p.server.faults.ping_unanswered = True
+        assert [frame async for frame in stream.speak("I speak for longer than a pong may take.")]
+        assert p.server.counts["connected"] == 1
+
+
+# -- second tries -------------------------------------------------------------------------------------------
+
+
+async def test_connections_that_a_firewall_has_forgotten_cost_a_moment() -> None:
+    """Four idle connections swallow all they are sent; the next caller is served by one that is dialled."""
+    async with pair(timings=EAGER, max_contexts=1) as p, proxied(p.server.port) as proxy:
+        p.pool._connections.url = f"ws://127.0.0.1:{proxy.port}/"
+        proxy.piece = 4096
+        for stream in await asyncio.gather(*(p.acquire() for _ in range(4))):
+            await stream.release()
+        before = p.pool.figures.second_tries
+        proxy.forget()
+        assert await p.say("Hello there.", timeout=600.0) > 0
+        assert p.pool.figures.second_tries == before + 1
+        # The connections that were silent as long are not left for the next callers.
+        for _ in range(3):
+            await p.say()
+        assert p.pool.figures.second_tries == before + 1
+        assert p.server.counts["connected"] == 5
+
+
+async def test_a_slow_create_is_heard_once() -> None:
+    """The first try is answered after the second: it is cancelled upstream, and none of it is heard.
+
+    Its place is not given away before the server has closed it.
+    """
+    async with pair() as p:
+        alone = await p.say("Hello there.")
+    async with pair(timings=EAGER, max_contexts=1, max_connections=2) as p:
+        p.server.faults.create_delay = 3.0
+        p.server.faults.cancel = "ignored"
+        said = asyncio.ensure_future(p.say("Hello there."))
+        await p.server.until(lambda: p.server.counts["connected"] == 2, PATIENCE)
+        p.server.faults.create_delay = 0.0
+        assert await said == alone
+        first = p.server.events_of("context_created")[0].context
+        await p.server.until(lambda: p.server.counts["cancel_requested"], PATIENCE)
+        assert p.server.events_of("cancel_requested")[0].context == first
+        assert p.pool.figures.second_tries == 1
+        await p.settled()
+
+
+async def test_no_second_try_while_other_connections_are_slow_too() -> None:
+    """A server that is slow for everybody gets no create twice."""
+    async with pair(faults=Faults(create_delay=2.0), timings=EAGER, max_contexts=1) as p:
+        streams = await asyncio.gather(*(p.acquire() for _ in range(6)))
+        assert p.server.counts["context_created"] == 6
+        assert p.pool.figures.second_tries == 0
+        for stream in streams:
+            await stream.release()
+
+
+async def test_second_tries_are_few() -> None:
+    """Five creates on one connection are slow: one goes out again, and the others wait."""
+    async with pair(faults=Faults(create_delay=2.0), timings=EAGER) as p:
+        streams = await asyncio.gather(*(p.acquire() for _ in range(5)))
+        assert p.pool.figures.second_tries == 1
+        assert p.server.counts["context_created"] == 6
+        for stream in streams:
+            await stream.release()

@@ -1,0 +1,245 @@
+"""The contexts of a pool: each context's claim on the capacity, its wait, and what it wants done.
+
+A `Context` decides and returns effects. `Contexts` performs them: frames go to the context's connection or to
+the listener, a claim is requested or released, and a context that has ended is forgotten. A caller owns no
+task: when a caller is cancelled its context is cancelled, and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ParamSpec, assert_never
+
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.inworld.pool.capacity import Capacity, Claim, ClaimState
+from lastcall.worker.inworld.pool.close_report import CloseTally
+from lastcall.worker.inworld.pool.connection import Connection
+from lastcall.worker.inworld.pool.context import (
+    Answered,
+    Context,
+    Deliver,
+    Effect,
+    Effects,
+    End,
+    Retire,
+    Retry,
+    Send,
+    Slow,
+    Tell,
+    Watch,
+)
+from lastcall.worker.inworld.pool.errors import AcquireTimeout, InworldError, LastcallFault
+from lastcall.worker.inworld.pool.fault_log import FaultLog
+from lastcall.worker.inworld.pool.figures import Counters
+from lastcall.worker.inworld.pool.open_connections import Connections
+from lastcall.worker.inworld.pool.second_tries import SecondTries
+from lastcall.worker.inworld.pool.timings import Timings
+
+P = ParamSpec("P")
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A context's wait for a place: since when, and the timer for its acquire timeout."""
+
+    since: float
+    timer: asyncio.TimerHandle | None = None
+
+    def stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class Contexts:
+    """Every context that has not ended, with its claim. `changed` is notified when one ends in a close."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        connections: Connections,
+        *,
+        timings: Timings,
+        counters: Counters,
+        faults: FaultLog,
+        tally: CloseTally,
+        changed: Condition,
+    ) -> None:
+        self.claims: dict[Context, Claim] = {}
+        # Those contexts that the server has not been asked for.
+        self.waiting: dict[Context, Waiting] = {}
+        self._capacity = capacity
+        self._connections = connections
+        self._counters = counters
+        self._faults = faults
+        self._second_tries = SecondTries(
+            first=timings.second_try_first, least=timings.second_try_least, most=timings.create
+        )
+        self._tally = tally
+        self._changed = changed
+
+    @property
+    def open(self) -> int:
+        """How many contexts the server may count."""
+        return sum(len(connection.contexts) for connection in self._connections.by_entry.values())
+
+    def connection_of(self, context: Context) -> Connection | None:
+        """Return the connection that the context has a place on, if any."""
+        claim = self.claims.get(context)
+        if claim is None or claim.entry is None:
+            return None
+        return self._connections.by_entry[claim.entry]
+
+    def fail(self, context: Context, error: InworldError) -> None:
+        """Tell the listener this error as the end, now, and cancel the context at the server."""
+        self.act(context, context.fail, error, now())
+
+    def fail_waiting(self, error: InworldError) -> None:
+        """Fail every context that waits for a place."""
+        for context in list(self.waiting):
+            self.fail(context, error)
+
+    def act(
+        self, context: Context, method: Callable[P, Effects], /, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Call a method of the context and perform its effects in order. A fault ends this context alone."""
+        try:
+            for effect in method(*args, **kwargs):
+                self._perform(context, effect)
+        except Exception as error:
+            self._end_faulty(context, error)
+
+    def _perform(self, context: Context, effect: Effect) -> None:
+        match effect:
+            case Deliver(frame):
+                assert context.listener is not None
+                context.listener.on_frame(frame, context)
+            case Send(text):
+                self._connection_of(context).put(text)
+            case Watch(at):
+                self._connection_of(context).watch(at)
+            case Answered(seconds):
+                self._second_tries.created(seconds)
+            case Slow():
+                # After a pause of this process the answer may have come and not been read: frames first.
+                asyncio.get_running_loop().call_soon(self._try_elsewhere, context)
+            case Tell(error, frame):
+                # Drop the listener: it refers to this context, and the reference cycle would keep both
+                # alive until the next garbage collection.
+                listener, context.listener = context.listener, None
+                assert listener is not None
+                try:
+                    listener.on_end(error, frame, context)
+                except Exception as fault:  # the effects after this one are the server's
+                    self._faults.note("a listener", fault)
+            case Retire():
+                self._connections.retire(self._connection_of(context).entry)
+            case Retry(remainder):
+                self._retry(context, remainder)
+            case End(fate):
+                self._end(context, fate)
+            case _:
+                assert_never(effect)
+
+    def _end_faulty(self, context: Context, error: Exception) -> None:
+        """Fail a context after an exception that nobody foresaw, or forget it if that fails too."""
+        self._faults.note("a context", error, context=context.id)
+        try:
+            for effect in context.fail(LastcallFault(error), now()):
+                self._perform(context, effect)
+        except Exception as second:
+            self._faults.note("a context", second, context=context.id)
+            if context.listener is not None:
+                self._perform(context, Tell(LastcallFault(error), None))
+            if context in self.claims:
+                # The server may still count the context, so its connection takes no other.
+                connection = self.connection_of(context)
+                if connection is not None:
+                    self._connections.retire(connection.entry)
+                self._end(context, "forced")
+
+    def _connection_of(self, context: Context) -> Connection:
+        entry = self.claims[context].entry
+        assert entry is not None
+        return self._connections.by_entry[entry]
+
+    def request(self, context: Context, *, first: bool = False) -> None:
+        """Have a context wait for a place, with `first` before all others."""
+        self.claims[context] = claim = Claim(lambda _: self._granted(context))
+        self.waiting[context] = waiting = Waiting(now())
+        self._capacity.request(claim, first=first)
+        if claim.state is ClaimState.WAITING:
+            self._counters.waited += 1
+            left = max(0.0, context.acquire_at - now())
+            waiting.timer = asyncio.get_running_loop().call_later(left, self._expire, context)
+            self._connections.dial_as_wanted()
+
+    def _expire(self, context: Context) -> None:
+        if self._connections.is_unanswered:
+            self.fail(context, AcquireTimeout("no handshake with Inworld was answered in time; try again"))
+        else:
+            self.act(context, context.expire, now())
+
+    def _granted(self, context: Context) -> None:
+        waiting = self.waiting.pop(context)
+        waiting.stop()
+        self._counters.granted += 1
+        self._counters.wait_seconds += now() - waiting.since
+        self._capacity.create_sent(self.claims[context])
+        # A hyphen is no letter of base64, so the id can't stand in any audio.
+        id = f"lc-{secrets.token_hex(8)}"
+        self._connection_of(context).contexts[id] = context
+        self._second_tries.sent()
+        self.act(context, context.granted, id, now(), self._second_tries.after)
+
+    def _try_elsewhere(self, context: Context) -> None:
+        """Have a slow create tried on another connection, if that may help and the allowance is there."""
+        connection = self.connection_of(context)
+        if connection is None or not context.may_try_elsewhere:
+            return
+        at = now()
+        others = (each for each in self._connections.by_entry.values() if each is not connection)
+        is_slow_everywhere = any(
+            not each.is_created and self._second_tries.is_slow(at - each.sent_at)
+            for other in others
+            for each in other.contexts.values()
+        )
+        if is_slow_everywhere or not self._connections.has_room_beside(connection):
+            return
+        if self._second_tries.take():
+            self._counters.second_tries += 1
+            self.act(context, context.try_elsewhere, at)
+
+    def _retry(self, context: Context, remainder: Context | None) -> None:
+        self._counters.retries += 1
+        claim = self.claims[context]
+        if remainder is None:
+            self._connection_of(context).contexts.pop(context.id)
+            self._capacity.release(claim)
+        else:
+            self.claims[remainder] = claim
+            self._connection_of(remainder).contexts[remainder.id] = remainder
+            self.act(remainder, remainder.cancel, now())
+            self._connections.retire_silent(self._connection_of(remainder), context.sent_at)
+        self.request(context, first=True)
+
+    def _end(self, context: Context, fate: str) -> None:
+        claim = self.claims.pop(context)
+        connection = None if claim.entry is None else self._connections.by_entry[claim.entry]
+        if connection is not None:
+            connection.contexts.pop(context.id)
+        self._capacity.release(claim)
+        waiting = self.waiting.pop(context, None)
+        if waiting is not None:
+            waiting.stop()
+            if not self._capacity.waiters:
+                self._connections.stop_dialling()
+        if self._tally.is_counting:
+            if connection is not None:
+                self._tally.contexts[fate] += 1
+            self._changed.notify()
+        if connection is not None:
+            connection.report_idle()
