@@ -46,6 +46,13 @@ class Jobs(list[str]):
     cut = 0
 
 
+class FakeMemoryWatch:
+    """A look at the memory of jobs that finds nothing."""
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
 @dataclass
 class FakeEngine:
     """An engine that runs nothing, and notes what it is told."""
@@ -62,6 +69,7 @@ class FakeEngine:
     is_fenced: bool = False
     hangs: bool = False
     ends: list[tuple[float, float]] = field(default_factory=list)
+    memory: FakeMemoryWatch = field(default_factory=FakeMemoryWatch)
 
     async def run(self) -> None:
         await self.changed.until(lambda: self.ended)

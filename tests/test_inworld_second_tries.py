@@ -12,7 +12,7 @@ from lastcall.worker.inworld.pool.second_tries import SHARE, SecondTries
 from lastcall.worker.inworld.pool.timer import NEVER
 from lastcall.worker.local.inworld_server import Faults, Speech
 from tests.support.inworld import PATIENCE, pair, quick, until
-from tests.test_inworld_network import proxied
+from tests.support.slow_network import proxied
 
 # No create is given up here, so a caller that is served in time is served by a second try.
 EAGER = quick(create=600.0, second_try_first=0.3, second_try_least=0.3, cancel=0.5, close_handshake=0.2)

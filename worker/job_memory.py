@@ -4,7 +4,7 @@ A job may have a limit (`[jobs] memory_mb`). The job is asked to shut down at AS
 shutdown callbacks can run. The job is killed at the limit, or ENDS_WITHIN after it was asked, and the
 programs below the job are killed too. No other job is concerned.
 
-When there is no memory left at all, the kernel kills the process that holds most of it. That may be an
+When there is no memory left at all, the kernel kills the process that holds most of it. That may be a
 job that does not grow, or a forkserver, whose end takes its jobs along. So jobs raise their `oom_score_adj`
 (`worker.job.setup`), and this module raises that of the programs of jobs by PROGRAMS_DIE_BEFORE.
 
