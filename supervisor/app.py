@@ -215,8 +215,14 @@ class App:
         return code
 
     def _too_short(self) -> str:
-        """Say which callbacks grace is too short for; an opaque program has none that lastcall knows of."""
-        return "" if self.config.is_opaque else calls.warning(self.config.grace, self.config.shares)
+        """Say which callbacks grace is too short for.
+
+        An opaque program has none that lastcall knows of, and no real call waits for those of dev and demo.
+        """
+        has_callers = self.around.has_patience and not self.around.worker_settings.local_url
+        if self.config.is_opaque or not has_callers:
+            return ""
+        return calls.warning(self.config.grace, self.config.shares)
 
     async def _run_fleet(self) -> None:
         try:
