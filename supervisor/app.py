@@ -324,14 +324,13 @@ class App:
         return Exit(document["exit_code"])
 
     def _write_receipt(self, path: Path, document: dict[str, Any]) -> None:
-        texts = {path: json.dumps(document, indent=2) + "\n"}
-        if not receipt_file.is_special(path):
-            texts[Path(f"{path}{textfile.SUFFIX}")] = textfile.text_of(document, str(path), time.time())
-        for place, text in texts.items():
-            try:
-                receipt_file.write_whole(place, text)
-            except OSError as error:
-                self.log.error("receipt could not be written", path=str(place), reason=error.strerror)
+        try:
+            receipt_file.write_whole(path, json.dumps(document, indent=2) + "\n")
+            if not receipt_file.is_special(path):
+                figures = textfile.text_of(document, os.path.abspath(path), time.time())
+                receipt_file.write_whole(Path(f"{path}{textfile.SUFFIX}"), figures)
+        except OSError as error:
+            self.log.error("receipt could not be written", path=str(path), reason=error.strerror)
 
 
 def _trim() -> None:
