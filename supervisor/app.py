@@ -213,8 +213,14 @@ class App:
         return code
 
     def _too_short(self) -> str:
-        """Say which callbacks grace is too short for; an opaque program has none that lastcall knows of."""
-        return "" if self.config.is_opaque else calls.warning(self.config.grace, self.config.shares)
+        """Say which callbacks grace is too short for.
+
+        An opaque program has none that lastcall knows of, and no real call waits for those of dev and demo.
+        """
+        has_callers = self.around.has_patience and not self.around.worker_settings.local_url
+        if self.config.is_opaque or not has_callers:
+            return ""
+        return calls.warning(self.config.grace, self.config.shares)
 
     async def _run_fleet(self) -> None:
         try:
@@ -316,14 +322,13 @@ class App:
         return Exit(document["exit_code"])
 
     def _write_receipt(self, path: Path, document: dict[str, Any]) -> None:
-        texts = {path: json.dumps(document, indent=2) + "\n"}
-        if not receipt_file.is_special(path):
-            texts[Path(f"{path}{textfile.SUFFIX}")] = textfile.text_of(document, str(path), time.time())
-        for place, text in texts.items():
-            try:
-                receipt_file.write_whole(place, text)
-            except OSError as error:
-                self.log.error("receipt could not be written", path=str(place), reason=error.strerror)
+        try:
+            receipt_file.write_whole(path, json.dumps(document, indent=2) + "\n")
+            if not receipt_file.is_special(path):
+                figures = textfile.text_of(document, os.path.abspath(path), time.time())
+                receipt_file.write_whole(Path(f"{path}{textfile.SUFFIX}"), figures)
+        except OSError as error:
+            self.log.error("receipt could not be written", path=str(path), reason=error.strerror)
 
 
 def _trim() -> None:

@@ -448,7 +448,7 @@ async def test_what_calls_get_of_a_minute(run: StartRun) -> None:
     assert [note["job"] for note in r.notes() if note["what"] == "callback"] == [long.job_id, endless.job_id]
     receipt = r.receipt()
     assert receipt["phases"]["draining"] == pytest.approx(37, abs=1) and receipt["killed"] == []
-    assert r.livekit.jobs[endless.job_id].status == "JS_FAILED"
+    assert r.livekit.jobs[endless.job_id].ended_at is not None, "the server was told"
     last = Samples.of(Path(f"{r.receipt_file}.prom").read_text())
     assert last.value("lastcall_last_stop_jobs", fate="cut", receipt=str(r.receipt_file)) == 1
     assert last.value("lastcall_last_stop_exit_code") == 75
