@@ -162,7 +162,7 @@ async def test_every_timing_of_release_cancel_and_wait() -> None:
 async def test_acquire_keeps_its_timeout_in_a_hung_handshake() -> None:
     """One deadline covers all of an acquire. Fails if the dial is outside it."""
     async with pair(faults=Faults(handshake_hang=True), timings=quick(dial=600.0)) as p:
-        with pytest.raises(AcquireTimeout):
+        with pytest.raises(AcquireTimeout, match="no handshake"):
             async with asyncio.timeout(PATIENCE):
                 await p.acquire(timeout=0.1)
         await until(lambda: not p.pool.capacity.entries)

@@ -178,3 +178,16 @@ async def test_second_tries_are_few() -> None:
         assert p.server.counts["context_created"] == 6
         for stream in streams:
             await stream.release()
+
+
+async def test_no_second_try_while_another_connection_has_just_been_slow() -> None:
+    """A late answer on another connection, after the create was sent, says that the server is slow."""
+    async with pair(timings=EAGER, max_contexts=1) as p:
+        first = await p.acquire()
+        (connection,) = p.pool.connections.values()
+        connection.create_seconds, connection.created_at = 1.0, NEVER
+        p.server.faults.create_delay = 1.5
+        second = await p.acquire()
+        assert p.pool.figures.second_tries == 0
+        for stream in (first, second):
+            await stream.release()

@@ -137,7 +137,7 @@ class Connections:
 
     def has_room_beside(self, connection: Connection) -> bool:
         """Whether a context may find a place on another connection soon."""
-        return not self._redialling.has_failed and self._capacity.has_room_beside(connection.entry)
+        return self._capacity.has_room_beside(connection.entry, may_dial=not self._redialling.has_failed)
 
     def _on_idle(self, connection: Connection) -> None:
         """Close a connection that takes no new context; look at any other again after its idle time."""

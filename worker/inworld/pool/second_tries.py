@@ -19,8 +19,8 @@ DEVIATIONS = 4
 # slow where all is well, and a connection that has died takes at most five contexts with it.
 SHARE = 0.05
 MAX_ALLOWANCE = 5.0
-# Another connection is slow if a create on it is unanswered for this part of the time that creates may take.
-# Ours: creates of one moment must see each other, though one of them was sent a little earlier.
+# Another connection is slow if a create on it takes this part of the time that creates may take. Ours: two
+# creates of one moment must see each other, though one of them was sent a little earlier.
 SLOW_PART = 0.5
 
 
@@ -55,7 +55,7 @@ class SecondTries:
         self._allowance = min(MAX_ALLOWANCE, self._allowance + SHARE)
 
     def is_slow(self, seconds: float) -> bool:
-        """Whether a create that is unanswered for so long makes its connection slow."""
+        """Whether a create that takes so long makes its connection slow."""
         return seconds >= SLOW_PART * self.after
 
     def take(self) -> bool:
