@@ -33,8 +33,10 @@ class SecondTries:
         self._after = first
         self._mean: float | None = None
         self._deviation = 0.0
-        # One at the start: the first call of a pool may meet a connection that has died.
+        # One at the start, because the second call of a pool may meet a connection that has died. The first
+        # creates pay for it, so that all together keep the share.
         self._allowance = 1.0
+        self._owed = 1.0
 
     @property
     def after(self) -> float:
@@ -52,7 +54,10 @@ class SecondTries:
 
     def sent(self) -> None:
         """Note a create."""
-        self._allowance = min(MAX_ALLOWANCE, self._allowance + SHARE)
+        if self._owed > 0:
+            self._owed -= SHARE
+        else:
+            self._allowance = min(MAX_ALLOWANCE, self._allowance + SHARE)
 
     def is_slow(self, seconds: float) -> bool:
         """Whether a create that takes so long makes its connection slow."""
