@@ -37,7 +37,7 @@ async def test_a_handshake_that_raises_ends_alone(
     key: str | None, url: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Speech under way goes on, the caller is told, and with the right key and URL the pool serves again."""
-    async with pair(max_contexts=1) as p:
+    async with pair(max_contexts=1, is_faulty=True) as p:
         speaking = await p.acquire()
         right_key, right_url = p.server.api_key, p.pool._connections.url
         if key is not None:
@@ -80,7 +80,7 @@ async def test_a_listener_that_raises_costs_its_own_context(
     where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its context is cancelled at the server; the others on the connection are served."""
-    async with pair(max_connections=1) as p:
+    async with pair(max_connections=1, is_faulty=True) as p:
         other = await p.acquire()
         for _ in range(3):
             broken = Broken(where)
@@ -99,7 +99,7 @@ async def test_a_listener_that_raises_costs_its_own_context(
 
 async def test_a_context_that_raises_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """If even its failure raises it is forgotten, and its connection is closed after the others."""
-    async with pair(max_connections=1) as p:
+    async with pair(max_connections=1, is_faulty=True) as p:
         other, broken = await p.acquire(), await p.acquire()
         monkeypatch.setattr(protocol, "cancel", lambda: {"a set": {1}})  # no JSON
         p.pool.close(broken.context)
@@ -141,7 +141,7 @@ async def test_a_connection_that_raises_ends_alone(
     how: Callable[[Pair, pytest.MonkeyPatch], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its contexts are told, its socket is closed; contexts on another connection are served."""
-    async with pair(max_contexts=1) as p:
+    async with pair(max_contexts=1, is_faulty=True) as p:
         first, second = await p.acquire(), await p.acquire()
         await how(p, monkeypatch)
         with pytest.raises(ConnectionLost):
@@ -154,7 +154,7 @@ async def test_a_connection_that_raises_ends_alone(
 
 async def test_a_request_that_raises_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job whose frame raises loses its connection with code 1011; other jobs are served."""
-    async with brokered(speech=SPEAKING) as s, s.job() as other:
+    async with brokered(speech=SPEAKING, is_faulty=True) as s, s.job() as other:
         await other.burst("c", LONG, close=False)
         await other.said("c", "audioChunk")
         async with s.job() as job:

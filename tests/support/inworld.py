@@ -91,11 +91,13 @@ async def pair(
     speech: Speech | None = None,
     timings: Timings = QUICK,
     is_alone: bool = True,
+    is_faulty: bool = False,
     **options: Any,
 ) -> AsyncIterator[Pair]:
     """Run a server and a pool; at the end no context, connection, task or socket of theirs is left.
 
     Not `is_alone`: something else in this process may leave tasks and sockets, so they are not counted.
+    `is_faulty`: the test has the pool raise what nobody foresaw, which is else a fault that a test must see.
     """
     own = asyncio.current_task()
     before = sockets()
@@ -103,6 +105,7 @@ async def pair(
         async with InworldPool(server.ws_url, server.api_key, timings=timings, **options) as pool:
             yield Pair(server=server, pool=pool)
         await until(lambda: server.open_connections == 0)
+        assert is_faulty or pool.faults.count == 0
         assert pool.tasks == {} and pool.connections == {} and not pool.capacity.entries
     if is_alone:
         await until(lambda: asyncio.all_tasks() <= {own})

@@ -206,7 +206,11 @@ class BrokerProcess:
             due = now() + self.settings.beat
             await asyncio.sleep(self.settings.beat)
             self._lag = max(0.0, now() - due)
-            self._beat()
+            try:
+                self._beat()
+            except Exception as error:  # the group would end the broker with all speech
+                if self._broker is not None:
+                    self._broker.pool.faults.note("a beat", error)
 
     def _beat(self) -> None:
         if self._broker is None:

@@ -101,10 +101,10 @@ class Capacity:
         """The open connections without a taken place."""
         return [entry for entry in self.entries if entry.state is ConnectionState.OPEN and not entry.taken]
 
-    def has_room_beside(self, entry: PoolEntry) -> bool:
+    def has_room_beside(self, entry: PoolEntry, *, may_dial: bool) -> bool:
         """Whether another connection has a free place, or may be dialled, and no claim waits for that."""
         return not self._waiting and (
-            len(self.entries) < self.max_connections
+            (may_dial and len(self.entries) < self.max_connections)
             or any(self._is_free(each) for each in self.entries if each is not entry)
         )
 

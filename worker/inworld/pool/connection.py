@@ -71,7 +71,8 @@ class Callbacks:
 class Connection:
     """A WebSocket after its handshake. `contexts` are those that the server may count, by id.
 
-    `heard_at`: when the server last said something.
+    `heard_at`: when the server last said something. `create_seconds`: how long its last answer to a create
+    took. `created_at`: when that answer came.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Connection:
     ) -> None:
         self.entry = entry
         self.contexts: dict[str, Context] = {}
-        self.idle_since = self.heard_at = now()
+        self.idle_since = self.heard_at = self.created_at = now()
+        self.create_seconds = 0.0
         self.malformed = 0
         # The connection ended with close frames (closed) or without them (forced).
         self.fate: ResourceFate = "forced"
@@ -153,6 +155,12 @@ class Connection:
             self._callbacks.on_idle(self)
             if self.entry.state is ConnectionState.OPEN and self._pinging.due < NEVER:
                 self.watch(self._pinging.due)
+
+    def longest_create(self, since: float) -> float:
+        """Return the seconds of the create that waits longest here, or of one answered since then."""
+        at = now()
+        waiting = [at - each.sent_at for each in self.contexts.values() if not each.is_created]
+        return max(waiting, default=self.create_seconds if self.created_at >= since else 0.0)
 
     def close(self, at: float) -> None:
         """End the connection with a close frame, by `at` at the latest. A later call can only be sooner."""

@@ -122,6 +122,8 @@ class Contexts:
             case Watch(at):
                 self._connection_of(context).watch(at)
             case Answered(seconds):
+                connection = self._connection_of(context)
+                connection.create_seconds, connection.created_at = seconds, now()
                 self._second_tries.created(seconds)
             case Slow():
                 # After a pause of this process the answer may have come and not been read: frames first.
@@ -200,18 +202,16 @@ class Contexts:
         connection = self.connection_of(context)
         if connection is None or not context.may_try_elsewhere:
             return
-        at = now()
-        others = (each for each in self._connections.by_entry.values() if each is not connection)
         is_slow_everywhere = any(
-            not each.is_created and self._second_tries.is_slow(at - each.sent_at)
-            for other in others
-            for each in other.contexts.values()
+            self._second_tries.is_slow(other.longest_create(since=context.sent_at))
+            for other in self._connections.by_entry.values()
+            if other is not connection
         )
         if is_slow_everywhere or not self._connections.has_room_beside(connection):
             return
         if self._second_tries.take():
             self._counters.second_tries += 1
-            self.act(context, context.try_elsewhere, at)
+            self.act(context, context.try_elsewhere, now())
 
     def _retry(self, context: Context, remainder: Context | None) -> None:
         self._counters.retries += 1

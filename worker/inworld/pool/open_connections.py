@@ -137,7 +137,7 @@ class Connections:
 
     def has_room_beside(self, connection: Connection) -> bool:
         """Whether a context may find a place on another connection soon."""
-        return not self._redialling.has_failed and self._capacity.has_room_beside(connection.entry)
+        return self._capacity.has_room_beside(connection.entry, may_dial=not self._redialling.has_failed)
 
     def _on_idle(self, connection: Connection) -> None:
         """Close a connection that takes no new context; look at any other again after its idle time."""
@@ -224,22 +224,28 @@ class Connections:
             self._faults.note("a connection", error, connection=entry.number)
 
     async def _serve(self, entry: PoolEntry, ws: aiohttp.ClientWebSocketResponse) -> None:
-        timings = self._timings
-        connection = Connection(entry, ws, timings=timings, callbacks=self._callbacks)
-        if entry.state is ConnectionState.DIALLING:
-            self._redialling.succeeded()
-            self.by_entry[entry] = connection
-            self._capacity.opened(entry)
-            connection.report_idle()
-            if entry.is_replacement:
-                self._timer.set(now())
-            self.dial_as_wanted()
-        else:
-            connection.close(now() + timings.close_handshake)
+        connection = Connection(entry, ws, timings=self._timings, callbacks=self._callbacks)
+        try:
+            self._opened(entry, connection)
+        except Exception as error:
+            self._faults.note("a connection", error, connection=entry.number)
+            connection.close(now())  # and not left: the run below closes the socket
         try:
             await connection.run()
         finally:
             self._counters.lost += connection.was_lost
+
+    def _opened(self, entry: PoolEntry, connection: Connection) -> None:
+        if entry.state is not ConnectionState.DIALLING:
+            connection.close(now() + self._timings.close_handshake)
+            return
+        self._redialling.succeeded()
+        self.by_entry[entry] = connection
+        self._capacity.opened(entry)
+        connection.report_idle()
+        if entry.is_replacement:
+            self._timer.set(now())
+        self.dial_as_wanted()
 
     def _gone(self, entry: PoolEntry) -> None:
         connection = self.by_entry.pop(entry, None)

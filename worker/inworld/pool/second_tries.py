@@ -19,8 +19,8 @@ DEVIATIONS = 4
 # slow where all is well, and a connection that has died takes at most five contexts with it.
 SHARE = 0.05
 MAX_ALLOWANCE = 5.0
-# Another connection is slow if a create on it is unanswered for this part of the time that creates may take.
-# Ours: creates of one moment must see each other, though one of them was sent a little earlier.
+# Another connection is slow if a create on it takes this part of the time that creates may take. Ours: two
+# creates of one moment must see each other, though one of them was sent a little earlier.
 SLOW_PART = 0.5
 
 
@@ -33,8 +33,10 @@ class SecondTries:
         self._after = first
         self._mean: float | None = None
         self._deviation = 0.0
-        # One at the start: the first call of a pool may meet a connection that has died.
+        # One at the start, because the second call of a pool may meet a connection that has died. The first
+        # creates pay for it, so that all together keep the share.
         self._allowance = 1.0
+        self._owed = 1.0
 
     @property
     def after(self) -> float:
@@ -52,10 +54,13 @@ class SecondTries:
 
     def sent(self) -> None:
         """Note a create."""
-        self._allowance = min(MAX_ALLOWANCE, self._allowance + SHARE)
+        if self._owed > 0:
+            self._owed -= SHARE
+        else:
+            self._allowance = min(MAX_ALLOWANCE, self._allowance + SHARE)
 
     def is_slow(self, seconds: float) -> bool:
-        """Whether a create that is unanswered for so long makes its connection slow."""
+        """Whether a create that takes so long makes its connection slow."""
         return seconds >= SLOW_PART * self.after
 
     def take(self) -> bool:
