@@ -51,6 +51,16 @@ async def entrypoint(ctx: JobContext) -> None:
 """
 
 
+BUSY = """
+from livekit.agents import AgentServer, JobContext
+server = AgentServer(load_fnc=lambda: 1.0)
+
+@server.rtc_session()
+async def entrypoint(ctx: JobContext) -> None:
+    pass
+"""
+
+
 def rehearse(*arguments: str, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*LASTCALL, "rehearse", *arguments], capture_output=True, text=True, timeout=timeout, check=False
@@ -79,6 +89,15 @@ def test_an_agent_whose_jobs_die_of_sigterm_fails() -> None:
     cut = [problem for problem in verdict.problems if "reported as JS_FAILED" in problem]
     assert len(cut) == 2, (verdict.problems, verdict.output)
     assert any("RuntimeError('no such room')" in warning for warning in verdict.warnings), verdict
+
+
+@pytest.mark.core
+def test_an_agent_that_is_full_for_its_own_load_passes(tmp_path: Path) -> None:
+    """The load of the machine, here of a pipeline's, says nothing about a stop."""
+    agent = tmp_path / "busy.py"
+    agent.write_text(BUSY)
+    verdict = play.play(PID, str(agent), workers=1)
+    assert verdict.is_good, (verdict.problems, verdict.output)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +253,26 @@ def seen(**changes: Any) -> Seen:
         (
             PID,
             {"ends": {"a": "JS_FAILED"}, "over": frozenset({"a"})},
-            "job a: reported as JS_FAILED, expected JS_SUCCESS: what follows the entrypoint (session, tasks,",
+            "expected JS_SUCCESS: its entrypoint was over; why it failed is not known (receipt: none)",
+        ),
+        (
+            PID,
+            {
+                "ends": {"a": "JS_FAILED"},
+                "over": frozenset({"a"}),
+                "receipt": {"jobs": [{"id": "a", "fate": "cut"}]},
+            },
+            "it was cut after the entrypoint; which of the steps that follow did not end is not known",
+        ),
+        (
+            PID,
+            {"ends": {"a": "JS_FAILED"}, "receipt": {"jobs": [{"id": "a", "fate": "lost"}]}},
+            "expected JS_SUCCESS: its worker died",
+        ),
+        (
+            PID,
+            {"ends": {"a": "JS_FAILED"}, "receipt": {"jobs": [{"id": "a", "fate": "failed"}]}},
+            "expected JS_SUCCESS: its process ended with an error during the entrypoint",
         ),
         (
             PID,

@@ -176,6 +176,7 @@ def test_unit_names_its_configuration_file() -> None:
     own = "--control /run/lastcall/control.sock --receipt /var/lib/lastcall/receipt.json"
     assert command == f"ExecStart=/opt/lastcall run /srv/sub/agent.py {own} --config /srv/lastcall.toml"
     assert "TimeoutStopSec=630\nTimeoutStartSec=331\n" in text
+    assert "WorkingDirectory=/srv\n" in text, "relative paths of the file mean what they mean here"
     assert "LASTCALL_HTTP" not in text
 
 

@@ -122,6 +122,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     rehearsal = host.settings.rehearsal
     if rehearsal is not None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
+        agent_server.disregard_load(server)
     host.adopt(server)
     host.control.say(Loaded(agent_name=agent_server.agent_name(server)))
 

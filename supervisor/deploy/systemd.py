@@ -59,7 +59,9 @@ def unit(service: Service) -> str:
     ]
     words += ["--config", service.config_file] if service.config_file else []
     command = " ".join(map(quote, [*words, *target_form.tail(service.arguments)]))
-    directory = posixpath.dirname(service.target_file) or service.directory
+    # Paths in a configuration file are from the directory of the start, which is the one of this command.
+    beside_target = "" if service.config_file else posixpath.dirname(service.target_file)
+    directory = beside_target or service.directory
     return render(
         "lastcall.service",
         service,

@@ -136,9 +136,15 @@ def _what_happened(scene: Scene, seen: Seen, job: str, end: str) -> str:
 
 
 def _why_not(seen: Seen, job: str) -> str:
-    if job not in seen.over:
+    """Return the reason as far as it is known, from the entrypoint and the fate in the receipt."""
+    fate = {each["id"]: each["fate"] for each in seen.receipt.get("jobs", ())}.get(job)
+    is_over = job in seen.over
+    if fate == "failed":
+        return f"its process ended with an error {'after' if is_over else 'during'} the entrypoint"
+    if fate == "lost":
+        return "its worker died"
+    if not is_over:
         return "it was cut"
-    fates = {each["id"]: each["fate"] for each in seen.receipt.get("jobs", ())}
-    if fates.get(job) == "failed":
-        return "its process ended with an error after the entrypoint"
-    return "what follows the entrypoint (session, tasks, shutdown callbacks, closers) did not end in time"
+    if fate == "cut":
+        return "it was cut after the entrypoint; which of the steps that follow did not end is not known"
+    return f"its entrypoint was over; why it failed is not known (receipt: {fate or 'none'})"

@@ -194,8 +194,8 @@ class Stage:
                 ended = {e["kind"].removeprefix("dispatch_") for e in self.events if "dispatch_" in e["kind"]}
                 raise StageError(
                     f"only {len(self.running())} of {count} jobs ran within {timeout:.0f} s"
-                    f" (dispatches: {', '.join(sorted(ended)) or 'unanswered'}): its request_fnc or load_fnc"
-                    " refuses, or its job processes do not come up"
+                    f" (dispatches: {', '.join(sorted(ended)) or 'unanswered'}): its request_fnc refuses, or"
+                    " its job processes do not come up"
                 )
 
         due = time.monotonic() + ENTRYPOINTS_BEGIN_WITHIN

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterable
@@ -118,6 +119,21 @@ def wrap_entrypoint(server: AgentServer, wrap: Callable[[Callable[[Any], Awaitab
     need(server, "_entrypoint_fnc")
     if server._entrypoint_fnc is not None:
         server._entrypoint_fnc = wrap(server._entrypoint_fnc)
+
+
+def disregard_load(server: AgentServer) -> None:
+    """Have the worker take jobs on a machine that is busy with something else, as that of a pipeline is.
+
+    The `load_fnc` of the agent is not asked. Needs `_load_threshold`, because the public `update_options` of
+    1.3 resets timeouts. Without the name a worker takes a second job only when the first has begun.
+    """
+    server.load_fnc = _no_load
+    if hasattr(server, "_load_threshold"):
+        server._load_threshold = math.inf
+
+
+def _no_load() -> float:
+    return 0.0
 
 
 def use_private_ports(server: AgentServer) -> None:
