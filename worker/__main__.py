@@ -27,7 +27,7 @@ from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import leave
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SUPERVISOR_SIGNALS, Stopping
-from lastcall.worker.base.wire import Fault, Loaded
+from lastcall.worker.base.wire import Fault, Loaded, shortened
 
 if TYPE_CHECKING:
     from lastcall.worker.host import Host
@@ -122,7 +122,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     if rehearsal is not None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
     host.adopt(server)
-    host.control.say(Loaded(agent_name=agent_server.agent_name(server)))
+    host.control.say(Loaded(agent_name=shortened(agent_server.agent_name(server))))
 
 
 def _refuse_other_server(text: str, url: str, local_url: str) -> None:
@@ -140,7 +140,8 @@ def _refuse_other_server(text: str, url: str, local_url: str) -> None:
 
 
 def _fault(host: "Host", code: int, error: BaseException, traceback: str) -> int:
-    host.control.say(Fault(exit=code, message=str(error), traceback=traceback))
+    message, traceback_told = shortened(str(error)), shortened(traceback)
+    host.control.say(Fault(exit=code, message=message, traceback=traceback_told))
     if not host.control.is_supervised:
         if traceback:
             print(traceback, file=sys.stderr, end="")

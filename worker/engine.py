@@ -17,7 +17,7 @@ from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.stopping import unshielded
-from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays
+from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays, shortened
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
 from lastcall.worker.sdk import agent_server
 
@@ -245,7 +245,7 @@ class Engine:
         try:
             await agent_server.ask_to_end(executor, max(0.0, kill_at - now()))
         except Exception as error:  # the job's pipe may break at any moment; the kill does not depend on it
-            self._report(JobNotAsked(error=repr(error)))
+            self._report(JobNotAsked(error=shortened(repr(error))))
 
     # -- what livekit-agents tells --------------------------------------------------------------------
 
