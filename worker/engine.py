@@ -16,10 +16,11 @@ from typing import Any
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.errors import Incompatible
 from lastcall.worker.base.stopping import unshielded
 from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays, shortened
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
-from lastcall.worker.sdk import agent_server
+from lastcall.worker.sdk import agent_server, preflight
 
 Report = Callable[[WorkerSays], None]
 
@@ -86,7 +87,7 @@ class Engine:
         try:
             await self.server.run(devmode=False)
         except asyncio.CancelledError:
-            if not self._fenced:
+            if not self._fenced and self.error is None:
                 raise
         except Exception as error:  # the user's or livekit's; the host reports it, with its text
             self.error = error
@@ -264,6 +265,13 @@ class Engine:
         self.jobs.settle(id, fate)
 
     def _on_started(self) -> None:
+        try:
+            preflight.check_running(self.server)
+        except Incompatible as error:
+            # Nothing of the connection has run yet: its task was made in this turn of the loop.
+            self.error = error
+            agent_server.cancel_start()
+            return
         self.started = True
         if self._mock_room:
             agent_server.mark_as_mock(self.server)
