@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing.popen_forkserver
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from livekit.agents import AgentServer, JobRequest, WorkerOptions, cli
 from livekit.protocol import agent
 
 from lastcall.worker.base.errors import Incompatible
-from lastcall.worker.sdk import agent_server, child_processes
+from lastcall.worker.sdk import agent_server, child_processes, preflight
+from lastcall.worker.sdk.names import LIVEKIT, SERVER, PrivateName
 from tests.agents.calls import entrypoint
 
 pytestmark = pytest.mark.core
@@ -30,10 +32,15 @@ def server() -> AgentServer:
 
 def test_names_are_there() -> None:
     """What a stop can't do without exists before the server runs; a missing one is named."""
-    agent_server.need(server(), "_request_fnc", "_draining", "_update_worker_status", "_port", "_host")
-    missing = rf"livekit-agents {agent_server.SDK_VERSION} has no AgentServer._nope"
-    with pytest.raises(Incompatible, match=missing):
-        agent_server.need(server(), "_draining", "_nope")
+    assert preflight.check() == []
+    made = server()
+    nope = PrivateName(owner=SERVER, name="_nope", kind="attribute", needed_by="the fence")
+    missing = rf"livekit-agents {preflight.version_of(LIVEKIT)} has no AgentServer._nope$"
+    assert [lack.name for lack in preflight.lacks([nope])] == [nope]
+    assert re.match(missing, preflight.Lack(name=nope).text)
+    del made._draining
+    with pytest.raises(Incompatible, match=r"has no AgentServer\._draining, which the fence needs"):
+        preflight.check_running(made)
 
 
 def test_what_is_a_server() -> None:

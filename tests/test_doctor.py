@@ -17,21 +17,34 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from lastcall.supervisor.doctor import checks, gather, probe, report
-from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, ShutdownTarget, Trial, Unit
+from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Name, ShutdownTarget, Trial, Unit
 from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import open_to
 from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import AGENT, LASTCALL, SAMPLE, Run, StartRun
 
+NAME = Name(package="Python", version="3.11", name="Popen.poll", needed_by="the fence", without="")
 GOOD = Facts(
     target="agent.py",
+    names=(NAME,),
     livekit_agents="1.8.9",
     trial=Trial(looked_at=3, worker_bytes=500 << 20, exit_code=0),
     livekit=Answer(url="wss://x", status=101, skew_s=0.2),
 )
+LESS = replace(NAME, name="A", without="the load reads 0", lack="no A")
+MISSING = replace(NAME, name="B", lack="no B")
 SHELL = ("/bin/sh", "-c", "lastcall run agent.py")
 NOTIFY = {"KillMode": "mixed", "TimeoutStopUSec": "1h 30s", "Type": "notify", "LoadState": "loaded"}
+
+
+def test_private_names_are_printed() -> None:
+    """One a line below its package: what needs the name, or what is done without it."""
+    lines = report.table((NAME, LESS, MISSING)).splitlines()
+    assert lines[1] == "private names of Python 3.11"
+    assert lines[2].split() == ["has", "Popen.poll", "for", "the", "fence"]
+    assert lines[3].startswith("lacks A ") and lines[3].endswith(" no A: the load reads 0")
+    assert lines[4].startswith("lacks B ") and lines[4].endswith(" no B: not supported")
 
 
 def unit(**changes: str) -> Unit:
@@ -52,7 +65,7 @@ def test_nothing_wrong() -> None:
     findings = checks.examine(GOOD)
     assert {finding.verdict for finding in findings} == {"ok"}
     assert all(finding.why and not finding.do for finding in findings)
-    assert report.document(findings)["ok"] is True
+    assert report.document(findings, (NAME,))["ok"] is True
 
 
 CASES: list[tuple[str, str, dict[str, Any], str]] = [
@@ -162,6 +175,9 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("clock", "warn", {"livekit": Answer(url="u", status=101, skew_s=30.0)}, "30 s behind"),
     ("clock", "fail", {"livekit": Answer(url="u", status=401, skew_s=-90.0)}, "90 s ahead of"),
     ("livekit", "warn", {"livekit": None}, "not all set"),
+    ("private names", "fail", {"names": None}, "can't be imported"),
+    ("private names", "fail", {"names": (LESS, MISSING)}, "no B, which the fence needs, and 1 more"),
+    ("private names", "warn", {"names": (LESS,)}, "no A: the load reads 0"),
     ("livekit", "fail", {"livekit": Answer(url="u", error="refused")}, "u: refused"),
     ("livekit", "fail", {"livekit": Answer(url="u", status=401)}, "refuses the key (401)"),
     ("livekit", "fail", {"livekit": Answer(url="u", status=404)}, "answers 404"),
@@ -180,7 +196,7 @@ def test_check(check: str, verdict: str, facts: dict[str, Any], why: str) -> Non
     assert (finding.verdict, why in finding.why) == (verdict, True), finding
     assert bool(finding.do) is (verdict != "ok")
     assert "\n" not in finding.why + finding.do
-    assert report.document(findings)["ok"] is all(each.verdict != "fail" for each in findings)
+    assert report.document(findings, ())["ok"] is all(each.verdict != "fail" for each in findings)
 
 
 HEX = "0123456789ab" * 5
@@ -404,11 +420,15 @@ def doctor(*arguments: str, cwd: Path, **environment: str) -> tuple[int, dict[st
 
 
 def test_a_worker_is_looked_at(tmp_path: Path) -> None:
-    """A real worker is started, looked at and stopped; its measured size is held against the limit."""
+    """A real worker is started, looked at and stopped; its measured size is held against the limit.
+
+    The private names are looked for beside it.
+    """
     _, findings = doctor(SAMPLE, "--http", "off", cwd=tmp_path)
     assert findings["shield"].verdict == "ok", findings
     assert "processes of a worker looked at" in findings["shield"].why
     assert findings["livekit-agents"].verdict in ("ok", "warn")
+    assert findings["private names"].verdict == "ok" and "all " in findings["private names"].why
 
 
 def test_surroundings_are_real(tmp_path: Path) -> None:

@@ -236,9 +236,23 @@ async def test_wrong_target(run: StartRun, tmp_path: Path, case: str) -> None:
     await r.nothing_left()
 
 
+async def test_working_directory_that_is_gone(run: StartRun, tmp_path: Path) -> None:
+    """A target that is looked for in the directory is one line and exit 78."""
+    (tmp_path / "gone").mkdir()
+    here = ("sh", "-c", 'cd gone; rmdir ../gone; exec "$@"', "sh")
+    r: Run = await run("run", "app.py", cwd=tmp_path, livekit=False, prefix=here)
+    assert await r.exit(20) == 78
+    said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
+    assert len(said) == 1 and "app.py: the working directory is gone" in said[0], r.logs()
+    assert "Traceback" not in r.logs()
+
+
 async def test_target_that_raises(run: StartRun, tmp_path: Path) -> None:
-    """Any other exception is a failed start: their traceback once, back-off, and in the end exit 69."""
-    write(tmp_path, "app.py", "def fail():\n    raise ValueError('no key')\n\nfail()\n")
+    """Any other exception is a failed start: their traceback once, back-off, and in the end exit 69.
+
+    An exception may have a text of any length, and a message to the supervisor has a bound.
+    """
+    write(tmp_path, "app.py", "def fail():\n    raise ValueError('no key' + 300_000 * 'é')\n\nfail()\n")
     config = write(tmp_path, "lastcall.toml", "[restart]\nintensity = 2\nbackoff = [0.05, 0.1]\n")
     r: Run = await run("run", "-w", "2", "--config", config, "app.py", cwd=tmp_path, livekit=False)
     assert await r.exit(60) == 69

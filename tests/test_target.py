@@ -10,8 +10,10 @@ from typing import NoReturn
 
 import pytest
 
+from lastcall.supervisor.config.loading import load
 from lastcall.supervisor.deploy import docker, k8s, systemd
 from lastcall.supervisor.deploy.service import Service
+from lastcall.supervisor.errors import ConfigError
 from lastcall.worker import target as loading
 from lastcall.worker.base.errors import TargetError
 from lastcall.worker.base.target_form import TargetForm, parse
@@ -98,6 +100,18 @@ def test_parts_of_a_target() -> None:
     assert parse("a:b/agent.py") == TargetForm(file="a:b/agent.py")
     assert parse("a:b/agent.py:server") == TargetForm(file="a:b/agent.py", attribute="server")
     assert parse("a.b.py") == TargetForm(file="a.b.py")
+
+
+def test_target_that_is_too_long(tmp_path: Path) -> None:
+    """One short line, by whatever way the target comes."""
+    for target in ("a" * 5000 + ".py", "é" * 60_000 + ".py", "a" * 200_000 + ":b", "-m " + "a" * 5000):
+        with pytest.raises(ValueError, match="expected at most 4096") as refused:
+            parse(target)
+        assert len(str(refused.value)) < 200
+        config = write(tmp_path / "lastcall.toml", f"target = '{target}'\n")
+        with pytest.raises(ConfigError, match=r"target: got .*expected at most 4096") as told:
+            load({}, {}, file=str(config))
+        assert len(str(told.value)) < 500
     assert parse("app.main:server") == TargetForm(module="app.main", attribute="server")
     for wrong in (
         "",

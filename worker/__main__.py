@@ -12,7 +12,9 @@ if __name__ == "__main__":
 
 import asyncio
 import faulthandler
+import logging
 import os
+import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,16 +23,20 @@ import uvloop
 from lastcall.worker import scratch
 from lastcall.worker import target as loading
 from lastcall.worker.base import garbage, target_form, variables
+from lastcall.worker.base.channel import Control
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError, TargetError
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import leave
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SUPERVISOR_SIGNALS, Stopping
-from lastcall.worker.base.wire import Fault, Loaded
+from lastcall.worker.base.wire import FOR_WORKER, Fault, Loaded, WorkerHears, WorkerSays, shortened
 
 if TYPE_CHECKING:
     from lastcall.worker.host import Host
+
+
+log = logging.getLogger("lastcall.worker")
 
 
 def main() -> NoReturn:
@@ -68,6 +74,13 @@ def _host(
     target: str,
     arguments: list[str],
 ) -> int:
+    from lastcall.worker.sdk import preflight
+
+    try:
+        preflight.check()
+    except Incompatible as error:
+        # Not by the host: its import needs names that may be missing.
+        return _fault(_control(settings), Exit.CONFIG, error, "")
     from lastcall.worker.host import Host
 
     host = Host(settings, stopping, changed)
@@ -75,21 +88,28 @@ def _host(
         with garbage.no_collections():
             _load(host, runner.get_loop(), target, arguments)
     except TargetError as error:
-        return _fault(host, Exit.CONFIG, error, error.traceback)
+        return _fault(host.control, Exit.CONFIG, error, error.traceback)
     except Incompatible as error:
-        return _fault(host, Exit.CONFIG, error, "")
+        return _fault(host.control, Exit.CONFIG, error, "")
     except StartError as error:
-        return _fault(host, Exit.FAILED, error, error.traceback)
+        return _fault(host.control, Exit.FAILED, error, error.traceback)
     code = runner.run(host.run())
     if host.engine is not None and host.engine.error is not None:
         failure = host.engine.error
-        return _fault(host, code, failure, loading.users_traceback(failure))
+        code = Exit.CONFIG if isinstance(failure, Incompatible) else code
+        return _fault(host.control, code, failure, loading.users_traceback(failure))
     return code
+
+
+def _control(settings: WorkerSettings) -> Control[WorkerSays, WorkerHears]:
+    """Return the control channel, for a worker that has nothing to hear."""
+    sock = None if settings.control_fd is None else socket.socket(fileno=settings.control_fd)
+    return Control(sock, FOR_WORKER, lambda _message: None, lambda: None)
 
 
 def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: list[str]) -> None:
     target = loading.parse(text, arguments)
-    from lastcall.worker.sdk import agent_server, child_processes
+    from lastcall.worker.sdk import agent_server, child_processes, preflight
     from lastcall.worker.shield import raise_shield
 
     raise_shield(loop)
@@ -105,6 +125,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
         refuse_to_run=agent_server.refuse_to_run,
         classify=agent_server.as_server,
     )
+    lacks = preflight.check()  # again: the target may have replaced parts of livekit-agents
     if not agent_server.has_entrypoint(server):
         raise TargetError(
             f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run"
@@ -113,6 +134,8 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     if local_url:
         _refuse_other_server(text, agent_server.url_of(server), local_url)
     agent_server.set_up_logging(server, coloured=host.settings.coloured)
+    for lack in lacks:
+        log.warning("a private name is missing", extra={"missing": lack.text, "instead": lack.name.without})
     agent_server.use_private_ports(server)
     agent_server.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
     from lastcall.worker.job.rehearsed import RehearsedEntrypoint
@@ -124,7 +147,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
         agent_server.disregard_load(server)
     host.adopt(server)
-    host.control.say(Loaded(agent_name=agent_server.agent_name(server)))
+    host.control.say(Loaded(agent_name=shortened(agent_server.agent_name(server))))
 
 
 def _refuse_other_server(text: str, url: str, local_url: str) -> None:
@@ -141,9 +164,9 @@ def _refuse_other_server(text: str, url: str, local_url: str) -> None:
         )
 
 
-def _fault(host: "Host", code: int, error: BaseException, traceback: str) -> int:
-    host.control.say(Fault(exit=code, message=str(error), traceback=traceback))
-    if not host.control.is_supervised:
+def _fault(control: Control[WorkerSays, WorkerHears], code: int, error: BaseException, traceback: str) -> int:
+    control.say(Fault(exit=code, message=shortened(str(error)), traceback=shortened(traceback)))
+    if not control.is_supervised:
         if traceback:
             print(traceback, file=sys.stderr, end="")
         print(f"lastcall: {error}", file=sys.stderr)

@@ -16,11 +16,12 @@ from typing import Any
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.errors import Incompatible
 from lastcall.worker.base.stopping import unshielded
-from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays
+from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays, shortened
 from lastcall.worker.job_memory import MemoryWatch
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
-from lastcall.worker.sdk import agent_server
+from lastcall.worker.sdk import agent_server, preflight
 
 Report = Callable[[WorkerSays], None]
 
@@ -95,7 +96,7 @@ class Engine:
         try:
             await self.server.run(devmode=False)
         except asyncio.CancelledError:
-            if not self._fenced:
+            if not self._fenced and self.error is None:
                 raise
         except Exception as error:  # the user's or livekit's; the host reports it, with its text
             self.error = error
@@ -257,7 +258,7 @@ class Engine:
         try:
             await agent_server.ask_to_end(executor, max(0.0, kill_at - now()))
         except Exception as error:  # the job's pipe may break at any moment; the kill does not depend on it
-            self._report(JobNotAsked(error=repr(error)))
+            self._report(JobNotAsked(error=shortened(repr(error))))
 
     # -- what livekit-agents tells --------------------------------------------------------------------
 
@@ -276,6 +277,13 @@ class Engine:
         self.jobs.settle(id, fate)
 
     def _on_started(self) -> None:
+        try:
+            preflight.check_running(self.server)
+        except Incompatible as error:
+            # Nothing of the connection has run yet: its task was made in this turn of the loop.
+            self.error = error
+            agent_server.cancel_start()
+            return
         self.started = True
         if self._mock_room:
             agent_server.mark_as_mock(self.server)

@@ -44,6 +44,7 @@ from lastcall.worker.base.wire import (
     Terminate,
     WorkerHears,
     WorkerSays,
+    shortened,
 )
 from lastcall.worker.engine import Engine
 from lastcall.worker.inworld.plugin.attached import plugin_connections
@@ -138,7 +139,7 @@ class Host:
     async def _stop(self, engine: Engine) -> int:
         failed = not self.stopping.is_set
         if failed:
-            reason = "lost" if engine.error is None else f"failed: {engine.error}"
+            reason = "lost" if engine.error is None else shortened(f"failed: {engine.error}")
             self.stopping.begin(reason)
             log.error("worker is going down", extra={"reason": reason})
         if self._deadlines is None:

@@ -68,7 +68,7 @@ def parse(text: str, arguments: Sequence[str] = ()) -> Target:
             attribute=form.attribute,
             arguments=tuple(arguments),
         )
-    path = Path(form.file).absolute()
+    path = Path(form.file) if os.path.isabs(form.file) else _from_here(text) / form.file
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -78,6 +78,17 @@ def parse(text: str, arguments: Sequence[str] = ()) -> Target:
     if not is_file:
         raise TargetError(f"no file {form.file!r}: TARGET is {target_form.FORMS}{_near(path)}")
     return Target(text=text, path=path, module="", attribute=form.attribute, arguments=tuple(arguments))
+
+
+def _from_here(text: str) -> Path:
+    """Return the working directory. Raises TargetError when somebody has removed it."""
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise TargetError(
+            f"{text}: the working directory is gone ({error.strerror}): start in one that exists,"
+            " or name the file by its full path"
+        ) from None
 
 
 def load(
@@ -153,8 +164,9 @@ def _load(
         sys.path.insert(0, str(directory))
         module = _execute(target, target.path, recorded)
     else:
-        _refuse_own_lastcall(Path.cwd())
-        sys.path.insert(0, str(Path.cwd()))
+        directory = _from_here(target.text)
+        _refuse_own_lastcall(directory)
+        sys.path.insert(0, str(directory))
         module = _import(target) if target.attribute else _execute_module(target, recorded)
     if target.attribute:
         found = _attribute(target, module)

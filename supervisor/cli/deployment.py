@@ -242,10 +242,14 @@ def _doctor(
 
     given = {"target": target_of(target, module), "args": arguments_of(arguments), **flags}
     with _interruptible():
-        findings = examine(gather(given, config_file=config, unit=unit))
-    document = report.document(findings)
+        facts = gather(given, config_file=config, unit=unit)
+        findings = examine(facts)
+    names = facts.names or ()
+    document = report.document(findings, names)
     if as_json:
         print(json.dumps(document, indent=2))
     else:
         print("\n".join(map(report.line, findings)))
+        if names:
+            print(report.table(names))
     return 0 if document["ok"] else 1

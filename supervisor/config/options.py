@@ -18,6 +18,7 @@ from lastcall.supervisor.config.values import (
     HttpUrl,
     Seconds,
     SecondsOrZero,
+    TargetText,
     WebSocketUrl,
     WritableFile,
     check_number,
@@ -170,7 +171,7 @@ class Inworld(Section):
 class Config(Section):
     """Every option of `lastcall run`."""
 
-    target: Annotated[str, Field(description="path.py, path.py:attr, module:attr or -m module.")] = ""
+    target: Annotated[TargetText, Field(description="path.py, path.py:attr, module:attr or -m module.")] = ""
     args: Annotated[list[str], Field(description="For the program of the target itself, after `start`.")] = []
     command: Annotated[
         list[str], Field(description='An opaque worker in place of a target, as in ["node", "agent.js"].')

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 
 from lastcall.supervisor.config.user_files import words_of
+from lastcall.worker.base import target_form
 
 # Ours: 115 days. A deadline that far away is as good as none, and no clock arithmetic overflows.
 LONGEST_SECONDS = 10_000_000
@@ -48,6 +49,12 @@ def _check_host(host: str) -> None:
     except UnicodeError as error:
         reason = error.__cause__ or error
         raise ValueError(f"{host!r} can't be the name of a host: {reason}") from error
+
+
+def _check_target(value: str) -> str:
+    if target_form.is_too_long(value):
+        raise ValueError(f"expected at most {target_form.MAX_BYTES} bytes of {target_form.FORMS}")
+    return value
 
 
 def _check_address(value: str) -> str:
@@ -114,6 +121,7 @@ def _check_url(value: str, schemes: tuple[str, str]) -> str:
     return value
 
 
+TargetText = Annotated[str, AfterValidator(_check_target)]
 HttpAddress = Annotated[str, AfterValidator(_check_address)]
 Backoff = Annotated[tuple[SecondsOrZero, SecondsOrZero], AfterValidator(_check_backoff)]
 WritableFile = Annotated[str, AfterValidator(check_writable)]

@@ -271,6 +271,27 @@ def livekit_agents(facts: Facts) -> Finding:
     return Finding(check="livekit-agents", verdict="ok", why=why)
 
 
+def private_names(facts: Facts) -> Finding | None:
+    """Whether the installed packages have the private names that a stop needs."""
+    if facts.livekit_agents is None:
+        return None
+    if facts.names is None:
+        why, do = "livekit-agents can't be imported", "see what python -c 'import livekit.agents' says"
+        return Finding(check="private names", verdict="fail", why=why, do=do)
+    lacking = sorted((name for name in facts.names if name.lack), key=lambda name: name.without)
+    if not lacking:
+        why = f"all {len(facts.names)} that lastcall uses are there"
+        return Finding(check="private names", verdict="ok", why=why)
+    first, more = lacking[0], f", and {len(lacking) - 1} more" if lacking[1:] else ""
+    if first.without:
+        why = f"{first.lack}{more}: {first.without}"
+        do = f"use an older {first.package} to have it back, or a newer lastcall"
+        return Finding(check="private names", verdict="warn", why=why, do=do)
+    why = f"{first.lack}, which {first.needed_by} needs{more}: lastcall does not start"
+    do = f"use an older {first.package}, or a newer lastcall"
+    return Finding(check="private names", verdict="fail", why=why, do=do)
+
+
 def shield(facts: Facts) -> Finding:
     """Whether a stop that reaches every process leaves the jobs alone: seen on a worker that was started."""
     trial = facts.trial
@@ -427,6 +448,7 @@ CHECKS: tuple[Check, ...] = (
     shutdown,
     kill_timer,
     livekit_agents,
+    private_names,
     shield,
     memory,
     out_of_memory,

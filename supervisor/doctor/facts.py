@@ -69,6 +69,21 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Name:
+    """A private name that the installed `package` should have. `lack` says what is not there; "" if it is.
+
+    `without` says what lastcall does in place of the name; "" where it would not start.
+    """
+
+    package: str
+    version: str
+    name: str
+    needed_by: str
+    without: str
+    lack: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """Everything that the checks look at. A fact is None when it is not known, or there is no such thing."""
 
@@ -87,6 +102,8 @@ class Facts:
     unit: Unit | None = None
     shutdown_targets: tuple[ShutdownTarget, ...] = ()
     livekit_agents: str | None = None
+    # It is None where livekit-agents can't be imported.
+    names: tuple[Name, ...] | None = None
     has_inworld_plugin: bool = False
     has_inworld_key: bool = False
     memory_limit: int | None = None

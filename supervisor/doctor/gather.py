@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import json
 import os
 import re
 import resource
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +23,7 @@ from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import runtime_directory
 from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.doctor.checks import is_container
-from lastcall.supervisor.doctor.facts import Answer, Facts, ShutdownTarget, Unit
+from lastcall.supervisor.doctor.facts import Answer, Facts, Name, ShutdownTarget, Unit
 from lastcall.supervisor.doctor.trial import look
 from lastcall.supervisor.errors import ConfigError, UsageError
 
@@ -36,6 +38,8 @@ except ImportError:
 
 # Seconds. Ours: systemctl answers at once, unless the bus is stuck.
 SYSTEMCTL_TIMEOUT = 5.0
+# Seconds. Ours: the import of livekit-agents takes some, on a slow disk many.
+NAMES_TIMEOUT = 60.0
 # unix(7): sun_path holds 108 bytes, and ends with a zero.
 SOCKET_PATH_BYTES = 107
 CGROUPS = Path("/sys/fs/cgroup")
@@ -77,6 +81,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         unit=found,
         shutdown_targets=_shutdown_targets() if found else (),
         livekit_agents=_version("livekit-agents"),
+        names=_names() if _version("livekit-agents") else None,
         has_inworld_plugin=_version("livekit-plugins-inworld") is not None,
         has_inworld_key=bool(environment.get("INWORLD_API_KEY")) or _is_readable(config.inworld.api_key_file),
         memory_limit=_limit("memory.max", "memory/memory.limit_in_bytes"),
@@ -161,6 +166,23 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
+        return None
+
+
+def _names() -> tuple[Name, ...] | None:
+    """Return the private names, looked for in a process that imports livekit-agents as a worker does."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "lastcall.worker.sdk"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=NAMES_TIMEOUT,
+            check=True,
+        )
+        # The last line: a package may print while it is imported.
+        return tuple(Name(**each) for each in json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError, TypeError):
         return None
 
 

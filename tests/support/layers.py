@@ -38,7 +38,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.sdk": Room(
         idea="the private names of livekit-agents and multiprocessing",
-        floors=("agent_server job_process child_processes",),
+        floors=("names", "preflight child_processes", "agent_server job_process", "__main__"),
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",

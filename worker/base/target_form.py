@@ -5,6 +5,7 @@ Nothing here looks at the disk, so the supervisor can check a form that another 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ FORMS = "path.py, path.py:attr, module:attr or -m module"
 # In front of the name of a module that is run as a program, and of the arguments of the program itself.
 MODULE = "-m"
 ARGUMENTS = "--args"
+# Bytes of a target: as a path may have (PATH_MAX of Linux, limits.h). The name of a module is part of one.
+MAX_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,8 @@ def parse(text: str) -> TargetForm:
 
     Only the last colon may begin an attribute: a directory may have colons in its name.
     """
+    if is_too_long(text):
+        raise ValueError(f"{text[:40]!r}… is no target: expected at most {MAX_BYTES} bytes of {FORMS}")
     if "\n" in text or "\0" in text:
         raise ValueError(f"{text!r} is no target: expected {FORMS}")
     if is_file(text):
@@ -50,6 +55,11 @@ def parse(text: str) -> TargetForm:
     if not colon or not attribute.isidentifier() or not is_module(head):
         raise ValueError(f"{text!r} is no target: expected {FORMS}")
     return TargetForm(module=head, attribute=attribute)
+
+
+def is_too_long(text: str) -> bool:
+    """Tell whether a target is too long to name a file or a module."""
+    return len(os.fsencode(text)) > MAX_BYTES
 
 
 def words(target: str, arguments: Sequence[str] = ()) -> list[str]:

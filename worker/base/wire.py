@@ -28,6 +28,9 @@ from lastcall.worker.base.errors import WireError
 VERSION = 2
 # Ours: the workers' own metrics are the longest message, and `exposition` stays below half of this.
 MAX_LINE_BYTES = 256 * 1024
+# Characters of an exception's text, a traceback or a name that are told. Ours: a character is at most 12
+# bytes of JSON, and a message has at most two such texts.
+MAX_TEXT = 8192
 
 JobFate = Literal["finished", "failed", "cut", "unassigned"]
 ResourceFate = Literal["closed", "forced", "leaked"]
@@ -331,6 +334,14 @@ def encode(message: Message) -> bytes:
             f"control message {name!r} has {len(line)} bytes, at most {MAX_LINE_BYTES} are allowed"
         )
     return line
+
+
+def shortened(text: str) -> str:
+    """Return a text of foreign code that fits into a message, without its middle where it is too long."""
+    if len(text) <= MAX_TEXT:
+        return text
+    half = MAX_TEXT // 2
+    return f"{text[:half]} … {text[-half:]}"
 
 
 class Vocabulary(Generic[M]):

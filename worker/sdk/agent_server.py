@@ -1,9 +1,8 @@
 """Every private name of livekit-agents that lastcall touches, and of multiprocessing beneath it.
 
-livekit-agents from 1.3.12 on is supported, and its private side differs between versions. Each function
-here does one thing, says which private names it needs, and looks before it uses them: what a stop can't do
-without raises Incompatible at start, everything else is left out and logged. `tests/test_compat.py` runs
-each of them on each supported version.
+livekit-agents from 1.3.12 on is supported, and its private side differs between versions. `names` lists the
+private names, and `preflight` has looked for them before a function here runs. So a function looks only for
+a name that a stop can do without. `tests/test_compat.py` runs each of them on each supported version.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 import math
 import os
@@ -24,27 +24,16 @@ from livekit.agents import AgentServer, JobRequest, WorkerOptions
 from livekit.agents.utils.aio import ChanClosed
 from livekit.protocol import agent
 
-from lastcall.worker.base.errors import Incompatible
 from lastcall.worker.sdk import child_processes
 
 log = logging.getLogger("lastcall.worker")
 
-SDK_VERSION: str = livekit.agents.__version__
-
+# Part of the path of each file of livekit-agents.
+IN_LIVEKIT_AGENTS = f"{os.sep}livekit{os.sep}agents{os.sep}"
 # Loop turns between the user's accept() and the answer. A signal or a control message that arrived while
 # the loop was blocked is read in the first, queued as a callback, run in the second, and may wake a task
 # that runs in the third; one to spare.
 GATE_TURNS = 4
-
-
-def need(owner: object, *names: str) -> None:
-    """Raise Incompatible unless the owner has every one of the names."""
-    missing = [name for name in names if not hasattr(owner, name)]
-    if missing:
-        raise Incompatible(
-            f"livekit-agents {SDK_VERSION} has no {type(owner).__name__}.{missing[0]}:"
-            " this version is not supported yet; use an older one, or a newer lastcall"
-        )
 
 
 # -- before the target is loaded ---------------------------------------------------------------------------
@@ -52,12 +41,12 @@ def need(owner: object, *names: str) -> None:
 
 def record_run_app(run_app: Callable[[Any], NoReturn]) -> None:
     """Put `run_app` in place of livekit's own, wherever user code can import it from."""
-    from livekit.agents.cli import cli as module
-
-    need(livekit.agents.cli, "run_app")
     livekit.agents.cli.run_app = run_app
-    if hasattr(module, "run_app"):
-        module.run_app = run_app
+    with contextlib.suppress(ImportError):
+        from livekit.agents.cli import cli as module
+
+        if hasattr(module, "run_app"):
+            module.run_app = run_app
 
 
 def refuse_to_run(refuse: Callable[[AgentServer], NoReturn]) -> Callable[[AgentServer], None]:
@@ -104,19 +93,17 @@ def as_server(value: object) -> AgentServer | None:
 
 
 def url_of(server: AgentServer) -> str:
-    """Return the URL that the server object will connect to. Needs `AgentServer._ws_url`."""
-    need(server, "_ws_url")
+    """Return the URL that the server object will connect to."""
     return str(server._ws_url or "")
 
 
 def has_entrypoint(server: AgentServer) -> bool:
     """Tell whether an rtc_session was registered; without one `run()` raises."""
-    return getattr(server, "_entrypoint_fnc", True) is not None
+    return server._entrypoint_fnc is not None
 
 
 def wrap_entrypoint(server: AgentServer, wrap: Callable[[Callable[[Any], Awaitable[None]]], Any]) -> None:
     """Put a wrapper, which job processes have to be able to unpickle, in the entrypoint's place."""
-    need(server, "_entrypoint_fnc")
     if server._entrypoint_fnc is not None:
         server._entrypoint_fnc = wrap(server._entrypoint_fnc)
 
@@ -138,16 +125,14 @@ def _no_load() -> float:
 
 def use_private_ports(server: AgentServer) -> None:
     """Have health and metrics ports chosen by the kernel, on loopback: N workers share one host."""
-    for name, value in (("_port", 0), ("_host", "127.0.0.1")):
-        if hasattr(server, name):
-            setattr(server, name, value)
-    if getattr(server, "_prometheus_port", None) is not None:
+    server._port, server._host = 0, "127.0.0.1"
+    if server._prometheus_port is not None:
         server._prometheus_port = 0
 
 
 def use_private_metrics_dir(server: AgentServer, suffix: str) -> None:
     """Give this worker a Prometheus directory of its own: livekit-agents empties it at start."""
-    base = getattr(server, "_prometheus_multiproc_dir", None) or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    base = server._prometheus_multiproc_dir or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if base:
         path = os.path.join(base, suffix)
         os.makedirs(path, exist_ok=True)
@@ -165,13 +150,10 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
     `settle(id, error)` is called once the accept has returned or raised. The first answer to an offer is the
     answer: livekit-agents would send a second one too, and a second accept would wait for an assignment that
     never comes while the job runs.
-    Needs `AgentServer._request_fnc` and `JobRequest._on_accept` / `_on_reject`.
     """
-    need(server, "_request_fnc")
     user: Callable[[JobRequest], Awaitable[None]] | None = server._request_fnc
 
     async def request(offer: JobRequest) -> None:
-        need(offer, "_on_accept", "_on_reject")
         accept, reject = offer._on_accept, offer._on_reject
         answered = False
 
@@ -225,14 +207,12 @@ def watch_jobs(
     server: AgentServer, *, launched: Callable[[Any], None], closed: Callable[[Any], None]
 ) -> None:
     """Call back with the executor of each launched job and of each closed process."""
-    need(server, "_proc_pool")
     server._proc_pool.on("process_job_launched", launched)
     server._proc_pool.on("process_closed", closed)
 
 
 def watch_processes(server: AgentServer, started: Callable[[Any], None]) -> None:
     """Call back with each executor whose process has initialised."""
-    need(server, "_proc_pool")
     server._proc_pool.on("process_ready", started)
 
 
@@ -249,20 +229,16 @@ def job_of(executor: Any) -> Any | None:
 
 
 def has_warm_process(server: AgentServer) -> bool:
-    """Tell whether a process waits for the next job; true as well when none is meant to.
-
-    Needs `_proc_pool._warmed_proc_queue`; without it a registered worker counts as warm.
-    """
+    """Tell whether a process waits for the next job; true as well when none is meant to."""
     pool = getattr(server, "_proc_pool", None)
     queue = getattr(pool, "_warmed_proc_queue", None)
-    if queue is None or getattr(pool, "_default_num_idle_processes", 1) == 0:
+    if queue is None or getattr(pool, "_default_num_idle_processes", 0) == 0:
         return True
     return not queue.empty()
 
 
 def mark_as_mock(server: AgentServer) -> None:
     """Run every job in livekit-agents' mock room: there is no media server to join."""
-    need(server, "_proc_pool")
     launch = server._proc_pool.launch_job
 
     async def launch_job(info: Any) -> None:
@@ -270,6 +246,20 @@ def mark_as_mock(server: AgentServer) -> None:
         await launch(info)
 
     server._proc_pool.launch_job = launch_job
+
+
+def cancel_start() -> None:
+    """Cancel the start of a server, from its `worker_started`: `run()`, and the tasks that are to run next.
+
+    One of these would connect. They are found by their code, because the names by which a server knows its
+    tasks may be those that it lacks.
+    """
+    current = asyncio.current_task()
+    for task in asyncio.all_tasks():
+        coroutine: Any = task.get_coro()
+        is_theirs = inspect.iscoroutine(coroutine) and IN_LIVEKIT_AGENTS in coroutine.cr_code.co_filename
+        if task is current or (is_theirs and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED):
+            task.cancel()
 
 
 def is_connected(server: AgentServer) -> bool:
@@ -292,9 +282,8 @@ async def announce(server: AgentServer, *, full: bool) -> None:
     """Tell the server at once that this worker takes no jobs, or takes them again.
 
     `drain()` would do the first, but holds the server's lock until the last job has ended, so that `aclose()`
-    could not be called in time; and it can't be undone. Needs `_draining` and `_update_worker_status`.
+    could not be called in time; and it can't be undone.
     """
-    need(server, "_draining", "_update_worker_status")
     server._draining = full
     if getattr(server, "_msg_chan", None) is not None:
         with contextlib.suppress(ChanClosed):
@@ -315,7 +304,7 @@ async def flush(server: AgentServer) -> None:
 async def report_failed(server: AgentServer, job_id: str) -> None:
     """Tell the server that an assigned job has failed; for one that no process was ever given.
 
-    livekit-agents itself reports only jobs that had a process. Needs `_queue_msg`.
+    livekit-agents itself reports only jobs that had a process.
     """
     await _report(server, job_id, agent.JobStatus.JS_FAILED)
 
@@ -323,14 +312,12 @@ async def report_failed(server: AgentServer, job_id: str) -> None:
 async def report_succeeded(server: AgentServer, job_id: str) -> None:
     """Tell the server that a job has ended well, before its process has.
 
-    livekit-agents says so again when the process has ended, and the server takes the first word. Needs
-    `_queue_msg`.
+    livekit-agents says so again when the process has ended, and the server takes the first word.
     """
     await _report(server, job_id, agent.JobStatus.JS_SUCCESS)
 
 
 async def _report(server: AgentServer, job_id: str, status: agent.JobStatus) -> None:
-    need(server, "_queue_msg")
     update = agent.UpdateJobStatus(job_id=job_id, status=status)
     with contextlib.suppress(ChanClosed):
         await server._queue_msg(agent.WorkerMessage(update_job=update))
@@ -339,7 +326,7 @@ async def _report(server: AgentServer, job_id: str, status: agent.JobStatus) -> 
 def drop_requests(server: AgentServer) -> int:
     """Cancel the `request_fnc` calls that still run and keep `aclose()` from waiting for them; say how many.
 
-    Their jobs, if they accepted one, are over. Needs `_job_lifecycle_tasks`, before 1.5 `_tasks`.
+    Their jobs, if they accepted one, are over. The set is there once the server runs.
     """
     names = ("_job_lifecycle_tasks", "_tasks")
     tasks: set[asyncio.Task[Any]] = next((getattr(server, n) for n in names if hasattr(server, n)), set())
@@ -353,8 +340,7 @@ def drop_requests(server: AgentServer) -> int:
 def call_is_over(executor: Any) -> Any:
     """Have the job count as a good one, whatever its process still does; return what has the true exit code.
 
-    livekit-agents judges a job by the exit code of its process. Needs `_proc` of the executor; without it,
-    and for the thread executor, the answer is None.
+    livekit-agents judges a job by the exit code of its process. For the thread executor the answer is None.
     """
     return child_processes.count_as_good(getattr(executor, "_proc", None))
 
@@ -412,7 +398,7 @@ def forkserver_pids() -> Iterable[int]:
     """Return the pid of the forkserver, once it runs."""
     from multiprocessing import forkserver
 
-    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    pid = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
     return () if pid is None else (pid,)
 
 

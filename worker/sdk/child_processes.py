@@ -1,6 +1,6 @@
 """Mend multiprocessing, and how livekit-agents uses it, once in a worker, before the target is loaded.
 
-Each function looks for the private names that it needs and does nothing twice.
+`preflight` has looked for the private names. No function does anything twice.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def lock_process_poll() -> None:
 def count_as_good(process: Any) -> Any:
     """Have the exit of a multiprocessing.Process read as 0; return what has the true `returncode`.
 
-    None for whatever has no process of its own. Needs `Process._popen`, and `lock_process_poll`.
+    Returns None for a thread. Works after `lock_process_poll`.
     """
     popen = getattr(process, "_popen", None)
     if popen is not None:
@@ -116,8 +116,8 @@ def end_log_pipes() -> None:
     """Have the end of a job's process be the end of its log, whoever else still holds the pipe.
 
     A process that a job forked inherits the pipe, and livekit-agents says that a job has ended only once the
-    pipe is at end of file: the job's whole drain would be spent waiting for a child that it left behind. What
-    was written before is still read. Needs `LogQueueListener._duplex` and its `_sock`.
+    pipe is at end of file. The job's whole drain would be spent waiting for a child that it left behind. The
+    worker still reads all that was written before.
     """
     from livekit.agents.ipc.log_queue import LogQueueListener
 
@@ -126,8 +126,8 @@ def end_log_pipes() -> None:
         return
 
     def stop(self: Any) -> None:
-        pipe = getattr(getattr(self, "_duplex", None), "_sock", None)
-        if pipe is not None:
+        pipe = self._duplex._sock
+        if pipe is not None:  # it is None once the pipe was closed
             with contextlib.suppress(OSError):  # closed already
                 pipe.shutdown(socket.SHUT_RD)
         original(self)

@@ -1,6 +1,7 @@
 """The private names of livekit-agents that lastcall touches inside job processes.
 
-Apart from `compat`, whose names are the worker's: this module is imported in the forkserver and in every job.
+Apart from `agent_server`, whose names are the worker's: this module is imported in the forkserver and in
+every job. `preflight` has looked for the names, in the worker.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def at_job_end(end: Callable[[Any], Awaitable[None]]) -> None:
     from livekit.agents import get_job_context
     from livekit.agents.utils import http_context
 
-    original = getattr(http_context, "_close_http_ctx", None)
-    if original is None or getattr(original, "is_job_end", False):
+    original = http_context._close_http_ctx
+    if getattr(original, "is_job_end", False):
         return
 
     async def close_http_ctx() -> None:

@@ -5,8 +5,8 @@
     ≥ 1.8.9     one, `TTS._get_connection`          `close_context(id, cancel=True)`
 
 On both a connection is an `_InworldConnection` with `_contexts`, an `_outbound_queue`, its socket in `_ws`
-and its end in `_closed`. Each function looks before it uses a name. Of a TTS without them the streams are
-closed, then the TTS itself, by their public `aclose()` alone.
+and its end in `_closed`. `sdk.names` lists the names. Where the installed plugin lacks one, `watch` leaves
+its connections alone: the streams are closed, then the TTS itself, by their public `aclose()`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ import functools
 import importlib
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
+
+from lastcall.worker.sdk import preflight
+from lastcall.worker.sdk.names import INWORLD, NAMES
+
+log = logging.getLogger("lastcall.inworld")
 
 PACKAGE = "livekit.plugins.inworld"
 
@@ -72,6 +78,12 @@ def watch(
     for name in ("stream", "synthesize", "prewarm"):  # public
         if hasattr(cls, name):
             setattr(cls, name, _reported(getattr(cls, name), used))
+
+    lacks = preflight.lacks(name for name in NAMES if name.package == INWORLD)
+    if lacks:
+        text = "a private name is missing"
+        log.warning(text, extra={"missing": lacks[0].text, "instead": lacks[0].name.without})
+        return
 
     def refuse(_self: Any) -> None:
         if is_over():
