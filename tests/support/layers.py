@@ -103,7 +103,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
-            "reaper cgroup descendants output_reader output_writer worker_channel",
+            "reaper cgroup descendants output_reader output_writer worker_channel socket_directory",
             "child",
             "launch",
         ),
