@@ -133,6 +133,12 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("inworld", "ok", {"has_inworld_plugin": True, "has_inworld_key": True}, "a key is there"),
     ("inworld", "warn", {"has_inworld_plugin": True}, "INWORLD_API_KEY is not set"),
     ("places", "fail", {"http_problem": "http x can't be used"}, "http x can't be used"),
+    (
+        "processes",
+        "fail",
+        {"process_failures": ("3 job processes of slot 0 did not get ready, the last: no model",)},
+        "the last: no model",
+    ),
     ("places", "fail", {"place_problems": ("receipt: /x can't be written",)}, "receipt: /x"),
 ]
 

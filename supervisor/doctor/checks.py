@@ -353,6 +353,15 @@ def places(facts: Facts) -> Finding:
     return Finding(check="places", verdict="ok", why=f"{port}; socket and receipt can be written")
 
 
+def processes(facts: Facts) -> Finding | None:
+    """Whether a supervisor that runs here has had job processes that did not get ready."""
+    if not facts.process_failures:
+        return None
+    why = f"the running supervisor: {'; '.join(facts.process_failures)}"
+    do = "mend what prewarm, or the import of the agent, needs; the next process is tried by itself"
+    return Finding(check="processes", verdict="fail", why=why, do=do)
+
+
 CHECKS: tuple[Check, ...] = (
     configuration,
     grace,
@@ -367,6 +376,7 @@ CHECKS: tuple[Check, ...] = (
     livekit,
     inworld,
     places,
+    processes,
 )
 
 

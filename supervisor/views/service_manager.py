@@ -58,11 +58,13 @@ class Announcer:
         counted = f"{jobs} job{'' if jobs == 1 else 's'}"
         if stop is None:
             text = f"{phase.text}: {accepting} of {len(fleet.slots)} workers accept, {counted}"
+            if fleet.full_time.reasons:
+                text += f"; full: {', '.join(fleet.full_time.reasons)}"
         else:
             text = f"{phase.text}: {counted}"
         return Snapshot(
             # Once said it stays said: a worker that reconnects later is no second start.
-            is_ready=self._told.is_ready or (fleet.accepts and settled),
+            is_ready=self._told.is_ready or (fleet.works and settled),
             is_reloading=self._reloads > 0,
             # The work of an opaque program can't be counted, so its being there has to do.
             is_busy=jobs > 0 or (self._is_opaque and any(slot.is_alive for slot in fleet.slots)),

@@ -23,7 +23,8 @@ ROOMS: dict[str, Room] = {
         floors=(
             "base",
             "sdk shield target scratch orphan_output exposition imported jobs local",
-            "inworld engine",
+            "inworld warming",
+            "engine",
             "job host",
             "__main__",
         ),
@@ -38,7 +39,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.sdk": Room(
         idea="the private names of livekit-agents and multiprocessing",
-        floors=("agent_server job_process child_processes",),
+        floors=("agent_server job_process child_processes process_pool",),
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
@@ -111,7 +112,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.fleet": Room(
         idea="workers, their states, their stops and replacements",
         floors=(
-            "states histogram restarts",
+            "states histogram restarts full_time",
             "worker_view stop_steps shared",
             "aftermath",
             "generation",
