@@ -133,6 +133,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("inworld", "ok", {"has_inworld_plugin": True, "has_inworld_key": True}, "a key is there"),
     ("inworld", "warn", {"has_inworld_plugin": True}, "INWORLD_API_KEY is not set"),
     ("places", "fail", {"http_problem": "http x can't be used"}, "http x can't be used"),
+    ("load", "ok", {"workers": 4}, "the 4 workers have one load and are full at the same moment"),
     (
         "processes",
         "fail",

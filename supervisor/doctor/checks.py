@@ -362,6 +362,18 @@ def processes(facts: Facts) -> Finding | None:
     return Finding(check="processes", verdict="fail", why=why, do=do)
 
 
+def load(facts: Facts) -> Finding | None:
+    """The load by which livekit-agents calls a worker full, where several workers share a machine."""
+    if facts.workers < 2:
+        return None
+    why = (
+        f"livekit-agents measures the whole machine or its cgroup: the {facts.workers} workers have one load"
+        " and are full at the same moment (load_threshold, 0.7 by default), so that more workers take no more"
+        " calls; jobs.max_running, or a load_fnc of the agent, counts for each worker"
+    )
+    return Finding(check="load", verdict="ok", why=why)
+
+
 CHECKS: tuple[Check, ...] = (
     configuration,
     grace,
@@ -377,6 +389,7 @@ CHECKS: tuple[Check, ...] = (
     inworld,
     places,
     processes,
+    load,
 )
 
 
