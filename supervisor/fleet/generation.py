@@ -68,6 +68,8 @@ class Generation:
         self.last_exit = ""
         self.config_error = ""
         self.ready_at: float | None = None
+        # By when it has to be ready, while it starts.
+        self.ready_by: float | None = None
         self.is_silent = False
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
@@ -251,10 +253,11 @@ class Generation:
             await self._clean_up(self._launched)
 
     async def _start_in_time(self) -> None:
-        due = now() + self.shared.config.start.timeout
+        due = self.ready_by = now() + self.shared.config.start.timeout
         started = await self.changed.until(
             lambda: self.has_exited or self.state is not S.STARTING or self.stopping.is_asked, lambda: due
         )
+        self.ready_by = None
         if started:
             return
         self.last_exit = self.missing
