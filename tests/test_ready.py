@@ -171,13 +171,16 @@ class Pool:
 
 async def test_how_a_process_went() -> None:
     """Warm, failed with the reason, or ended without a job; nothing is said once the pool closes."""
-    pool, told, paused = Pool(), list[str](), list[int]()
+    pool, told, slow, paused = Pool(), list[str](), list[str](), list[int]()
 
     async def pause() -> None:
         paused.append(1)
 
-    process_pool.follow_processes(pool, pause=pause, warm=lambda: told.append("warm"), failed=told.append)
-    for how in (RuntimeError("no model"), ConnectionError(), "idle", "taken"):
+    def failed(reason: str, is_slow: bool) -> None:
+        (slow if is_slow else told).append(reason)
+
+    process_pool.follow_processes(pool, pause=pause, warm=lambda: told.append("warm"), failed=failed)
+    for how in (TimeoutError("took too long"), RuntimeError("no model"), ConnectionError(), "idle", "taken"):
         pool.how = how
         await pool._proc_spawn_task()
     assert told == [
@@ -187,7 +190,7 @@ async def test_how_a_process_went() -> None:
         "the process ended while it waited for a job",
         "warm",
     ]
-    assert len(paused) == 4
+    assert slow == ["took too long"] and len(paused) == 5
     pool._closed = True
     pool.how = RuntimeError("killed")
     await pool._proc_spawn_task()

@@ -2,8 +2,11 @@
 
 The first process decides about the start of the worker: a worker that registers before one is warm would be
 given calls that nobody answers, while the workers that it replaces go. So registration waits for the first
-warm process, and a first process that fails is a failed start. A process that fails later ends nothing: the
-next one starts after a pause, and while none is warm the worker takes no job, which another worker may have.
+warm process, and a first process that fails is a failed start. One that was only too slow, as on a host where
+everything starts at once, is tried again for as long as the start may take.
+
+A process that fails later ends nothing: the next one starts after a pause, and while none is warm the worker
+takes no job, which another worker may have.
 """
 
 from __future__ import annotations
@@ -92,7 +95,7 @@ class Warming:
         self._is_failing = False
         self._changed.notify()
 
-    def _on_failed(self, reason: str) -> None:
+    def _on_failed(self, reason: str, is_slow: bool) -> None:
         if self._is_over:
             return
         at = now()
@@ -105,7 +108,7 @@ class Warming:
             self._next_at = at + self._backoff.fail()
         pause = round(max(0.0, self._next_at - at), 3)
         self._report(ProcessFailed(failures=self.failures, reason=reason))
-        if self._was_warm:
+        if self._was_warm or is_slow:
             log.warning("job process failed", extra={"reason": reason, "next_in": pause})
         else:
             self._start_failed(reason)

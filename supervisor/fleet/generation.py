@@ -142,7 +142,7 @@ class Generation:
         beat = self.reports.beat
         text = f"not registered within {self.shared.config.start.timeout:g} s"
         if self.reports.is_loaded and not (beat is not None and beat.warm):
-            text += ": no process of it was ready for a job; see its log"
+            text += f": no process of it was ready for a job; {self.reports.process_failure or 'see its log'}"
         return text
 
     @property

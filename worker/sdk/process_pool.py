@@ -19,12 +19,14 @@ class _Attempt:
     is_settled: bool = False
 
     @property
-    def reason(self) -> str:
-        """Why it failed; empty as long as that is not known."""
+    def error(self) -> BaseException | None:
+        """Why it failed; None as long as that is not known."""
         future = self.future
-        if future is None or not future.done() or future.cancelled():
-            return ""
-        error = future.exception()
+        return future.exception() if future is not None and future.done() and not future.cancelled() else None
+
+    @property
+    def reason(self) -> str:
+        error = self.error
         if error is None:
             return ""
         # The channel's own exception has no text.
@@ -57,11 +59,12 @@ def follow_processes(
     *,
     pause: Callable[[], Awaitable[object]],
     warm: Callable[[], None],
-    failed: Callable[[str], None],
+    failed: Callable[[str, bool], None],
 ) -> None:
     """Await `pause()` before each start of a process, and tell how it went: warm, or failed and why.
 
-    A process that ends without ever having had a job has failed too.
+    A process that ends without ever having had a job has failed too. `failed` gets the reason, and whether
+    the process was only too slow: livekit-agents gives it `initialize_process_timeout` (10 s).
 
     The pool starts a process in place of each that failed, ten times a second. A start that is paused counts
     as one under way, so that the pool adds no other. Needs `_proc_spawn_task`; `_initialize_fut` of the
@@ -77,7 +80,7 @@ def follow_processes(
             return
         attempt.is_settled = True
         if reason:
-            failed(reason)
+            failed(reason, isinstance(attempt.error, TimeoutError))
         else:
             warm()
 
