@@ -30,6 +30,18 @@ GOOD = Facts(
     trial=Trial(looked_at=3, worker_bytes=500 << 20, exit_code=0),
     livekit=Answer(url="wss://x", status=101, skew_s=0.2),
 )
+COLD_AGENT = """
+from livekit.agents import JobContext, JobProcess, WorkerOptions, cli
+
+def prewarm(process: JobProcess) -> None:
+    raise FileNotFoundError("model.onnx: run download-files first")
+
+async def entrypoint(ctx: JobContext) -> None:
+    ctx.shutdown()
+
+if __name__ == "__main__":
+    cli.run_app(WorkerOptions(entrypoint_fnc=entrypoint, prewarm_fnc=prewarm, num_idle_processes=1))
+"""
 SHELL = ("/bin/sh", "-c", "lastcall run agent.py")
 NOTIFY = {"KillMode": "mixed", "TimeoutStopUSec": "1h 30s", "Type": "notify", "LoadState": "loaded"}
 
@@ -326,6 +338,15 @@ def test_a_worker_is_looked_at(tmp_path: Path) -> None:
     assert findings["shield"].verdict == "ok", findings
     assert "processes of a worker looked at" in findings["shield"].why
     assert findings["livekit-agents"].verdict in ("ok", "warn")
+
+
+def test_a_worker_that_never_gets_warm(tmp_path: Path) -> None:
+    """A target whose prewarm raises fails, with the agent's own reason."""
+    (tmp_path / "agent.py").write_text(COLD_AGENT)
+    code, findings = doctor("agent.py", "--http", "off", cwd=tmp_path)
+    assert code == 1 and findings["shield"].verdict == "fail"
+    assert "first job process did not get ready" in findings["shield"].why
+    assert "model.onnx: run download-files first" in findings["shield"].why
 
 
 def test_surroundings_are_real(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 The first process decides about the start of the worker: a worker that registers before one is warm would be
 given calls that nobody answers, while the workers that it replaces go. So registration waits for the first
-warm process, and a first process that fails is a failed start. One that was only too slow, as on a host where
-everything starts at once, is tried again for as long as the start may take.
+warm process, and a first process that fails is a failed start.
 
 A process that fails later ends nothing: the next one starts after a pause, and while none is warm the worker
 takes no job, which another worker may have.
+
+A process that was only too slow (`initialize_process_timeout`, 10 s) is counted and told, and no more. On a
+host where everything starts at once the next one is in time. It is tried at once, as livekit-agents does by
+itself, the start goes on for as long as it may take, and calls wait.
 """
 
 from __future__ import annotations
@@ -98,18 +101,20 @@ class Warming:
     def _on_failed(self, reason: str, is_slow: bool) -> None:
         if self._is_over:
             return
-        at = now()
         self.failures += 1
+        self._report(ProcessFailed(failures=self.failures, reason=reason))
+        log.warning("job process failed", extra={"reason": reason})
+        if not is_slow:
+            self._back_off()
+            if not self._was_warm:
+                self._start_failed(reason)
+        self._changed.notify()
+
+    def _back_off(self) -> None:
+        at = now()
         self._is_failing = True
         if at - self._failed_at > FORGOTTEN_AFTER:
             self._backoff.succeed()
         self._failed_at = at
         if at >= self._next_at:  # processes that started together and failed together are one failure
             self._next_at = at + self._backoff.fail()
-        pause = round(max(0.0, self._next_at - at), 3)
-        self._report(ProcessFailed(failures=self.failures, reason=reason))
-        if self._was_warm or is_slow:
-            log.warning("job process failed", extra={"reason": reason, "next_in": pause})
-        else:
-            self._start_failed(reason)
-        self._changed.notify()
