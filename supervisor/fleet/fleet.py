@@ -101,9 +101,11 @@ class Fleet:
 
     def note_full(self) -> None:
         """Bring `full_time` up to now."""
-        serving = [each for each in self.generations if each.works and not each.is_candidate]
-        none_accepts = not self.is_stopping and not any(each.accepts for each in serving)
-        self.full_time.note({each.full_because for each in serving} if none_accepts else (), now())
+        reasons: set[str] = set()
+        # Asked at each beat of each worker: the first one that accepts has to be enough.
+        if not self.is_stopping and not self.accepts:
+            reasons = {each.full_because for each in self.generations if not each.is_candidate}
+        self.full_time.note(reasons, now())
 
     def _on_change(self) -> None:
         self.note_full()
