@@ -300,11 +300,11 @@ class App:
 
     async def _watch_readiness(self) -> None:
         while True:
-            await self.fleet.changed.until(lambda: self.fleet.accepts)
+            await self.fleet.changed.until(lambda: self.fleet.works)
             if self.clock.phase is Phase.STARTING:
                 self.clock.advance(Phase.RUNNING)
                 self.log.info("ready")
-            await self.fleet.changed.until(lambda: not self.fleet.accepts)
+            await self.fleet.changed.until(lambda: not self.fleet.works)
             if self.shutdown.stop is not None:
                 return
             self.log.warning("not ready", reason=self.status.unready_because())

@@ -78,11 +78,11 @@ class Shutdown:
 
     @property
     def phase(self) -> Phase:
-        """RUNNING once a worker accepts, FENCING once a stop has begun, then as far as its workers are."""
+        """RUNNING once a worker works, FENCING once a stop has begun, then as far as its workers are."""
         phase = self._clock.phase
         if self.stop is not None:
             return max(phase, Phase.FENCING)
-        return Phase.RUNNING if phase is Phase.STARTING and self._fleet.accepts else phase
+        return Phase.RUNNING if phase is Phase.STARTING and self._fleet.works else phase
 
     def begin(self, reason: str, at: float | None = None) -> Stop:
         """Begin the stop and fence every worker at once; return the stop under way if there is one already.

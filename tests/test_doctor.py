@@ -34,6 +34,18 @@ GOOD = Facts(
 )
 LESS = replace(NAME, name="A", without="the load reads 0", lack="no A")
 MISSING = replace(NAME, name="B", lack="no B")
+COLD_AGENT = """
+from livekit.agents import JobContext, JobProcess, WorkerOptions, cli
+
+def prewarm(process: JobProcess) -> None:
+    raise FileNotFoundError("model.onnx: run download-files first")
+
+async def entrypoint(ctx: JobContext) -> None:
+    ctx.shutdown()
+
+if __name__ == "__main__":
+    cli.run_app(WorkerOptions(entrypoint_fnc=entrypoint, prewarm_fnc=prewarm, num_idle_processes=1))
+"""
 SHELL = ("/bin/sh", "-c", "lastcall run agent.py")
 NOTIFY = {"KillMode": "mixed", "TimeoutStopUSec": "1h 30s", "Type": "notify", "LoadState": "loaded"}
 
@@ -184,6 +196,13 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("inworld", "ok", {"has_inworld_plugin": True, "has_inworld_key": True}, "a key is there"),
     ("inworld", "warn", {"has_inworld_plugin": True}, "INWORLD_API_KEY is not set"),
     ("places", "fail", {"http_problem": "http x can't be used"}, "http x can't be used"),
+    ("load", "ok", {"workers": 4}, "the 4 workers have one load and are full at the same moment"),
+    (
+        "processes",
+        "fail",
+        {"process_failures": ("3 job processes of slot 0 did not get ready, the last: no model",)},
+        "the last: no model",
+    ),
     ("places", "fail", {"place_problems": ("receipt: /x can't be written",)}, "receipt: /x"),
 ]
 
@@ -429,6 +448,15 @@ def test_a_worker_is_looked_at(tmp_path: Path) -> None:
     assert "processes of a worker looked at" in findings["shield"].why
     assert findings["livekit-agents"].verdict in ("ok", "warn")
     assert findings["private names"].verdict == "ok" and "all " in findings["private names"].why
+
+
+def test_a_worker_that_never_gets_warm(tmp_path: Path) -> None:
+    """A target whose prewarm raises fails, with the agent's own reason."""
+    (tmp_path / "agent.py").write_text(COLD_AGENT)
+    code, findings = doctor("agent.py", "--http", "off", cwd=tmp_path)
+    assert code == 1 and findings["shield"].verdict == "fail"
+    assert "first job process did not get ready" in findings["shield"].why
+    assert "model.onnx: run download-files first" in findings["shield"].why
 
 
 def test_surroundings_are_real(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class FakeEngine:
     is_registered: bool = True
     accepts: bool = True
     is_warm: bool = True
+    full_because: str | None = None
     load: float = float("nan")
     error: BaseException | None = None
     is_fenced: bool = False

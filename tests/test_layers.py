@@ -17,6 +17,7 @@ EDGES = {
         "lastcall.worker.sdk.agent_server",
         "lastcall.worker.sdk.job_process",
         "lastcall.worker.sdk.child_processes",
+        "lastcall.worker.sdk.process_pool",
         "lastcall.worker.inworld.plugin.private_names",
         "lastcall.worker.local.livekit_server",
         "lastcall.worker.local.sample",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from lastcall.supervisor.views.sd_notify import (
     Snapshot,
 )
 from tests.support.harness import AGENT, Run, StartRun
-from tests.support.program import DEAF, polite
+from tests.support.program import DEAF, Program, polite
 
 UP = Snapshot(is_ready=True, text="running")
 
@@ -73,6 +74,38 @@ def test_extensions_reach_no_further_than_grace() -> None:
     assert covered == pytest.approx(busy.end_at)
     idle = Snapshot(text="closing", end_at=busy.end_at)
     assert not any("EXTEND" in line for line in notifications.due(idle, 10.0 + EXTEND_EVERY))
+
+
+def test_a_start_is_extended_until_it_is_due() -> None:
+    """Said again in time while workers start, never beyond their time. A stop does not wait for its turn."""
+    notifications = Notifications()
+    starting = Snapshot(text="starting", up_at=10.0 + 1.5 * EXTENSION)
+    due: float | None = 10.0
+    at = covered = 10.0
+    while due is not None:
+        at = due
+        assert at <= covered
+        usec = [line for line in notifications.due(starting, at) if line.startswith("EXTEND_TIMEOUT_USEC=")]
+        covered = max([covered, *(at + int(line.partition("=")[2]) / 1e6 for line in usec)])
+        due = notifications.due_at()
+    assert starting.up_at is not None and covered == pytest.approx(starting.up_at)
+    assert notifications.due_at() is None
+    assert notifications.due(UP, covered) == ["READY=1", "STATUS=running"]
+
+    notifications = Notifications()
+    notifications.due(starting, 10.0)
+    stopping = Snapshot(text="t", is_busy=True, end_at=20.0, up_at=starting.up_at)
+    assert notifications.due(stopping, 11.0)[:2] == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=9000000"]
+
+
+def test_a_reload_is_extended_while_its_workers_start() -> None:
+    """The timer of a reload is that of a start, and a reload of many workers takes longer than one start."""
+    notifications = Notifications()
+    assert not notifications.due(UP, 1.0)[0].startswith("EXTEND")
+    reloading = Snapshot(is_ready=True, is_reloading=True, up_at=130.0, text="running")
+    lines = notifications.due(reloading, 10.0)
+    assert lines == ["RELOADING=1", "MONOTONIC_USEC=10000000", "EXTEND_TIMEOUT_USEC=60000000"]
+    assert notifications.due_at() == 10.0 + EXTEND_EVERY
 
 
 def test_seconds_left_are_said_now_and_then() -> None:
@@ -219,6 +252,28 @@ async def test_children_are_not_told_the_address(run: StartRun, listener: Listen
     assert await r.exit() == 0
 
 
+async def test_failed_reload_is_in_the_status(run: StartRun, program: Program, listener: Listener) -> None:
+    """READY=1 ends a reload that has failed as well: the STATUS says why, and since when, until one works."""
+    r: Run = await run("run", *program.arguments, livekit=False, environment=listener.environment)
+    await r.until(lambda: listener.said("READY=1"))
+    program.write("broken")
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: len(listener.said("READY=1")) == 2)
+    (failed,) = [lines for lines in listener.datagrams() if "READY=1" in lines][1:]
+    (status,) = [line for line in failed if line.startswith("STATUS=")]
+    assert "; reload failing since 2" in status and "the old program keeps serving" in status
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: len(listener.said("READY=1")) == 3)
+    since = status.partition("since ")[2].partition(": ")[0]
+    assert since in listener.said("STATUS=")[-1]
+    program.write("2")
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: len(listener.said("READY=1")) == 4)
+    await r.until(lambda: listener.said("STATUS=")[-1] == "STATUS=running: 1 of 1 workers accept, 0 jobs")
+    r.kill()
+    assert await r.exit() == 0
+
+
 async def test_ready_waits_for_every_worker(run: StartRun, listener: Listener) -> None:
     """READY=1 comes when both workers have registered; the drain's status counts the jobs."""
     r: Run = await run("run", "-w", "2", "--grace", "40", AGENT, environment=listener.environment)
@@ -231,14 +286,17 @@ async def test_ready_waits_for_every_worker(run: StartRun, listener: Listener) -
     r.kill()
     assert await r.exit() == 0
     assert listener.said("STATUS=draining: 1 job, ")
-    assert 30 < int(listener.said("EXTEND_TIMEOUT_USEC=")[0].partition("=")[2]) / 1e6 <= 40
+    # The last one: those before were for the start.
+    assert 30 < int(listener.said("EXTEND_TIMEOUT_USEC=")[-1].partition("=")[2]) / 1e6 <= 40
     await r.clean(job)
 
 
 async def test_stop_before_ready(run: StartRun, listener: Listener) -> None:
-    """A service that is stopped while it starts says STOPPING and never READY."""
+    """A service that is stopped while it starts says STOPPING and never READY; the start was extended."""
     r: Run = await run("run", AGENT, environment={**listener.environment, "LIVEKIT_URL": "ws://127.0.0.1:9"})
     await r.until(lambda: r.log("slot starting"))
+    await r.until(lambda: listener.said("EXTEND_TIMEOUT_USEC="))
+    assert listener.said("EXTEND_TIMEOUT_USEC=") == ["EXTEND_TIMEOUT_USEC=60000000"]
     r.kill()
     assert await r.exit() == 0
     assert "STOPPING=1" in listener.lines() and "READY=1" not in listener.lines()

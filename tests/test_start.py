@@ -154,7 +154,7 @@ def write(directory: Path, name: str, text: str) -> str:
 AGENT_TEXT = Path(AGENT).read_text()
 SERVER_TEXT = """
 from livekit.agents import AgentServer, JobContext
-server = AgentServer(num_idle_processes=0)
+server = AgentServer(num_idle_processes=0, load_threshold=float("inf"))
 
 @server.rtc_session()
 async def entrypoint(ctx: JobContext) -> None:

@@ -67,13 +67,15 @@ def finished_well(unit: Unit, server: DispatchServer, job: Dispatched) -> bool:
 
 
 async def test_start_waits_and_stop_outlasts_its_timer(machine: Machine) -> None:
-    """Active when registered; the status line tells; a job longer than TimeoutStopSec ends well."""
+    """Active when registered, past TimeoutStartSec too; a job longer than TimeoutStopSec ends well."""
     async with DispatchServer() as server:
         server.refuse_connections = True
-        unit = service(machine, "waits", server, TimeoutStopSec="2")
+        unit = service(machine, "waits", server, TimeoutStopSec="2", TimeoutStartSec="10")
         unit.systemctl("start", "--no-block")
         await unit.until(lambda: unit.show("StatusText").startswith("starting: 0 of 1"))
-        assert unit.show("ActiveState") == "activating"
+        past = time.monotonic() + 12
+        await unit.until(lambda: time.monotonic() > past, 20)
+        assert unit.show("ActiveState") == "activating", unit.journal()
         server.refuse_connections = False
         await unit.until(lambda: unit.show("ActiveState") == "active", START)
         await unit.until(lambda: unit.show("StatusText") == "running: 1 of 1 workers accept, 0 jobs")

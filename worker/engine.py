@@ -16,12 +16,22 @@ from typing import Any
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.errors import Incompatible
+from lastcall.worker.base.errors import Incompatible, StartError
 from lastcall.worker.base.stopping import unshielded
-from lastcall.worker.base.wire import Counts, JobFate, JobNotAsked, Ready, ShieldOpen, WorkerSays, shortened
+from lastcall.worker.base.wire import (
+    Counts,
+    FullReason,
+    JobFate,
+    JobNotAsked,
+    Ready,
+    ShieldOpen,
+    WorkerSays,
+    shortened,
+)
 from lastcall.worker.job_memory import MemoryWatch
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
-from lastcall.worker.sdk import agent_server, preflight
+from lastcall.worker.sdk import agent_server, preflight, process_pool
+from lastcall.worker.warming import Warming
 
 Report = Callable[[WorkerSays], None]
 
@@ -69,13 +79,15 @@ class Engine:
         self._mock_room = mock_room
         self._max_running = max_running
         self._told_full = False
-        self._was_warm = False
         self._fenced = False
         self._held = False
         self._changed = changed
         self._report = report
         self._must_refuse = must_refuse
         self._run: asyncio.Task[None] | None = None
+        self._warming = Warming(
+            server, changed=changed, report=report, start_failed=self._on_first_process_failed
+        )
         agent_server.gate_requests(server, admit=self._admit, settle=self._settle)
 
     # -- life -----------------------------------------------------------------------------------------
@@ -85,6 +97,7 @@ class Engine:
         self._run = asyncio.current_task()
         self.server.on("worker_started", self._on_started)
         self.server.on("worker_registered", self._on_registered)
+        self._warming.begin()
         try:
             async with asyncio.TaskGroup() as self._announcements:
                 await self._run_server()
@@ -99,7 +112,7 @@ class Engine:
             if not self._fenced and self.error is None:
                 raise
         except Exception as error:  # the user's or livekit's; the host reports it, with its text
-            self.error = error
+            self.error = self.error or error
 
     @property
     def is_registered(self) -> bool:
@@ -107,28 +120,46 @@ class Engine:
 
     @property
     def is_lost(self) -> bool:
-        """Whether livekit-agents has given the connection up for good."""
-        return self.ended or agent_server.has_given_up(self.server)
+        """Whether the start has failed, or livekit-agents has given the connection up for good."""
+        return self.ended or self.error is not None or agent_server.has_given_up(self.server)
 
     @property
     def accepts(self) -> bool:
         """Whether offers would be answered with yes, and the server knows it."""
-        return self.is_registered and not self.is_full and not self._told_full
+        return self.is_registered and not self._fenced and not self._told_full and not self.full_because
 
     @property
     def is_warm(self) -> bool:
-        """Whether a process has been ready for a job, or none is meant to wait for one."""
-        self._was_warm = self._was_warm or agent_server.has_warm_process(self.server)
-        return self._was_warm
+        """Whether a process has been ready for a job."""
+        return self._warming.was_warm
 
     @property
     def is_at_cap(self) -> bool:
         return 0 < self._max_running <= len(self.jobs)
 
     @property
+    def is_cold(self) -> bool:
+        """Whether a job would find no process.
+
+        Either no process gets ready, or registration could not wait for the first one.
+        """
+        return self._warming.is_cold or (self.worker_id != "" and not self.is_warm)
+
+    @property
     def is_full(self) -> bool:
-        """Whether no offer would be answered with yes."""
-        return self._fenced or self._held or self.is_at_cap
+        """Whether no offer would be answered with yes; livekit-agents itself looks at the load."""
+        return self._fenced or self._held or self.is_cold or self.is_at_cap
+
+    @property
+    def full_because(self) -> FullReason | None:
+        """Why the worker takes no job, the fence left out; of several reasons the one that lasts longest."""
+        if self._held:
+            return "hold"
+        if self.is_cold:
+            return "cold"
+        if self.is_at_cap:
+            return "cap"
+        return "load" if self.started and process_pool.is_full_by_load(self.server) else None
 
     @property
     def load(self) -> float:
@@ -139,6 +170,7 @@ class Engine:
     async def fence(self) -> None:
         """Answer no offer with yes any more, for good, and tell the server."""
         self._fenced = True
+        self._warming.end()
         if not self.ended:
             self._told_full = True
             await agent_server.announce(self.server, full=True)
@@ -308,6 +340,9 @@ class Engine:
     def _on_process(self, executor: Any) -> None:
         self._check_shield(executor)
         self._changed.notify()
+
+    def _on_first_process_failed(self, reason: str) -> None:
+        self.error = StartError(f"its first job process did not get ready: {reason}")
 
     def _on_launched(self, executor: Any) -> None:
         self._check_shield(executor)

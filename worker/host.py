@@ -5,6 +5,7 @@ reason to stop                    what follows
 SIGTERM, SIGINT, fence message    the stop, within the budget
 control socket at end of file     the same, with the budget known from the start
 connection given up for good      the same; the supervisor takes the exit for a failure
+the first job process failed      the same, and the reason is reported
 the server's own run() raised     the same, and the error is reported
 """
 
@@ -247,6 +248,7 @@ class Host:
                 registered=engine.is_registered,
                 accepting=engine.accepts and not self.stopping.is_set,
                 warm=engine.is_warm,
+                full=(engine.full_because or "") if engine.is_registered else "",
             )
         )
         if engine.is_lost:

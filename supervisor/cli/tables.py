@@ -74,6 +74,13 @@ def _headline(document: dict[str, Any]) -> Text:
     )  # fmt: skip
     if document["held"]:
         line.append("  on hold", "yellow")
+    elif full := document["full"]:
+        why = f"{', '.join(full['reasons'])}: {full['text']}"
+        line.append(f"\nno worker has taken a job for {full['since_s']:.0f} s ({why})", "yellow")
+    for slot in document["slots"]:
+        if slot["process_failures"]:
+            failed = f"slot {slot['slot']}: {slot['process_failures']} job processes did not get ready"
+            line.append(f"\n{failed}, the last: {slot['process_failure']}", "yellow")
     if document["reason"]:
         line.append(f"\nstopping ({document['reason']}), {document['grace_left_s']:.0f} s left", "yellow")
     return line

@@ -440,6 +440,27 @@ def places(facts: Facts) -> Finding:
     return Finding(check="places", verdict="ok", why=f"{port}; socket and receipt can be written")
 
 
+def processes(facts: Facts) -> Finding | None:
+    """Whether a supervisor that runs here has had job processes that did not get ready."""
+    if not facts.process_failures:
+        return None
+    why = f"the running supervisor: {'; '.join(facts.process_failures)}"
+    do = "mend what prewarm, or the import of the agent, needs; the next process is tried by itself"
+    return Finding(check="processes", verdict="fail", why=why, do=do)
+
+
+def load(facts: Facts) -> Finding | None:
+    """The load by which livekit-agents calls a worker full, where several workers share a machine."""
+    if facts.workers < 2:
+        return None
+    why = (
+        f"livekit-agents measures the whole machine or its cgroup: the {facts.workers} workers have one load"
+        " and are full at the same moment (load_threshold, 0.7 by default), so that more workers take no more"
+        " calls; jobs.max_running, or a load_fnc of the agent, counts for each worker"
+    )
+    return Finding(check="load", verdict="ok", why=why)
+
+
 CHECKS: tuple[Check, ...] = (
     configuration,
     grace,
@@ -457,6 +478,8 @@ CHECKS: tuple[Check, ...] = (
     livekit,
     inworld,
     places,
+    processes,
+    load,
 )
 
 

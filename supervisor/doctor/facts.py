@@ -116,3 +116,5 @@ class Facts:
     livekit: Answer | None = None
     http_problem: str = ""
     place_problems: tuple[str, ...] = ()
+    # Of a supervisor that runs here: each worker whose job processes did not all get ready, and why.
+    process_failures: tuple[str, ...] = ()

@@ -25,7 +25,8 @@ from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.doctor.checks import is_container
 from lastcall.supervisor.doctor.facts import Answer, Facts, Name, ShutdownTarget, Unit
 from lastcall.supervisor.doctor.trial import look
-from lastcall.supervisor.errors import ConfigError, UsageError
+from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, UsageError
+from lastcall.supervisor.views import control_socket
 
 try:
     from lastcall.supervisor.doctor.probe import ask
@@ -93,6 +94,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         livekit=ask(environment),
         http_problem=_http_problem(config.http),
         place_problems=_place_problems(config),
+        process_failures=tuple(_process_failures(config)),
     )
 
 
@@ -242,6 +244,18 @@ def _is_lastcall(address: str) -> bool:
         return False
     finally:
         connection.close()
+
+
+def _process_failures(config: Config) -> Iterator[str]:
+    """Ask the supervisor that has the control socket, if one runs."""
+    with contextlib.suppress(NotRunning, Refused, OSError, ValueError):
+        document = control_socket.ask(control_socket.find(config.control), "status")
+        for slot in document["slots"]:
+            if slot.get("process_failures"):  # an older supervisor does not say
+                yield (
+                    f"{slot['process_failures']} job processes of slot {slot['slot']} did not get ready,"
+                    f" the last: {slot['process_failure']}"
+                )
 
 
 def _place_problems(config: Config) -> tuple[str, ...]:

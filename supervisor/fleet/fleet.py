@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lastcall.supervisor.config import Config
+from lastcall.supervisor.fleet.full_time import FullTime
 from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.histogram import Histogram
 from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
@@ -54,13 +55,14 @@ class Fleet:
         self.ledger = ledger
         self.launcher = launcher
         self.fault = ""
+        self.full_time = FullTime()
         self.shared = Shared(
             config=config,
             ledger=ledger,
             record=record,
             log=log,
             known_pids=known_pids,
-            on_change=self.changed.notify,
+            on_change=self._on_change,
             may_sweep_unmarked=lambda: sweep_unmarked and self._is_alone(),
             fence_seconds=Histogram(FENCE_BOUNDS),
             drain_seconds=Histogram(DRAIN_BOUNDS),
@@ -86,8 +88,28 @@ class Fleet:
         return all(slot.state is SlotState.QUARANTINED for slot in self.slots)
 
     @property
+    def works(self) -> bool:
+        """Whether the supervisor is ready.
+
+        Load, cap and hold take nothing away: a platform would stop a rollout for a busy host.
+        """
+        return any(slot.works for slot in self.slots)
+
+    @property
     def accepts(self) -> bool:
         return any(slot.accepts for slot in self.slots)
+
+    def note_full(self) -> None:
+        """Bring `full_time` up to now."""
+        reasons: set[str] = set()
+        # Asked at each beat of each worker: the first one that accepts has to be enough.
+        if not self.is_stopping and not self.accepts:
+            reasons = {each.full_because for each in self.generations if not each.is_candidate}
+        self.full_time.note(reasons, now())
+
+    def _on_change(self) -> None:
+        self.note_full()
+        self.changed.notify()
 
     @property
     def is_held(self) -> bool:

@@ -28,6 +28,7 @@ from lastcall.worker.base.wire import (
     Fault,
     Fenced,
     Hold,
+    ProcessFailed,
     Ready,
     Terminate,
     WorkerHears,
@@ -67,6 +68,8 @@ class Generation:
         self.last_exit = ""
         self.config_error = ""
         self.ready_at: float | None = None
+        # By when it has to be ready, while it starts.
+        self.ready_by: float | None = None
         self.is_silent = False
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
@@ -109,22 +112,43 @@ class Generation:
         return self.ready_at is not None
 
     @property
+    def works(self) -> bool:
+        """Whether the worker is registered and a process of it has been warm; an opaque program is up.
+
+        The one definition: of the probe, of the service manager's READY, of the first start, of a candidate.
+        """
+        return self.state is S.READY
+
+    @property
     def accepts(self) -> bool:
-        """Whether the worker is registered and takes jobs; an opaque one has only its being up to say so."""
-        if self.state is not S.READY:
-            return False
+        """Whether the worker takes jobs at this moment; an opaque one has only its being up to say so."""
         beat = self.reports.beat
-        return self.is_opaque or (beat is not None and beat.accepting)
+        return self.works and (self.is_opaque or (beat is not None and beat.accepting))
+
+    @property
+    def full_because(self) -> str:
+        """Why the worker takes no job although it works; empty when it does, or does not say."""
+        beat = self.reports.beat
+        return beat.full if self.works and beat is not None and not beat.accepting else ""
 
     @property
     def is_usable(self) -> bool:
-        """Whether it could take over: registered and warm, or, when opaque, up for a while."""
-        if self.state is not S.READY or self.ready_at is None:
-            return False
-        if self.is_opaque:
-            return now() >= self.usable_at
+        """Whether it could take over: it works, and an opaque program has done so for a while."""
+        return self.works and (not self.is_opaque or now() >= self.usable_at)
+
+    @property
+    def missing(self) -> str:
+        """The reason why a worker was not ready in time."""
         beat = self.reports.beat
-        return beat is not None and beat.registered and beat.warm
+        text = f"not registered within {self.shared.config.start.timeout:g} s"
+        if self.reports.is_loaded and not (beat is not None and beat.warm):
+            text += f": no process of it was ready for a job; {self.reports.process_failure or 'see its log'}"
+        return text
+
+    @property
+    def failed_cold(self) -> bool:
+        """Whether the start failed with the first job process, however long that took."""
+        return not self.was_ready and self.reports.process_failures > 0
 
     @property
     def usable_at(self) -> float:
@@ -238,14 +262,14 @@ class Generation:
             await self._clean_up(self._launched)
 
     async def _start_in_time(self) -> None:
-        timeout = self.shared.config.start.timeout
-        due = now() + timeout
+        due = self.ready_by = now() + self.shared.config.start.timeout
         started = await self.changed.until(
             lambda: self.has_exited or self.state is not S.STARTING or self.stopping.is_asked, lambda: due
         )
+        self.ready_by = None
         if started:
             return
-        self.last_exit = f"not registered within {timeout:g} s"
+        self.last_exit = self.missing
         self.change(E.TERMINATE, reason=self.last_exit)
         self.say(Terminate())
         grace = now() + TAKEN_DOWN_IN
@@ -367,17 +391,25 @@ class Generation:
     def _follow(self, message: WorkerSays) -> None:
         """Have the state follow what was said."""
         reports = self.reports
-        registered = reports.beat is not None and reports.beat.registered
+        beat = reports.beat
+        registered = beat is not None and beat.registered
         if isinstance(message, Ready | Beat):
             self.is_silent = False
-            if self.ready_at is None and isinstance(message, Ready) and self.state is S.STARTING:
-                self.ready_at = now()
-            if self.state is S.STARTING and registered and self.was_ready:
+            if (
+                self.state is S.STARTING
+                and beat is not None
+                and registered
+                and beat.warm
+                and reports.worker_id
+            ):
+                self.ready_at = self.ready_at or now()
                 self.change(E.REGISTER, worker_id=reports.worker_id)
             elif self.state is S.STALLED:
                 self.change(E.RECOVER)
             elif self.state is S.READY and not registered:
                 self.change(E.UNREGISTER, reason="connection to the LiveKit server lost")
+        elif isinstance(message, ProcessFailed):
+            self.shared.process_failures[self.slot] += 1
         elif isinstance(message, Fenced) and self.state in (S.STARTING, S.READY, S.STALLED):
             self.change(
                 E.FENCE, reason=reports.fence_reason

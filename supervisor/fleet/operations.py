@@ -60,7 +60,7 @@ class Operations:
     """Runs operations on one fleet.
 
     `reread` returns the configuration and launcher of a reload, or raises ConfigError. `on_reload` hears
-    1 when a reload begins, and -1 when it is over.
+    1 when a reload begins, and -1 when it is over, with the reason why it failed.
 
     No operation has to be told of a stop: the slots that it waits for end in the stop, and say so.
     """
@@ -70,7 +70,7 @@ class Operations:
         fleet: Fleet,
         *,
         reread: Callable[[], asyncio.Future[tuple[Config, Launcher]]],
-        on_reload: Callable[[int], None],
+        on_reload: Callable[[int, str], None],
         log: Any,
     ) -> None:
         self.recent: deque[Operation] = deque(maxlen=MAX_RECENT_OPERATIONS)
@@ -168,11 +168,13 @@ class Operations:
     async def _reload(self, operation: Operation) -> str:
         async with self._reloading:
             self._queued_reload = None
-            self._on_reload(1)
+            self._on_reload(1, "")
+            why = "fault in lastcall"
             try:
-                return await self._roll(operation)
+                why = await self._roll(operation)
             finally:
-                self._on_reload(-1)
+                self._on_reload(-1, why)
+            return why
 
     async def _roll(self, operation: Operation) -> str:
         reading = self._reread()

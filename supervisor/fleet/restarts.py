@@ -5,7 +5,8 @@ before, from the first step up to the cap, less up to a fifth at random so that 
 do not start together. More than `intensity` failures within `period` seconds: no retry.
 
 Programs that fail before they are loaded fail in a row, however long a load takes: the time since the failure
-before does not count towards `period`. An import of 12 s would otherwise never fail often enough.
+before does not count towards `period`. An import of 12 s would otherwise never fail often enough. A first job
+process that fails counts as a load that failed.
 """
 
 from __future__ import annotations

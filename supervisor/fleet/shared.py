@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ class Shared:
     fence_seconds: Histogram
     drain_seconds: Histogram
     swept: Swept = field(default_factory=Swept)
+    # Job processes that did not get ready, by slot.
+    process_failures: Counter[int] = field(default_factory=Counter)
     is_stopping: bool = False
     is_held: bool = False
     # After a fault of lastcall: the workers see the supervisor end and drain by themselves, unkilled.

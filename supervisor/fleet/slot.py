@@ -29,7 +29,6 @@ from lastcall.worker.base.condition import Condition
 REPLACE_SIGNALLED_AFTER = 0.5
 # Seconds for which the old worker waits for the new one to accept. Ours: its beat comes within milliseconds.
 ACCEPTS_WITHIN = 2.0
-NEVER_WARM = "it registered, but no process of it was ready for a job within start.timeout; see its log"
 
 
 class Slot:
@@ -85,6 +84,10 @@ class Slot:
         return any(generation.is_alive for generation in self.generations)
 
     @property
+    def works(self) -> bool:
+        return any(generation.works for generation in self.generations)
+
+    @property
     def accepts(self) -> bool:
         return any(generation.accepts for generation in self.generations)
 
@@ -134,7 +137,7 @@ class Slot:
             self.current.take_over()
             return
         uptime = 0.0 if old.ready_at is None else now() - old.ready_at
-        was_loaded = old.is_opaque or is_alive or old.reports.is_loaded
+        was_loaded = old.is_opaque or is_alive or (old.reports.is_loaded and not old.failed_cold)
         delay = self._restarts.delay(now(), uptime=uptime, was_loaded=was_loaded)
         why = "left" if is_alive else old.end_kind
         self.current = self._make(S.FAILED)
@@ -251,7 +254,7 @@ class Slot:
     def _give_up(self, new: Generation, is_wanted: Callable[[], bool]) -> str:
         if self._stop_asked:
             return "the slot is being stopped"  # the stop takes the candidate along
-        why = new.last_exit or ("it left again" if new.is_leaving else _missing(new))
+        why = new.last_exit or ("it left again" if new.is_leaving else new.missing)
         if self.candidate is new:
             self.candidate = None
             if not new.ended:  # it may have taken a job already, so it is let go like any other
@@ -315,10 +318,3 @@ class Slot:
     def dump(self) -> None:
         for generation in self.generations:
             generation.dump()
-
-
-def _missing(new: Generation) -> str:
-    """Return what a candidate that has taken too long has not done."""
-    if new.was_ready:
-        return NEVER_WARM
-    return f"not registered within {new.shared.config.start.timeout:g} s"

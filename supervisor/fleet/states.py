@@ -17,12 +17,14 @@ class SlotState(enum.Enum):
     """The program was not started yet, or has ended as it was asked to. No process runs. A spawn leads on."""
 
     STARTING = "starting"
-    """The program runs and is not registered with the LiveKit server: it loads, or it has lost its
-    connection and old jobs run on. A registration ends the state; the first one has `[start] timeout`."""
+    """The program runs and is not registered with the LiveKit server: it loads, its first job process is
+    not warm yet, or it has lost its connection and old jobs run on. The registration of a worker that has
+    been warm ends the state; the first one has `[start] timeout`."""
 
     READY = "ready"
-    """The worker is registered, and jobs run; an opaque program is ready once it is spawned. A lost
-    connection, a stall, a fence or the end of the program ends the state."""
+    """The worker is registered, a process of it has been warm, and jobs run; load, cap and hold change
+    nothing about the state. An opaque program is ready once it is spawned. A lost connection, a stall, a
+    fence or the end of the program ends the state."""
 
     STALLED = "stalled"
     """The worker has missed `[stall] misses` beats; its jobs run on in their own processes. A beat, the
@@ -161,12 +163,12 @@ class Phase(enum.IntEnum):
     """The phase of the whole supervisor. A stop only ever goes forward."""
 
     STARTING = 0
-    """Workers start, and none has accepted jobs yet. The first worker that accepts jobs ends the phase, or
-    a reason to stop does."""
+    """Workers start, and none has been ready yet. The first worker that is ready ends the phase, or a reason
+    to stop does."""
 
     RUNNING = 1
-    """Workers accept jobs, and jobs run. The first reason to stop ends the phase; a time without any worker
-    that accepts does not."""
+    """Workers are ready, and jobs run. The first reason to stop ends the phase; a time without any worker
+    that is ready does not."""
 
     FENCING = 2
     """Each worker was told to accept nothing new, and jobs run on. The last acknowledgement ends the phase,

@@ -21,6 +21,7 @@ from lastcall.worker.base.wire import (
     JobStarted,
     Loaded,
     MetricsText,
+    ProcessFailed,
     Ready,
     Resource,
     ShieldOpen,
@@ -39,6 +40,7 @@ class LastBeat:
     registered: bool = False
     accepting: bool = False
     warm: bool = False
+    full: str = ""
 
 
 class WorkerView:
@@ -56,6 +58,8 @@ class WorkerView:
         self.fault = ""
         self.is_config_error = False
         self.jobs_started = 0
+        self.process_failures = 0
+        self.process_failure = ""
         self.metrics = ""
         self.metrics_asked = self.metrics_told = 0
         # Resources go into the receipt only when the worker closes as a part of the supervisor's own stop.
@@ -88,7 +92,11 @@ class WorkerView:
                     registered=message.registered,
                     accepting=message.accepting and self.fenced_at is None,
                     warm=message.warm,
+                    full=message.full,
                 )
+            case ProcessFailed(failures=failures, reason=reason):
+                self.process_failures, self.process_failure = failures, reason
+                self._log.warning("job process failed", failures=failures, reason=reason)
             case JobStarted():
                 self._start(message)
             case JobOver(id=id):
@@ -101,7 +109,7 @@ class WorkerView:
                 self.fenced_at = at
                 self.fence_reason = reason
                 if self.beat is not None:
-                    self.beat = LastBeat(at=now(), registered=self.beat.registered)
+                    self.beat = LastBeat(at=now(), registered=self.beat.registered, warm=self.beat.warm)
             case Drained():
                 self.is_drained = True
             case Resource(name=name, fate=fate, counts=counts):

@@ -16,7 +16,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.descendants import mark_of
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
+from lastcall.supervisor.processes.socket_directory import make as make_scratch
 from lastcall.worker.base import target_form, variables
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SHIELDED
@@ -106,7 +106,7 @@ class Launcher:
             theirs = {0: null, 1: out_write, 2: err_write}
             argv = self.command
             if not self.is_opaque:
-                scratch = tempfile.mkdtemp(prefix="lastcall-")
+                scratch = make_scratch()
                 control, far = socket.socketpair()
                 theirs[CONTROL_FD] = high(far.detach())
                 if self.lifeline is not None:

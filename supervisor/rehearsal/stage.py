@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lastcall.supervisor.errors import ConfigError, NotRunning, SupervisorError
+from lastcall.supervisor.processes import socket_directory
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base import target_form, variables
 from lastcall.worker.base.exit_codes import Exit
@@ -78,6 +79,8 @@ class Stage:
             ) from error
 
     def __enter__(self) -> Stage:
+        if wrong := socket_directory.problem():
+            raise ConfigError(wrong)
         with contextlib.ExitStack() as stack:
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lastcall-")))
             self._stop = self.directory / "stop"

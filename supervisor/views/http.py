@@ -87,7 +87,10 @@ def _app(status: Status) -> web.Application:
 
     async def readyz(_: web.Request) -> web.Response:
         reason = status.unready_because()
-        return web.Response(status=503 if reason else 200, text=(reason or "ok") + "\n")
+        if reason:
+            return web.Response(status=503, text=reason + "\n")
+        full = status.full()
+        return web.Response(text=f"ok, but no worker takes a job: {full}\n" if full else "ok\n")
 
     async def document(_: web.Request) -> web.Response:
         return web.json_response(status.document(), dumps=lambda value: json.dumps(value, indent=2))

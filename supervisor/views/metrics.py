@@ -112,6 +112,21 @@ class Collector:
             "lastcall_workers_wanted", "Slots that are to be kept up.", value=self._status.operations.wanted
         )
         yield GaugeMetricFamily("lastcall_held", "1 while a hold lasts.", value=float(fleet.is_held))
+        full = CounterMetricFamily(
+            "lastcall_full_seconds",
+            "Time in which no worker took jobs although one was up.",
+            labels=["reason"],
+        )
+        fleet.note_full()
+        for reason, seconds in fleet.full_time.seconds.items():
+            full.add_metric([reason], seconds)
+        yield full
+        failures = CounterMetricFamily(
+            "lastcall_process_failures", "Job processes that did not get ready.", labels=["slot"]
+        )
+        for slot in fleet.slots:
+            failures.add_metric([str(slot.number)], fleet.shared.process_failures[slot.number])
+        yield failures
         yield CounterMetricFamily(
             "lastcall_stalls", "Workers that were found stuck.", value=self._status.watch.stalls
         )

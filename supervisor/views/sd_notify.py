@@ -2,10 +2,10 @@
 
 One datagram of KEY=value lines at a time, to the address in NOTIFY_SOCKET; a leading @ is an abstract socket:
 
-    READY=1                                  the workers have registered; or a reload is done
+    READY=1                                  the workers are ready; or a reload is over, as it may have gone
     RELOADING=1, MONOTONIC_USEC=…            a reload begins; in one datagram, or 253 and newer drop it
     STOPPING=1                               the stop has begun
-    EXTEND_TIMEOUT_USEC=…                    kill no earlier than so long from now
+    EXTEND_TIMEOUT_USEC=…                    give the start, the reload or the stop so long from now
     STATUS=draining: 3 jobs, 3541 s left     for `systemctl status`
     WATCHDOG=1                               the supervision loop turns
 
@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 USEC = 1_000_000
-# Seconds that each extension of the stop timer reaches, and seconds until it is said again. Ours: the rest of
-# the last extension, when no job is left, has to cover the reserved shares that follow (40 s by default).
+# Seconds that each extension of a timer reaches, and seconds until it is said again. Ours: the rest of the
+# last extension, when no job is left, has to cover the reserved shares that follow (40 s by default).
 EXTENSION = 60.0
 EXTEND_EVERY = 10.0
 # Seconds between two STATUS lines of a stop. Ours: `systemctl status` shows how much time is left.
@@ -30,13 +30,24 @@ STATUS_EVERY = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The state that the service manager is told of. `end_at`: the end of grace, in a stop."""
+    """The state that the service manager is told of. `end_at`: the end of grace, in a stop.
+
+    `up_at`: by when the workers that start have to be ready, in a start of the service and in a reload.
+    """
 
     is_ready: bool = False
     is_reloading: bool = False
     is_busy: bool = False
     end_at: float | None = None
+    up_at: float | None = None
     text: str = ""
+
+    @property
+    def extends_to(self) -> float | None:
+        """Return how far the service manager's timer may be extended; None: it is left alone."""
+        if self.end_at is not None:
+            return self.end_at if self.is_busy else None
+        return self.up_at
 
 
 class Notifications:
@@ -54,14 +65,16 @@ class Notifications:
         if snapshot.end_at is not None:
             if was.end_at is None:
                 lines.append("STOPPING=1")
-            if snapshot.is_busy and now >= self._extend_at:
-                self._extend_at = now + EXTEND_EVERY
-                usec = int(min(EXTENSION, snapshot.end_at - now) * USEC)
-                lines += [f"EXTEND_TIMEOUT_USEC={usec}"] if usec > 0 else []
+                self._extend_at = now  # the timer of the stop is another one than that of the start
         elif snapshot.is_reloading and not was.is_reloading:
             lines += ["RELOADING=1", f"MONOTONIC_USEC={int(now * USEC)}"]
+            self._extend_at = now
         elif snapshot.is_ready and not snapshot.is_reloading and (was.is_reloading or not was.is_ready):
             lines.append("READY=1")
+        if snapshot.extends_to is not None and now >= self._extend_at:
+            self._extend_at = now + EXTEND_EVERY
+            usec = int(min(EXTENSION, snapshot.extends_to - now) * USEC)
+            lines += [f"EXTEND_TIMEOUT_USEC={usec}"] if usec > 0 else []
         is_news = (snapshot.text, snapshot.end_at) != (was.text, was.end_at)
         if is_news or (snapshot.end_at is not None and now >= self._status_at):
             self._status_at = now + STATUS_EVERY
@@ -76,7 +89,9 @@ class Notifications:
         """Return when there is something to say although nothing changes; None: never."""
         dues = [] if self._watchdog_every is None else [self._feed_at]
         if self._was.end_at is not None:
-            dues += [self._status_at, *([self._extend_at] if self._was.is_busy else [])]
+            dues.append(self._status_at)
+        if self._was.extends_to is not None and self._extend_at < self._was.extends_to:
+            dues.append(self._extend_at)
         return min(dues, default=None)
 
 

@@ -18,6 +18,12 @@ from lastcall.supervisor.shutdown import Shutdown
 from lastcall.worker.base.clock import now
 
 SCHEMA = 1
+FULL_TEXTS: dict[str, str] = {
+    "hold": "on hold; `lastcall release` ends it",
+    "cold": "no job process gets ready",
+    "cap": "as many jobs as jobs.max_running",
+    "load": "livekit-agents' load_threshold",
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,16 +38,22 @@ class Status:
     outputs: Outputs
 
     def unready_because(self) -> str:
-        """Return why no dispatch would be accepted right now; empty when one would."""
+        """Return why no worker works; empty when one does, although it may be full at the moment."""
         stop = self.shutdown.stop
         if stop is not None:
             return f"stopping ({self.shutdown.phase.text}): {stop.reason}"
-        if self.fleet.accepts:
+        if self.fleet.works:
             return ""
-        if self.fleet.is_held:
-            return "on hold; `lastcall release` ends it"
-        states = ", ".join(f"slot {slot.number} {slot.state.value}" for slot in self.fleet.slots)
-        return f"no worker is registered and accepts jobs: {states}"
+        states = ", ".join(
+            f"slot {slot.number} {slot.state.value}" + (f" ({slot.last_exit})" if slot.last_exit else "")
+            for slot in self.fleet.slots
+        )
+        return f"no worker is registered and warm: {states}"
+
+    def full(self) -> str:
+        """Return why no worker takes a job at this moment; empty when one does, or none works."""
+        self.fleet.note_full()
+        return ", ".join(FULL_TEXTS[reason] for reason in self.fleet.full_time.reasons)
 
     def document(self) -> dict[str, Any]:
         """Return the status, ready for JSON."""
@@ -54,6 +66,7 @@ class Status:
             "reason": stop.reason if stop else "",
             "grace_left_s": round(stop.grace_left, 1) if stop else None,
             "held": self.fleet.is_held,
+            "full": self._full(),
             "workers": self.operations.wanted,
             "totals": {"started": self.fleet.ledger.started, **self.fleet.ledger.totals},
             "slots": [
@@ -64,6 +77,13 @@ class Status:
             "companions": [] if self.companion is None else [self.companion.document()],
             "operations": [operation.document() for operation in self.operations.recent],
         }
+
+    def _full(self) -> dict[str, Any] | None:
+        why, full_time = self.full(), self.fleet.full_time
+        if full_time.since is None:
+            return None
+        since_s = round(now() - full_time.since, 1)
+        return {"reasons": list(full_time.reasons), "text": why, "since_s": since_s}
 
 
 def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
@@ -79,6 +99,9 @@ def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
         "lag_ms": beat.lag_ms if beat else None,
         "load": beat.load if beat else None,
         "rss_bytes": beat.rss_bytes if beat else None,
+        "full": generation.full_because or None,
+        "process_failures": generation.reports.process_failures,
+        "process_failure": generation.reports.process_failure or None,
         "restarts": slot.restarts.total(),
         "last_exit": slot.last_exit or None,
         "jobs": [

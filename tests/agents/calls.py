@@ -158,13 +158,13 @@ async def request(offer: JobRequest) -> None:
 
 
 def half_busy() -> float:
-    return 0.5
+    return 0.9 if os.path.exists(os.environ["JOB_LOG"] + ".busy") else 0.5
 
 
 def prewarm(process: JobProcess) -> None:
     if os.path.exists(os.environ["JOB_LOG"] + ".slow"):
         time.sleep(600)
-    if os.path.exists(os.environ["JOB_LOG"] + ".raise"):
+    if os.environ.get("PREWARM") == "raise" or os.path.exists(os.environ["JOB_LOG"] + ".raise"):
         raise RuntimeError("no model")
 
 
@@ -176,7 +176,7 @@ if __name__ == "__main__":
             prewarm_fnc=prewarm,
             # The load is that of the machine, and the server gives nothing to a worker whose load is 1.
             load_fnc=half_busy,
-            load_threshold=float("inf"),
+            load_threshold=float(os.environ.get("THRESHOLD", "inf")),
             max_retry=int(os.environ.get("MAX_RETRY", "16")),
             num_idle_processes=int(os.environ.get("IDLE", "1")),
             job_executor_type=JobExecutorType[os.environ.get("EXECUTOR", "PROCESS")],

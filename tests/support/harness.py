@@ -295,7 +295,11 @@ class Run:
             await self.until(lambda: not self.left(), timeout)
         except TimeoutError:
             raise AssertionError([(p.pid, _command(p)) for p in self.left()]) from None
-        files = [p for p in self.tmp.rglob("*") if p.is_socket() or p.name.startswith(("pymp-", "lastcall-"))]
+        files = [
+            p
+            for p in self.tmp.rglob("*")
+            if p.is_socket() or p.name.startswith(("pymp-", "lastcall-", "last-"))
+        ]
         assert not files
 
     def accepted_late(self) -> list[Event]:

@@ -23,7 +23,8 @@ ROOMS: dict[str, Room] = {
         floors=(
             "base",
             "sdk shield target scratch orphan_output exposition imported jobs job_memory local",
-            "inworld engine",
+            "inworld warming",
+            "engine",
             "job host",
             "__main__",
         ),
@@ -38,7 +39,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.sdk": Room(
         idea="the private names of livekit-agents and multiprocessing",
-        floors=("names", "preflight child_processes", "agent_server job_process", "__main__"),
+        floors=("names", "preflight child_processes", "agent_server job_process process_pool", "__main__"),
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
@@ -106,7 +107,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
-            "reaper cgroup descendants output_reader output_writer worker_channel",
+            "reaper cgroup descendants output_reader output_writer worker_channel socket_directory",
             "child",
             "launch",
         ),
@@ -114,7 +115,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.fleet": Room(
         idea="workers, their states, their stops and replacements",
         floors=(
-            "states histogram restarts",
+            "states histogram restarts full_time",
             "worker_view stop_steps shared",
             "aftermath",
             "generation",

@@ -35,6 +35,10 @@ MAX_TEXT = 8192
 JobFate = Literal["finished", "failed", "cut", "unassigned"]
 ResourceFate = Literal["closed", "forced", "leaked"]
 Counts = dict[str, dict[str, int]]
+# Why a worker that is ready takes no job. An operator holds it, no job process gets ready, it has as many
+# jobs as `[jobs] max_running`, or livekit-agents measures a load above `load_threshold`.
+FullReason = Literal["hold", "cold", "cap", "load"]
+FULL_REASONS: tuple[FullReason, ...] = get_args(FullReason)
 
 
 # -- what a worker says --------------------------------------------------------------------------------------
@@ -64,7 +68,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """The event loop of the worker turns. `warm`: a process waits for a job, or none has to."""
+    """The event loop of the worker turns. `warm`: a job process has once been ready for a job.
+
+    `full`: the `FullReason` for which a registered worker takes no job, empty while it takes jobs.
+    """
 
     lag_ms: float
     load: float
@@ -72,6 +79,15 @@ class Beat:
     registered: bool
     accepting: bool
     warm: bool
+    full: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessFailed:
+    """A job process did not get ready for a job; it is the `failures`-th of this worker."""
+
+    failures: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +187,7 @@ WorkerSays = (
     | Imported
     | Ready
     | Beat
+    | ProcessFailed
     | JobStarted
     | JobOver
     | JobCut
