@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import assert_never
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lastcall.worker.inworld.pool import protocol
@@ -153,6 +153,8 @@ class Walk:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(STEPS, st.floats(0, 3)), max_size=25))
+# An error that comes after the deadline of a cancel, before anything has looked at the deadline.
+@example([(("granted", None), 0.0), (("cancel", None), 0.0), (("take", FRAMES[4]), 11.0)])
 def test_any_order_of_events_keeps_the_rules(steps: list[tuple[tuple[str, object], float]]) -> None:
     """No order is an error. The end is told once, and nothing is sent or delivered after the end."""
     walk = Walk()

@@ -288,7 +288,7 @@ class Context:
         is_unknown = frame.code == NOT_FOUND or "not found" in frame.message.lower()
         if self.state is S.CANCELLING:
             # The error answers the cancel, or a frame before the cancel. Only "not found" is an end.
-            return self._end(error, "closed", frame) if is_unknown else self._refused_cancel()
+            return self._end(error, "closed", frame) if is_unknown else self._refused_cancel(at)
         if not self.is_created and "max contexts" in frame.message.lower():
             # The server counts more contexts on this connection than the pool does, so it takes no create.
             return self._retry_elsewhere(error, MAX_RETRIES_LOST, at)
@@ -300,7 +300,7 @@ class Context:
     def take_nameless(self, frame: Frame, at: float) -> Effects:
         """Take an error of the server's that names no context, and that is most likely for this one."""
         if self.state is S.CANCELLING:
-            return self._refused_cancel()
+            return self._refused_cancel(at)
         return self.fail(
             ContextError(frame.message or f"the server's error {frame.code}", code=frame.code), at
         )
@@ -312,7 +312,7 @@ class Context:
             return self.fail(AcquireTimeout("no capacity came free in time; try again"), at)
         if self.state is S.CANCELLING:
             if at < self._cancel_until:
-                return self.hint()
+                return self.hint(at)
             return self._give_up(Silent(f"cancel_context was not answered within {timings.cancel:g} s"))
         if self.is_created:
             silent = Silent(f"a closed context said nothing for {timings.silence:g} s")
@@ -341,17 +341,20 @@ class Context:
             return self._end(error, "forced")
         return self._retry(None)
 
-    def hint(self) -> Effects:
+    def hint(self, at: float) -> Effects:
         """Ask for the end once more, by close_context: a server without cancel_context knows that."""
         if self._has_hinted:
             return []
         self._has_hinted = True
         self.unanswered_cancels += 1
-        return [Send(protocol.encode(protocol.close(), self.id)), *self._wait_until(self._cancel_until)]
+        return [
+            Send(protocol.encode(protocol.close(), self.id)),
+            *self._wait_until(max(at, self._cancel_until)),
+        ]
 
-    def _refused_cancel(self) -> Effects:
+    def _refused_cancel(self, at: float) -> Effects:
         self.unanswered_cancels = max(0, self.unanswered_cancels - 1)
-        return self.hint()
+        return self.hint(at)
 
     # -- another connection -------------------------------------------------------------------------------
 
