@@ -372,11 +372,14 @@ async def test_name_that_is_missing_once_the_server_runs(run: StartRun, tmp_path
     agent = tmp_path / "agent.py"
     agent.write_text(
         "from livekit.agents import AgentServer\n"
-        "server = AgentServer()\n"
+        "class Server(AgentServer):\n"
+        "    def emit(self, event, *arguments):\n"
+        "        if event == 'worker_started':\n"
+        "            del self._conn_task\n"
+        "        super().emit(event, *arguments)\n"
+        "server = Server()\n"
         "@server.rtc_session()\n"
         "async def entrypoint(ctx):\n    pass\n"
-        "@server.on('worker_started')\n"
-        "def started():\n    del server._conn_task\n"
     )
     r: Run = await run("run", f"{agent}:server")
     assert "has no AgentServer._conn_task, which the look at the connection needs" in await said(r)
