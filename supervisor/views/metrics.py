@@ -30,6 +30,7 @@ POOL_COUNTERS = {
     "wait_seconds": "Time that creates have waited for capacity.",
     "refusals": "Connections that Inworld refused.",
     "retries": "Creates that were sent again on another connection.",
+    "direct": "TTS objects that went to Inworld beside the pool.",
 }
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

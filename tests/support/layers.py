@@ -31,7 +31,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
         floors=(
-            "errors clock exit_codes variables process backoff budget target_form",
+            "errors clock exit_codes variables process backoff budget target_form inworld_keys",
             "condition wire settings broker_settings calls_over",
             "stopping resources channel",
         ),
@@ -64,7 +64,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.inworld.plugin": Room(
         idea="livekit-plugins-inworld inside a job process",
-        floors=("arguments private_names", "connections tts", "attached"),
+        floors=("arguments private_names", "connections", "attached", "tts"),
     ),
     "lastcall.worker.local": Room(
         idea="local LiveKit and Inworld servers, for the demo, for development and for tests",

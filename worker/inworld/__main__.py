@@ -87,7 +87,7 @@ def run(process: BrokerProcess, *, say: bool = False) -> int:
             variables.INWORLD_WS_URL: broker.ws_url,
             variables.INWORLD_URL: broker.base_url,
             variables.INWORLD_TOKEN: token,
-            variables.INWORLD_API_KEY: token,
+            variables.INWORLD_KEYS: process.key_digest,
         }
         where = {"ws_url": broker.ws_url, "base_url": broker.base_url, "environment": environment}
         print(json.dumps(where), flush=True)
