@@ -22,6 +22,7 @@ from lastcall.worker import imported
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import OF_WORKER, Decoder, Imported, encode
 from tests.support.harness import Run, StartRun
+from tests.support.proxy import DEAD
 from tests.support.terminal import Terminal
 
 AGENT_TEXT = """
@@ -45,7 +46,11 @@ if __name__ == "__main__":
 async def start(run: StartRun, terminal: Terminal, directory: Path, *arguments: str) -> Run:
     control = str(directory / "c.sock")
     r: Run = await run(
-        "dev", "--control", control, *arguments, terminal=terminal, livekit=False, cwd=directory
+        *("dev", "--control", control, *arguments),
+        terminal=terminal,
+        livekit=False,
+        cwd=directory,
+        environment=DEAD,
     )
     return r
 

@@ -31,7 +31,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
         floors=(
-            "errors clock exit_codes variables process backoff budget target_form inworld_keys",
+            "errors clock exit_codes variables process backoff budget target_form inworld_keys proxies",
             "condition wire settings broker_settings calls_over",
             "stopping resources channel",
         ),

@@ -17,6 +17,7 @@ import signal
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NoReturn
 
+import aiohttp
 import livekit.agents
 import livekit.agents.cli
 from livekit.agents import AgentServer, JobRequest, WorkerOptions
@@ -254,6 +255,22 @@ def mark_as_mock(server: AgentServer) -> None:
         await launch(info)
 
     server._proc_pool.launch_job = launch_job
+
+
+def connect_directly(server: AgentServer) -> None:
+    """Have the worker connect to its server past the proxy; jobs keep the proxy for all that they do.
+
+    At `worker_started`: job processes have been told the proxy, and the connection has not begun. Needs
+    `_http_proxy` and `_http_session`, where a proxy is set.
+    """
+    if not getattr(server, "_http_proxy", None):
+        return
+    need(server, "_http_session")
+    through_proxy = server._http_session
+    assert through_proxy is not None
+    server._http_session = aiohttp.ClientSession(connector=through_proxy.connector)
+    through_proxy.detach()
+    server._http_proxy = None
 
 
 def is_connected(server: AgentServer) -> bool:

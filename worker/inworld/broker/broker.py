@@ -57,6 +57,7 @@ class Broker:
         token: str,
         key: str,
         base_url: str,
+        proxy: str | None = None,
         max_unread: int = MAX_UNREAD,
     ) -> None:
         self.pool = pool
@@ -70,7 +71,7 @@ class Broker:
         self._key = key
         self._accepts = [inworld_keys.digest(token, key)]
         self._max_unread = max_unread
-        self._pass = PassThrough(base_url)
+        self._pass = PassThrough(base_url, proxy)
         self._is_closing = False
         app = web.Application(client_max_size=MAX_BODY)
         app.router.add_get(PATH, self._bidirectional)

@@ -43,6 +43,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import rss_bytes
+from lastcall.worker.base.proxies import proxy_to
 from lastcall.worker.base.stopping import Stopping, stop_on_signals
 from lastcall.worker.base.wire import (
     FOR_BROKER,
@@ -126,6 +127,7 @@ class BrokerProcess:
             max_contexts=settings.max_contexts,
             idle_connection_timeout=settings.idle_connection_timeout,
             acquire_timeout=settings.acquire_timeout,
+            proxy=proxy_to(settings.ws_url, os.environ),
         )
         with listener:
             async with pool:
@@ -135,6 +137,7 @@ class BrokerProcess:
                     token=settings.token,
                     key=self._key,
                     base_url=settings.base_url,
+                    proxy=proxy_to(settings.base_url, os.environ),
                 )
                 broker.set_key(self._key, self._accepts)
                 async with broker:

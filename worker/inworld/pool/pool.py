@@ -101,6 +101,7 @@ class InworldPool:
         idle_connection_timeout: float = 300.0,
         acquire_timeout: float = 30.0,
         timings: Timings | None = None,
+        proxy: str | None = None,
         seed: int | None = None,
     ) -> None:
         self.url = url
@@ -111,6 +112,7 @@ class InworldPool:
         self.is_open = False
         self._close_at: float | None = None
         self._key = key
+        self._proxy = proxy
         self._idle_timeout = idle_connection_timeout
         self._acquire_timeout = acquire_timeout
         # Every context that has not ended, and what it has of the capacity.
@@ -139,7 +141,7 @@ class InworldPool:
         await self._group.__aenter__()
         # The pool keeps and limits the connections, so aiohttp must do neither.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector)
+        self._session = aiohttp.ClientSession(connector=connector, proxy=self._proxy)
         self._report = asyncio.get_running_loop().create_future()
         closing = self._group.create_task(self._close_when_asked())
         closing.add_done_callback(lambda _: self._finish_report())
