@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import psutil
 import pytest
 from livekit.agents import AgentServer, JobExecutorType
 
@@ -18,12 +20,63 @@ from lastcall.worker.inworld.pool.pool import InworldPool
 from lastcall.worker.local.inworld_server import InworldServer
 from lastcall.worker.local.livekit_server import DispatchServer
 from lastcall.worker.sdk import agent_server
-from tests.support.harness import HERE
+from tests.support.harness import HERE, Run, StartRun
 from tests.support.inworld_job import Job
-from tests.support.proxy import DEAD, proxy
+from tests.support.proxy import DEAD, certificate, proxy, tls
 
 SPEAKER = str(HERE / "agents" / "speaker.py")
 KEY = "the-real-key-of-the-account"
+
+
+@pytest.mark.core
+async def test_calls_speak_behind_a_proxy(run: StartRun, tmp_path: Path) -> None:
+    """The broker dials Inworld through the proxy, as a direct TTS does; no job reaches the broker so.
+
+    The doctor asks LiveKit through it too: no name of this test can be resolved.
+    """
+    pem = certificate(tmp_path, "api.inworld.ai", "other.inworld.test", "livekit.test")
+    (tmp_path / "lastcall.toml").write_text("[inworld]\nenabled = true\n")
+    async with (
+        InworldServer(api_key=KEY) as inworld,
+        DispatchServer() as livekit,
+        tls(inworld.port, pem) as inworld_port,
+        tls(urlsplit(livekit.url).port or 0, pem) as livekit_port,
+        proxy(
+            {
+                "api.inworld.ai:443": inworld_port,
+                "other.inworld.test:443": inworld_port,
+                "livekit.test:443": livekit_port,
+            }
+        ) as between,
+    ):
+        environment = {
+            **livekit.environment,
+            **between.environment,
+            "LIVEKIT_URL": "wss://livekit.test",
+            "SSL_CERT_FILE": str(pem),
+            "INWORLD_API_KEY": KEY,
+        }
+        config = str(tmp_path / "lastcall.toml")
+        r: Run = await run("run", "--config", config, SPEAKER, livekit=False, environment=environment)
+        r.server = livekit
+        await r.ready()
+        token = psutil.Process(r.workers()[0].pid).environ()["LASTCALL_INWORLD_TOKEN"]
+        pooled = await r.dispatch("pooled", mode="say")
+        other = {"ws_url": "wss://other.inworld.test/"}
+        direct = await r.dispatch("direct", mode="say", arguments=other)
+        for job in (pooled, direct):
+            assert (await r.job_says(job.job_id, "silent", 30))["frames"] > 0
+        assert set(between.seen) == {"api.inworld.ai:443", "other.inworld.test:443", "livekit.test:443"}
+        assert not any(token in head or KEY in head for head in between.heads)
+        r.server = None
+        r.kill()
+        assert await r.exit() == 0
+
+        asked = between.seen.count("livekit.test:443")
+        # In this process: the certificate of the test is in no store, so that TLS fails behind the proxy.
+        answer = await asyncio.to_thread(ask, environment)
+        assert answer is not None and "certificate" in answer.error.lower(), answer
+        assert between.seen.count("livekit.test:443") > asked
 
 
 async def test_the_broker_dials_through_the_proxy() -> None:
