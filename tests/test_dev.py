@@ -15,7 +15,7 @@ import pytest
 
 from lastcall.supervisor.app import App
 from lastcall.supervisor.cli.beside import run_with
-from lastcall.supervisor.cli.dev import remote_host
+from lastcall.supervisor.cli.dev import check_livekit_url, remote_host
 from lastcall.supervisor.cli.source_changes import Repeats, Sources, ignored_by_git, shown, target_directory
 from lastcall.supervisor.errors import ConfigError
 from lastcall.worker import imported
@@ -356,3 +356,8 @@ def test_directory_of_a_target(tmp_path: Path) -> None:
 def test_remote_project_is_pointed_out(url: str, warned: bool) -> None:
     """Real calls would come here."""
     assert bool(remote_host(url)) is warned
+    if url.startswith("wss://["):
+        with pytest.raises(ConfigError, match=r"^LIVEKIT_URL: got 'wss://\[calls', expected wss://HOST$"):
+            check_livekit_url(url)
+    else:
+        check_livekit_url(url)
