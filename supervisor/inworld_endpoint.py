@@ -22,6 +22,7 @@ from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.worker.base import variables
 from lastcall.worker.base.broker_settings import BrokerSettings
+from lastcall.worker.base.dial_checks import check_key, check_proxy
 from lastcall.worker.base.inworld_keys import digest
 from lastcall.worker.base.stopping import SHIELDED
 
@@ -36,30 +37,43 @@ PASSED_ON |= {"http_proxy", "https_proxy", "no_proxy"}
 
 
 def key_of(config: Inworld, environment: Mapping[str, str], *, again: bool = False) -> str:
-    """Return the API key. Blocks, as `read_text` does. Raises ConfigError when there is none."""
+    """Return the API key. Blocks, as `read_text` does. Raises ConfigError for none, or a wrong one."""
     if not config.api_key_file:
         key = environment.get(variables.INWORLD_API_KEY, "").strip()
         if not key:
             raise ConfigError("inworld.enabled: no API key: set INWORLD_API_KEY, or inworld.api_key_file")
-        return key
+        return _checked(key, variables.INWORLD_API_KEY)
     try:
         key = read_text(config.api_key_file, again=again).strip()
     except Unreadable as error:
         raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} {error}") from error
     if not key:
         raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} is empty; expected the API key")
+    return _checked(key, f"inworld.api_key_file: {config.api_key_file!r}")
+
+
+def _checked(key: str, source: str) -> str:
+    try:
+        check_key(key)
+    except ValueError as error:
+        raise ConfigError(f"{source}: got {error}") from error
     return key
 
 
 class BrokerEndpoint:
     """The listening socket, the token and the lifeline; `spawn` starts a broker on them.
 
-    `close` and `grace` are seconds, as in `BrokerSettings`. `environment` is the supervisor's.
+    `close` and `grace` are seconds, as in `BrokerSettings`. `environment` is the supervisor's. Raises
+    ConfigError for a wrong proxy in it.
     """
 
     def __init__(
         self, config: Inworld, *, close: float, grace: float, environment: Mapping[str, str]
     ) -> None:
+        try:
+            check_proxy(environment)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._settings = BrokerSettings(
             control_fd=CONTROL_FD,
             listen_fd=LISTEN_FD,

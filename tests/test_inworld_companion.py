@@ -271,6 +271,8 @@ async def test_alone_it_says_where_and_ends_on_sigterm() -> None:
     [
         ([], {"INWORLD_API_KEY": ""}, 78, "INWORLD_API_KEY is not set"),
         (["--nonsense"], {"INWORLD_API_KEY": "k"}, 2, "--nonsense"),
+        (["--ws-url", "wss://u:p@h/"], {"INWORLD_API_KEY": "k"}, 2, "--ws-url: expected wss://HOST/ without"),
+        ([], {"INWORLD_API_KEY": "k\ney"}, 78, "INWORLD_API_KEY: got a space, a line break"),
     ],
 )
 def test_alone_wrong_use_is_one_line(

@@ -32,7 +32,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process backoff budget target_form inworld_keys proxies",
-            "condition wire settings broker_settings calls_over",
+            "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",
         ),
     ),
