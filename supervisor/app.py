@@ -11,7 +11,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from lastcall.supervisor.views.commands import Commands
 from lastcall.supervisor.views.sd_notify import NotifySocket
 from lastcall.supervisor.views.service_manager import Announcer
 from lastcall.supervisor.views.status import Status
+from lastcall.worker.base import variables
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.exit_codes import Exit
@@ -158,6 +159,7 @@ class App:
         return Companion(
             config.inworld,
             key=key,
+            keys_in_use=self._inworld_keys,
             grace=config.grace,
             close=config.shares.within(config.grace).companion,
             supervisor_id=self._id,
@@ -170,6 +172,11 @@ class App:
             on_change=changed.notify,
             log=self.log,
         )
+
+    def _inworld_keys(self) -> Iterator[str]:
+        """Yield the digests of the Inworld keys that the workers of this moment have, and the next ones."""
+        for launcher in (self.fleet.launcher, *(each.launcher for each in self.fleet.generations)):
+            yield from launcher.environment.get(variables.INWORLD_KEYS, "").split()
 
     @property
     def config(self) -> Config:

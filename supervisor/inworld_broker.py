@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, assert_never
 
@@ -29,6 +29,7 @@ from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import ResourceEntry, ResourceFate, StopRecord
+from lastcall.worker.base import variables
 from lastcall.worker.base.broker_settings import COMPANION_NAME
 from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
@@ -70,6 +71,7 @@ class Companion:
         config: Inworld,
         *,
         key: str,
+        keys_in_use: Callable[[], Iterable[str]],
         grace: float,
         close: float,
         supervisor_id: str,
@@ -88,6 +90,10 @@ class Companion:
         self.figures: dict[str, Any] = {}
         self.changed = Condition()
         self._key = key
+        # The digests of the keys that the newest workers have, and a function that returns those of all.
+        self._new_keys: frozenset[str] = frozenset()
+        self._keys_in_use = keys_in_use
+        self._told: Key | None = None
         self._close = close
         self._id = supervisor_id
         self._reaper = reaper
@@ -115,8 +121,11 @@ class Companion:
         return self._endpoint.lifeline
 
     def environment_for_workers(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Return the environment with the way to the broker in it, and without the key."""
-        return self._endpoint.environment_for_workers(environment)
+        """Return the environment with the way to the broker in it. `set_key` comes first."""
+        found = self._endpoint.environment_for_workers(environment, self._key)
+        self._new_keys = frozenset(found[variables.INWORLD_KEYS].split())
+        self._tell_keys()
+        return found
 
     # -- what others see ------------------------------------------------------------------------------
 
@@ -170,7 +179,7 @@ class Companion:
     def set_key(self, key: str) -> None:
         """Use another key for new connections."""
         self._key = key
-        self._say(Key(key=key))
+        self._tell_keys(again=True)
 
     async def stop(self, deadlines: Callable[[], Deadlines]) -> None:
         """Have the pool closed to the last context, within its share; kill what does not end in time."""
@@ -232,7 +241,7 @@ class Companion:
         self._change(E.SPAWN, pid=child.pid)
         try:
             self._channel = await Channel.open(control, OF_BROKER, self._on_message, self._on_lost)
-            self._say(Key(key=self._key))
+            self._tell_keys(again=True)
             await self.changed.until(lambda: child.status is not None)
         except asyncio.CancelledError:
             child.send(signal.SIGKILL)
@@ -257,6 +266,18 @@ class Companion:
 
     # -- what is said ---------------------------------------------------------------------------------
 
+    def _tell_keys(self, *, again: bool = False) -> None:
+        """Tell the broker the key, and which keys jobs may show, if that is new or `again` is set.
+
+        The keys of earlier reloads count for as long as a worker has them.
+        """
+        if self._channel is None:
+            return
+        told = Key(key=self._key, accepts=" ".join(sorted(self._new_keys.union(self._keys_in_use()))))
+        if again or told != self._told:
+            self._told = told
+            self._say(told)
+
     def _say(self, message: BrokerHears) -> None:
         if self._channel is not None:
             self._channel.say(message)
@@ -276,6 +297,7 @@ class Companion:
                     self._change(E.REGISTER)
             case BrokerBeat():
                 self.figures = asdict(message)
+                self._tell_keys()
             case Resource(fate=fate, counts=counts):
                 self._was_told = True
                 if self._is_stopping:

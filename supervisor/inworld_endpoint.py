@@ -2,9 +2,9 @@
 
 A broker that dies is replaced. The endpoint outlives each of them, and hands the new broker three things:
 the listening socket, so that the port stays and new connections wait in the backlog meanwhile; the token
-that jobs show; the lifeline, a pipe whose write end every worker holds. The API key is in no variable and no
-argument of a child: a broker is told the key over its control socket, and workers are given the token in
-place of the key.
+that jobs may show; the lifeline, a pipe whose write end every worker holds. A broker is told the API key over
+its control socket, and has it in no variable and no argument. Workers have INWORLD_API_KEY as the user has
+set it, and the key of `api_key_file` not at all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.worker.base import variables
 from lastcall.worker.base.broker_settings import BrokerSettings
+from lastcall.worker.base.dial_checks import check_key, check_proxy
+from lastcall.worker.base.inworld_keys import digest
 from lastcall.worker.base.stopping import SHIELDED
 
 # The broker's own descriptors, as its settings name them.
@@ -35,30 +37,43 @@ PASSED_ON |= {"http_proxy", "https_proxy", "no_proxy"}
 
 
 def key_of(config: Inworld, environment: Mapping[str, str], *, again: bool = False) -> str:
-    """Return the API key. Blocks, as `read_text` does. Raises ConfigError when there is none."""
+    """Return the API key. Blocks, as `read_text` does. Raises ConfigError for none, or a wrong one."""
     if not config.api_key_file:
         key = environment.get(variables.INWORLD_API_KEY, "").strip()
         if not key:
             raise ConfigError("inworld.enabled: no API key: set INWORLD_API_KEY, or inworld.api_key_file")
-        return key
+        return _checked(key, variables.INWORLD_API_KEY)
     try:
         key = read_text(config.api_key_file, again=again).strip()
     except Unreadable as error:
         raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} {error}") from error
     if not key:
         raise ConfigError(f"inworld.api_key_file: {config.api_key_file!r} is empty; expected the API key")
+    return _checked(key, f"inworld.api_key_file: {config.api_key_file!r}")
+
+
+def _checked(key: str, source: str) -> str:
+    try:
+        check_key(key)
+    except ValueError as error:
+        raise ConfigError(f"{source}: got {error}") from error
     return key
 
 
 class BrokerEndpoint:
     """The listening socket, the token and the lifeline; `spawn` starts a broker on them.
 
-    `close` and `grace` are seconds, as in `BrokerSettings`. `environment` is the supervisor's.
+    `close` and `grace` are seconds, as in `BrokerSettings`. `environment` is the supervisor's. Raises
+    ConfigError for a wrong proxy in it.
     """
 
     def __init__(
         self, config: Inworld, *, close: float, grace: float, environment: Mapping[str, str]
     ) -> None:
+        try:
+            check_proxy(environment)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._settings = BrokerSettings(
             control_fd=CONTROL_FD,
             listen_fd=LISTEN_FD,
@@ -77,15 +92,20 @@ class BrokerEndpoint:
         """The descriptor that a worker holds for as long as it lives."""
         return self._lifeline_of_workers
 
-    def environment_for_workers(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Return the environment with the way to the broker in it, and without the key."""
+    def environment_for_workers(self, environment: Mapping[str, str], key: str) -> dict[str, str]:
+        """Return the environment with the way to the broker in it. `key` is the pool's.
+
+        The key of the environment counts as the pool's too: a TTS that is made without a key uses that one.
+        """
         port = self._listener.getsockname()[1]
+        token = self._settings.token
+        keys = {key, environment.get(variables.INWORLD_API_KEY, "").strip()} - {""}
         return {
             **environment,
             variables.INWORLD_WS_URL: f"ws://127.0.0.1:{port}/",
             variables.INWORLD_URL: f"http://127.0.0.1:{port}/",
-            variables.INWORLD_TOKEN: self._settings.token,
-            variables.INWORLD_API_KEY: self._settings.token,
+            variables.INWORLD_TOKEN: token,
+            variables.INWORLD_KEYS: " ".join(sorted(digest(token, each) for each in keys)),
         }
 
     def spawn(

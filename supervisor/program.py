@@ -140,10 +140,9 @@ class Program:
             still, new = getattr(current, name), getattr(sources.wanted, name)
             if new != still:
                 self.log.warning("takes effect at the next restart", key=name, still=still, new=new)
-        launcher = self.launcher(sources.config, sources.environment)
         if self.companion is not None:
             self.companion.set_key(sources.key)
-        return sources.config, launcher
+        return sources.config, self.launcher(sources.config, sources.environment)
 
 
 def environment_of(environment: Mapping[str, str], config: Config, *, again: bool = False) -> dict[str, str]:

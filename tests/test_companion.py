@@ -6,14 +6,17 @@ import asyncio
 import json
 import os
 import signal
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
 from tests.support.harness import HERE, Run, StartRun, lives
+from tests.support.inworld_job import Job
 from tests.support.program import status, verb
 
 SPEAKER = str(HERE / "agents" / "speaker.py")
@@ -34,6 +37,11 @@ async def start(run: StartRun, directory: Path, server: InworldServer, *argument
     environment = {"INWORLD_API_KEY": KEY, "LASTCALL_STOP__COMPANION": "3"}
     r: Run = await run("run", "--config", path, *arguments, SPEAKER, environment=environment)
     return r
+
+
+def metrics(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
 
 
 def companion(r: Run) -> psutil.Process:
@@ -213,24 +221,61 @@ async def test_server_that_never_answers(run: StartRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.core
-async def test_the_key_is_nowhere(run: StartRun, tmp_path: Path) -> None:
-    """Not in a log, the status, an argument, or the environment of any child."""
+async def test_the_key_of_a_file_is_nowhere(run: StartRun, tmp_path: Path) -> None:
+    """Not in a log, the status, an argument, or the environment of any child; jobs speak all the same."""
     async with InworldServer(api_key=KEY) as server:
-        r = await start(run, tmp_path, server, "--grace", "60")
+        (tmp_path / "key").write_text(KEY)
+        path = configure(tmp_path, server, api_key_file=f'"{tmp_path / "key"}"')
+        r: Run = await run("run", "--config", path, "--grace", "60", SPEAKER)
         await r.ready()
         job = await r.dispatch(mode="say")
         note = await r.job_says(job.job_id, "started")
         environments = {p.pid: p.environ() for p in psutil.Process(r.pid).children(recursive=True)}
-        assert note["pid"] in environments and companion(r).pid in environments
+        assert note["pid"] in environments and companion(r).pid in environments and note["key"] is None
         for pid, environment in environments.items():
             assert KEY not in environment.values(), psutil.Process(pid).cmdline()
+            assert "INWORLD_API_KEY" not in environment
             assert not any(KEY in argument for argument in psutil.Process(pid).cmdline())
         assert "LIVEKIT_API_SECRET" not in environments[companion(r).pid]
         await r.job_says(job.job_id, "ended", 30)
+        # A key of the agent's own is the file's or another account's: the job can tell, and does not have it.
+        given = await r.dispatch(mode="say", arguments={"api_key": KEY})
+        await r.job_says(given.job_id, "ended", 30)
         shown = json.dumps(await status(r))
         r.kill()
         assert await r.exit() == 0
+        await r.clean(job, given)
+        assert resource(r)["fate"] == "closed" and server.counts["context_created"] == 2
         assert KEY not in shown + r.out.read_text() + r.err.read_text() + r.receipt_file.read_text()
+
+
+@pytest.mark.core
+async def test_jobs_have_the_users_key(run: StartRun, tmp_path: Path) -> None:
+    """INWORLD_API_KEY is as the user has set it; a TTS with another URL never has the local token.
+
+    It goes to that URL, is counted each time, and logged once.
+    """
+    async with InworldServer(api_key=KEY) as server, InworldServer(api_key=KEY) as other:
+        r = await start(run, tmp_path, server, "--grace", "60", "--http", "127.0.0.1:0")
+        await r.ready()
+        token = psutil.Process(r.workers()[0].pid).environ()["LASTCALL_INWORLD_TOKEN"]
+        pooled = await r.dispatch(mode="say", arguments={"api_key": KEY})
+        direct = [await r.dispatch(f"{n}", mode="say", arguments={"ws_url": other.ws_url}) for n in range(2)]
+        for job in (pooled, *direct):
+            assert (await r.job_says(job.job_id, "started"))["key"] == KEY
+            await r.job_says(job.job_id, "ended", 30)
+        assert (server.counts["context_created"], other.counts["context_created"]) == (1, 2)
+        await r.until(lambda: r.log("a TTS goes to Inworld beside the pool"))
+        where = r.log("supervisor started")[0]["http"]
+        await r.until(lambda: "lastcall_pool_direct_total 2.0" in metrics(where))
+        r.kill()
+        assert await r.exit() == 0
+        await r.clean(pooled, *direct)
+        (line,) = r.log("a TTS goes to Inworld beside the pool")
+        assert line["reason"] == "the agent gives it a ws_url or a base_url"
+        assert other.counts["refused"] == 0
+        text = r.out.read_text() + r.err.read_text()
+        assert KEY not in text and token not in text
 
 
 async def test_no_key(run: StartRun, tmp_path: Path) -> None:
@@ -243,24 +288,45 @@ async def test_no_key(run: StartRun, tmp_path: Path) -> None:
 
 
 async def test_reload_hands_over_a_new_key(run: StartRun, tmp_path: Path) -> None:
-    """From api_key_file; new connections use it, the pool goes on."""
+    """From api_key_file; new connections use it, and the old key is accepted while a job of its time runs."""
     async with InworldServer(api_key="old") as server:
         key_file = tmp_path / "key"
         key_file.write_text("old\n")
         path = configure(tmp_path, server, api_key_file=f'"{key_file}"')
         r: Run = await run("run", "--config", path, SPEAKER, environment={"INWORLD_API_KEY": ""})
         await r.ready()
+        before = await r.dispatch(mode="leave", until=str(tmp_path / "go"))
         broker = companion(r).pid
         server.api_key = "new"
         key_file.write_text("new\n")
         await verb(r, "reload", "--wait", timeout=60)
         await r.until(lambda: len(r.livekit.available()) == 1)
         job = await r.dispatch(mode="say")
+        url = (await r.job_says(job.job_id, "started"))["ws_url"]
         await r.job_says(job.job_id, "ended", 30)
         assert companion(r).pid == broker
+        for key in ("old", "new"):
+            async with Job(url, key) as client:
+                await client.burst("c", "Hello.")
+                await client.said("c", "contextClosed")
+        assert await refused(url, "older")
+        (tmp_path / "go").touch()
+        async with asyncio.timeout(30):
+            while not await refused(url, "old"):
+                await asyncio.sleep(0.1)
+        assert not await refused(url, "new")
         r.kill()
         assert await r.exit() == 0
-        await r.clean(job)
+        await r.clean(before, job)
+
+
+async def refused(url: str, key: str) -> bool:
+    """Tell whether the broker refuses a key."""
+    try:
+        async with Job(url, key):
+            return False
+    except aiohttp.WSServerHandshakeError as error:
+        return error.status == 401
 
 
 async def test_stop_while_the_broker_starts(run: StartRun, tmp_path: Path) -> None:

@@ -119,6 +119,23 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     ),
     ({"LASTCALL_RESTART__BACKOFF": "[1]"}, "LASTCALL_RESTART__BACKOFF__1: got [1], expected more values"),
     ({"LASTCALL_INWORLD__WS_URL": "x"}, "LASTCALL_INWORLD__WS_URL: got 'x', expected wss://HOST/"),
+    (
+        {"LASTCALL_INWORLD__WS_URL": "wss://user:pass@word@host/"},
+        "LASTCALL_INWORLD__WS_URL: got 'wss://…@host/', expected wss://HOST/ without user and password",
+    ),
+    (
+        {"LASTCALL_INWORLD__BASE_URL": "https://user:pa/ss@host/"},
+        "LASTCALL_INWORLD__BASE_URL: got 'https://…@host/', expected https://HOST/ without user and password",
+    ),
+    (
+        {"LASTCALL_INWORLD__WS_URL": "wss://a..b/"},
+        "LASTCALL_INWORLD__WS_URL: got 'wss://a..b/', expected wss://HOST/;"
+        " 'a..b' can't be the name of a host: label empty or too long",
+    ),
+    (
+        {"LASTCALL_INWORLD__WS_URL": "wss://ho\nst/"},
+        "LASTCALL_INWORLD__WS_URL: got 'wss://ho\\nst/', expected wss://HOST/ without spaces and line breaks",
+    ),
 ]
 
 

@@ -15,13 +15,14 @@ import pytest
 
 from lastcall.supervisor.app import App
 from lastcall.supervisor.cli.beside import run_with
-from lastcall.supervisor.cli.dev import remote_host
+from lastcall.supervisor.cli.dev import check_livekit_url, remote_host
 from lastcall.supervisor.cli.source_changes import Repeats, Sources, ignored_by_git, shown, target_directory
 from lastcall.supervisor.errors import ConfigError
 from lastcall.worker import imported
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import OF_WORKER, Decoder, Imported, encode
 from tests.support.harness import Run, StartRun
+from tests.support.proxy import DEAD
 from tests.support.terminal import Terminal
 
 AGENT_TEXT = """
@@ -45,7 +46,11 @@ if __name__ == "__main__":
 async def start(run: StartRun, terminal: Terminal, directory: Path, *arguments: str) -> Run:
     control = str(directory / "c.sock")
     r: Run = await run(
-        "dev", "--control", control, *arguments, terminal=terminal, livekit=False, cwd=directory
+        *("dev", "--control", control, *arguments),
+        terminal=terminal,
+        livekit=False,
+        cwd=directory,
+        environment=DEAD,
     )
     return r
 
@@ -351,3 +356,8 @@ def test_directory_of_a_target(tmp_path: Path) -> None:
 def test_remote_project_is_pointed_out(url: str, warned: bool) -> None:
     """Real calls would come here."""
     assert bool(remote_host(url)) is warned
+    if url.startswith("wss://["):
+        with pytest.raises(ConfigError, match=r"^LIVEKIT_URL: got 'wss://\[calls', expected wss://HOST$"):
+            check_livekit_url(url)
+    else:
+        check_livekit_url(url)

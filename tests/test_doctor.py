@@ -23,6 +23,7 @@ from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import open_to
 from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import AGENT, LASTCALL, SAMPLE, Run, StartRun
+from tests.support.proxy import DEAD
 
 NAME = Name(package="Python", version="3.11", name="Popen.poll", needed_by="the fence", without="")
 GOOD = Facts(
@@ -441,9 +442,9 @@ def doctor(*arguments: str, cwd: Path, **environment: str) -> tuple[int, dict[st
 def test_a_worker_is_looked_at(tmp_path: Path) -> None:
     """A real worker is started, looked at and stopped; its measured size is held against the limit.
 
-    The private names are looked for beside it.
+    The private names are looked for beside it. The worker reaches the server of the trial past any proxy.
     """
-    _, findings = doctor(SAMPLE, "--http", "off", cwd=tmp_path)
+    _, findings = doctor(SAMPLE, "--http", "off", cwd=tmp_path, **DEAD)
     assert findings["shield"].verdict == "ok", findings
     assert "processes of a worker looked at" in findings["shield"].why
     assert findings["livekit-agents"].verdict in ("ok", "warn")

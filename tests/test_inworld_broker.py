@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from lastcall.worker.inworld.broker.broker import Broker
+from lastcall.worker.inworld.plugin.arguments import DIRECT_PATH
 from lastcall.worker.local.inworld_server import Faults, Limits, Speech
 from tests.support.broker import LONG, SPEAKING, TOKEN, brokered
 from tests.support.inworld import PATIENCE, quick, until
@@ -48,18 +49,25 @@ async def test_audio_is_passed_on_byte_by_byte() -> None:
         assert "import base64" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("token", ["", "wrong"])
+@pytest.mark.parametrize("token", ["", "wrong", "wr\udcffng"])
 async def test_without_the_token_nothing_is_served(token: str) -> None:
-    """A wrong or missing token gets 401, on every path; the right one may also come in the query."""
+    """A wrong or missing key gets 401, on every path; token and real key may also come in the query."""
     async with brokered() as s, aiohttp.ClientSession(s.broker.base_url) as session:
         headers = {"Authorization": f"Basic {token}"} if token else {}
-        for method, path in (("GET", PATH), ("POST", "/tts/v1/voice:stream"), ("GET", "/tts/v1/voices")):
+        paths = (
+            ("GET", PATH),
+            ("POST", "/tts/v1/voice:stream"),
+            ("GET", "/tts/v1/voices"),
+            ("POST", DIRECT_PATH),
+        )
+        for method, path in paths:
             async with session.request(method, path, headers=headers) as answer:
                 assert answer.status == 401
                 assert "token" in (await answer.json())["message"]
-        async with session.get("/tts/v1/voices", params={"authorization": f"Basic {TOKEN}"}) as answer:
-            assert answer.status == 200
-        assert s.pair.server.events == []
+        for key in (TOKEN, s.pair.server.api_key):
+            async with session.get("/tts/v1/voices", params={"authorization": f"Basic {key}"}) as answer:
+                assert answer.status == 200
+        assert s.pair.server.events == [] and s.broker.direct == 0
 
 
 async def test_requests_that_make_no_sense_are_answered() -> None:

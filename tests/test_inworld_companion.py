@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.inworld_keys import digest
 from lastcall.worker.base.wire import (
     BrokerBeat,
     Close,
@@ -244,8 +245,9 @@ async def test_alone_it_says_where_and_ends_on_sigterm() -> None:
             assert process.stdout is not None
             async with asyncio.timeout(30):
                 where = json.loads(await process.stdout.readline())
-            token = where["environment"]["INWORLD_API_KEY"]
-            assert token == where["environment"]["LASTCALL_INWORLD_TOKEN"] != server.api_key
+            assert server.api_key not in json.dumps(where) and "INWORLD_API_KEY" not in where["environment"]
+            token = where["environment"]["LASTCALL_INWORLD_TOKEN"]
+            assert where["environment"]["LASTCALL_INWORLD_KEYS"] == digest(token, server.api_key)
             async with Job(where["environment"]["LASTCALL_INWORLD_WS_URL"], token) as job:
                 await job.burst("c", "Hello.")
                 await job.said("c", "contextClosed")
@@ -270,6 +272,8 @@ async def test_alone_it_says_where_and_ends_on_sigterm() -> None:
     [
         ([], {"INWORLD_API_KEY": ""}, 78, "INWORLD_API_KEY is not set"),
         (["--nonsense"], {"INWORLD_API_KEY": "k"}, 2, "--nonsense"),
+        (["--ws-url", "wss://u:p@h/"], {"INWORLD_API_KEY": "k"}, 2, "--ws-url: expected wss://HOST/ without"),
+        ([], {"INWORLD_API_KEY": "k\ney"}, 78, "INWORLD_API_KEY: got a space, a line break"),
     ],
 )
 def test_alone_wrong_use_is_one_line(

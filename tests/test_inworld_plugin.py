@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -18,9 +17,10 @@ from livekit.plugins import inworld
 
 import lastcall
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.inworld_keys import digest
 from lastcall.worker.base.wire import Counts
 from lastcall.worker.inworld.plugin import private_names
-from lastcall.worker.inworld.plugin.arguments import broker_arguments
+from lastcall.worker.inworld.plugin.arguments import Way, way_of
 from lastcall.worker.inworld.plugin.attached import plugin_connections
 from lastcall.worker.inworld.plugin.connections import PluginConnections
 from lastcall.worker.job import teardown
@@ -209,8 +209,8 @@ async def test_an_unknown_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(private_names, "tts_class", lambda: TTS)
     mine = PluginConnections()
-    mine.attach({})
-    mine.attach({})  # once is enough, twice is harmless
+    mine.attach()
+    mine.attach()  # once is enough, twice is harmless
     made = [TTS("well"), TTS("fails"), TTS("hangs"), TTS("never used")]
     made[0].stream()
     made[1].synthesize("text")
@@ -234,7 +234,7 @@ def test_a_tts_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(private_names, "tts_class", lambda: TTS)
     mine, tts = PluginConnections(), TTS()
-    mine.attach({})
+    mine.attach()
 
     async def use() -> None:
         tts.stream()
@@ -257,36 +257,77 @@ BROKER = {
     "LASTCALL_INWORLD_WS_URL": "ws://127.0.0.1:1/",
     "LASTCALL_INWORLD_URL": "http://127.0.0.1:1/",
     "LASTCALL_INWORLD_TOKEN": "token",
+    "LASTCALL_INWORLD_KEYS": f"{digest('token', 'real')} {digest('token', 'of the user')}",
 }
+AT_BROKER = {"ws_url": "ws://127.0.0.1:1/", "base_url": "http://127.0.0.1:1/"}
+NOT_GIVEN = object()  # as livekit-agents has one; any that is no text
 
 
-def test_keyword_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`inworld.TTS()` goes to the broker when the environment names one; explicit arguments win."""
-    init: Any = inspect.unwrap(inworld.TTS.__init__)
-    monkeypatch.setattr(init, "__kwdefaults__", dict(init.__kwdefaults__))
-    monkeypatch.setenv("INWORLD_API_KEY", "the real key")
-    PluginConnections().attach({})
-    assert inworld.TTS()._ws_url == "wss://api.inworld.ai/"
-    PluginConnections().attach(BROKER)
-    tts = inworld.TTS()
-    assert (tts._ws_url, tts._base_url) == ("ws://127.0.0.1:1/", "http://127.0.0.1:1/")
-    assert tts._authorization == "Basic token"
-    assert inworld.TTS(ws_url="ws://elsewhere/")._ws_url == "ws://elsewhere/"
+@pytest.mark.parametrize("given", [{}, {"api_key": None}, {"api_key": ""}, {"api_key": NOT_GIVEN}, AT_BROKER])
+def test_the_way_of_a_tts_without_a_key(given: dict[str, Any]) -> None:
+    """It goes to the broker with the key of the environment, as it would to Inworld; else with the token."""
+    way = way_of(given, BROKER | {"INWORLD_API_KEY": ""})
+    assert way == Way(arguments={**AT_BROKER, "api_key": "token"}, is_pooled=True)
+    if "" not in given.values():
+        way = way_of(given, BROKER | {"INWORLD_API_KEY": "of the user\n"})
+        expected = "token" if given.get("api_key") == "" else "of the user"
+        assert way == Way(arguments={**AT_BROKER, "api_key": expected}, is_pooled=True)
 
 
-def test_our_tts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lastcall.inworld.TTS` is the plugin's where there is no broker, and uses it where there is one."""
-    tts = lastcall.inworld.TTS(api_key="key", voice="Dennis")
-    assert isinstance(tts, inworld.TTS)
-    assert (tts._ws_url, tts._authorization) == ("wss://api.inworld.ai/", "Basic key")
-    for name, value in BROKER.items():
-        monkeypatch.setenv(name, value)
-    tts = lastcall.inworld.TTS(api_key="key")
-    assert (tts._ws_url, tts._base_url) == ("ws://127.0.0.1:1/", "http://127.0.0.1:1/")
-    assert tts._authorization == "Basic token"
-    tts = lastcall.inworld.TTS(api_key="key", ws_url="ws://elsewhere/")
-    assert (tts._ws_url, tts._authorization) == ("ws://elsewhere/", "Basic key")
-    assert broker_arguments({"LASTCALL_INWORLD_TOKEN": "token"}) == {}
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"api_key": "real", "voice": "Dennis"}, None),
+        ({"api_key": "token"}, None),
+        ({**AT_BROKER, "api_key": " real "}, None),
+        ({"api_key": "of another account"}, "key"),
+        ({"api_key": "r\udce4al"}, "key"),
+        ({"ws_url": "wss://elsewhere/"}, "url"),
+        ({"ws_url": "wss://elsewhere/", "api_key": "real"}, "url"),
+        ({"base_url": "https://elsewhere/"}, "url"),
+        ({**AT_BROKER, "base_url": "https://elsewhere/"}, "url"),
+    ],
+)
+def test_the_way_of_a_tts(given: dict[str, Any], reason: str | None) -> None:
+    """One with another URL or account is left as it is; the token goes to the broker only."""
+    way = way_of(given, BROKER)
+    assert way.reason == reason and way.is_pooled == (reason is None)
+    if reason is None:
+        assert way.arguments == {**given, **AT_BROKER, "api_key": given["api_key"].strip()}
+    else:
+        assert way.arguments == given and "token" not in given.values()
+    assert way_of(given, {"LASTCALL_INWORLD_TOKEN": "token"}) == Way(arguments=given)
+    older = {name: value for name, value in BROKER.items() if name != "LASTCALL_INWORLD_KEYS"}
+    way = way_of(given, older)
+    assert way.is_pooled == (reason != "url") and (way.arguments.get("api_key") == "token") == way.is_pooled
+
+
+@pytest.mark.parametrize("cls", [inworld.TTS, lastcall.inworld.TTS])
+async def test_both_classes_find_the_broker(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the plugin's where there is no broker, and use it past any proxy where there is one."""
+    monkeypatch.setenv("INWORLD_API_KEY", "real")
+    async with aiohttp.ClientSession(proxy="http://127.0.0.1:9") as session:
+        tts = cls(http_session=session, voice="Dennis")
+        assert isinstance(tts, inworld.TTS)
+        assert (tts._ws_url, tts._authorization) == ("wss://api.inworld.ai/", "Basic real")
+        assert tts._ensure_session() is session
+        for name, value in BROKER.items():
+            monkeypatch.setenv(name, value)
+        tts = cls(http_session=session)
+        assert (tts._ws_url, tts._base_url) == ("ws://127.0.0.1:1/", "http://127.0.0.1:1/")
+        assert tts._authorization == "Basic real"
+        own = tts._ensure_session()
+        assert own is not session and own is tts._ensure_session()
+        tts = cls(api_key="of another account", http_session=session)
+        assert (tts._ws_url, tts._authorization) == ("wss://api.inworld.ai/", "Basic of another account")
+        assert tts._ensure_session() is session
+        monkeypatch.delenv("INWORLD_API_KEY")
+        assert cls()._authorization == "Basic token"
+        with pytest.raises(ValueError, match="key"):
+            cls(ws_url="wss://elsewhere/")
+        assert plugin_connections.is_needed
+        await plugin_connections.aclose(now() + 5)
+        assert own.closed
 
 
 def test_without_the_plugin() -> None:

@@ -319,6 +319,7 @@ class Engine:
         self.started = True
         if self._mock_room:
             agent_server.mark_as_mock(self.server)
+            agent_server.connect_directly(self.server)
         agent_server.watch_jobs(self.server, launched=self._on_launched, closed=self._on_closed)
         agent_server.watch_processes(self.server, self._on_process)
         for executor in agent_server.executors(self.server):

@@ -29,8 +29,9 @@ from lastcall.supervisor.cli.source_changes import (
 )
 from lastcall.supervisor.config.env_file import environment_of
 from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.values import shown as shown_value
 from lastcall.supervisor.environment import surroundings
-from lastcall.supervisor.errors import Refused
+from lastcall.supervisor.errors import ConfigError, Refused
 from lastcall.supervisor.signals import Inbox
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
@@ -63,6 +64,7 @@ async def dev(
         settings = WorkerSettings(tells_imports=True)
         spared: frozenset[int] = frozenset()
         is_local = not known.get("LIVEKIT_URL")
+        check_livekit_url(known.get("LIVEKIT_URL", ""))
         if is_local:
             server = await stack.enter_async_context(local_server("lastcall.worker.local", ["--greet"]))
             environment |= server.environment
@@ -86,6 +88,14 @@ async def dev(
             )
         watching = _Watching(app, sources, load_names=lambda: [*config_files, app.config.env_file])
         return await run_with(app, {"the watch for changes": watching.run})
+
+
+def check_livekit_url(url: str) -> None:
+    """Refuse text that is no URL, which the worker would try again and again. Raises ConfigError."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        raise ConfigError(f"LIVEKIT_URL: got {shown_value(url)}, expected wss://HOST") from error
 
 
 def remote_host(url: str) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
 from lastcall.supervisor.config.user_files import words_of
 from lastcall.worker.base import target_form
+from lastcall.worker.base.dial_checks import check_host, check_url
 
 # Ours: 115 days. A deadline that far away is as good as none, and no clock arithmetic overflows.
 LONGEST_SECONDS = 10_000_000
@@ -25,6 +26,8 @@ SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_SECONDS, allow_inf_nan=F
 def shown(value: Any) -> str:
     """Return a value as an error shows it: on one line, at most `MOST_SHOWN` characters."""
     text = str(value).lower() if isinstance(value, bool) else repr(value)
+    # A password may have any character that should have been escaped, so all in front of the last @ goes.
+    text = re.sub("(://).*@", r"\1…@", text)
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
 
 
@@ -42,15 +45,6 @@ def check_number(value: Any) -> None:
             raise ValueError("expected a number, not a boolean")
 
 
-def _check_host(host: str) -> None:
-    """Refuse a name that no resolver takes: resolving one raises UnicodeError. Raises ValueError."""
-    try:
-        host.encode("idna")
-    except UnicodeError as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"{host!r} can't be the name of a host: {reason}") from error
-
-
 def _check_target(value: str) -> str:
     if target_form.is_too_long(value):
         raise ValueError(f"expected at most {target_form.MAX_BYTES} bytes of {target_form.FORMS}")
@@ -64,7 +58,7 @@ def _check_address(value: str) -> str:
     if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise ValueError("expected HOST:PORT or off")
     try:
-        _check_host(host.strip("[]"))
+        check_host(host.strip("[]"))
     except ValueError as error:
         raise ValueError(f"expected HOST:PORT or off; {error}") from error
     return value
@@ -109,15 +103,7 @@ def check_writable(value: str) -> str:
 
 
 def _check_url(value: str, schemes: tuple[str, str]) -> str:
-    form = f"expected {schemes[-1]}://HOST/"
-    try:
-        parts = urlsplit(value)
-        is_url = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
-        _check_host(parts.hostname or "")
-    except ValueError as error:
-        raise ValueError(f"{form}; {error}") from error
-    if not is_url:
-        raise ValueError(form)
+    check_url(value, schemes)
     return value
 
 

@@ -27,6 +27,7 @@ import aiohttp
 from livekit import api
 
 from lastcall.supervisor.doctor.facts import Answer
+from lastcall.worker.base.proxies import PROXY_VARIABLES, proxy_of
 
 # Seconds for everything. Ours: an operator waits that long for a report.
 TIMEOUT = 8.0
@@ -51,10 +52,11 @@ def ask(environment: Mapping[str, str]) -> Answer | None:
     if not server:
         return Answer(url=shown, error="no URL of a LiveKit server; expected wss://HOST")
     bearer = token(key, secret)
+    proxy = proxy_of(environment)
     answers: list[Answer] = []
 
     def run() -> None:
-        asyncio.run(_ask(server, bearer, shown, answers))
+        asyncio.run(_ask(server, bearer, shown, answers, proxy))
 
     asking = threading.Thread(target=run, daemon=True)
     asking.start()
@@ -62,9 +64,10 @@ def ask(environment: Mapping[str, str]) -> Answer | None:
     return answers[-1] if answers else Answer(url=shown, error=_late())
 
 
-async def _ask(server: str, bearer: str, shown: str, answers: list[Answer]) -> None:
+async def _ask(server: str, bearer: str, shown: str, answers: list[Answer], proxy: str | None) -> None:
     """Add the answer to the handshake, and then that answer with the server's clock when it can be had."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as session:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+    async with aiohttp.ClientSession(timeout=timeout, proxy=proxy) as session:
         await _shake_hands(session, server, bearer, shown, answers)
         if answers[0].status == SWITCHING_PROTOCOLS:
             # The answer to an upgrade need not have a date. The first answer counts, whatever comes of this.
@@ -90,6 +93,12 @@ async def _shake_hands(
         else:
             answer = Answer(url=shown, status=error.status, skew_s=_skew(error.headers or {}))
         answers.append(answer)
+    except aiohttp.ClientHttpProxyError as error:
+        reason = f"the proxy of {' or '.join(PROXY_VARIABLES)} answers {error.status} {error.message}"
+        answers.append(Answer(url=shown, error=_plain(reason)))
+    except aiohttp.ClientProxyConnectionError as error:
+        reason = f"the proxy of {' or '.join(PROXY_VARIABLES)} can't be reached: {_reason(error)}"
+        answers.append(Answer(url=shown, error=_plain(reason)))
     except aiohttp.ClientResponseError as error:
         # aiohttp reports an answer that it can't parse as a status of 400 that no server sent.
         first = error.message.partition("\n")[0].rstrip(": ")

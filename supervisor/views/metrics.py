@@ -34,6 +34,7 @@ POOL_COUNTERS = {
     "retries": "Creates that were sent again on another connection.",
     "second_tries": "Creates that were sent again because the first try was slow.",
     "faults": "Handshakes, connections, contexts and requests that ended by a fault in lastcall.",
+    "direct": "TTS objects that went to Inworld beside the pool.",
 }
 # How the worker before a restart ended; `Generation.end_kind`, and `left` for one that went unasked.
 RESTART_REASONS = ("exited", "killed", "never ready", "not started", "left")

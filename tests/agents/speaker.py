@@ -1,7 +1,8 @@
 """An agent that speaks with the unmodified Inworld plugin. Each dispatch's metadata says how its job goes.
 
 metadata: {"mode": "say" | "leave" | "stay", "streams": how many at once, "text": what each says,
-"until": a file, "tts": "module" | "setup" | "job", "raises": whether its callback does}
+"until": a file, "tts": "module" | "setup" | "job", "raises": whether its callback does, "arguments": of a TTS
+that the job makes}
 
 say     speak to the end, then end the job
 leave   speak, and end the job in mid-speech once the file is there, nothing closed
@@ -11,8 +12,10 @@ stay    return from the entrypoint and go on speaking until the job is told to e
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,12 @@ import lastcall
 IMPORT_LATE = "IMPORT_LATE" in os.environ
 
 
-def make() -> Any:
+def make(**arguments: Any) -> Any:
     """Make a TTS with nothing but what an agent passes; SPEAKER_WS is for where there is no broker."""
     from livekit.plugins import inworld
 
     url = os.environ.get("SPEAKER_WS")
-    arguments: dict[str, Any] = {"ws_url": url} if url else {}
+    arguments |= {"ws_url": url} if url else {}
     # What every version can decode, of what the local server speaks: older plugins know no PCM.
     encoding = "LINEAR16" if inworld.__version__.startswith(("1.3.", "1.4.")) else "PCM"
     return inworld.TTS(encoding=encoding, sample_rate=24000, **arguments)
@@ -65,9 +68,14 @@ class Extra:
 async def entrypoint(ctx: JobContext) -> None:
     spec = json.loads(ctx.job.metadata or "{}")
     mode = spec.get("mode", "say")
-    here = {"module": lambda: tts, "setup": lambda: ctx.proc.userdata["tts"], "job": make}
+    own = functools.partial(make, **spec.get("arguments", {}))
+    here: dict[str, Callable[[], Any]] = {
+        "module": lambda: tts,
+        "setup": lambda: ctx.proc.userdata["tts"],
+        "job": own,
+    }
     speaker = here[spec.get("tts", "job")]()
-    note(ctx, "started", ws_url=speaker._ws_url)
+    note(ctx, "started", ws_url=speaker._ws_url, key=os.environ.get("INWORLD_API_KEY"))
     lastcall.closing(ctx, Extra(ctx))
 
     async def callback() -> None:

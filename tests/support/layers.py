@@ -33,7 +33,8 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process memory backoff budget target_form garbage",
-            "condition wire settings broker_settings calls_over",
+            "inworld_keys proxies",
+            "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",
         ),
     ),
@@ -68,7 +69,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.inworld.plugin": Room(
         idea="livekit-plugins-inworld inside a job process",
-        floors=("arguments private_names", "connections tts", "attached"),
+        floors=("arguments private_names", "connections", "attached", "tts"),
     ),
     "lastcall.worker.local": Room(
         idea="local LiveKit and Inworld servers, for the demo, for development and for tests",

@@ -25,10 +25,12 @@ WORKER = "LASTCALL_WORKER"
 COMPANION = "LASTCALL_COMPANION"
 # Which supervisor, slot and generation a process descends from.
 MARK = "LASTCALL_MARK"
-# Where a job reaches the Inworld broker, and what it shows there in place of the API key.
+# Where a job reaches the Inworld broker, what it shows there if it has no API key, and the digests
+# (`inworld_keys`) of the keys that are the pool's, with spaces between them.
 INWORLD_WS_URL = "LASTCALL_INWORLD_WS_URL"
 INWORLD_URL = "LASTCALL_INWORLD_URL"
 INWORLD_TOKEN = "LASTCALL_INWORLD_TOKEN"
+INWORLD_KEYS = "LASTCALL_INWORLD_KEYS"
 
 # -- set by a worker for its jobs ---------------------------------------------------------------------------
 
@@ -43,5 +45,6 @@ REHEARSAL_TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
 
 # Names that begin like an option and are none: those above, and what Kubernetes sets for a Service that is
 # called `lastcall`: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
-NOT_OPTIONS = frozenset({CONFIG, PLATFORM_GRACE, MARK, WORKER, INWORLD_WS_URL, INWORLD_URL, INWORLD_TOKEN})
+NOT_OPTIONS = frozenset({CONFIG, PLATFORM_GRACE, MARK, WORKER, COMPANION})
+NOT_OPTIONS |= {INWORLD_WS_URL, INWORLD_URL, INWORLD_TOKEN, INWORLD_KEYS}
 NOT_OPTION_PREFIXES = (WORKER + "_", "LASTCALL_SERVICE", "LASTCALL_PORT")

@@ -255,7 +255,10 @@ class Serving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerBeat:
-    """The broker's event loop turns; its clients, and the figures of its pool (`pool.figures.Figures`)."""
+    """The broker's event loop turns; its clients, and the figures of its pool (`pool.figures.Figures`).
+
+    `direct`: TTS objects of jobs that go to Inworld beside the pool.
+    """
 
     lag_ms: float
     rss_bytes: int
@@ -273,6 +276,7 @@ class BrokerBeat:
     second_tries: int
     lost: int
     faults: int
+    direct: int = 0
 
 
 BrokerSays = Serving | BrokerBeat | Resource | Fault
@@ -280,9 +284,14 @@ BrokerSays = Serving | BrokerBeat | Resource | Fault
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """The API key for the connections that are made from now on. No other message has it."""
+    """The API key for the connections that are made from now on. No other message has it.
+
+    `accepts`: the digests (`inworld_keys`) of every key that the jobs of this moment may show, with spaces
+    between them.
+    """
 
     key: str = field(repr=False)
+    accepts: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

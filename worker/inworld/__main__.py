@@ -20,6 +20,7 @@ import uvloop
 
 from lastcall.worker.base import variables
 from lastcall.worker.base.broker_settings import INWORLD_URL, INWORLD_WS_URL, BrokerSettings
+from lastcall.worker.base.dial_checks import check_key, check_proxy, check_url
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import forbid_dumps
 from lastcall.worker.inworld.broker import json_log
@@ -44,13 +45,18 @@ def main() -> NoReturn:
         process = BrokerProcess(settings)
         raise SystemExit(run(process))
     settings = alone(sys.argv[1:])
-    key = os.environ.pop(variables.INWORLD_API_KEY, "")
+    key = os.environ.pop(variables.INWORLD_API_KEY, "").strip()
     if not key:
         print(
             "lastcall: INWORLD_API_KEY is not set, expected the key as the Inworld portal gives it",
             file=sys.stderr,
         )
         raise SystemExit(Exit.CONFIG)
+    try:
+        check_key(key)
+    except ValueError as error:
+        print(f"lastcall: {variables.INWORLD_API_KEY}: got {error}", file=sys.stderr)
+        raise SystemExit(Exit.CONFIG) from error
     raise SystemExit(run(BrokerProcess(settings, key=key), say=True))
 
 
@@ -65,6 +71,19 @@ def alone(arguments: list[str]) -> BrokerSettings:
     parser.add_argument("--base-url", default=INWORLD_URL, help="Inworld's HTTP URL")
     parser.add_argument("--port", type=int, default=0, help="to listen on; 0: any free one")
     given = parser.parse_args(arguments)
+    for option, url, schemes in (
+        ("--ws-url", given.ws_url, ("ws", "wss")),
+        ("--base-url", given.base_url, ("http", "https")),
+    ):
+        try:
+            check_url(url, schemes)
+        except ValueError as error:
+            parser.exit(Exit.USAGE, f"lastcall: {option}: {error}\n")
+    try:
+        check_proxy(os.environ)
+    except ValueError as error:
+        print(f"lastcall: {error}", file=sys.stderr)
+        raise SystemExit(Exit.CONFIG) from error
     try:
         listener = listen(given.port)
     except OSError as error:
@@ -87,7 +106,7 @@ def run(process: BrokerProcess, *, say: bool = False) -> int:
             variables.INWORLD_WS_URL: broker.ws_url,
             variables.INWORLD_URL: broker.base_url,
             variables.INWORLD_TOKEN: token,
-            variables.INWORLD_API_KEY: token,
+            variables.INWORLD_KEYS: process.key_digest,
         }
         where = {"ws_url": broker.ws_url, "base_url": broker.base_url, "environment": environment}
         print(json.dumps(where), flush=True)

@@ -18,6 +18,7 @@ import signal
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NoReturn
 
+import aiohttp
 import livekit.agents
 import livekit.agents.cli
 from livekit.agents import AgentServer, JobRequest, WorkerOptions
@@ -260,6 +261,20 @@ def cancel_start() -> None:
         is_theirs = inspect.iscoroutine(coroutine) and IN_LIVEKIT_AGENTS in coroutine.cr_code.co_filename
         if task is current or (is_theirs and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED):
             task.cancel()
+
+
+def connect_directly(server: AgentServer) -> None:
+    """Have the worker connect to its server past the proxy; jobs keep the proxy for all that they do.
+
+    At `worker_started`: job processes have been told the proxy, and the connection has not begun. Needs
+    `_http_proxy` and `_http_session`.
+    """
+    through_proxy = getattr(server, "_http_session", None)
+    if through_proxy is None or not getattr(server, "_http_proxy", None):
+        return
+    server._http_session = aiohttp.ClientSession(connector=through_proxy.connector)
+    through_proxy.detach()
+    server._http_proxy = None
 
 
 def is_connected(server: AgentServer) -> bool:

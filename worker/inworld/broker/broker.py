@@ -3,19 +3,20 @@
     GET  /tts/v1/voice:streamBidirectional   WebSocket; see `client`
     POST /tts/v1/voice:stream                passed on; see `passthrough`
     GET  /tts/v1/voices                      passed on
+    POST /lastcall/direct                    a job tells of a TTS that goes to Inworld beside the pool
 
-A request needs the local token as Inworld wants its key: `Authorization: Basic <token>`, or the same as the
-query's `authorization`; else 401. The real key goes no further than this process.
+A request needs the local token or a key of the pool, as Inworld wants its key: `Authorization: Basic <key>`,
+or the same as the query's `authorization`; else 401. Inworld gets the newest key, whichever a job has shown.
 """
 
 from __future__ import annotations
 
-import hmac
 import logging
 import socket
 
 from aiohttp import ClientError, WSCloseCode, web
 
+from lastcall.worker.base import inworld_keys
 from lastcall.worker.base.variables import INWORLD_TOKEN
 from lastcall.worker.inworld.broker.client import (
     CLOSE_HANDSHAKE_TIMEOUT,
@@ -24,6 +25,7 @@ from lastcall.worker.inworld.broker.client import (
     Client,
 )
 from lastcall.worker.inworld.broker.passthrough import PassThrough
+from lastcall.worker.inworld.plugin.arguments import DIRECT_PATH, DIRECT_REASONS
 from lastcall.worker.inworld.pool.close_report import CloseReport
 from lastcall.worker.inworld.pool.dialling import PATH
 from lastcall.worker.inworld.pool.errors import UNAUTHENTICATED, UNAVAILABLE, UNKNOWN, LastcallFault
@@ -55,21 +57,27 @@ class Broker:
         token: str,
         key: str,
         base_url: str,
+        proxy: str | None = None,
         max_unread: int = MAX_UNREAD,
     ) -> None:
         self.pool = pool
         self.clients: set[Client] = set()
         self.port: int = listener.getsockname()[1]
         self._listener = listener
+        # TTS objects that go to Inworld beside the pool, and the reasons that were logged.
+        self.direct = 0
+        self._reasons: set[str] = set()
         self._token = token
         self._key = key
+        self._accepts = [inworld_keys.digest(token, key)]
         self._max_unread = max_unread
-        self._pass = PassThrough(base_url)
+        self._pass = PassThrough(base_url, proxy)
         self._is_closing = False
         app = web.Application(client_max_size=MAX_BODY)
         app.router.add_get(PATH, self._bidirectional)
         app.router.add_post("/tts/v1/voice:stream", self._plain)
         app.router.add_get("/tts/v1/voices", self._plain)
+        app.router.add_post(DIRECT_PATH, self._direct)
         # A handler ends with its connection: so a killed job's contexts do.
         self._runner = web.AppRunner(
             app, access_log=None, shutdown_timeout=CLOSE_HANDSHAKE_TIMEOUT, handler_cancellation=True
@@ -83,9 +91,10 @@ class Broker:
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.port}/"
 
-    def set_key(self, key: str) -> None:
-        """Use another key from now on; connections that stand keep theirs."""
+    def set_key(self, key: str, accepts: str = "") -> None:
+        """Use this key from now on; connections that stand keep theirs. `accepts`: digests of more keys."""
         self._key = key
+        self._accepts = [inworld_keys.digest(self._token, key), *accepts.split()]
         self.pool.set_key(key)
 
     async def __aenter__(self) -> Broker:
@@ -120,8 +129,11 @@ class Broker:
 
     def _refusal(self, request: web.Request) -> web.Response | None:
         given = request.headers.get("Authorization") or request.query.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Basic {self._token}".encode()):
-            return _answer(401, UNAUTHENTICATED, f"the token is not this broker's: see {INWORLD_TOKEN}")
+        scheme, _, key = given.partition(" ")
+        is_known = inworld_keys.is_known(key, token=self._token, digests=self._accepts)
+        if scheme != "Basic" or not is_known:
+            text = f"the key is neither the pool's nor the local token: see {INWORLD_TOKEN}"
+            return _answer(401, UNAUTHENTICATED, text)
         if self._is_closing:
             return _answer(503, UNAVAILABLE, "the Inworld broker is closing")
         return None
@@ -155,6 +167,18 @@ class Broker:
         except Exception as error:
             self.pool.faults.note("a local request", error)
             return _answer(500, UNKNOWN, str(LastcallFault(error)))
+
+    async def _direct(self, request: web.Request) -> web.StreamResponse:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return refusal
+        self.direct += 1
+        # The log repeats nothing that a job says.
+        reason = DIRECT_REASONS.get(await request.text())
+        if reason is not None and reason not in self._reasons:
+            self._reasons.add(reason)
+            log.warning("a TTS goes to Inworld beside the pool", extra={"reason": reason})
+        return web.Response(status=204)
 
 
 def _answer(status: int, code: int, message: str) -> web.Response:

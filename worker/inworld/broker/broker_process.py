@@ -12,7 +12,8 @@ On the control socket, in the format of `lastcall.worker.base.wire`:
     Fault            it ends for a fault
 
     supervisor says  when
-    Key              at the start, and again at any time, for connections made from then on
+    Key              at the start, and again at any time: the key for connections made from then on, and the
+                     digests of all keys that jobs may show
     Close            close by that time; again, to make it sooner
 
 The API key is in `Key` only: in no argument, variable, log line or answer. SIGTERM and SIGINT do nothing
@@ -35,12 +36,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import assert_never
 
+from lastcall.worker.base import inworld_keys
 from lastcall.worker.base.broker_settings import COMPANION_NAME, BrokerSettings
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import rss_bytes
+from lastcall.worker.base.proxies import proxy_to
 from lastcall.worker.base.stopping import Stopping, stop_on_signals
 from lastcall.worker.base.wire import (
     FOR_BROKER,
@@ -75,6 +78,7 @@ class BrokerProcess:
         self._changed = Condition()
         self.stopping = Stopping(self._changed)
         self._key = key
+        self._accepts = ""
         self._broker: Broker | None = None
         self._close_at: float | None = None
         self._supervisor_lost_at: float | None = None
@@ -85,6 +89,11 @@ class BrokerProcess:
         self._control: Control[BrokerSays, BrokerHears] = Control(
             sock, FOR_BROKER, self._on_message, self._on_lost
         )
+
+    @property
+    def key_digest(self) -> str:
+        """The digest of the API key, for jobs."""
+        return inworld_keys.digest(self.settings.token, self._key)
 
     async def run(self, on_ready: Callable[[Broker], None] = lambda _: None) -> int:
         """Serve until the end and return the exit code; `on_ready` gets the broker once it serves."""
@@ -118,12 +127,19 @@ class BrokerProcess:
             max_contexts=settings.max_contexts,
             idle_connection_timeout=settings.idle_connection_timeout,
             acquire_timeout=settings.acquire_timeout,
+            proxy=proxy_to(settings.ws_url, os.environ),
         )
         with listener:
             async with pool:
                 broker = Broker(
-                    pool, listener, token=settings.token, key=self._key, base_url=settings.base_url
+                    pool,
+                    listener,
+                    token=settings.token,
+                    key=self._key,
+                    base_url=settings.base_url,
+                    proxy=proxy_to(settings.base_url, os.environ),
                 )
+                broker.set_key(self._key, self._accepts)
                 async with broker:
                     self._broker = broker
                     self._control.say(Serving())
@@ -167,10 +183,10 @@ class BrokerProcess:
 
     def _on_message(self, message: BrokerHears) -> None:
         match message:
-            case Key(key=key):
-                self._key = key
+            case Key(key=key, accepts=accepts):
+                self._key, self._accepts = key, accepts
                 if self._broker is not None:
-                    self._broker.set_key(key)
+                    self._broker.set_key(key, accepts)
             case Close(close_at=close_at):
                 at = _pool_close_at(close_at)
                 self._close_at = at if self._close_at is None else min(at, self._close_at)
@@ -220,6 +236,7 @@ class BrokerProcess:
                 lag_ms=round(self._lag * 1000, 2),
                 rss_bytes=rss_bytes(),
                 clients=len(self._broker.clients),
+                direct=self._broker.direct,
                 **asdict(self._broker.pool.figures),
             )
         )

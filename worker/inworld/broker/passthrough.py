@@ -27,12 +27,13 @@ TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=60.0)
 class PassThrough:
     """Passes requests on to one base URL; use as an async context manager."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, proxy: str | None = None) -> None:
         self.base_url = base_url
+        self._proxy = proxy
         self._session: aiohttp.ClientSession
 
     async def __aenter__(self) -> PassThrough:
-        self._session = aiohttp.ClientSession(timeout=TIMEOUT, auto_decompress=False)
+        self._session = aiohttp.ClientSession(timeout=TIMEOUT, auto_decompress=False, proxy=self._proxy)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,24 +1,55 @@
-"""The variables by which a worker's processes find the machine's broker, as arguments of the plugin's TTS."""
+"""The way of a TTS: to the machine's broker or beside it, and with which arguments.
+
+    a URL that the agent gives    beside the pool, with the arguments of the agent
+    the key of another account    the same
+    all others                    to the broker, with the agent's key; without one, with the local token
+
+The token is for the broker alone. A TTS that goes elsewhere never has it, and without a key it fails as it
+would without lastcall.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from lastcall.worker.base import variables
+from lastcall.worker.base.inworld_keys import is_known
 
-_ARGUMENTS = {
-    "ws_url": variables.INWORLD_WS_URL,
-    "base_url": variables.INWORLD_URL,
-    "api_key": variables.INWORLD_TOKEN,
+# Where a job tells the broker of a TTS that goes beside the pool, and why; the broker logs the text.
+DIRECT_PATH = "/lastcall/direct"
+DIRECT_REASONS = {
+    "url": "the agent gives it a ws_url or a base_url",
+    "key": "it has an API key that is not the pool's",
 }
+Reason = Literal["url", "key"]
 
 
-def broker_arguments(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the arguments that point a TTS at the broker; none where there is no broker.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """The arguments of one TTS, and where it goes. `reason` says why that is beside the pool, if it is."""
 
-    The token is among them: an agent's `load_dotenv(override=True)` may have put the real key back into
-    INWORLD_API_KEY, and the broker knows its own token only.
-    """
-    if not environ.get(variables.INWORLD_WS_URL):
-        return {}
-    return {name: environ[variable] for name, variable in _ARGUMENTS.items() if environ.get(variable)}
+    arguments: dict[str, Any] = field(repr=False)
+    is_pooled: bool = False
+    reason: Reason | None = None
+
+
+def way_of(given: Mapping[str, Any], environ: Mapping[str, str]) -> Way:
+    """Return the way of a TTS that an agent makes with these arguments."""
+    arguments = dict(given)
+    broker = {"ws_url": environ.get(variables.INWORLD_WS_URL), "base_url": environ.get(variables.INWORLD_URL)}
+    token = environ.get(variables.INWORLD_TOKEN)
+    if not (token and all(broker.values())):
+        return Way(arguments=arguments)
+    if any(arguments.get(name) not in (None, url) for name, url in broker.items()):
+        return Way(arguments=arguments, reason="url")
+    digests = environ.get(variables.INWORLD_KEYS)
+    key = arguments.get("api_key")
+    # Not a string: livekit-agents' NOT_GIVEN.
+    key = (key if isinstance(key, str) else environ.get(variables.INWORLD_API_KEY, "")).strip() or token
+    if digests is None:
+        key = token  # a broker of an older version, which accepts no other key
+    elif not is_known(key, token=token, digests=digests.split()):
+        return Way(arguments=arguments, reason="key")
+    return Way(arguments={**arguments, **broker, "api_key": key}, is_pooled=True)

@@ -7,11 +7,9 @@ forkserver runs only a list of modules to import before that.
 
 from __future__ import annotations
 
-import os
-
 from lastcall.worker.inworld.plugin.connections import PluginConnections
 from lastcall.worker.inworld.plugin.private_names import PACKAGE
 from lastcall.worker.sdk import job_process
 
 plugin_connections = PluginConnections()
-job_process.on_plugin(PACKAGE, lambda: plugin_connections.attach(os.environ))
+job_process.on_plugin(PACKAGE, plugin_connections.attach)

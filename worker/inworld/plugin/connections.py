@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urljoin
 
+import aiohttp
+
+from lastcall.worker.base import variables
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Counts
 from lastcall.worker.inworld.plugin import private_names
-from lastcall.worker.inworld.plugin.arguments import broker_arguments
+from lastcall.worker.inworld.plugin.arguments import DIRECT_PATH, Reason, way_of
 
 log = logging.getLogger("lastcall.inworld")
 
@@ -30,6 +35,8 @@ CONTEXTS_SHARE, CONNECTIONS_SHARE, PLUGIN_SHARE = 0.5, 0.8, 0.9
 # Seconds that a cancelled task has to end. Ours: the plugin swallows a cancellation (<= 1.8.8), and the job
 # must not wait for that.
 CANCEL_TIMEOUT = 0.1
+# Seconds to tell the broker of a TTS that goes beside the pool. Ours: the broker is on this machine.
+TELL_TIMEOUT = 5.0
 
 
 class LoopConnections:
@@ -39,6 +46,9 @@ class LoopConnections:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         self.streams: weakref.WeakSet[Any] = weakref.WeakSet()
         self.connections: list[Any] = []
+        # Tasks that tell the broker something, and the session for the broker alone.
+        self.telling: set[asyncio.Task[None]] = set()
+        self.session: aiohttp.ClientSession | None = None
         self.is_over = False
 
 
@@ -52,23 +62,26 @@ class PluginConnections:
         self._last_used: weakref.WeakKeyDictionary[Any, weakref.ref[LoopConnections]] = (
             weakref.WeakKeyDictionary()
         )
+        self._pooled: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Why a TTS goes beside the pool, until the broker is told.
+        self._direct: weakref.WeakKeyDictionary[Any, Reason] = weakref.WeakKeyDictionary()
 
-    def attach(self, environ: Mapping[str, str]) -> None:
-        """Watch the plugin, which has been imported, and point it at the broker if there is one."""
+    def attach(self) -> None:
+        """Watch the plugin, if it has been imported, and have its TTS objects find the broker."""
         cls = private_names.tts_class()
         if cls is None:
             return
-        unknown = private_names.prefill(cls, broker_arguments(environ))
-        if unknown:
-            text = "the inworld plugin can't be pointed at the pool; use lastcall.inworld.TTS"
-            log.warning(text, extra={"no_keywords": unknown})
+        missing = private_names.direct(cls, route=self._route, session=self._session_of)
+        if missing and variables.INWORLD_WS_URL in os.environ:
+            text = "the inworld plugin can't be pointed at the pool: its TTS objects go to Inworld directly"
+            log.warning(text, extra={"missing": missing})
         private_names.watch(cls, used=self._used, opened=self._opened, is_over=self._is_over)
 
     @property
     def is_needed(self) -> bool:
         """Whether anything was used on the running loop."""
         here = self._here()
-        return bool(here.users or here.connections)
+        return bool(here.users or here.connections or here.session)
 
     async def aclose(self, deadline: float) -> Counts:
         """Cancel every context of the running loop, close every connection; return how many of each how.
@@ -95,6 +108,10 @@ class PluginConnections:
         # For a plugin with other private names this is the whole close, for others it ends helper tasks.
         failed = await _all([tts.aclose() for tts in users], began + PLUGIN_SHARE * seconds)
         here.connections.clear()
+        await _all(list(here.telling), deadline)
+        if here.session is not None:
+            await _all([here.session.close()], deadline)
+            here.session = None
         counts: Counts = {}
         if open_before:
             counts["contexts"] = {"closed": max(0, open_before - cut), "forced": cut}
@@ -121,10 +138,46 @@ class PluginConnections:
     def _is_over(self) -> bool:
         return self._here().is_over
 
+    def _route(self, tts: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        way = way_of(arguments, os.environ)
+        if way.is_pooled:
+            self._pooled.add(tts)
+        elif way.reason is not None:
+            self._direct[tts] = way.reason
+        return way.arguments
+
+    def _session_of(self, tts: Any) -> aiohttp.ClientSession | None:
+        """Return the session for the broker: the job's own would go through the proxy, with the key."""
+        return self._broker_session() if tts in self._pooled else None
+
+    def _broker_session(self) -> aiohttp.ClientSession:
+        here = self._here()
+        if here.is_over:
+            raise private_names.over_error()
+        if here.session is None:
+            here.session = aiohttp.ClientSession()
+        return here.session
+
+    async def _tell(self, reason: Reason, session: aiohttp.ClientSession) -> None:
+        url = urljoin(os.environ.get(variables.INWORLD_URL, ""), DIRECT_PATH)
+        headers = {"Authorization": f"Basic {os.environ.get(variables.INWORLD_TOKEN)}"}
+        timeout = aiohttp.ClientTimeout(total=TELL_TIMEOUT)
+        try:
+            async with session.post(url, data=reason, headers=headers, timeout=timeout) as answer:
+                answer.raise_for_status()
+        except (OSError, aiohttp.ClientError) as error:
+            text = "the pool could not be told of a TTS that goes to Inworld directly"
+            log.warning(text, extra={"reason": reason, "error": repr(error)})
+
     def _used(self, tts: Any, stream: Any) -> None:
         here = self._here()
         here.users.add(tts)
         self._last_used[tts] = weakref.ref(here)
+        reason = self._direct.pop(tts, None)
+        if reason is not None and not here.is_over:
+            telling = asyncio.ensure_future(self._tell(reason, self._broker_session()))
+            here.telling.add(telling)
+            telling.add_done_callback(here.telling.discard)
         if stream is not None:
             here.streams.add(stream)
 
@@ -139,7 +192,7 @@ def _is_done(connection: Any) -> bool:
     return bool(getattr(connection, "_closed", False)) and not private_names.is_open(connection)
 
 
-async def _all(waits: Sequence[Coroutine[Any, Any, Any]], deadline: float) -> int:
+async def _all(waits: Sequence[Awaitable[Any]], deadline: float) -> int:
     """Run all of them at once until the deadline, and return how many overran or failed.
 
     `asyncio.timeout` would not do: the plugin's aclose() swallows a cancellation (<= 1.8.8), and would go on

@@ -55,14 +55,36 @@ def tts_class() -> Any | None:
 # -- before it is used -------------------------------------------------------------------------------------
 
 
-def prefill(cls: Any, arguments: Mapping[str, str]) -> list[str]:
-    """Make the arguments the defaults of the constructor; return the names that are no keywords of it."""
-    init = inspect.unwrap(cls.__init__)
-    defaults = getattr(init, "__kwdefaults__", None) or {}
-    known = {name: value for name, value in arguments.items() if name in defaults}
-    if known:
-        init.__kwdefaults__ = {**defaults, **known}
-    return sorted(arguments.keys() - known.keys())
+def direct(
+    cls: Any, *, route: Callable[[Any, Mapping[str, Any]], dict[str, Any]], session: Callable[[Any], Any]
+) -> list[str]:
+    """Put `route` in front of the constructor; return the names without which that can't be.
+
+    `route(tts, arguments)` returns the arguments to construct the TTS with. `session(tts)` returns the HTTP
+    session that the TTS has to use; None for the plugin's own.
+    """
+    if getattr(cls.__init__, "is_routed", False):
+        return []
+    keywords = getattr(inspect.unwrap(cls.__init__), "__kwdefaults__", None) or {}
+    missing = {"api_key", "ws_url", "base_url"} - keywords.keys()
+    if not hasattr(cls, "_ensure_session"):
+        missing |= {"_ensure_session"}
+    if missing:
+        return sorted(missing)
+    init, ensure_session = cls.__init__, cls._ensure_session
+
+    @functools.wraps(init)
+    def construct(self: Any, *args: Any, **arguments: Any) -> None:
+        init(self, *args, **route(self, arguments))
+
+    @functools.wraps(ensure_session)
+    def choose_session(self: Any) -> Any:
+        chosen = session(self)
+        return ensure_session(self) if chosen is None else chosen
+
+    construct.is_routed = True  # type: ignore[attr-defined]  # a mark, for the next call
+    cls.__init__, cls._ensure_session = construct, choose_session
+    return []
 
 
 def watch(
@@ -87,7 +109,7 @@ def watch(
 
     def refuse(_self: Any) -> None:
         if is_over():
-            raise _error("the job has ended, and its Inworld connections with it")
+            raise over_error()
 
     for name in ("_get_pool", "_get_connection"):
         if hasattr(cls, name):
@@ -121,9 +143,11 @@ def _reported(method: Any, call: Callable[[Any, Any], None]) -> Any:
     return wrapper
 
 
-def _error(text: str) -> Exception:
+def over_error() -> Exception:
+    """Return the error of a call that comes after the end of the job."""
     from livekit.agents import APIConnectionError
 
+    text = "the job has ended, and its Inworld connections with it"
     error: Exception = APIConnectionError(text, retryable=False)
     return error
 

@@ -67,11 +67,13 @@ class InworldPool:
         idle_connection_timeout: float = 300.0,
         acquire_timeout: float = 30.0,
         timings: Timings | None = None,
+        proxy: str | None = None,
         seed: int | None = None,
     ) -> None:
         self.timings = timings or Timings()
         self.capacity = Capacity(max_connections, max_contexts)
         self._acquire_timeout = acquire_timeout
+        self._proxy = proxy
         self._counters = Counters()
         self.faults = FaultLog()
         self._tally = CloseTally()
@@ -109,7 +111,7 @@ class InworldPool:
         await self._group.__aenter__()
         # The pool keeps and limits the connections, so aiohttp must do neither.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector)
+        self._session = aiohttp.ClientSession(connector=connector, proxy=self._proxy)
         self._report = asyncio.get_running_loop().create_future()
         closing = self._group.create_task(self._close_when_asked())
         closing.add_done_callback(lambda _: self._finish_report())
