@@ -174,6 +174,7 @@ async def test_a_broker_that_is_not_up_at_the_stop(has_served: bool, fate: str) 
         record=record,
         is_stopping=lambda: True,
         known_pids=set(),
+        keys_in_use=tuple,
         write=nothing,
         on_change=nothing,
         log=Silent(),

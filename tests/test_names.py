@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import inspect
 import multiprocessing.process
 import os
 import re
@@ -16,12 +17,12 @@ from typing import Any
 import livekit.agents.cli
 import livekit.plugins.inworld
 import pytest
-from livekit.agents.ipc import supervised_proc
+from livekit.agents.ipc import proc_pool, supervised_proc
 
 from lastcall.worker import scratch
 from lastcall.worker.base.errors import Incompatible
 from lastcall.worker.inworld.plugin import private_names
-from lastcall.worker.sdk import agent_server, child_processes, preflight
+from lastcall.worker.sdk import agent_server, child_processes, preflight, process_pool
 from lastcall.worker.sdk.names import INWORLD, NAMES, PrivateName
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.renaming import SITE, without
@@ -33,6 +34,7 @@ EDGES = {
     ROOT / "worker" / "sdk" / "agent_server.py",
     ROOT / "worker" / "sdk" / "child_processes.py",
     ROOT / "worker" / "sdk" / "job_process.py",
+    ROOT / "worker" / "sdk" / "process_pool.py",
     ROOT / "worker" / "inworld" / "plugin" / "private_names.py",
     ROOT / "worker" / "inworld" / "plugin" / "connections.py",
     ROOT / "worker" / "scratch.py",
@@ -45,7 +47,7 @@ FOREIGN = {
     *("server", "executor", "pool", "info", "offer", "popen", "process", "connection", "context", "tts"),
     *("cli_log", "module", "supervised_proc", "http_context", "LogQueueListener", "Plugin", "plugin"),
 }
-PUBLIC = {"on", "job", "id", "accept", "package", "done", "current_process", "__init__"}
+PUBLIC = {"on", "load_fnc", "job", "id", "accept", "package", "done", "current_process", "__init__"}
 OURS = {"call_is_over"}  # set by lastcall on an object of theirs
 # Modules of the packages whose names their owner promises: those that users are told to import.
 PUBLIC_MODULES = {
@@ -280,7 +282,86 @@ def forkserver(patch: pytest.MonkeyPatch) -> None:
     assert list(agent_server.forkserver_pids()) == []
 
 
+def full_by_load(_patch: pytest.MonkeyPatch) -> None:
+    assert process_pool.is_full_by_load(SimpleNamespace(_proc_pool=Pool(), _worker_load=1.0)) is False
+    server: Any = SimpleNamespace(_proc_pool=Pool(), _worker_load=1.0, _load_threshold=0.7)
+    assert process_pool.is_full_by_load(server) is True
+    without_threshold: Any = SimpleNamespace()
+    agent_server.disregard_load(without_threshold)
+    assert without_threshold.load_fnc() == 0.0 and not hasattr(without_threshold, "_load_threshold")
+
+
+def registration(_patch: pytest.MonkeyPatch) -> None:
+    async def is_ready() -> None:
+        raise AssertionError
+
+    assert process_pool.register_after(SimpleNamespace(), is_ready) is False
+
+
+def proxy(_patch: pytest.MonkeyPatch) -> None:
+    for server in (SimpleNamespace(), SimpleNamespace(_http_proxy="x"), SimpleNamespace(_http_session="x")):
+        before = dict(vars(server))
+        agent_server.connect_directly(server)
+        assert vars(server) == before
+
+
+def unfollowed(patch: pytest.MonkeyPatch) -> None:
+    """The pool is left as it is."""
+    for name in ("start", "_proc_spawn_task"):
+        with patch.context() as inner:
+            inner.delattr(proc_pool.ProcPool, name)
+            start = getattr(proc_pool.ProcPool, "start", None)
+            assert process_pool.before_first_process(lambda _: None) is False
+            assert getattr(proc_pool.ProcPool, "start", None) is start
+
+
+def trial(_patch: pytest.MonkeyPatch) -> None:
+    """The task of a trial process runs to its end, and is owned meanwhile."""
+    done = []
+
+    async def spawn() -> None:
+        done.append(len(process_pool._trials))
+
+    async def main() -> None:
+        process_pool.start_one(SimpleNamespace(_proc_spawn_task=spawn))
+        await asyncio.wait(process_pool._trials)
+
+    asyncio.run(main())
+    assert done == [1] and not process_pool._trials
+
+
+def reason(_patch: pytest.MonkeyPatch) -> None:
+    """A process that failed is told without a reason of its own."""
+    told: list[tuple[str, bool]] = []
+    handlers: dict[str, Any] = {}
+    pool: Any = SimpleNamespace(on=handlers.__setitem__)
+
+    async def spawn() -> None:
+        handlers["process_created"](SimpleNamespace())
+
+    async def pause() -> None:
+        pass
+
+    def warm() -> None:
+        raise AssertionError
+
+    pool._proc_spawn_task = spawn
+    process_pool.follow_processes(pool, pause=pause, warm=warm, failed=lambda *each: told.append(each))
+    asyncio.run(pool._proc_spawn_task())
+    assert told == [("the process could not be started", False)]
+
+
 LESSER = {
+    "_load_threshold": full_by_load,
+    "_get_effective_load": full_by_load,
+    "_connection_task": registration,
+    "_http_proxy": proxy,
+    "_http_session": proxy,
+    "start": unfollowed,
+    "_proc_spawn_task": unfollowed,
+    "process_created": unfollowed,
+    "_spawn_tasks": trial,
+    "_initialize_fut": reason,
     "_worker_load": load,
     "_agent_name": agent_name,
     "_connection_failed": given_up,
@@ -327,6 +408,10 @@ def test_plugin_without_a_name(
     for method in ("stream", "synthesize", "prewarm"):
         monkeypatch.setattr(cls, method, getattr(cls, method))
     monkeypatch.setattr(cls.stream, "is_watched", False, raising=False)
+    names = ("_get_pool", "_get_connection")
+    for each in names:  # whatever has watched the class in this process before
+        if hasattr(cls, each):
+            monkeypatch.setattr(cls, each, inspect.unwrap(getattr(cls, each)))
     used: list[Any] = []
 
     def never(*_: Any) -> Any:
@@ -336,7 +421,6 @@ def test_plugin_without_a_name(
         private_names.watch(cls, used=lambda *each: used.append(each), opened=never, is_over=never)
     assert [record.missing for record in caplog.records] == [preflight.Lack(name=name).text]  # type: ignore[attr-defined]
     assert cls.stream.is_watched
-    names = ("_get_pool", "_get_connection")
     assert not any(hasattr(getattr(cls, each, None), "__wrapped__") for each in names)
 
 

@@ -59,6 +59,9 @@ def _take(stack: ExitStack, cls: Any, name: str) -> None:
                 function.__code__ = _renamed(function.__code__, name)
     if name in vars(cls):
         stack.callback(setattr, cls, name, vars(cls)[name])
+        # The code stays in the class, under another name: other names stand in it.
+        setattr(cls, f"{name}_renamed", vars(cls)[name])
+        stack.callback(delattr, cls, f"{name}_renamed")
         delattr(cls, name)
     annotations = vars(cls).get("__annotations__", {})
     if name in annotations:

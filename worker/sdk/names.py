@@ -78,6 +78,10 @@ REPORTS = "the report of a job's end"
 READY = "the look at the connection"
 PORTS = "the separation of workers on one host"
 KILL = "the kill of a job"
+FOLLOW = "the pause after job processes that fail"
+AT_ONCE = "livekit-agents starts failed processes again at once, ten a second"
+PAST_PROXY = "the way to a local server past the proxy"
+THROUGH_PROXY = "dev, demo, rehearse and doctor reach their local server through the proxy"
 EXIT = "the look at a process's end"
 INWORLD_CLOSE = "the close of the plugin's connections"
 PUBLIC_CLOSE = "only the plugin's public aclose() closes connections, which may cut contexts"
@@ -135,6 +139,36 @@ NAMES = (
         kind="attribute",
         needed_by="the load in status and metrics",
         without="the load reads 0",
+    ),
+    PrivateName(
+        owner=SERVER,
+        name="_load_threshold",
+        kind="attribute",
+        needed_by="the look at a worker that is FULL for its load",
+        without="such a worker is shown as one that accepts, and rehearse keeps the agent's threshold",
+    ),
+    PrivateName(
+        owner=SERVER,
+        name="_get_effective_load",
+        kind="method",
+        signature="(self)",
+        needed_by="the look at a worker that is FULL for its load",
+        without="the look leaves out jobs that have no process yet",
+        since="1.5.7",
+    ),
+    PrivateName(
+        owner=SERVER,
+        name="_connection_task",
+        kind="method",
+        signature="async (self)",
+        needed_by="a registration after the first warm process",
+        without="a worker registers before its first process is warm",
+    ),
+    PrivateName(
+        owner=SERVER, name="_http_proxy", kind="attribute", needed_by=PAST_PROXY, without=THROUGH_PROXY
+    ),
+    PrivateName(
+        owner=SERVER, name="_http_session", kind="attribute", needed_by=PAST_PROXY, without=THROUGH_PROXY
     ),
     PrivateName(
         owner=SERVER,
@@ -221,6 +255,32 @@ NAMES = (
         kind="attribute",
         needed_by="the look at a warm process",
         without="a registered worker counts as warm",
+    ),
+    PrivateName(
+        owner=POOL, name="start", kind="method", signature="async (self)", needed_by=FOLLOW, without=AT_ONCE
+    ),
+    PrivateName(
+        owner=POOL,
+        name="_proc_spawn_task",
+        kind="method",
+        signature="async (self)",
+        needed_by=FOLLOW,
+        without=AT_ONCE,
+    ),
+    PrivateName(owner=POOL, name="process_created", kind="event", needed_by=FOLLOW, without=AT_ONCE),
+    PrivateName(
+        owner=POOL,
+        name="_spawn_tasks",
+        kind="attribute",
+        needed_by="the start of a trial process",
+        without="the close of the pool does not wait for the start of a trial process",
+    ),
+    PrivateName(
+        owner=PROCESS,
+        name="_initialize_fut",
+        kind="attribute",
+        needed_by="the reason why a job process failed",
+        without="a failed process is told without its reason",
     ),
     PrivateName(owner=PROCESS, name="pid", kind="attribute", needed_by=KILL),
     PrivateName(owner=PROCESS, name="exitcode", kind="attribute", needed_by=EXIT),
@@ -362,6 +422,14 @@ NAMES = (
         without="only job processes are looked at",
     ),
     # -- the Inworld plugin ----------------------------------------------------------------------------
+    PrivateName(
+        owner=TTS,
+        name="_ensure_session",
+        kind="method",
+        signature="(self)",
+        needed_by="the way of TTS objects to the pool",
+        without=f"TTS objects go to Inworld directly, and {PUBLIC_CLOSE}",
+    ),
     PrivateName(
         owner=TTS,
         name="_get_pool",

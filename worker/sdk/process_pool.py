@@ -10,6 +10,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+# The tasks of `start_one`, where the pool has no place for them.
+_trials: set[asyncio.Task[Any]] = set()
+
 
 @dataclass(slots=True, eq=False)
 class _Attempt:
@@ -139,11 +142,12 @@ def keeps_idle_processes(pool: Any) -> bool:
 def start_one(pool: Any) -> None:
     """Start one process that waits for a job, as the pool does for a job that finds none.
 
-    Needs `_proc_spawn_task` and `_spawn_tasks`, which owns the task.
+    Needs `_proc_spawn_task`. `_spawn_tasks` owns the task, so that the close of the pool waits for it.
     """
+    owner: set[asyncio.Task[Any]] = getattr(pool, "_spawn_tasks", _trials)
     task = asyncio.create_task(pool._proc_spawn_task())
-    pool._spawn_tasks.add(task)
-    task.add_done_callback(pool._spawn_tasks.discard)
+    owner.add(task)
+    task.add_done_callback(owner.discard)
 
 
 def register_after(server: Any, is_ready: Callable[[], Awaitable[object]]) -> bool:
