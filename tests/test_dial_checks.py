@@ -14,6 +14,7 @@ from lastcall.supervisor.config import Inworld
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.inworld_endpoint import BrokerEndpoint, key_of
 from lastcall.worker.base.dial_checks import check_key, check_proxy, check_url
+from lastcall.worker.base.inworld_keys import is_known
 from lastcall.worker.inworld.pool.dialling import PATH
 
 ODD = st.text("aB0.-_~%:@/[]?#\\\\!$&'()*+,;=| \n\t\u00e4\u212a\u3002\ud800", max_size=20)
@@ -70,3 +71,25 @@ def test_a_wrong_proxy_is_one_line(proxy: str) -> None:
     text = str(error.value)
     assert text.startswith("HTTPS_PROXY: expected http://HOST/") and "secret" not in text
     check_proxy({"HTTPS_PROXY": "http://user:sec/ret@proxy.test:3128", "HTTP_PROXY": "nonsense"})
+
+
+def test_what_workers_are_given() -> None:
+    """Opaque ones too: the user's key as it is or none, and a token in a variable of lastcall's only."""
+    endpoint = BrokerEndpoint(Inworld(), close=1, grace=1, environment={})
+    try:
+        for users in ({"INWORLD_API_KEY": "user's"}, {"INWORLD_API_KEY": ""}, {}):
+            given = endpoint.environment_for_workers({"PATH": "/bin", **users}, "of the pool")
+            assert {name: value for name, value in given.items() if "LASTCALL_" not in name} == {
+                "PATH": "/bin",
+                **users,
+            }
+            token = given["LASTCALL_INWORLD_TOKEN"]
+            assert [name for name, value in given.items() if token in value] == ["LASTCALL_INWORLD_TOKEN"]
+            assert "of the pool" not in given.values()
+            digests = given["LASTCALL_INWORLD_KEYS"].split()
+            assert is_known("of the pool", token=token, digests=digests)
+            assert is_known("user's", token=token, digests=digests) is (
+                users.get("INWORLD_API_KEY") == "user's"
+            )
+    finally:
+        endpoint.close()
