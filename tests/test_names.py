@@ -331,7 +331,7 @@ def trial(_patch: pytest.MonkeyPatch) -> None:
 
 
 def reason(_patch: pytest.MonkeyPatch) -> None:
-    """A process that failed is told without a reason of its own."""
+    """A process that failed is told without the reason of the process."""
     told: list[tuple[str, bool]] = []
     handlers: dict[str, Any] = {}
     pool: Any = SimpleNamespace(on=handlers.__setitem__)

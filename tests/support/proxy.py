@@ -87,7 +87,7 @@ async def proxy(names: Mapping[str, int]) -> AsyncIterator[Proxy]:
 
 
 def certificate(directory: Path, *names: str) -> Path:
-    """Return a PEM file with a key and a certificate for the names, which is its own authority."""
+    """Return a PEM file with a key and a certificate for the names, and is the authority of its certificate."""
     key, file = directory / "key.pem", directory / "certificate.pem"
     subprocess.run(
         [
