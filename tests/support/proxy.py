@@ -87,7 +87,7 @@ async def proxy(names: Mapping[str, int]) -> AsyncIterator[Proxy]:
 
 
 def certificate(directory: Path, *names: str) -> Path:
-    """Return a PEM file with a key and a certificate for the names, and is the authority of its certificate."""
+    """Return a PEM file with a key, and with a certificate for the names that is signed by this key."""
     key, file = directory / "key.pem", directory / "certificate.pem"
     subprocess.run(
         [
