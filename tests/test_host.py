@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
+from prometheus_client import REGISTRY
 
 from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.worker.base.budget import Shares
@@ -27,6 +28,7 @@ from lastcall.worker.base.wire import (
     Drained,
     Fence,
     Fenced,
+    Hold,
     MetricsText,
     Resource,
     Terminate,
@@ -224,3 +226,66 @@ async def test_what_is_no_number_is_not_said() -> None:
         assert beat.load == 0.0 and beat.rss_bytes > 0 and beat.accepting
         p.channel.say(AskMetrics(id=7))
         assert (await p.hears(MetricsText)).id == 7
+
+
+class Broken:
+    """A collector of an agent that raises, as a gauge whose function divides by zero."""
+
+    def collect(self) -> Iterator[Any]:
+        raise ZeroDivisionError
+        yield
+
+    def describe(self) -> list[Any]:
+        return []
+
+
+async def test_metrics_that_can_not_be_read(caplog: pytest.LogCaptureFixture) -> None:
+    """A collector of the agent's that raises costs the metrics, told once, and not the control channel."""
+    broken: Any = Broken()
+    REGISTRY.register(broken)
+    try:
+        async with pair() as p:
+            at = now() + PATIENCE
+            for number in (1, 2):
+                p.channel.say(AskMetrics(id=number))
+                assert await p.changed.until(
+                    lambda number=number: MetricsText(id=number, text="") in p.heard,  # type: ignore[misc]
+                    lambda: at,
+                )
+            told = [record for record in caplog.records if "metrics" in record.message]
+            assert len(told) == 1 and told[0].exc_info
+            assert not p.running.done()
+            p.channel.say(Terminate())
+            await p.ends()
+    finally:
+        REGISTRY.unregister(broken)
+
+
+async def test_a_message_that_can_not_be_followed() -> None:
+    """A fault in what follows a message is told, and the next message is followed: on both ends."""
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    async with pair() as p:
+        engine: Any = p.engine
+        engine.hold = None  # calling it raises
+        p.channel.say(Hold(on=True))
+        p.channel.say(AskMetrics(id=7))
+        await p.hears(MetricsText)
+        assert [context["message"] for context in told] == ["not followed: Hold"]
+
+        faults = iter([RuntimeError()])
+        hear = p.channel._on_message
+
+        def raise_once(message: WorkerSays) -> None:
+            for fault in faults:
+                raise fault
+            hear(message)
+
+        p.channel._on_message = raise_once
+        p.channel.say(AskMetrics(id=8))
+        p.channel.say(AskMetrics(id=9))
+        at = now() + PATIENCE
+        assert await p.changed.until(lambda: any(getattr(m, "id", 0) == 9 for m in p.heard), lambda: at)
+        assert [context["message"] for context in told] == ["not followed: Hold", "not followed: MetricsText"]
+        p.channel.say(Terminate())
+        await p.ends()

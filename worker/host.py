@@ -76,6 +76,7 @@ class Host:
         self._deadlines: Drain | None = None
         self._lag = 0.0
         self._asked_hold = False
+        self._metrics_error = ""
         fd = settings.control_fd
         sock = None if fd is None else socket.socket(fileno=fd)
         self.control: Control[WorkerSays, WorkerHears] = Control(
@@ -205,10 +206,23 @@ class Host:
                 if self.engine is not None:
                     self.engine.hold(on)
             case AskMetrics(id=id):
-                self.control.say(MetricsText(id=id, text=exposition.text()))
+                self.control.say(MetricsText(id=id, text=self._metrics()))
             case _:
                 assert_never(message)
         self.changed.notify()
+
+    def _metrics(self) -> str:
+        """Return livekit-agents' metrics; empty where the registry can't be read.
+
+        The collectors of the agent stand in the same registry, and may raise anything.
+        """
+        try:
+            return exposition.text()
+        except Exception as error:
+            if repr(error) != self._metrics_error:
+                self._metrics_error = repr(error)
+                log.exception("metrics of this worker can't be read")
+            return ""
 
     def _on_lost(self) -> None:
         orphan_output.drain_forever(self.settings.output_fds)

@@ -69,10 +69,18 @@ class Control(asyncio.Protocol, Generic[Said, Heard]):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._decoder.feed(data):
-                self._on_message(message)
+                self._take(message)
         except WireError:
             assert self._transport is not None
             self._transport.abort()
+
+    def _take(self, message: Heard) -> None:
+        # An exception that left `data_received` would close the channel, and the worker would end with it.
+        try:
+            self._on_message(message)
+        except Exception as error:
+            context = {"message": f"not followed: {type(message).__name__}", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
