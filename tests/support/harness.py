@@ -87,7 +87,7 @@ class Run:
 
     async def __aenter__(self) -> Run:
         self.job_log.touch()
-        foreign = ("LIVEKIT_", "INWORLD_")
+        foreign = ("LIVEKIT_API_", "LIVEKIT_URL", "INWORLD_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         environment |= {"JOB_LOG": str(self.job_log), TOKEN: self.token, "TMPDIR": str(self.tmp)}
         if self.server is not None:
