@@ -42,6 +42,7 @@ TARGETS = {
 }
 RESTARTS = 'lastcall_restarts_total{slot="0",reason="never ready"}'
 FAILED = 'lastcall_operations_total{verb="reload",result="failed"}'
+FULL = 'lastcall_full_seconds_total{reason="load"}'
 QUARANTINED = 'lastcall_slots{state="quarantined"}'
 LAST_CUT = 'lastcall_last_stop_jobs{receipt="/r.json",fate="cut"}'
 LAST_LOST = 'lastcall_last_stop_jobs{receipt="/r.json",fate="lost"}'
@@ -56,6 +57,7 @@ ORDINARY: Mapping[str, Steps] = {
     "lastcall_workers_wanted": [(2, LONG)],
     "lastcall_stopping": [(0, LONG)],
     "lastcall_held": [(0, LONG)],
+    FULL: [(0, LONG)],
     QUARANTINED: [(0, LONG)],
     "lastcall_stalls_total": [(0, LONG)],
     FAILED: [(0, LONG)],
@@ -107,6 +109,10 @@ SCENARIOS: dict[str, tuple[Mapping[str, Steps], float, Mapping[str, str]]] = {
     "a hold that was forgotten": (
         {"lastcall_workers_accepting": [(2, 10), (0, LONG)], "lastcall_held": [(0, 10), (1, LONG)]}, 45,
         {"LastcallHeldForLong": "INSTANCE has been on hold for half an hour"},
+    ),
+    "no worker takes calls for its load": (
+        {FULL: [(0, 10), *((60 * minute, 1) for minute in range(1, 8)), (480, LONG)]}, 17,
+        {"LastcallFull": "No worker of INSTANCE took calls for half of ten minutes: load"},
     ),
     "a slot is quarantined": (
         {QUARANTINED: [(0, 10), (1, LONG)]}, 12,
@@ -209,6 +215,7 @@ def rules() -> dict[str, Any]:
 def expected(alert: str, fires: Mapping[str, str], target: Mapping[str, str]) -> list[dict[str, Any]]:
     rule = rules()[alert]
     own = {
+        "LastcallFull": {"reason": "load"},
         "LastcallSlotQuarantined": {"state": "quarantined"},
         "LastcallReloadFailed": {"verb": "reload", "result": "failed"},
     }.get(alert, {})

@@ -34,6 +34,8 @@ async def test_endless_loop(run: StartRun, tmp_path: Path) -> None:
     await r.until(lambda: "in request" in r.err.read_text())
     await r.until(lambda: len(r.log("slot ready")) == 2, 30)
     second = r.log("slot ready")[1]["worker_id"]
+    # It is registered; the server learns a moment later that it is not FULL.
+    await r.until(lambda: second in [peer.id for peer in r.livekit.available()], 20)
     fresh = await r.livekit.dispatch("fresh", metadata='{"sleep": 0.1}', only=second)
     assert fresh.outcome == "assigned"
     assert lives(note["pid"]) and stuck.is_running(), "the job of the stuck worker had time left"

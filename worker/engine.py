@@ -333,7 +333,7 @@ class Engine:
         asyncio.get_running_loop().call_soon(self._after_registered)
 
     def _after_registered(self) -> None:
-        if self.is_full:
+        if self.is_full and not self.ended:
             self._announcements.create_task(agent_server.announce(self.server, full=True))
         self._report(Ready(worker_id=self.worker_id, warm=self.is_warm))
         self._changed.notify()

@@ -253,13 +253,14 @@ def cancel_start() -> None:
     """Cancel the start of a server, from its `worker_started`: `run()`, and the tasks that are to run next.
 
     One of these would connect. They are found by their code, because the names by which a server knows its
-    tasks may be those that it lacks.
+    tasks may be those that it lacks. The task that waits for a warm process is of this package.
     """
     current = asyncio.current_task()
+    places = (IN_LIVEKIT_AGENTS, os.path.dirname(__file__))
     for task in asyncio.all_tasks():
         coroutine: Any = task.get_coro()
-        is_theirs = inspect.iscoroutine(coroutine) and IN_LIVEKIT_AGENTS in coroutine.cr_code.co_filename
-        if task is current or (is_theirs and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED):
+        is_new = inspect.iscoroutine(coroutine) and inspect.getcoroutinestate(coroutine) == "CORO_CREATED"
+        if task is current or (is_new and any(place in coroutine.cr_code.co_filename for place in places)):
             task.cancel()
 
 
