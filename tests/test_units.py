@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.options import Start
 from lastcall.supervisor.deploy import docker, k8s, systemd, template
 from lastcall.supervisor.deploy.service import Service, Timers
 from lastcall.supervisor.deploy.tree import BY_HAND, shipped
-from lastcall.supervisor.errors import UsageError
+from lastcall.supervisor.errors import ConfigError, UsageError
 from tests.support.harness import LASTCALL
 
 ROOT = Path(__file__).parent.parent
@@ -154,9 +155,28 @@ def test_configuration_file_counts_and_stays_in_charge(tmp_path: Path) -> None:
     assert "JobTimeoutSec=1800\n" in unit("poweroff", cwd=tmp_path).stdout
     flags = unit("docker", "--grace", "4000", "-w", "2", cwd=tmp_path).stdout
     assert "-t 4030" in flags and "LASTCALL_GRACE=4000" in flags and "LASTCALL_WORKERS=2" in flags
+    (tmp_path / "lastcall.toml").write_text('receipt = "/data/receipt.json"\n')
+    assert unit("docker", "agent.py", cwd=tmp_path).returncode == 0
     (tmp_path / "lastcall.toml").write_text("grace = 'x'\n")
     done = unit("docker", "agent.py", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
+
+
+@pytest.mark.parametrize(
+    "receipt", ["/data/of/the/service/receipt.json", "/", "/proc/self/mem/x", "/" + "x" * 300]
+)
+def test_paths_of_the_file_are_those_of_another_machine(
+    receipt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that only the service has is no mistake where units are printed; it is where they run."""
+    monkeypatch.chdir(tmp_path)
+    Path("lastcall.toml").write_text(f"grace = 60\nreceipt = {json.dumps(receipt)}\n")
+    assert Loader({}, {}, for_elsewhere=True)().receipt == receipt
+    with pytest.raises(ConfigError, match="receipt: got"):
+        Loader({}, {})()
+    Path("lastcall.toml").write_text("grace = 60\nreceipt = 7\n")
+    with pytest.raises(ConfigError, match="receipt: got 7"):
+        Loader({}, {}, for_elsewhere=True)()
 
 
 def test_unit_names_its_configuration_file() -> None:

@@ -76,7 +76,8 @@ def _unit(
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of unit: expected {', '.join(KINDS)}")
     # The file of this directory, as `run` would find it here. Variables of this shell are none of the unit.
-    loader = Loader({}, {name: os.environ[name] for name in (CONFIG,) if name in os.environ})
+    named = {name: os.environ[name] for name in (CONFIG,) if name in os.environ}
+    loader = Loader({}, named, for_elsewhere=True)
     config = loader()
     target = target_of(target, module) or needed_target(config.target or None, None)
     own = arguments_of(arguments) or []
