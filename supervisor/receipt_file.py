@@ -7,7 +7,9 @@ import os
 import select
 import time
 from pathlib import Path
+from typing import Any
 
+from lastcall.supervisor.receipt import textfile
 from lastcall.worker.base.clock import now
 
 # Seconds that a pipe or a device has to take the receipt. Ours: a reader that is there reads within
@@ -22,6 +24,15 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
+def write_figures(path: Path, document: dict[str, Any]) -> None:
+    """Write the textfile beside a receipt, unless the receipt is a pipe or a device. Raises OSError."""
+    if is_special(path):
+        return
+    # The label is UTF-8, and the bytes of a path need not be.
+    label = os.fsencode(os.path.abspath(path)).decode(errors="replace")
+    write_whole(Path(f"{path}{textfile.SUFFIX}"), textfile.text_of(document, label, time.time()))
+
+
 def write_whole(path: Path, text: str, within: float = TAKEN_WITHIN) -> None:
     """Write a file at once: a reader sees the old text or the new one, never half of one.
 
@@ -32,7 +43,7 @@ def write_whole(path: Path, text: str, within: float = TAKEN_WITHIN) -> None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
