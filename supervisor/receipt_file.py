@@ -17,6 +17,8 @@ from lastcall.worker.base.clock import now
 TAKEN_WITHIN = 1.0
 # Seconds between two looks for a reader.
 LOOK_AGAIN_AFTER = 0.02
+# node_exporter has another user, and the umask of a unit is 0077. No secret is in the figures.
+FIGURES_MODE = 0o644
 
 
 def is_special(path: Path) -> bool:
@@ -30,12 +32,14 @@ def write_figures(path: Path, document: dict[str, Any]) -> None:
         return
     # The label is UTF-8, and the bytes of a path need not be.
     label = os.fsencode(os.path.abspath(path)).decode(errors="replace")
-    write_whole(Path(f"{path}{textfile.SUFFIX}"), textfile.text_of(document, label, time.time()))
+    figures = textfile.text_of(document, label, time.time())
+    write_whole(Path(f"{path}{textfile.SUFFIX}"), figures, mode=FIGURES_MODE)
 
 
-def write_whole(path: Path, text: str, within: float = TAKEN_WITHIN) -> None:
+def write_whole(path: Path, text: str, within: float = TAKEN_WITHIN, mode: int | None = None) -> None:
     """Write a file at once: a reader sees the old text or the new one, never half of one.
 
+    `mode` are the permissions of a regular file, in place of those that the umask leaves.
     Raises OSError; a pipe that nobody reads, or not to the end, is one after `within` seconds.
     """
     if is_special(path):
@@ -44,6 +48,8 @@ def write_whole(path: Path, text: str, within: float = TAKEN_WITHIN) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
+        if mode is not None:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -140,8 +140,16 @@ def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
 def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     """The label has a replacement for what is no UTF-8, and the files have the path as it is."""
     path = Path(f"{tmp_path}/\udcffä.json")
-    write_figures(path, write(StopRecord(), Ledger(), grace=60.0, pid=1))
+    before = os.umask(0o077)
+    try:
+        write_figures(path, write(StopRecord(), Ledger(), grace=60.0, pid=1))
+        write_whole(tmp_path / "receipt", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "receipt").stat().st_mode & 0o777 == 0o600
     seen = Samples.of(Path(f"{path}.prom").read_text(encoding="utf-8"))
+    # The umask is that of a unit, whose receipt nobody else reads; node_exporter reads the figures.
+    assert Path(f"{path}.prom").stat().st_mode & 0o777 == 0o644
     (labels, code), *_ = seen["lastcall_last_stop_exit_code"]
     assert (labels["receipt"], code) == (f"{tmp_path}/\ufffdä.json", 0)
 
