@@ -21,6 +21,7 @@ from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.receipt import Ledger, StopRecord, textfile, write
 from lastcall.supervisor.receipt.ledger import JobEntry
 from lastcall.supervisor.receipt_file import is_special, write_figures, write_whole
+from lastcall.supervisor.views.metrics import Collector
 from lastcall.supervisor.views.worker_metrics import WorkerMetrics
 from lastcall.worker.base.budget import Shares, plan
 from lastcall.worker.base.clock import now
@@ -85,6 +86,15 @@ class Log:
 
     def warning(self, event: str, **_: Any) -> None:
         self.lines.append(event)
+
+
+@pytest.mark.parametrize("is_opaque", [False, True])
+def test_jobs_that_nobody_knows_are_not_none(is_opaque: bool) -> None:
+    """A worker without jobs has none to cut; of an opaque program nothing is said."""
+    fleet = SimpleNamespace(generations=[], launcher=SimpleNamespace(is_opaque=is_opaque))
+    status: Any = SimpleNamespace(fleet=fleet)
+    names = {family.name for family in Collector(status)._cuts()}
+    assert names == (set() if is_opaque else {"lastcall_jobs_to_cut", "lastcall_drain_left_seconds"})
 
 
 @pytest.mark.parametrize("text", BAD)
