@@ -331,11 +331,17 @@ class App:
     def _write_receipt(self, path: Path, document: dict[str, Any]) -> None:
         try:
             receipt_file.write_whole(path, json.dumps(document, indent=2) + "\n")
-            if not receipt_file.is_special(path):
-                figures = textfile.text_of(document, os.path.abspath(path), time.time())
-                receipt_file.write_whole(Path(f"{path}{textfile.SUFFIX}"), figures)
         except OSError as error:
             self.log.error("receipt could not be written", path=str(path), reason=error.strerror)
+            return
+        try:
+            receipt_file.write_figures(path, document)
+        except OSError as error:
+            figures = f"{path}{textfile.SUFFIX}"
+            self.log.error("receipt could not be written", path=figures, reason=error.strerror)
+        except Exception:
+            # A fault of lastcall after the stop. The exit code speaks of the stop, and the log of the fault.
+            self.log.error("fault in lastcall", exc_info=True)
 
 
 def _trim() -> None:

@@ -147,6 +147,15 @@ SCENARIOS: dict[str, tuple[Mapping[str, Steps], float, Mapping[str, str]]] = {
         {"lastcall_stopping": [(0, 10), (1, LONG)]}, 14,
         {"LastcallStopTakesLong": "INSTANCE has been stopping for a minute without calls"},
     ),
+    "an opaque program drains, and nobody knows its calls": (
+        {
+            "lastcall_workers_accepting": [(2, 10), (0, LONG)],
+            "lastcall_stopping": [(0, 10), (1, LONG)],
+            "lastcall_grace_left_seconds": [(0, 10), (60, LONG)],
+            "lastcall_jobs_to_cut": [(None, LONG)],
+            "lastcall_drain_left_seconds": [(None, LONG)],
+        }, 15, {},
+    ),
     "the last stop cut jobs": (
         {
             LAST_CUT: [(0, 10), (2, LONG)],

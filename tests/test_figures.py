@@ -13,13 +13,15 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
+from lastcall.supervisor.app import App
 from lastcall.supervisor.config import Inworld
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.receipt import Ledger, StopRecord, textfile, write
 from lastcall.supervisor.receipt.ledger import JobEntry
-from lastcall.supervisor.receipt_file import is_special, write_whole
+from lastcall.supervisor.receipt_file import is_special, write_figures, write_whole
+from lastcall.supervisor.views.metrics import Collector
 from lastcall.supervisor.views.worker_metrics import WorkerMetrics
 from lastcall.worker.base.budget import Shares, plan
 from lastcall.worker.base.clock import now
@@ -86,6 +88,15 @@ class Log:
         self.lines.append(event)
 
 
+@pytest.mark.parametrize("is_opaque", [False, True])
+def test_jobs_that_nobody_knows_are_not_none(is_opaque: bool) -> None:
+    """A worker without jobs has none to cut; of an opaque program nothing is said."""
+    fleet = SimpleNamespace(generations=[], launcher=SimpleNamespace(is_opaque=is_opaque))
+    status: Any = SimpleNamespace(fleet=fleet)
+    names = {family.name for family in Collector(status)._cuts()}
+    assert names == (set() if is_opaque else {"lastcall_jobs_to_cut", "lastcall_drain_left_seconds"})
+
+
 @pytest.mark.parametrize("text", BAD)
 def test_a_worker_whose_metrics_can_not_be_read(text: str) -> None:
     """It is left out, and one line says so; the others are there, and the scrape is none the worse."""
@@ -134,6 +145,41 @@ def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
         assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError):
         write_whole(tmp_path / "none" / "receipt.json", "x")
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    """The label has a replacement for what is no UTF-8, and the files have the path as it is."""
+    path = Path(f"{tmp_path}/\udcffä.json")
+    before = os.umask(0o077)
+    try:
+        write_figures(path, write(StopRecord(), Ledger(), grace=60.0, pid=1))
+        write_whole(tmp_path / "receipt", "")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "receipt").stat().st_mode & 0o777 == 0o600
+    seen = Samples.of(Path(f"{path}.prom").read_text(encoding="utf-8"))
+    # The umask is that of a unit, whose receipt nobody else reads; node_exporter reads the figures.
+    assert Path(f"{path}.prom").stat().st_mode & 0o777 == 0o644
+    (labels, code), *_ = seen["lastcall_last_stop_exit_code"]
+    assert (labels["receipt"], code) == (f"{tmp_path}/\ufffdä.json", 0)
+
+
+def test_a_fault_in_the_figures_is_none_of_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receipt is there, the log has the fault or the reason, and nothing is raised."""
+    lines: list[tuple[str, dict[str, Any]]] = []
+    app: Any = SimpleNamespace(
+        log=SimpleNamespace(error=lambda event, **fields: lines.append((event, fields)))
+    )
+    document = write(StopRecord(), Ledger(), grace=60.0, pid=1)
+    path = tmp_path / "receipt.json"
+    (tmp_path / "receipt.json.prom").mkdir()
+    App._write_receipt(app, path, document)
+    assert path.is_file() and not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(textfile, "text_of", lambda *_: 1 / 0)
+    (tmp_path / "receipt.json.prom").rmdir()
+    App._write_receipt(app, path, document)
+    assert [event for event, _ in lines] == ["receipt could not be written", "fault in lastcall"]
+    assert lines[0][1]["path"] == f"{path}.prom" and lines[1][1]["exc_info"]
 
 
 def test_a_pipe_is_written_to_within_a_bound(tmp_path: Path) -> None:

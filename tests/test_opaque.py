@@ -205,6 +205,7 @@ async def test_http(run: StartRun, tmp_path: Path) -> None:
     assert document["slots"][0]["state"] == "ready"
     code, text = await _get(address, "/metrics")
     assert code == 200 and 'lastcall_slots{state="ready"} 1.0' in text
+    assert "lastcall_jobs_to_cut" not in text and "lastcall_drain_left_seconds" not in text
     shown = subprocess.run(
         [*LASTCALL, "status", "--json", "--control", str(r.control)],
         capture_output=True,

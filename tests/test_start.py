@@ -336,6 +336,7 @@ async def test_busy_http_port(run: StartRun) -> None:
         r: Run = await run(*arguments, livekit=False)
         await r.until(lambda: r.log("ready"))
         assert [line["http"] for line in r.log("http port is busy")] == [address]
+        assert [line["http"] for line in r.log("supervisor started")] == [f"{address} (busy)"]
         second: Run = await run(*arguments, livekit=False)
         await second.until(lambda: second.log("http port is busy"))
         second.kill()

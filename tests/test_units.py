@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lastcall.supervisor.cli.deployment import _unit
+from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.options import Start
 from lastcall.supervisor.deploy import docker, k8s, systemd, template
 from lastcall.supervisor.deploy.service import Service, Timers
 from lastcall.supervisor.deploy.tree import BY_HAND, shipped
-from lastcall.supervisor.errors import UsageError
+from lastcall.supervisor.errors import ConfigError, UsageError
 from tests.support.harness import LASTCALL
 
 ROOT = Path(__file__).parent.parent
@@ -154,9 +156,102 @@ def test_configuration_file_counts_and_stays_in_charge(tmp_path: Path) -> None:
     assert "JobTimeoutSec=1800\n" in unit("poweroff", cwd=tmp_path).stdout
     flags = unit("docker", "--grace", "4000", "-w", "2", cwd=tmp_path).stdout
     assert "-t 4030" in flags and "LASTCALL_GRACE=4000" in flags and "LASTCALL_WORKERS=2" in flags
+    (tmp_path / "lastcall.toml").write_text('receipt = "/data/receipt.json"\n')
+    assert unit("docker", "agent.py", cwd=tmp_path).returncode == 0
     (tmp_path / "lastcall.toml").write_text("grace = 'x'\n")
     done = unit("docker", "agent.py", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
+
+
+def variables_of(kind: str, text: str) -> dict[str, str]:
+    """Return the LASTCALL_ variables of an image, a service or a pod; their values without quotes."""
+    if kind == "docker":
+        lines = [line.removeprefix("ENV ") for line in text.splitlines() if line.startswith("ENV LASTCALL_")]
+        found = dict(word.split("=", 1) for line in lines for word in shlex.split(line.replace("\\$", "$")))
+    elif kind == "compose":
+        found = yaml.safe_load(text)["services"]["agent"]["environment"]
+    else:
+        pod = next(iter(yaml.safe_load_all(text)))["spec"]["template"]["spec"]
+        found = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    return {
+        name: found[name]
+        for name in ("LASTCALL_GRACE", "LASTCALL_WORKERS", "LASTCALL_CONFIG")
+        if name in found
+    }
+
+
+@pytest.mark.parametrize("kind", ["docker", "compose", "k8s"])
+@pytest.mark.parametrize(
+    ("file", "named", "says"),
+    [
+        ("lastcall.toml", None, ""),
+        ("lastcall.toml", "", ""),
+        ("pyproject.toml", None, ""),
+        ("prod.toml", "prod.toml", "prod.toml"),
+        ("conf/a b.toml", "./conf/a b.toml", "conf/a b.toml"),
+        ("pyproject.toml", "ABOVE/app/pyproject.toml", "pyproject.toml"),
+        ("../prod.toml", "../prod.toml", None),
+        ("../prod.toml", "ABOVE/prod.toml", None),
+    ],
+)
+def test_an_image_has_the_grace_of_the_configuration(
+    kind: str,
+    file: str,
+    named: str | None,
+    says: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The image has the file and finds it, or else the variables have what the file says."""
+    (tmp_path / "app/conf").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "app")
+    table = "[tool.lastcall]\n" if file == "pyproject.toml" else ""
+    Path(file).write_text(f"{table}grace = 120\nworkers = 3\n")
+    monkeypatch.delenv("LASTCALL_CONFIG", raising=False)
+    if named is not None:
+        monkeypatch.setenv("LASTCALL_CONFIG", named.replace("ABOVE", str(tmp_path)))
+    _unit(kind, "agent.py")
+    printed = capsys.readouterr()
+    found = variables_of(kind, printed.out)
+    assert "150" in printed.out and "Print it again when " in printed.out
+    assert found.get("LASTCALL_CONFIG") == (says or None)
+    if kind != "docker":
+        assert found["LASTCALL_GRACE"] == "120", "the kill timer stands beside it"
+    if says is None:
+        assert (found["LASTCALL_GRACE"], found["LASTCALL_WORKERS"]) == ("120", "3")
+    else:
+        assert "LASTCALL_WORKERS" not in found and (kind != "docker" or "LASTCALL_GRACE" not in found)
+    assert ("the image does not have " in printed.err) == (says is None)
+    assert printed.out.startswith("# LASTCALL_CONFIG=" if named else "# lastcall unit ")
+
+
+@pytest.mark.parametrize("name", ["$HOME.toml", 'a"b\\.toml', "$(X) {{ name }}.toml"])
+def test_the_name_of_a_configuration_arrives(name: str) -> None:
+    """Compose, Kubernetes and Docker read it as it is."""
+    service = Service(target="a.py", config_file=f"/srv/{name}", config_variable=name)
+    assert variables_of("docker", docker.dockerfile(service))["LASTCALL_CONFIG"] == name
+    for kind, text in (("compose", docker.compose(service)), ("k8s", k8s.stream(service))):
+        assert variables_of(kind, text)["LASTCALL_CONFIG"].replace("$$", "$") == name
+    with pytest.raises(UsageError, match="configuration file: got"):
+        Service(target="a.py", config_file="/srv/a\nRUN b.toml")
+
+
+@pytest.mark.parametrize(
+    "receipt", ["/data/of/the/service/receipt.json", "/", "/proc/self/mem/x", "/" + "x" * 300]
+)
+def test_paths_of_the_file_are_those_of_another_machine(
+    receipt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that only the service has is no mistake where units are printed; it is where they run."""
+    monkeypatch.chdir(tmp_path)
+    Path("lastcall.toml").write_text(f"grace = 60\nreceipt = {json.dumps(receipt)}\n")
+    assert Loader({}, {}, for_elsewhere=True)().receipt == receipt
+    with pytest.raises(ConfigError, match="receipt: got"):
+        Loader({}, {})()
+    Path("lastcall.toml").write_text("grace = 60\nreceipt = 7\n")
+    with pytest.raises(ConfigError, match="receipt: got 7"):
+        Loader({}, {}, for_elsewhere=True)()
 
 
 def test_unit_names_its_configuration_file() -> None:

@@ -40,6 +40,7 @@ from lastcall.worker.base.target_form import tail, words
 from lastcall.worker.base.variables import CONFIG
 
 KINDS = ("systemd", "poweroff", "docker", "compose", "k8s")
+IMAGES = ("docker", "compose", "k8s")  # run in an image, which has the files of the build's directory
 # The users that DynamicUser makes: https://systemd.io/UIDS-GIDS/
 DYNAMIC_IDS = range(61184, 65520)
 
@@ -76,7 +77,8 @@ def _unit(
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of unit: expected {', '.join(KINDS)}")
     # The file of this directory, as `run` would find it here. Variables of this shell are none of the unit.
-    loader = Loader({}, {name: os.environ[name] for name in (CONFIG,) if name in os.environ})
+    named = {name: os.environ[name] for name in (CONFIG,) if os.environ.get(name)}
+    loader = Loader({}, named, for_elsewhere=True)
     config = loader()
     target = target_of(target, module) or needed_target(config.target or None, None)
     own = arguments_of(arguments) or []
@@ -93,6 +95,11 @@ def _unit(
         raise UsageError(f"{target!r} would not be in the image; expected a path below the build's directory")
     flags = {"grace": grace, "workers": workers, "control": None, "receipt": None, "http": None}
     in_file = {option for option, flag in flags.items() if flag is None and _is_set(config, option)}
+    config_file = os.path.abspath(loader.path) if loader.path and config.model_fields_set else ""
+    place = _place_in_image(config_file) if config_file else ""
+    is_missing = kind in IMAGES and bool(config_file) and not place
+    if is_missing:
+        in_file = set()
     service = Service(
         target=target,
         arguments=tuple(own),
@@ -103,10 +110,16 @@ def _unit(
         workers=config.workers if workers is None else workers,
         timers=Timers(grace=config.grace if grace is None else grace, shares=config.shares),
         start=config.start,
-        config_file=os.path.abspath(loader.path) if loader.path and config.model_fields_set else "",
+        config_file=config_file,
+        config_variable=place if named or place != str(loader.path) else "",
         in_file=frozenset(in_file),
         control=config.control if "control" in in_file else "",
-        printed_by=shlex.join(["lastcall", "unit", kind, *words(target), *given, *tail(own)]),
+        printed_by=" ".join(
+            [
+                *(f"{name}={shlex.quote(value)}" for name, value in named.items()),
+                shlex.join(["lastcall", "unit", kind, *words(target), *given, *tail(own)]),
+            ]
+        ),
     )
     render = {
         "systemd": systemd.unit,
@@ -116,8 +129,20 @@ def _unit(
         "k8s": k8s.stream,
     }
     print(render[kind](service), end="")
+    if is_missing:
+        print(
+            f"lastcall: the image does not have {config_file}: of its options only target, args, grace and"
+            f" workers count there. Put it below {working_directory()} for the others.",
+            file=sys.stderr,
+        )
     if service.timers.warning:
         print(f"lastcall: {service.timers.warning}", file=sys.stderr)
+
+
+def _place_in_image(file: str) -> str:
+    """Return the path of a file from the build's directory; empty for a file outside, which no image has."""
+    place = os.path.relpath(os.path.realpath(file), os.path.realpath(working_directory()))
+    return "" if place.split(os.sep)[0] == os.pardir else place
 
 
 def _is_set(config: Config, option: str) -> bool:

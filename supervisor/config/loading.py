@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lastcall.supervisor.config.options import Config, Section
 from lastcall.supervisor.config.sources import FILE_NAMES, read_environment, read_file, section_of
-from lastcall.supervisor.config.values import shown
+from lastcall.supervisor.config.values import FOR_ELSEWHERE, shown
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.worker.base import variables
 
@@ -43,7 +43,8 @@ class Loader:
     """Reads one configuration at the start, and again at each reload. The arguments are those of `load`.
 
     A reload raises ConfigError when the file that the configuration was read from is gone, or is a pipe that
-    can't be read again. A call blocks, as `read_text` does.
+    can't be read again. A call blocks, as `read_text` does. `for_elsewhere` leaves out the checks of paths in
+    the configuration, because the machine that runs with it may have other paths.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Loader:
         *,
         file: str | None = None,
         defaults: Mapping[str, Any] | None = None,
+        for_elsewhere: bool = False,
     ) -> None:
         self._flags = {name: value for name, value in flags.items() if value is not None}
         self._environ = environ
         self._name = file or environ.get(variables.CONFIG) or None
         self._named_by = "--config" if file else variables.CONFIG
         self._defaults = dict(defaults or {})
+        self._context = {FOR_ELSEWHERE: for_elsewhere}
         self._path: Path | None = None
         self._has_loaded = False
 
@@ -80,19 +83,19 @@ class Loader:
         if "command" in given:
             from_file.pop("target", None), from_environment.pop("target", None)
         # Each source is checked alone first, so that an error names the source that the value is from.
-        _check(from_file, where=str(path or FILE_NAMES[0]))
-        _check(from_environment, where="environment")
-        _check(given, where="", error=UsageError)
-        config = Config(**_merge(_merge(_merge(self._defaults, from_file), from_environment), given))
+        self._check(from_file, where=str(path or FILE_NAMES[0]))
+        self._check(from_environment, where="environment")
+        self._check(given, where="", error=UsageError)
+        merged = _merge(_merge(_merge(self._defaults, from_file), from_environment), given)
+        config = Config.model_validate(merged, context=self._context)
         self._path, self._has_loaded = path, True
         return config
 
-
-def _check(values: dict[str, Any], *, where: str, error: type[Exception] = ConfigError) -> None:
-    try:
-        Config(**values)
-    except ValidationError as failure:
-        raise error(_one_line(failure, where)) from None
+    def _check(self, values: dict[str, Any], *, where: str, error: type[Exception] = ConfigError) -> None:
+        try:
+            Config.model_validate(values, context=self._context)
+        except ValidationError as failure:
+            raise error(_one_line(failure, where)) from None
 
 
 def _one_line(failure: ValidationError, where: str) -> str:

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from lastcall.supervisor.config.user_files import words_of
 from lastcall.worker.base import target_form
@@ -18,6 +18,8 @@ from lastcall.worker.base.dial_checks import check_host, check_url
 LONGEST_SECONDS = 10_000_000
 # Characters of a value in an error. Ours: an error is a line to be read.
 MOST_SHOWN = 200
+# A key of the context of a validation: whether the values are for another machine than this one.
+FOR_ELSEWHERE = "for_elsewhere"
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
@@ -102,6 +104,10 @@ def check_writable(value: str) -> str:
     return value
 
 
+def _check_writable_here(value: str, info: ValidationInfo) -> str:
+    return value if (info.context or {}).get(FOR_ELSEWHERE) else check_writable(value)
+
+
 def _check_url(value: str, schemes: tuple[str, str]) -> str:
     check_url(value, schemes)
     return value
@@ -110,6 +116,6 @@ def _check_url(value: str, schemes: tuple[str, str]) -> str:
 TargetText = Annotated[str, AfterValidator(_check_target)]
 HttpAddress = Annotated[str, AfterValidator(_check_address)]
 Backoff = Annotated[tuple[SecondsOrZero, SecondsOrZero], AfterValidator(_check_backoff)]
-WritableFile = Annotated[str, AfterValidator(check_writable)]
+WritableFile = Annotated[str, AfterValidator(_check_writable_here)]
 WebSocketUrl = Annotated[str, AfterValidator(lambda value: _check_url(value, ("ws", "wss")))]
 HttpUrl = Annotated[str, AfterValidator(lambda value: _check_url(value, ("http", "https")))]

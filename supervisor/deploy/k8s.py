@@ -7,6 +7,7 @@ answers /livez while it drains.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -24,6 +25,10 @@ WORKERS = """\
             - name: LASTCALL_WORKERS
               value: "{workers}"
 """
+CONFIG = """\
+            - name: LASTCALL_CONFIG
+              value: {file}
+"""
 PRE_STOP = """\
           lifecycle:
             preStop:
@@ -37,13 +42,16 @@ def base(service: Service) -> Mapping[str, str]:
 
     They have the grace also when a file sets it, because the kill timer beside it is made for that grace.
     """
-    has_workers = "workers" in service.in_file
+    variables = "" if "workers" in service.in_file else WORKERS.format(workers=service.workers)
+    if service.config_variable:
+        # Kubernetes reads $(NAME) as a variable, and two dollar signs as one.
+        variables += CONFIG.format(file=json.dumps(service.config_variable.replace("$", "$$")))
     pre_stop = service.timers.pre_stop
     values = {
         "quoted_target": service.quoted_words,
         "lifecycle": PRE_STOP.format(seconds=pre_stop) if pre_stop else "",
         "jobs_per_pod": str(JOBS_PER_POD),
-        "workers_variable": "" if has_workers else WORKERS.format(workers=service.workers),
+        "variables": variables,
     }
     return {name: render(f"k8s/base/{name}", service, **values) for name in BASE}
 

@@ -89,6 +89,8 @@ class Service:
     # The configuration file of the directory in which the artefact is printed, and the options that the file
     # sets. They are left to the file: an artefact that repeats them would hide every later change of it.
     config_file: str = ""
+    # The value of LASTCALL_CONFIG in an image that holds the file under a name which is not looked for.
+    config_variable: str = ""
     in_file: frozenset[str] = frozenset()
     control: str = ""
     # The command that prints the artefact; its first line, so that a file says where it came from.
@@ -107,6 +109,11 @@ class Service:
             )
         if self.image and not IMAGE_PATTERN.fullmatch(self.image):
             raise UsageError(f"--image: got {self.image!r}, expected an image reference, as in agent:1.4")
+        # The path stands in comments, which a line break in it would end.
+        if not self.config_file.isprintable():
+            raise UsageError(
+                f"configuration file: got {self.config_file!r}, expected a printable path; rename it"
+            )
         if self.workers < 1:
             raise UsageError(f"--workers: got {self.workers}, expected 1 or more")
         if not 0 < self.timers.grace <= 10_000_000:
@@ -141,7 +148,7 @@ class Service:
     def header(self) -> str:
         """The first comment lines of every artefact."""
         lines = [f"# {self.printed_by}"] if self.printed_by else []
-        if self.in_file:
+        if self.config_file:
             lines.append(f"# Print it again when {self.config_file} changes: the timers are made from it.")
         if self.timers.warning:
             lines.append(f"# Note: {self.timers.warning}.")

@@ -25,8 +25,9 @@ RETRY_EVERY = 1.0
 async def serve(address: str, status: Status, log: Any) -> AsyncIterator[str]:
     """Serve on HOST:PORT for as long as the block runs; "off" serves nothing.
 
-    Yields the address in use. A port that another program has is tried again while the block runs, because
-    calls need no HTTP. Raises ConfigError for an address that can't be had at all.
+    Yields the address in use, with "(busy)" behind it while another program has the port. A busy port is
+    tried again while the block runs, because calls need no HTTP. Raises ConfigError for an address that can't
+    be had at all.
     """
     if address == "off":
         yield address
@@ -47,7 +48,7 @@ async def serve(address: str, status: Status, log: Any) -> AsyncIterator[str]:
         if not listens:
             log.warning("http port is busy", http=address, tried_again_every_s=RETRY_EVERY)
             waiting = asyncio.create_task(_wait_for_port(site, address, log))
-        yield f"{host}:{runner.addresses[0][1]}" if listens else address
+        yield f"{host}:{runner.addresses[0][1]}" if listens else f"{address} (busy)"
     finally:
         if waiting is not None:
             waiting.cancel()

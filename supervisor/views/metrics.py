@@ -154,7 +154,12 @@ class Collector:
             yield HistogramMetricFamily(name, help, buckets=histogram.buckets, sum_value=histogram.sum)
 
     def _cuts(self) -> Iterator[Metric]:
-        """Yield the jobs that a drain may cut, and the time before; a scrape sees both while it can."""
+        """Yield the jobs that a drain may cut, and the time before; a scrape sees both while it can.
+
+        The supervisor knows no job of an opaque program. A 0 would say that none is left to wait for.
+        """
+        if self._status.fleet.launcher.is_opaque:
+            return
         draining = [g for g in self._status.fleet.generations if g.jobs_to_cut]
         left = min((g.stopping.deadlines.drain_at - now() for g in draining), default=0.0)
         yield GaugeMetricFamily(
