@@ -22,7 +22,7 @@ from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
 from lastcall.supervisor.doctor.trial import open_to
 from lastcall.worker.local.livekit_server import DispatchServer
-from tests.support.harness import AGENT, LASTCALL, SAMPLE, Run, StartRun
+from tests.support.harness import LASTCALL, SAMPLE, Run, StartRun
 from tests.support.proxy import DEAD
 
 NAME = Name(package="Python", version="3.11", name="Popen.poll", needed_by="the fence", without="")
@@ -499,15 +499,6 @@ def test_wrong_option_is_a_wrong_command_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "--grace: got 'soon'" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_a_worker_whose_prewarm_raises(tmp_path: Path) -> None:
-    """A process has to become ready for a job: that the forkserver is safe says nothing of calls."""
-    jobs = tmp_path / "jobs"
-    jobs.with_name("jobs.raise").touch()
-    code, findings = doctor(AGENT, "--http", "off", cwd=tmp_path, JOB_LOG=str(jobs))
-    assert code == 1 and findings["shield"].verdict == "fail", findings
-    assert "no model" in findings["shield"].why
 
 
 async def test_the_port_of_a_running_lastcall_is_its_own(run: StartRun, tmp_path: Path) -> None:
