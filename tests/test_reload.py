@@ -14,9 +14,7 @@ import pytest
 
 from tests.support.harness import AGENT, Run, StartRun, lives
 from tests.support.program import status, verb
-from tests.support.stream import Stream
-
-IDLE = {"IDLE": "3"}
+from tests.support.stream import IDLE, Stream
 
 
 @pytest.mark.core
