@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lastcall.worker import job_memory
 from lastcall.worker.base import memory
+from lastcall.worker.base.budget import Shares
 from tests.support.harness import AGENT, Run, StartRun, lives
 
 LIMIT_MB = 300
@@ -119,3 +121,10 @@ def test_order_is_only_raised(holder: subprocess.Popen[str], now: int, asked: in
     assert memory.oom_adjustment(holder.pid) == then
     with contextlib.suppress(FileNotFoundError):
         memory.die_before(asked, 2**22 + 1)
+
+
+def test_time_to_end() -> None:
+    """A job that is asked for its memory has no less than in a stop, and the page says how long."""
+    assert Shares().jobs_close < job_memory.ENDS_WITHIN
+    page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+    assert f"At the limit, or {job_memory.ENDS_WITHIN:g} s after it was" in page

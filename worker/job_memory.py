@@ -22,6 +22,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from lastcall.worker.base.budget import ENTRYPOINT_WAIT
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.memory import (
@@ -33,7 +34,7 @@ from lastcall.worker.base.memory import (
     held_at_most,
     oom_adjustment,
 )
-from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
 
 log = logging.getLogger("lastcall.worker")
 
@@ -42,8 +43,10 @@ log = logging.getLogger("lastcall.worker")
 PROGRAMS_DIE_BEFORE = 100
 # Share of the limit. Ours: the rest is for the shutdown callbacks.
 ASK_AT = 0.8
-# Seconds that a job has to end once it was asked: the default of `[stop] close`, as in a stop.
-ENDS_WITHIN = 25.0
+# Seconds that a job has to end once it was asked. livekit-agents waits for the entrypoint and then runs the
+# callbacks, for which a job has as long as livekit-agents gives by default. A stop gives the callbacks less
+# (CALLBACKS in base/budget.py), because there the seconds are taken from other calls.
+ENDS_WITHIN = ENTRYPOINT_WAIT + EXIT_WITHIN
 # Seconds between two looks. Ours: short for a job that leaks. A job that fills memory as fast as the
 # processor can, about 1 GB/s, comes to the kernel's limit first.
 LOOK_EVERY = 0.5
