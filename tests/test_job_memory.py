@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +18,11 @@ import pytest
 from lastcall.worker import job_memory
 from lastcall.worker.base import memory
 from lastcall.worker.base.budget import Shares
+from lastcall.worker.base.calls_over import CallsOver
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.wire import JobCut, JobEnded
+from lastcall.worker.engine import Engine
 from tests.support.harness import AGENT, Run, StartRun, lives
 
 LIMIT_MB = 300
@@ -128,3 +135,43 @@ def test_time_to_end() -> None:
     assert Shares().jobs_close < job_memory.ENDS_WITHIN
     page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
     assert f"At the limit, or {job_memory.ENDS_WITHIN:g} s after it was" in page
+
+
+class FakeExecutor:
+    """A job process, as livekit-agents would hold it; closes are counted."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.closes = 0
+
+    async def aclose(self) -> None:
+        self.closes += 1
+
+
+@pytest.mark.core
+async def test_a_stop_does_not_cut_a_job_that_was_ended_for_its_memory(
+    holder: subprocess.Popen[str],
+) -> None:
+    """Such a job is not asked again and never counts as cut, also when the close has to kill it."""
+    said: list[Any] = []
+
+    async def queue(_message: Any) -> None:
+        pass
+
+    engine = Engine(
+        SimpleNamespace(_request_fnc=None, _queue_msg=queue),
+        changed=Condition(),
+        must_refuse=lambda: False,
+        report=said.append,
+        calls_over=CallsOver(),
+    )
+    executor = FakeExecutor(holder.pid)
+    engine.jobs.launch("a", executor, SimpleNamespace(id="a", room=SimpleNamespace(name="r"), dispatch_id=""))
+    (job,) = engine.jobs
+    job.over_memory = True
+    await engine.end_jobs(now() + 0.1, now() + 0.2)
+    assert holder.wait(30) == -9
+    assert executor.closes == 0
+    assert not [message for message in said if isinstance(message, JobCut)]
+    assert [message.fate for message in said if isinstance(message, JobEnded)] == ["failed"]
+    assert engine.jobs.cut == 0
