@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.wire import JobCut, JobEnded
 from lastcall.worker.engine import Engine
+from lastcall.worker.jobs import Job, Jobs
 from tests.support.harness import AGENT, Run, StartRun, lives
 
 LIMIT_MB = 300
@@ -175,3 +177,58 @@ async def test_a_stop_does_not_cut_a_job_that_was_ended_for_its_memory(
     assert not [message for message in said if isinstance(message, JobCut)]
     assert [message.fate for message in said if isinstance(message, JobEnded)] == ["failed"]
     assert engine.jobs.cut == 0
+
+
+def the_job(jobs: Jobs, pid: int) -> Job:
+    jobs.launch(
+        "a", FakeExecutor(pid), SimpleNamespace(id="a", room=SimpleNamespace(name="r"), dispatch_id="")
+    )
+    return jobs.running[0]
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_that_ends_by_itself_is_not_asked(
+    holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job in its shutdown callbacks may pass 80 % and be finished. At the limit it is killed."""
+    monkeypatch.setattr(job_memory, "LOOK_OFTEN", 0.01)
+    looks: list[int] = []
+
+    def held_alone(pid: int) -> int:
+        looks.append(pid)
+        return memory.held_alone(pid)
+
+    monkeypatch.setattr(job_memory, "held_alone", held_alone)
+    changed = Condition()
+    jobs = Jobs(changed, lambda message: None)
+    job = the_job(jobs, holder.pid)
+
+    async def ask(job: Job, _due_at: float) -> None:
+        raise AssertionError(job)
+
+    for limit_mb in (70, 50):
+        watch = job_memory.MemoryWatch(
+            jobs,
+            changed,
+            limit=limit_mb << 20,
+            ask=ask,
+            kill=lambda job: os.kill(job.pid or 0, 9),
+            is_ending=lambda job: True,
+        )
+        running = asyncio.create_task(watch.run())
+        if limit_mb == 70:
+            await until(lambda: len(looks) > 3)
+            assert lives(holder.pid) and not job.was_killed
+            job.exit_code = 0
+            assert job.fate == "finished"
+        else:
+            await until(lambda: job.was_killed)
+            assert holder.wait(30) == -9
+        running.cancel()
+        await asyncio.wait([running])
+        assert not job.over_memory

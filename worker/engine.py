@@ -69,6 +69,7 @@ class Engine:
             limit=job_memory_limit,
             ask=lambda job, end_at: self._ask(job.executor, end_at),
             kill=lambda job: agent_server.kill(job.executor),
+            is_ending=self._is_ending,
         )
         self.worker_id = ""
         self.error: BaseException | None = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -71,16 +72,25 @@ class MemoryWatch:
     """Watches the running jobs of one worker. `limit` is in bytes, 0 for none.
 
     `ask` is told the job and the time by which the job has to have ended; `kill` kills a job's process.
+    `is_ending` tells whether a job shuts down already.
     """
 
     def __init__(
-        self, jobs: Jobs, changed: Condition, *, limit: int, ask: Ask, kill: Callable[[Job], None]
+        self,
+        jobs: Jobs,
+        changed: Condition,
+        *,
+        limit: int,
+        ask: Ask,
+        kill: Callable[[Job], None],
+        is_ending: Callable[[Job], bool],
     ) -> None:
         self._jobs = jobs
         self._changed = changed
         self._limit = limit
         self._ask = ask
         self._kill = kill
+        self._is_ending = is_ending
         self._base = oom_adjustment()
         self._placed: set[Process] = set()
         # The jobs that are over the limit, with their deadline and what was last seen below them.
@@ -117,19 +127,20 @@ class MemoryWatch:
         return LOOK_OFTEN if self._over or most > self._limit / 2 else LOOK_EVERY
 
     def _judge(self, job: Job, holding: Holding, asking: asyncio.TaskGroup) -> None:
+        is_full = 0 < self._limit <= holding.bytes
+        due_at = math.inf
         if job in self._over:
             due_at, _ = self._over[job]
             self._over[job] = due_at, holding.below
-        elif self._limit and holding.bytes >= self._limit * ASK_AT:
+        elif 0 < self._limit * ASK_AT <= holding.bytes and not self._is_ending(job):
             due_at = now() + ENDS_WITHIN
             self._over[job] = due_at, holding.below
-            job.over_memory = not (job.is_over or job.cut_short)
+            job.over_memory = True
             self._log("job is asked to end for its memory", job, holding)
-            if holding.bytes < self._limit:
+            if not is_full:
                 asking.create_task(self._ask(job, due_at))
-        else:
-            return
-        if (holding.bytes >= self._limit or now() > due_at) and not job.was_killed:
+        if (is_full or now() > due_at) and not job.was_killed:
+            self._over[job] = due_at, holding.below
             job.was_killed = True
             self._log("job is killed for its memory", job, holding)
             self._kill(job)
