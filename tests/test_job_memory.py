@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +122,30 @@ def test_descendants(holder: subprocess.Popen[str]) -> None:
     assert found[holder.pid] == found[2**22 + 1] == []
 
 
+def test_only_the_same_process_is_killed(holder: subprocess.Popen[str]) -> None:
+    """A pid that was given to a later process is left alone."""
+    same = memory.process_of(holder.pid)
+    assert same is not None
+    memory.kill_if_same(memory.Process(pid=same.pid, parent=same.parent, started=same.started - 1))
+    assert lives(holder.pid)
+    memory.kill_if_same(same)
+    assert holder.wait(30) == -9
+    memory.kill_if_same(memory.Process(pid=2**22 + 1, parent=1, started=1))
+
+
+def test_a_lack_is_not_an_end(holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a free descriptor nothing is known, and a process does not count as gone or empty."""
+
+    def lack(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_text", lack)
+    monkeypatch.setattr(Path, "read_bytes", lack)
+    for look in (memory.process_of, memory.held_at_most, memory.held_alone):
+        with pytest.raises(OSError, match="Too many"):
+            look(holder.pid)
+
+
 @pytest.mark.parametrize(
     ("now", "asked", "then"), [(0, 50, 50), (60, 50, 60), (970, 1020, 999), (1000, 1050, 1000)]
 )
@@ -190,6 +216,77 @@ async def until(holds: Callable[[], object]) -> None:
     async with asyncio.timeout(60):
         while not holds():
             await asyncio.sleep(0.01)
+
+
+async def test_the_watch_outlives_a_lack(
+    holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A look that fails is followed by others; a job that was asked is killed on time without any look."""
+    for name in ("LOOK_AGAIN", "LOOK_EVERY", "LOOK_OFTEN"):
+        monkeypatch.setattr(job_memory, name, 0.01)
+    monkeypatch.setattr(job_memory, "ENDS_WITHIN", 0.5)
+    with subprocess.Popen(["sleep", "600"]) as program:
+        left = memory.process_of(program.pid)
+        assert left is not None
+        lacks: list[Exception] = [
+            OSError(errno.EMFILE, "Too many open files"),
+            OSError(errno.EMFILE, "Too many open files"),
+            MemoryError(),
+            PermissionError(errno.EPERM, "Operation not permitted"),
+        ]
+        asked: list[Job] = []
+        killers: list[str] = []
+
+        def see(pids: list[int]) -> dict[int, list[memory.Process]]:
+            if lacks:
+                raise lacks.pop(0)
+            if asked:
+                raise OSError(errno.ENFILE, "File table overflow")
+            return {pid: [left] for pid in pids}
+
+        def kill_if_same(process: memory.Process) -> None:
+            killers.append(threading.current_thread().name)
+            memory.kill_if_same(process)
+
+        async def ask(job: Job, _due_at: float) -> None:
+            asked.append(job)
+            raise ValueError("the pipe is broken")
+
+        start, starts = threading.Thread.start, []
+
+        def no_thread_at_first(thread: threading.Thread) -> None:
+            starts.append(thread)
+            if len(starts) == 1:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(job_memory, "processes_below", see)
+        monkeypatch.setattr(job_memory, "kill_if_same", kill_if_same)
+        monkeypatch.setattr(threading.Thread, "start", no_thread_at_first)
+        changed = Condition()
+        jobs = Jobs(changed, lambda message: None)
+        job = the_job(jobs, holder.pid)
+        watch = job_memory.MemoryWatch(
+            jobs,
+            changed,
+            limit=70 << 20,
+            ask=ask,
+            kill=lambda job: os.kill(job.pid or 0, 9),
+            is_ending=lambda job: False,
+        )
+        running = asyncio.create_task(watch.run())
+        await until(lambda: program.poll() is not None)
+        assert asked == [job] and job.was_killed and job.over_memory
+        assert holder.wait(30) == program.returncode == -9
+        assert all(name.startswith("job-memory") for name in killers)
+        assert not running.done()
+        running.cancel()
+        await asyncio.wait([running])
+    failures = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    kinds = [type(error) for error in failures]
+    assert sorted(kind.__name__ for kind in kinds) == [
+        "MemoryError", "OSError", "OSError", "PermissionError", "RuntimeError", "ValueError",
+    ]  # fmt: skip
 
 
 async def test_a_job_that_ends_by_itself_is_not_asked(
