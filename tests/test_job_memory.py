@@ -122,6 +122,31 @@ def test_descendants(holder: subprocess.Popen[str]) -> None:
     assert found[holder.pid] == found[2**22 + 1] == []
 
 
+@pytest.mark.parametrize("has_lists", [True, False])
+def test_descendants_are_found_without_the_other_processes(
+    has_lists: bool, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's lists of children lead to the descendants; all processes are read only without lists."""
+    if not memory.CHILDREN.exists():
+        pytest.skip("this kernel has no lists of children")
+    reads: list[str] = []
+    read_all = memory.all_processes
+
+    def all_processes() -> dict[int, memory.Process]:
+        reads.append("all")
+        return read_all()
+
+    monkeypatch.setattr(memory, "all_processes", all_processes)
+    if not has_lists:
+        monkeypatch.setattr(memory, "CHILDREN", Path("/proc/no-such-file"))
+    found = memory.processes_below([os.getppid(), os.getpid(), holder.pid, 2**22 + 1])
+    own = memory.process_of(holder.pid)
+    assert own is not None and own.parent == os.getpid()
+    assert own in found[os.getpid()] and own in found[os.getppid()]
+    assert found[holder.pid] == found[2**22 + 1] == []
+    assert reads == ([] if has_lists else ["all"])
+
+
 def test_only_the_same_process_is_killed(holder: subprocess.Popen[str]) -> None:
     """A pid that was given to a later process is left alone."""
     same = memory.process_of(holder.pid)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 # Errors of reading about a process that has ended, or that /proc hides from other users (hidepid).
 NOT_THERE = (FileNotFoundError, ProcessLookupError, PermissionError)
+# A list of children, of kernels with CONFIG_PROC_CHILDREN.
+CHILDREN = Path("/proc/thread-self/children")
 # The kernel kills a process with this value before all others: proc(5), oom_score_adj.
 FIRST_TO_DIE = 1000
 # Lines of /proc/PID/smaps_rollup: the memory that would be free if only this process ended. Clean pages of
@@ -52,8 +54,35 @@ def all_processes() -> dict[int, Process]:
 
 
 def processes_below(pids: Iterable[int]) -> dict[int, list[Process]]:
-    """Return the descendants of each of the pids, as `below` does."""
-    return below(pids, all_processes())
+    """Return the descendants of each of the pids, as `below` does, and look at no other processes.
+
+    A kernel without lists of children has all processes read.
+    """
+    if not CHILDREN.exists():
+        return below(pids, all_processes())
+    found = {}
+    for pid in pids:
+        found[pid] = list(_children(pid))
+        for process in found[pid]:  # grows while it is read
+            found[pid] += _children(process.pid)
+    return found
+
+
+def _children(pid: int) -> Iterator[Process]:
+    # Each thread has the list of those that it has forked: proc(5), /proc/pid/task/tid/children.
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except NOT_THERE:
+        return
+    for thread in threads:
+        try:
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+        except NOT_THERE:
+            continue
+        for child in map(int, children):
+            process = process_of(child)
+            if process is not None:
+                yield process
 
 
 def kill_if_same(process: Process) -> None:
