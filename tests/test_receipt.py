@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +112,11 @@ def test_a_cut_job_is_a_cut_stop(fate: Any, outcome: str) -> None:
     ledger.end(0, 1, "a", fate, 1.0)
     assert judge(StopRecord(left=1), ledger)[0] == ("cut" if fate == "cut" else "forced")
     assert judge(StopRecord(), ledger)[0] == outcome
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_pages_say_when_a_stop_was_clean(page: str) -> None:
+    """A job that failed, as for its memory, has not ended by itself, and the stop is clean all the same."""
+    text = (Path(__file__).parents[1] / page).read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| 0 |")]
+    assert "no job was cut or lost" in row

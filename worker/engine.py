@@ -69,6 +69,7 @@ class Engine:
             limit=job_memory_limit,
             ask=lambda job, end_at: self._ask(job.executor, end_at),
             kill=lambda job: agent_server.kill(job.executor),
+            is_ending=self._is_ending,
         )
         self.worker_id = ""
         self.error: BaseException | None = None
@@ -207,7 +208,7 @@ class Engine:
             while len(self.jobs):
                 for job in unasked():
                     asked.add(job.id)
-                    if not (job.is_over or agent_server.is_ending(job.executor) or job.has_ended):
+                    if not (self._is_ending(job) or job.has_ended):
                         self.jobs.cut_short(job)
                         asking.append(group.create_task(self._ask(job.executor, kill_at)))
                 # A job whose process was still starting is asked as soon as it runs.
@@ -285,6 +286,10 @@ class Engine:
             self._run.cancel()
         await self._changed.until(lambda: self.ended, lambda: deadline)
         return {"idle_processes": {"killed": killed}}
+
+    def _is_ending(self, job: Job) -> bool:
+        """Tell whether a job shuts down: by itself, or because this worker has told it to."""
+        return job.is_over or job.was_told_to_end or agent_server.is_ending(job.executor)
 
     async def _ask(self, executor: Any, kill_at: float) -> None:
         try:

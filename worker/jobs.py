@@ -186,8 +186,12 @@ class Jobs:
         self._changed.notify()
 
     def cut_short(self, record: Job) -> None:
-        """End a job while it has more to do: its fate is certain from now on."""
-        if not record.cut_short:
+        """End a job while it has more to do: its fate is certain from now on.
+
+        A job that was told to end for its memory will be failed. A count of cut jobs that rose for such a job
+        would fall at its end, and Prometheus would take that for a reset.
+        """
+        if not record.was_told_to_end:
             record.cut_short = True
             self._report(JobCut(id=record.id))
 
@@ -216,7 +220,7 @@ class Jobs:
         """Write off what is still accepted or running: this worker is about to end."""
         for record in list(self._jobs.values()):
             has_ended = record.is_over or (record.launched and record.has_ended)
-            self._end(record, record.fate if has_ended else "cut")
+            self._end(record, record.fate if has_ended or record.was_told_to_end else "cut")
 
     def _watch(self, record: Job) -> None:
         assert record.pid is not None

@@ -20,11 +20,14 @@ CONTAINER_INITS = frozenset({"tini", "docker-init", "catatonit", "dumb-init", "p
 # The signals that begin a drain, SIGTERM and SIGINT, by the numbers that systemctl shows.
 DRAINING_SIGNALS = frozenset({"15", "2"})
 HOST_INITS = frozenset({"systemd", "init", "launchd"})
-# In the cgroup paths of a process in a container of Docker, Podman, Kubernetes, ECS, LXC or systemd-nspawn. A
-# service of these names on a host, as docker.service, is none.
+# In the cgroup paths of a process in a container of Docker, Podman, Kubernetes, ECS, LXC or systemd-nspawn: a
+# whole name of a cgroup, or a name with the container's id. Services of a host have names that begin alike,
+# as docker.service and container-agent.service.
 CONTAINER_CGROUP = re.compile(
-    r"/(docker|libpod|containers?|kubepods|lxc|ecs|machine\.slice)\b(?!\.service)"
-    r"|\b(docker|libpod|cri-containerd|crio|lxc\.payload)[-.:]\w*[0-9a-f]{12}|kubepods"
+    r"/(docker|libpod|containers?|kubepods|([\w-]+-)?kubepods(-[^/\n]+)?\.slice|lxc(\.payload[^/\n]*)?|ecs"
+    r"|machine\.slice)(/|$)"
+    r"|[/:](docker|libpod|cri-containerd|crio)[-:][0-9a-f]{12,}(\.scope)?(/|$)",
+    re.MULTILINE,
 )
 # Versions of livekit-agents, as in pyproject.toml and the CHANGELOG.
 OLDEST_SUPPORTED, NEWEST_TESTED = (1, 3, 12), (1, 8, 9)

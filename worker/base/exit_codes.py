@@ -9,7 +9,7 @@ class Exit(enum.IntEnum):
     """How a supervisor, a verb, a worker or the Inworld broker ended."""
 
     CLEAN = 0
-    """It did what it was asked to. A stop: every job ended by itself, all is closed, nothing is left."""
+    """It did what it was asked to. A stop: no job was cut or lost, all is closed, nothing is left."""
 
     FAILED = 1
     """A verb: the supervisor refused, or failed at it. A worker: its target raised, or its server is lost."""

@@ -1,15 +1,22 @@
 """Processes as /proc shows them: which are below which, their memory, and the order in which they die.
 
-Every function takes a process that ends meanwhile for one that holds nothing.
+Every function takes a process that ends meanwhile, or that can't be seen, for one that holds nothing. Other
+errors, as without a free descriptor, are raised.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+# Errors of reading about a process that has ended, or that /proc hides from other users (hidepid).
+NOT_THERE = (FileNotFoundError, ProcessLookupError, PermissionError)
+# A list of children, of kernels with CONFIG_PROC_CHILDREN.
+CHILDREN = Path("/proc/thread-self/children")
 # The kernel kills a process with this value before all others: proc(5), oom_score_adj.
 FIRST_TO_DIE = 1000
 # Lines of /proc/PID/smaps_rollup: the memory that would be free if only this process ended. Clean pages of
@@ -29,17 +36,61 @@ class Process:
     started: int
 
 
+def process_of(pid: int) -> Process | None:
+    """Return the process with a pid, if there is one that can be seen."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except NOT_THERE:
+        return None
+    # The name, in parentheses, may hold anything. Fields from the third on: proc(5), stat.
+    fields = text.rpartition(b")")[2].split()
+    return Process(pid=pid, parent=int(fields[1]), started=int(fields[19]))
+
+
 def all_processes() -> dict[int, Process]:
     """Return every process that can be seen, by pid."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return {pid: process for pid in pids if (process := process_of(pid)) is not None}
+
+
+def processes_below(pids: Iterable[int]) -> dict[int, list[Process]]:
+    """Return the descendants of each of the pids, as `below` does, and look at no other processes.
+
+    A kernel without lists of children has all processes read.
+    """
+    if not CHILDREN.exists():
+        return below(pids, all_processes())
     found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                # The name, in parentheses, may hold anything. Fields from the third on: proc(5), stat.
-                fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
-                pid = int(entry.name)
-                found[pid] = Process(pid=pid, parent=int(fields[1]), started=int(fields[19]))
+    for pid in pids:
+        found[pid] = list(_children(pid))
+        for process in found[pid]:  # grows while it is read
+            found[pid] += _children(process.pid)
     return found
+
+
+def _children(pid: int) -> Iterator[Process]:
+    # Each thread has the list of those that it has forked: proc(5), /proc/pid/task/tid/children.
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except NOT_THERE:
+        return
+    for thread in threads:
+        try:
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+        except NOT_THERE:
+            continue
+        for child in map(int, children):
+            process = process_of(child)
+            if process is not None:
+                yield process
+
+
+def kill_if_same(process: Process) -> None:
+    """SIGKILL a process that was seen before, and not a later one with the same pid."""
+    same = process_of(process.pid)
+    if same is not None and same.started == process.started:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def below(pids: Iterable[int], processes: Mapping[int, Process]) -> dict[int, list[Process]]:
@@ -57,7 +108,10 @@ def below(pids: Iterable[int], processes: Mapping[int, Process]) -> dict[int, li
 
 def held_at_most(pid: int) -> int:
     """Return a bound of `held_alone`, which costs a tenth."""
-    return _sum(pid, "status", HELD_AT_MOST)
+    try:
+        return _sum(pid, "status", HELD_AT_MOST)
+    except PermissionError:  # /proc is mounted with hidepid
+        return 0
 
 
 def held_alone(pid: int) -> int:
@@ -72,9 +126,7 @@ def held_alone(pid: int) -> int:
 def _sum(pid: int, file: str, names: tuple[str, ...]) -> int:
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text(errors="replace").splitlines()
-    except PermissionError:
-        raise
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0
     return sum(int(line.split()[1]) for line in lines if line.startswith(names)) * 1024
 
