@@ -70,6 +70,7 @@ class Connections:
         self._timer = Timer(self._on_timer)
         self._callbacks: Callbacks
         self._fail_waiting: Callable[[InworldError], None]
+        self._on_open: Callable[[], None]
         self._group: asyncio.TaskGroup
         self._session: aiohttp.ClientSession
 
@@ -80,15 +81,16 @@ class Connections:
         *,
         act: Act,
         fail_waiting: Callable[[InworldError], None],
+        on_open: Callable[[], None],
     ) -> None:
         """Let handshakes begin; the tasks of connections are the group's.
 
         `act` calls a method of a context and performs the effects. `fail_waiting` gets an error for every
-        context that waits.
+        context that waits. `on_open` is called when another connection is open.
         """
         self._group, self._session = group, session
         self._callbacks = Callbacks(act=act, retire=self.retire, on_idle=self._on_idle)
-        self._fail_waiting = fail_waiting
+        self._fail_waiting, self._on_open = fail_waiting, on_open
         self.is_open = True
 
     def stop(self) -> None:
@@ -135,9 +137,14 @@ class Connections:
                 if self.by_entry[entry].heard_at <= since:
                     self.retire(entry)
 
-    def has_room_beside(self, connection: Connection) -> bool:
-        """Whether a context may find a place on another connection soon."""
-        return self._capacity.has_room_beside(connection.entry, may_dial=not self._redialling.has_failed)
+    def has_room_beside(self, connection: Connection, since: float) -> bool:
+        """Whether a connection that `retire_silent` leaves has a free place, and no context waits for it."""
+        is_silent = connection.heard_at <= since
+        return not self._capacity.waiters and any(
+            entry.taken or not is_silent or self.by_entry[entry].heard_at > since
+            for entry in self._capacity.free
+            if entry is not connection.entry
+        )
 
     def _on_idle(self, connection: Connection) -> None:
         """Close a connection that takes no new context; look at any other again after its idle time."""
@@ -188,6 +195,12 @@ class Connections:
         self.tasks[entry] = task = self._group.create_task(self._live(entry))
         # Not at the end of the coroutine: a task that is cancelled before its first step never gets there.
         task.add_done_callback(lambda _: self._gone(entry))
+
+    def dial_beside(self) -> None:
+        """Dial one more connection for a slow create, if that is sensible; the create itself goes on."""
+        has_room = len(self._capacity.entries) < self._capacity.max_connections
+        if self.is_open and has_room and not self._capacity.dialling and not self._redialling.has_failed:
+            self._dial(is_replacement=True)
 
     def stop_dialling(self) -> None:
         """Stop the handshakes that were begun for contexts which wait no more.
@@ -246,6 +259,7 @@ class Connections:
         if entry.is_replacement:
             self._timer.set(now())
         self.dial_as_wanted()
+        self._on_open()
 
     def _gone(self, entry: PoolEntry) -> None:
         connection = self.by_entry.pop(entry, None)
