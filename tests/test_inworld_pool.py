@@ -18,6 +18,7 @@ from lastcall.worker.inworld.pool.errors import (
     PoolClosed,
     Unreachable,
 )
+from lastcall.worker.local.inworld_connection import ServerConnection
 from lastcall.worker.local.inworld_server import Faults, Limits
 from tests.support.inworld import PATIENCE, many, pair, quick, until
 
@@ -285,6 +286,37 @@ async def test_a_slow_server_ends_the_outage_too() -> None:
         await until(lambda: p.pool.figures.dialling == 0)
         await p.say()
         assert p.server.counts["connected"] == 1
+
+
+async def test_a_server_that_closes_at_once_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that ends before a word is a handshake that failed: callers are told, and none is dialled.
+
+    In the outage one handshake finds out, also if that one is accepted. Fails if an accepted handshake is
+    taken for a success.
+    """
+    async with pair(timings=quick(outage=600.0, settle=1.0), acquire_timeout=600.0) as p:
+
+        async def fails() -> None:
+            with pytest.raises(Unreachable, match="after the handshake"):
+                await p.acquire()
+
+        async def close(connection: ServerConnection) -> None:
+            await connection.ws.close(code=1013)
+
+        async with asyncio.timeout(PATIENCE):
+            with monkeypatch.context() as patched:
+                patched.setattr(ServerConnection, "serve", close)
+                await asyncio.gather(*(fails() for _ in range(100)))
+                assert p.server.counts["connected"] <= 20
+                await p.server.until(lambda: p.server.open_connections == 0, PATIENCE)
+                before = p.server.counts["connected"]
+                await asyncio.gather(*(fails() for _ in range(100)))
+                assert p.server.counts["connected"] == before
+                p.pool._connections._redialling.at = 0.0  # the moment is over
+                await asyncio.gather(*(fails() for _ in range(100)))
+                assert p.server.counts["connected"] == before + 1
+            p.pool._connections._redialling.at = 0.0
+            await many(20, p)
 
 
 # -- creates ------------------------------------------------------------------------------------------------

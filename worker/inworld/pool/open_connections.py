@@ -67,6 +67,8 @@ class Connections:
         self._changed = changed
         self._redialling = Redialling(timings, random.Random(seed))
         self._dialled_at: dict[PoolEntry, float] = {}
+        # Open connections that have yet to stand for `Timings.settle`.
+        self._unsettled: list[Connection] = []
         self._timer = Timer(self._on_timer)
         self._callbacks: Callbacks
         self._fail_waiting: Callable[[InworldError], None]
@@ -89,7 +91,9 @@ class Connections:
         context that waits. `on_open` is called when another connection is open.
         """
         self._group, self._session = group, session
-        self._callbacks = Callbacks(act=act, retire=self.retire, on_idle=self._on_idle)
+        self._callbacks = Callbacks(
+            act=act, retire=self.retire, on_leave=self._on_leave, on_idle=self._on_idle
+        )
         self._fail_waiting, self._on_open = fail_waiting, on_open
         self.is_open = True
 
@@ -126,6 +130,13 @@ class Connections:
         if connection is not None and not connection.contexts:
             self._on_idle(connection)
         self.dial_as_wanted()
+
+    def _on_leave(self, connection: Connection, reason: str) -> None:
+        """Retire a connection that ends; if the server has said nothing, its handshake failed."""
+        began = self._dialled_at[connection.entry]
+        if connection.heard_at == connection.opened_at and now() - began <= self._timings.dial:
+            self._fail_dial(connection.entry, DialError(f"ended after the handshake, {reason}", "failed"))
+        self.retire(connection.entry)
 
     def retire_silent(self, connection: Connection, since: float) -> None:
         """Retire every idle connection that was silent since then, if this one was.
@@ -168,7 +179,7 @@ class Connections:
         wanted = self._capacity.wanted()
         if self._redialling.outage is not None:
             # One handshake finds out for all, however long it takes: no caller waits for a slow one.
-            wanted = min(wanted, int(not self._capacity.dialling))
+            wanted = min(wanted, int(not self._capacity.dialling and not self._unsettled))
         elif self._redialling.is_full:
             # One handshake finds out for all, or one more if that one hangs.
             wanted = min(wanted, int(all(entry.is_slow for entry in self._capacity.dialling)))
@@ -183,7 +194,8 @@ class Connections:
     def _tell_outage(self) -> None:
         """Fail every context that waits, if the server is known to be down and nothing is in sight."""
         refusal = self._redialling.refusal(
-            is_finding_out=not all(entry.is_slow for entry in self._capacity.dialling),
+            is_finding_out=bool(self._unsettled)
+            or not all(entry.is_slow for entry in self._capacity.dialling),
             stands=any(entry.state is ConnectionState.OPEN for entry in self._capacity.entries),
         )
         if refusal is not None:
@@ -225,11 +237,11 @@ class Connections:
                 close_timeout=timings.close_handshake,
             )
         except DialError as error:
-            self._dial_failed(entry, error)
+            self._fail_dial(entry, error)
             return
         except Exception as error:
             self._faults.note("a handshake", error, connection=entry.number)
-            self._dial_failed(entry, DialError(str(LastcallFault(error)), "failed"))
+            self._fail_dial(entry, DialError(str(LastcallFault(error)), "failed"))
             return
         try:
             await self._serve(entry, ws)
@@ -252,8 +264,12 @@ class Connections:
         if entry.state is not ConnectionState.DIALLING:
             connection.close(now() + self._timings.close_handshake)
             return
-        self._redialling.succeeded()
         self.by_entry[entry] = connection
+        if self._redialling.outage is None:
+            self._redialling.succeeded()
+        else:
+            self._unsettled.append(connection)
+            self._timer.set(connection.opened_at + self._timings.settle)
         self._capacity.opened(entry)
         connection.report_idle()
         if entry.is_replacement:
@@ -263,6 +279,7 @@ class Connections:
 
     def _gone(self, entry: PoolEntry) -> None:
         connection = self.by_entry.pop(entry, None)
+        self._unsettled = [each for each in self._unsettled if each is not connection]
         if connection is not None and self._tally.is_counting:
             self._tally.connections[connection.fate] += 1
         del self._dialled_at[entry], self.tasks[entry]
@@ -271,7 +288,7 @@ class Connections:
         self._tell_outage()
         self.dial_as_wanted()
 
-    def _dial_failed(self, entry: PoolEntry, error: DialError) -> None:
+    def _fail_dial(self, entry: PoolEntry, error: DialError) -> None:
         self._counters.failed_dials += 1
         self._counters.refusals += error.failure == "refused"
         log.warning("no connection", extra={"why": str(error), "connection": entry.number})
@@ -286,9 +303,21 @@ class Connections:
         for entry in self._capacity.dialling:
             if self._dialled_at[entry] + self._timings.slow_dial <= at:
                 entry.is_slow = True
+        self._settle(at)
         self._close_idle(at)
         self._tell_outage()
         self.dial_as_wanted()
+
+    def _settle(self, at: float) -> None:
+        """End the outage once a connection stands."""
+        for connection in list(self._unsettled):
+            settled_at = connection.opened_at + self._timings.settle
+            if settled_at > at:
+                self._timer.set(settled_at)
+                continue
+            self._unsettled.remove(connection)
+            if connection.entry.state is ConnectionState.OPEN:
+                self._redialling.succeeded()
 
     def _close_idle(self, at: float) -> None:
         entries = self._capacity.entries

@@ -4,7 +4,8 @@ A 429 says that the account is full. Another client of the account may close a c
 callers wait, and the pool tries again after a delay that doubles. Every other failure is an outage: waiting
 would not help a caller, and a caller that is told at once can use another provider. An outage is remembered
 for a moment, so that a hundred calls do not dial a hundred times. After that moment one handshake finds out
-for all. The first that succeeds ends the outage.
+for all. The first connection that stands ends the outage: a proxy may accept a handshake only to close the
+connection at once. A connection that ends before the server has said anything is a handshake that failed.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Redialling:
             self.at = at + self._timings.outage * (1 - REDIAL_JITTER * self._random.random())
 
     def succeeded(self) -> None:
-        """Note a handshake that succeeded. After an outage the others may follow at once."""
+        """Note a connection that stands. After an outage the others may follow at once."""
         if self.outage is not None:
             self.reset()
         self._backoff.succeed()
