@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 
 import pytest
 
+from lastcall.worker.base.clock import now
+from lastcall.worker.inworld.pool.dialling import DialError
 from lastcall.worker.inworld.pool.errors import (
     AcquireTimeout,
     ContextError,
@@ -18,6 +21,8 @@ from lastcall.worker.inworld.pool.errors import (
     PoolClosed,
     Unreachable,
 )
+from lastcall.worker.inworld.pool.redialling import Redialling
+from lastcall.worker.inworld.pool.timings import Timings
 from lastcall.worker.local.inworld_connection import ServerConnection
 from lastcall.worker.local.inworld_server import Faults, Limits
 from tests.support.inworld import PATIENCE, many, pair, quick, until
@@ -286,6 +291,40 @@ async def test_a_slow_server_ends_the_outage_too() -> None:
         await until(lambda: p.pool.figures.dialling == 0)
         await p.say()
         assert p.server.counts["connected"] == 1
+
+
+async def test_a_handshake_that_hangs_does_not_keep_the_outage() -> None:
+    """The one that was to find out hangs: its callers are told, and a later caller has another and is served.
+
+    Fails if a hung handshake keeps every other from beginning.
+    """
+    timings = quick(dial=600.0, slow_dial=0.2, outage=0.3)
+    async with pair(faults=Faults(handshake_status=503), timings=timings) as p:
+        with pytest.raises(Unreachable):
+            await p.acquire(timeout=600.0)
+        redialling = p.pool._connections._redialling
+        p.server.faults.handshake_status, p.server.faults.handshake_hang = 0, True
+        await until(lambda: redialling.at <= now())
+        with pytest.raises(Unreachable, match="503"):
+            await p.acquire(timeout=600.0)
+        p.server.faults.handshake_hang = False
+        await until(lambda: redialling.at <= now())
+        await p.say(timeout=600.0)
+        assert (p.pool.figures.dialling, p.server.counts["connected"]) == (1, 1)
+
+
+def test_in_an_outage_one_handshake_begins_in_each_moment() -> None:
+    """The next may begin a moment after this one, though this one hangs; those under way fail once."""
+    redialling = Redialling(Timings(dial=10.0, outage=1.0), random.Random(1))
+    redialling.failed(DialError("503", "failed"), began=99.0, at=100.0)
+    redialling.began(102.0)
+    assert redialling.at == 103.0
+    redialling.began(103.0)
+    redialling.failed(DialError("hung", "failed"), began=102.0, at=112.0)
+    assert 112.5 <= redialling.at <= 113.0
+    at = redialling.at
+    redialling.failed(DialError("hung", "failed"), began=103.0, at=112.1)
+    assert redialling.at == at
 
 
 async def test_a_server_that_closes_at_once_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,22 +174,25 @@ class Connections:
         if self._redialling.at > at:
             if self._capacity.waiters:
                 self._timer.set(self._redialling.at)
-                self._tell_outage()
+                self._look_at_dialling()
             return
         wanted = self._capacity.wanted()
-        if self._redialling.outage is not None:
-            # One handshake finds out for all, however long it takes: no caller waits for a slow one.
-            wanted = min(wanted, int(not self._capacity.dialling and not self._unsettled))
-        elif self._redialling.is_full:
+        if self._redialling.has_failed:
             # One handshake finds out for all, or one more if that one hangs.
-            wanted = min(wanted, int(all(entry.is_slow for entry in self._capacity.dialling)))
+            is_finding_out = self._unsettled or not all(entry.is_slow for entry in self._capacity.dialling)
+            wanted = min(wanted, int(not is_finding_out))
         for _ in range(wanted):
+            self._redialling.began(at)
             self._dial()
         if self._capacity.waiters:
-            for entry in self._capacity.dialling:
-                if not entry.is_slow:
-                    self._timer.set(self._dialled_at[entry] + self._timings.slow_dial)
-            self._tell_outage()
+            self._look_at_dialling()
+
+    def _look_at_dialling(self) -> None:
+        """Look again when a handshake becomes slow, and tell the contexts that wait of an outage."""
+        for entry in self._capacity.dialling:
+            if not entry.is_slow:
+                self._timer.set(self._dialled_at[entry] + self._timings.slow_dial)
+        self._tell_outage()
 
     def _tell_outage(self) -> None:
         """Fail every context that waits, if the server is known to be down and nothing is in sight."""
