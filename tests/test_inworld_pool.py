@@ -225,6 +225,20 @@ async def test_a_refused_key_is_told_at_once() -> None:
         await p.say()
 
 
+async def test_a_refusal_of_the_key_before_fails_nobody() -> None:
+    """A handshake under way with the key of before is refused: its caller is served with the new key."""
+    async with pair(faults=Faults(handshake_delay=0.3)) as p:
+        right = p.server.api_key
+        p.pool.set_key("old")
+        before = asyncio.ensure_future(p.say())
+        await until(lambda: p.server._transports)
+        p.pool.set_key(right)
+        after = asyncio.ensure_future(p.say())
+        async with asyncio.timeout(PATIENCE):
+            assert await before and await after
+        assert (p.pool.figures.failed_dials, p.server.counts["refused"]) == (1, 1)
+
+
 OUTAGES = {
     "nobody listens": (Faults(), "Cannot connect"),
     "refused": (Faults(handshake_status=503), "503"),

@@ -230,17 +230,17 @@ class Connections:
 
     async def _live(self, entry: PoolEntry) -> None:
         """Dial, serve and end one connection. An exception that left this task would end all others."""
-        timings = self._timings
+        timings, key = self._timings, self._key
         try:
             ws = await dial(
                 self._session,
                 self.url,
-                self._key,
+                key,
                 timeout=timings.dial,
                 close_timeout=timings.close_handshake,
             )
         except DialError as error:
-            self._fail_dial(entry, error)
+            self._fail_dial(entry, error, is_key_old=key != self._key)
             return
         except Exception as error:
             self._faults.note("a handshake", error, connection=entry.number)
@@ -291,10 +291,12 @@ class Connections:
         self._tell_outage()
         self.dial_as_wanted()
 
-    def _fail_dial(self, entry: PoolEntry, error: DialError) -> None:
+    def _fail_dial(self, entry: PoolEntry, error: DialError, *, is_key_old: bool = False) -> None:
         self._counters.failed_dials += 1
         self._counters.refusals += error.failure == "refused"
         log.warning("no connection", extra={"why": str(error), "connection": entry.number})
+        if is_key_old and error.failure == "key":
+            return  # it says nothing of the present key, and the end of this task dials again
         self._redialling.failed(error, began=self._dialled_at[entry], at=now())
 
     # -- the timer ------------------------------------------------------------------------------------------
