@@ -341,6 +341,27 @@ def test_in_an_outage_one_handshake_begins_in_each_moment() -> None:
     assert redialling.at == at
 
 
+def test_an_outage_after_a_full_account_is_short() -> None:
+    """A handshake that was under way fails during the long delay after a 429: it counts for a second."""
+    redialling = Redialling(Timings(outage=1.0, retry_first=8.0, retry_cap=8.0), random.Random(1))
+    redialling.failed(DialError("429", "refused"), began=100.0, at=101.0)
+    assert redialling.at >= 105.0
+    redialling.failed(DialError("hung", "failed"), began=99.0, at=102.0)
+    assert redialling.outage is not None and redialling.at == 103.0
+
+
+async def test_an_old_outage_is_told_to_nobody() -> None:
+    """Long after a failure a caller meets a slow handshake, and is served by it. Fails if it is told."""
+    async with pair(faults=Faults(handshake_status=503), timings=quick(slow_dial=0.1)) as p:
+        with pytest.raises(Unreachable):
+            await p.acquire()
+        p.server.faults.handshake_status, p.server.faults.handshake_delay = 0, 0.5
+        redialling = p.pool._connections._redialling
+        assert now() < redialling._stale_at <= now() + p.pool.timings.outage + p.pool.timings.dial
+        redialling._stale_at = 0.0  # hours later
+        await p.say(timeout=PATIENCE)
+
+
 async def test_a_server_that_closes_at_once_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that ends before a word is a handshake that failed: callers are told, and none is dialled.
 

@@ -171,6 +171,7 @@ class Connections:
         if not self.is_open:
             return
         at = now()
+        self._redialling.forget_stale(at)
         if self._redialling.at > at:
             if self._capacity.waiters:
                 self._timer.set(self._redialling.at)

@@ -16,6 +16,7 @@ import random
 from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.inworld.pool.dialling import DialError
 from lastcall.worker.inworld.pool.errors import InworldError, KeyRefused, Unreachable
+from lastcall.worker.inworld.pool.timer import NEVER
 from lastcall.worker.inworld.pool.timings import Timings
 
 # Part of each delay that is random. Ours: machines that Inworld refused together must not come back together.
@@ -38,6 +39,7 @@ class Redialling:
         self._random = random
         self._failures = 0
         self._counted_at = 0.0
+        self._stale_at = NEVER
         self._backoff = Backoff(
             timings.retry_first, timings.retry_cap, jitter=REDIAL_JITTER, random=self._random
         )
@@ -57,6 +59,11 @@ class Redialling:
         if self.outage is not None:
             self.at = at + self._timings.outage
 
+    def forget_stale(self, at: float) -> None:
+        """Forget an outage whose last failure is so old that any handshake of that time has ended since."""
+        if self.outage is not None and at > self._stale_at:
+            self.reset()
+
     def failed(self, error: DialError, *, began: float, at: float) -> None:
         """Note a failure. Handshakes that were under way together fail together, and count once."""
         counts = began >= self._counted_at
@@ -73,6 +80,9 @@ class Redialling:
         if counts:
             self._failures += 1
             self.at = at + self._timings.outage * (1 - REDIAL_JITTER * self._random.random())
+        # The delay after a 429 is longer, and an outage that follows one is remembered no longer than others.
+        self.at = min(self.at, at + self._timings.outage)
+        self._stale_at = at + self._timings.outage + self._timings.dial
 
     def succeeded(self) -> None:
         """Note a connection that stands. After an outage the others may follow at once."""
