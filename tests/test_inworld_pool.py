@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 
 import pytest
 
+from lastcall.worker.base.clock import now
+from lastcall.worker.inworld.pool.dialling import DialError
 from lastcall.worker.inworld.pool.errors import (
     AcquireTimeout,
     ContextError,
@@ -18,6 +21,9 @@ from lastcall.worker.inworld.pool.errors import (
     PoolClosed,
     Unreachable,
 )
+from lastcall.worker.inworld.pool.redialling import Redialling
+from lastcall.worker.inworld.pool.timings import Timings
+from lastcall.worker.local.inworld_connection import ServerConnection
 from lastcall.worker.local.inworld_server import Faults, Limits
 from tests.support.inworld import PATIENCE, many, pair, quick, until
 
@@ -219,6 +225,20 @@ async def test_a_refused_key_is_told_at_once() -> None:
         await p.say()
 
 
+async def test_a_refusal_of_the_key_before_fails_nobody() -> None:
+    """A handshake under way with the key of before is refused: its caller is served with the new key."""
+    async with pair(faults=Faults(handshake_delay=0.3)) as p:
+        right = p.server.api_key
+        p.pool.set_key("old")
+        before = asyncio.ensure_future(p.say())
+        await until(lambda: p.server._transports)
+        p.pool.set_key(right)
+        after = asyncio.ensure_future(p.say())
+        async with asyncio.timeout(PATIENCE):
+            assert await before and await after
+        assert (p.pool.figures.failed_dials, p.server.counts["refused"]) == (1, 1)
+
+
 OUTAGES = {
     "nobody listens": (Faults(), "Cannot connect"),
     "refused": (Faults(handshake_status=503), "503"),
@@ -285,6 +305,92 @@ async def test_a_slow_server_ends_the_outage_too() -> None:
         await until(lambda: p.pool.figures.dialling == 0)
         await p.say()
         assert p.server.counts["connected"] == 1
+
+
+async def test_a_handshake_that_hangs_does_not_keep_the_outage() -> None:
+    """The one that was to find out hangs: its callers are told, and a later caller has another and is served.
+
+    Fails if a hung handshake keeps every other from beginning.
+    """
+    timings = quick(dial=600.0, slow_dial=0.2, outage=0.3)
+    async with pair(faults=Faults(handshake_status=503), timings=timings) as p:
+        with pytest.raises(Unreachable):
+            await p.acquire(timeout=600.0)
+        redialling = p.pool._connections._redialling
+        p.server.faults.handshake_status, p.server.faults.handshake_hang = 0, True
+        await until(lambda: redialling.at <= now())
+        with pytest.raises(Unreachable, match="503"):
+            await p.acquire(timeout=600.0)
+        p.server.faults.handshake_hang = False
+        await until(lambda: redialling.at <= now())
+        await p.say(timeout=600.0)
+        assert (p.pool.figures.dialling, p.server.counts["connected"]) == (1, 1)
+
+
+def test_in_an_outage_one_handshake_begins_in_each_moment() -> None:
+    """The next may begin a moment after this one, though this one hangs; those under way fail once."""
+    redialling = Redialling(Timings(dial=10.0, outage=1.0), random.Random(1))
+    redialling.failed(DialError("503", "failed"), began=99.0, at=100.0)
+    redialling.began(102.0)
+    assert redialling.at == 103.0
+    redialling.began(103.0)
+    redialling.failed(DialError("hung", "failed"), began=102.0, at=112.0)
+    assert 112.5 <= redialling.at <= 113.0
+    at = redialling.at
+    redialling.failed(DialError("hung", "failed"), began=103.0, at=112.1)
+    assert redialling.at == at
+
+
+def test_an_outage_after_a_full_account_is_short() -> None:
+    """A handshake that was under way fails during the long delay after a 429: it counts for a second."""
+    redialling = Redialling(Timings(outage=1.0, retry_first=8.0, retry_cap=8.0), random.Random(1))
+    redialling.failed(DialError("429", "refused"), began=100.0, at=101.0)
+    assert redialling.at >= 105.0
+    redialling.failed(DialError("hung", "failed"), began=99.0, at=102.0)
+    assert redialling.outage is not None and redialling.at == 103.0
+
+
+async def test_an_old_outage_is_told_to_nobody() -> None:
+    """Long after a failure a caller meets a slow handshake, and is served by it. Fails if it is told."""
+    async with pair(faults=Faults(handshake_status=503), timings=quick(slow_dial=0.1)) as p:
+        with pytest.raises(Unreachable):
+            await p.acquire()
+        p.server.faults.handshake_status, p.server.faults.handshake_delay = 0, 0.5
+        redialling = p.pool._connections._redialling
+        assert now() < redialling._stale_at <= now() + p.pool.timings.outage + p.pool.timings.dial
+        redialling._stale_at = 0.0  # hours later
+        await p.say(timeout=PATIENCE)
+
+
+async def test_a_server_that_closes_at_once_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that ends before a word is a handshake that failed: callers are told, and none is dialled.
+
+    In the outage one handshake finds out, also if that one is accepted. Fails if an accepted handshake is
+    taken for a success.
+    """
+    async with pair(timings=quick(outage=600.0, settle=1.0), acquire_timeout=600.0) as p:
+
+        async def fails() -> None:
+            with pytest.raises(Unreachable, match="after the handshake"):
+                await p.acquire()
+
+        async def close(connection: ServerConnection) -> None:
+            await connection.ws.close(code=1013)
+
+        async with asyncio.timeout(PATIENCE):
+            with monkeypatch.context() as patched:
+                patched.setattr(ServerConnection, "serve", close)
+                await asyncio.gather(*(fails() for _ in range(100)))
+                assert p.server.counts["connected"] <= 20
+                await p.server.until(lambda: p.server.open_connections == 0, PATIENCE)
+                before = p.server.counts["connected"]
+                await asyncio.gather(*(fails() for _ in range(100)))
+                assert p.server.counts["connected"] == before
+                p.pool._connections._redialling.at = 0.0  # the moment is over
+                await asyncio.gather(*(fails() for _ in range(100)))
+                assert p.server.counts["connected"] == before + 1
+            p.pool._connections._redialling.at = 0.0
+            await many(20, p)
 
 
 # -- creates ------------------------------------------------------------------------------------------------

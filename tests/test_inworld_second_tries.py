@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from lastcall.worker.base.clock import now
+from lastcall.worker.inworld.pool.lifecycles import ConnectionState
 from lastcall.worker.inworld.pool.pinging import Pinging, Verdict
 from lastcall.worker.inworld.pool.second_tries import SHARE, SecondTries
 from lastcall.worker.inworld.pool.timer import NEVER
@@ -158,6 +159,48 @@ async def test_a_slow_create_is_heard_once() -> None:
         assert p.server.events_of("cancel_requested")[0].context == first
         assert p.pool.figures.second_tries == 1
         await p.settled()
+
+
+REFUSALS = {
+    "full": Faults(handshake_status=429),
+    "down": Faults(handshake_status=503),
+    "unanswered": Faults(handshake_hang=True),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_a_slow_create_is_kept_until_another_connection_is_open(refusal: str) -> None:
+    """No other connection can be had: the first try is answered in the end, and its connection stays.
+
+    Fails if the first try is cancelled for a handshake that may be refused.
+    """
+    async with pair(timings=EAGER, max_contexts=1) as p:
+        p.server.faults.create_delay = 1.5
+        said = asyncio.ensure_future(p.say())
+        await p.server.until(lambda: p.server.counts["context_created"], PATIENCE)
+        (connection,) = p.pool.connections.values()
+        p.server.faults.handshake_status = REFUSALS[refusal].handshake_status
+        p.server.faults.handshake_hang = REFUSALS[refusal].handshake_hang
+        await until(lambda: p.pool.figures.failed_dials or p.pool.figures.dialling)
+        assert await said > 0
+        assert list(p.pool.connections.values()) == [connection]
+        assert connection.entry.state is ConnectionState.OPEN
+        assert (p.server.counts["context_created"], p.pool.figures.second_tries) == (1, 0)
+
+
+async def test_a_connection_that_was_silent_as_long_gets_no_second_try() -> None:
+    """The idle connection may have died as well, and the limit leaves no other: the first try goes on.
+
+    Fails if the second try retires the connection that it was meant for.
+    """
+    async with pair(timings=EAGER, max_contexts=1, max_connections=2) as p:
+        for stream in await asyncio.gather(p.acquire(), p.acquire()):
+            await stream.release()
+        await p.settled()
+        p.server.faults.create_delay = 1.5
+        assert await p.say() > 0
+        assert p.pool.figures.second_tries == 0
+        assert [each.entry.state for each in p.pool.connections.values()] == [ConnectionState.OPEN] * 2
 
 
 async def test_no_second_try_while_other_connections_are_slow_too() -> None:

@@ -38,8 +38,8 @@ class PoolEntry:
     """One connection's state and its places.
 
     `taken`: places that claims have. `is_slow`: the handshake takes so long that another may be started
-    beside it. `was_used`: a create was sent on this connection. `is_replacement`: dialled to take an idle
-    connection's place, not because a claim waits.
+    beside it. `was_used`: a create was sent on this connection. `is_replacement`: dialled in place of an idle
+    or silent connection, not because a claim waits.
     """
 
     __slots__ = ("is_replacement", "is_slow", "number", "state", "taken", "was_used")
@@ -101,12 +101,10 @@ class Capacity:
         """The open connections without a taken place."""
         return [entry for entry in self.entries if entry.state is ConnectionState.OPEN and not entry.taken]
 
-    def has_room_beside(self, entry: PoolEntry, *, may_dial: bool) -> bool:
-        """Whether another connection has a free place, or may be dialled, and no claim waits for that."""
-        return not self._waiting and (
-            (may_dial and len(self.entries) < self.max_connections)
-            or any(self._is_free(each) for each in self.entries if each is not entry)
-        )
+    @property
+    def free(self) -> list[PoolEntry]:
+        """The open connections with a free place."""
+        return [entry for entry in self.entries if self._is_free(entry)]
 
     def wanted(self) -> int:
         """Return how many handshakes to start now, so that every waiting claim will have a place.

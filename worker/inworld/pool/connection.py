@@ -60,19 +60,21 @@ class Callbacks:
     """The calls by which a connection reports to its pool.
 
     `act` calls a method of a context on this connection and performs its effects. `retire` gets an entry that
-    is to take no new context. `on_idle` gets a connection whose last context has ended.
+    is to take no new context. `on_leave` gets a connection that ends otherwise than by a close, with the
+    reason, before the contexts on it are told. `on_idle` gets a connection whose last context has ended.
     """
 
     act: Act
     retire: Callable[[PoolEntry], None]
+    on_leave: Callable[[Connection, str], None]
     on_idle: Callable[[Connection], None]
 
 
 class Connection:
     """A WebSocket after its handshake. `contexts` are those that the server may count, by id.
 
-    `heard_at`: when the server last said something. `create_seconds`: how long its last answer to a create
-    took. `created_at`: when that answer came.
+    `opened_at`: when the handshake ended. `heard_at`: when the server last said something.
+    `create_seconds`: how long its last answer to a create took. `created_at`: when that answer came.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Connection:
     ) -> None:
         self.entry = entry
         self.contexts: dict[str, Context] = {}
-        self.idle_since = self.heard_at = self.created_at = now()
+        self.opened_at = self.idle_since = self.heard_at = self.created_at = now()
         self.create_seconds = 0.0
         self.malformed = 0
         # The connection ended with close frames (closed) or without them (forced).
@@ -189,7 +191,7 @@ class Connection:
     def _leave(self, reason: str) -> None:
         if not self._leaving.done():
             self._leaving.set_result(reason)
-            self._callbacks.retire(self.entry)
+            self._callbacks.on_leave(self, reason)
         self.outbox.wake()
 
     def _lose_contexts(self, why: str) -> None:

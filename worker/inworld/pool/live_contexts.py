@@ -197,19 +197,31 @@ class Contexts:
         self._second_tries.sent()
         self.act(context, context.granted, id, now(), self._second_tries.after)
 
+    def try_slow_elsewhere(self) -> None:
+        """Look at every slow create again: another connection is open."""
+        sent_by = now() - self._second_tries.after
+        for context in list(self.claims):
+            if context.sent_at <= sent_by:
+                self._try_elsewhere(context)
+
     def _try_elsewhere(self, context: Context) -> None:
-        """Have a slow create tried on another connection, if that may help and the allowance is there."""
+        """Have a slow create tried on another connection, if that may help and the allowance is there.
+
+        The first try goes on until an open connection has a place for the second: a handshake may be refused.
+        """
         connection = self.connection_of(context)
-        if connection is None or not context.may_try_elsewhere:
+        if connection is None or not context.may_try_elsewhere or not self._second_tries.is_left:
             return
         is_slow_everywhere = any(
             self._second_tries.is_slow(other.longest_create(since=context.sent_at))
             for other in self._connections.by_entry.values()
             if other is not connection
         )
-        if is_slow_everywhere or not self._connections.has_room_beside(connection):
+        if is_slow_everywhere:
             return
-        if self._second_tries.take():
+        if not self._connections.has_room_beside(connection, context.sent_at):
+            self._connections.dial_beside()
+        elif self._second_tries.take():
             self._counters.second_tries += 1
             self.act(context, context.try_elsewhere, now())
 

@@ -67,9 +67,12 @@ class Connections:
         self._changed = changed
         self._redialling = Redialling(timings, random.Random(seed))
         self._dialled_at: dict[PoolEntry, float] = {}
+        # Open connections that have yet to stand for `Timings.settle`.
+        self._unsettled: list[Connection] = []
         self._timer = Timer(self._on_timer)
         self._callbacks: Callbacks
         self._fail_waiting: Callable[[InworldError], None]
+        self._on_open: Callable[[], None]
         self._group: asyncio.TaskGroup
         self._session: aiohttp.ClientSession
 
@@ -80,15 +83,18 @@ class Connections:
         *,
         act: Act,
         fail_waiting: Callable[[InworldError], None],
+        on_open: Callable[[], None],
     ) -> None:
         """Let handshakes begin; the tasks of connections are the group's.
 
         `act` calls a method of a context and performs the effects. `fail_waiting` gets an error for every
-        context that waits.
+        context that waits. `on_open` is called when another connection is open.
         """
         self._group, self._session = group, session
-        self._callbacks = Callbacks(act=act, retire=self.retire, on_idle=self._on_idle)
-        self._fail_waiting = fail_waiting
+        self._callbacks = Callbacks(
+            act=act, retire=self.retire, on_leave=self._on_leave, on_idle=self._on_idle
+        )
+        self._fail_waiting, self._on_open = fail_waiting, on_open
         self.is_open = True
 
     def stop(self) -> None:
@@ -125,6 +131,13 @@ class Connections:
             self._on_idle(connection)
         self.dial_as_wanted()
 
+    def _on_leave(self, connection: Connection, reason: str) -> None:
+        """Retire a connection that ends; if the server has said nothing, its handshake failed."""
+        began = self._dialled_at[connection.entry]
+        if connection.heard_at == connection.opened_at and now() - began <= self._timings.dial:
+            self._fail_dial(connection.entry, DialError(f"ended after the handshake, {reason}", "failed"))
+        self.retire(connection.entry)
+
     def retire_silent(self, connection: Connection, since: float) -> None:
         """Retire every idle connection that was silent since then, if this one was.
 
@@ -135,9 +148,14 @@ class Connections:
                 if self.by_entry[entry].heard_at <= since:
                     self.retire(entry)
 
-    def has_room_beside(self, connection: Connection) -> bool:
-        """Whether a context may find a place on another connection soon."""
-        return self._capacity.has_room_beside(connection.entry, may_dial=not self._redialling.has_failed)
+    def has_room_beside(self, connection: Connection, since: float) -> bool:
+        """Whether a connection that `retire_silent` leaves has a free place, and no context waits for it."""
+        is_silent = connection.heard_at <= since
+        return not self._capacity.waiters and any(
+            entry.taken or not is_silent or self.by_entry[entry].heard_at > since
+            for entry in self._capacity.free
+            if entry is not connection.entry
+        )
 
     def _on_idle(self, connection: Connection) -> None:
         """Close a connection that takes no new context; look at any other again after its idle time."""
@@ -153,30 +171,35 @@ class Connections:
         if not self.is_open:
             return
         at = now()
+        self._redialling.forget_stale(at)
         if self._redialling.at > at:
             if self._capacity.waiters:
                 self._timer.set(self._redialling.at)
-                self._tell_outage()
+                self._look_at_dialling()
             return
         wanted = self._capacity.wanted()
-        if self._redialling.outage is not None:
-            # One handshake finds out for all, however long it takes: no caller waits for a slow one.
-            wanted = min(wanted, int(not self._capacity.dialling))
-        elif self._redialling.is_full:
+        if self._redialling.has_failed:
             # One handshake finds out for all, or one more if that one hangs.
-            wanted = min(wanted, int(all(entry.is_slow for entry in self._capacity.dialling)))
+            is_finding_out = self._unsettled or not all(entry.is_slow for entry in self._capacity.dialling)
+            wanted = min(wanted, int(not is_finding_out))
         for _ in range(wanted):
+            self._redialling.began(at)
             self._dial()
         if self._capacity.waiters:
-            for entry in self._capacity.dialling:
-                if not entry.is_slow:
-                    self._timer.set(self._dialled_at[entry] + self._timings.slow_dial)
-            self._tell_outage()
+            self._look_at_dialling()
+
+    def _look_at_dialling(self) -> None:
+        """Look again when a handshake becomes slow, and tell the contexts that wait of an outage."""
+        for entry in self._capacity.dialling:
+            if not entry.is_slow:
+                self._timer.set(self._dialled_at[entry] + self._timings.slow_dial)
+        self._tell_outage()
 
     def _tell_outage(self) -> None:
         """Fail every context that waits, if the server is known to be down and nothing is in sight."""
         refusal = self._redialling.refusal(
-            is_finding_out=not all(entry.is_slow for entry in self._capacity.dialling),
+            is_finding_out=bool(self._unsettled)
+            or not all(entry.is_slow for entry in self._capacity.dialling),
             stands=any(entry.state is ConnectionState.OPEN for entry in self._capacity.entries),
         )
         if refusal is not None:
@@ -188,6 +211,12 @@ class Connections:
         self.tasks[entry] = task = self._group.create_task(self._live(entry))
         # Not at the end of the coroutine: a task that is cancelled before its first step never gets there.
         task.add_done_callback(lambda _: self._gone(entry))
+
+    def dial_beside(self) -> None:
+        """Dial one more connection for a slow create, if that is sensible; the create itself goes on."""
+        has_room = len(self._capacity.entries) < self._capacity.max_connections
+        if self.is_open and has_room and not self._capacity.dialling and not self._redialling.has_failed:
+            self._dial(is_replacement=True)
 
     def stop_dialling(self) -> None:
         """Stop the handshakes that were begun for contexts which wait no more.
@@ -202,21 +231,21 @@ class Connections:
 
     async def _live(self, entry: PoolEntry) -> None:
         """Dial, serve and end one connection. An exception that left this task would end all others."""
-        timings = self._timings
+        timings, key = self._timings, self._key
         try:
             ws = await dial(
                 self._session,
                 self.url,
-                self._key,
+                key,
                 timeout=timings.dial,
                 close_timeout=timings.close_handshake,
             )
         except DialError as error:
-            self._dial_failed(entry, error)
+            self._fail_dial(entry, error, is_key_old=key != self._key)
             return
         except Exception as error:
             self._faults.note("a handshake", error, connection=entry.number)
-            self._dial_failed(entry, DialError(str(LastcallFault(error)), "failed"))
+            self._fail_dial(entry, DialError(str(LastcallFault(error)), "failed"))
             return
         try:
             await self._serve(entry, ws)
@@ -239,16 +268,22 @@ class Connections:
         if entry.state is not ConnectionState.DIALLING:
             connection.close(now() + self._timings.close_handshake)
             return
-        self._redialling.succeeded()
         self.by_entry[entry] = connection
+        if self._redialling.outage is None:
+            self._redialling.succeeded()
+        else:
+            self._unsettled.append(connection)
+            self._timer.set(connection.opened_at + self._timings.settle)
         self._capacity.opened(entry)
         connection.report_idle()
         if entry.is_replacement:
             self._timer.set(now())
         self.dial_as_wanted()
+        self._on_open()
 
     def _gone(self, entry: PoolEntry) -> None:
         connection = self.by_entry.pop(entry, None)
+        self._unsettled = [each for each in self._unsettled if each is not connection]
         if connection is not None and self._tally.is_counting:
             self._tally.connections[connection.fate] += 1
         del self._dialled_at[entry], self.tasks[entry]
@@ -257,10 +292,12 @@ class Connections:
         self._tell_outage()
         self.dial_as_wanted()
 
-    def _dial_failed(self, entry: PoolEntry, error: DialError) -> None:
+    def _fail_dial(self, entry: PoolEntry, error: DialError, *, is_key_old: bool = False) -> None:
         self._counters.failed_dials += 1
         self._counters.refusals += error.failure == "refused"
         log.warning("no connection", extra={"why": str(error), "connection": entry.number})
+        if is_key_old and error.failure == "key":
+            return  # it says nothing of the present key, and the end of this task dials again
         self._redialling.failed(error, began=self._dialled_at[entry], at=now())
 
     # -- the timer ------------------------------------------------------------------------------------------
@@ -272,9 +309,21 @@ class Connections:
         for entry in self._capacity.dialling:
             if self._dialled_at[entry] + self._timings.slow_dial <= at:
                 entry.is_slow = True
+        self._settle(at)
         self._close_idle(at)
         self._tell_outage()
         self.dial_as_wanted()
+
+    def _settle(self, at: float) -> None:
+        """End the outage once a connection stands."""
+        for connection in list(self._unsettled):
+            settled_at = connection.opened_at + self._timings.settle
+            if settled_at > at:
+                self._timer.set(settled_at)
+                continue
+            self._unsettled.remove(connection)
+            if connection.entry.state is ConnectionState.OPEN:
+                self._redialling.succeeded()
 
     def _close_idle(self, at: float) -> None:
         entries = self._capacity.entries

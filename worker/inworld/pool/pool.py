@@ -120,6 +120,7 @@ class InworldPool:
             self._session,
             act=self._contexts.act,
             fail_waiting=self._contexts.fail_waiting,
+            on_open=self._contexts.try_slow_elsewhere,
         )
         return self
 

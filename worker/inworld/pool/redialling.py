@@ -4,7 +4,9 @@ A 429 says that the account is full. Another client of the account may close a c
 callers wait, and the pool tries again after a delay that doubles. Every other failure is an outage: waiting
 would not help a caller, and a caller that is told at once can use another provider. An outage is remembered
 for a moment, so that a hundred calls do not dial a hundred times. After that moment one handshake finds out
-for all. The first that succeeds ends the outage.
+for all. If that one hangs, the callers are told, and another may begin for the next caller. The first
+connection that stands ends the outage: a proxy may accept a handshake only to close the connection at once.
+A connection that ends before the server has said anything is a handshake that failed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import random
 from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.inworld.pool.dialling import DialError
 from lastcall.worker.inworld.pool.errors import InworldError, KeyRefused, Unreachable
+from lastcall.worker.inworld.pool.timer import NEVER
 from lastcall.worker.inworld.pool.timings import Timings
 
 # Part of each delay that is random. Ours: machines that Inworld refused together must not come back together.
@@ -35,6 +38,8 @@ class Redialling:
         self._timings = timings
         self._random = random
         self._failures = 0
+        self._counted_at = 0.0
+        self._stale_at = NEVER
         self._backoff = Backoff(
             timings.retry_first, timings.retry_cap, jitter=REDIAL_JITTER, random=self._random
         )
@@ -49,9 +54,21 @@ class Redialling:
         """Whether the last handshake failed."""
         return self.is_full or self.outage is not None
 
+    def began(self, at: float) -> None:
+        """Note a handshake that begins. In an outage the next may follow a moment later, should it hang."""
+        if self.outage is not None:
+            self.at = at + self._timings.outage
+
+    def forget_stale(self, at: float) -> None:
+        """Forget an outage whose last failure is so old that any handshake of that time has ended since."""
+        if self.outage is not None and at > self._stale_at:
+            self.reset()
+
     def failed(self, error: DialError, *, began: float, at: float) -> None:
         """Note a failure. Handshakes that were under way together fail together, and count once."""
-        counts = began >= self.at
+        counts = began >= self._counted_at
+        if counts:
+            self._counted_at = at
         if error.failure == "refused":
             self.outage, self._failures = None, 0
             if counts:
@@ -63,16 +80,19 @@ class Redialling:
         if counts:
             self._failures += 1
             self.at = at + self._timings.outage * (1 - REDIAL_JITTER * self._random.random())
+        # The delay after a 429 is longer, and an outage that follows one is remembered no longer than others.
+        self.at = min(self.at, at + self._timings.outage)
+        self._stale_at = at + self._timings.outage + self._timings.dial
 
     def succeeded(self) -> None:
-        """Note a handshake that succeeded. After an outage the others may follow at once."""
+        """Note a connection that stands. After an outage the others may follow at once."""
         if self.outage is not None:
             self.reset()
         self._backoff.succeed()
 
     def reset(self) -> None:
         """Forget everything: with another key the server may answer otherwise."""
-        self.at, self.outage, self._failures = 0.0, None, 0
+        self.at, self.outage, self._failures, self._counted_at = 0.0, None, 0, 0.0
         self._backoff.succeed()
 
     def refusal(self, *, is_finding_out: bool, stands: bool) -> InworldError | None:

@@ -63,9 +63,14 @@ class SecondTries:
         """Whether a create that takes so long makes its connection slow."""
         return seconds >= SLOW_PART * self.after
 
+    @property
+    def is_left(self) -> bool:
+        """Whether `take` would take one."""
+        return self._allowance >= 1.0
+
     def take(self) -> bool:
         """Take one second try, if one is left."""
-        if self._allowance < 1.0:
+        if not self.is_left:
             return False
         self._allowance -= 1.0
         return True

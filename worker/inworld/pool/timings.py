@@ -20,6 +20,9 @@ class Timings:
     # How long an outage is remembered: callers are told of it without a handshake. Ours: a call notices a
     # second, and one handshake a second from each machine harms no server.
     outage: float = 1.0
+    # After an outage, a connection that stands for so long ends the outage. Ours: a proxy that accepts a
+    # handshake for a server that is down closes the connection at once, and a call does not notice 0.2 s.
+    settle: float = 0.2
     # From a create to contextCreated. Ours: two tries fit into an acquire timeout of 30 s, dial included.
     create: float = 5.0
     # A create that is not answered so soon may go out on another connection. The time follows from the
