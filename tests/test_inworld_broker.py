@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
-from lastcall.worker.inworld.broker.broker import Broker
+from lastcall.worker.inworld.broker.broker import MAX_BODY, Broker
 from lastcall.worker.inworld.plugin.arguments import DIRECT_PATH
 from lastcall.worker.local.inworld_server import Faults, Limits, Speech
 from tests.support.broker import LONG, SPEAKING, TOKEN, brokered
@@ -115,6 +117,33 @@ async def test_a_job_that_goes_away_has_its_contexts_cancelled() -> None:
         await other.send("c", cancel_context={})
         await other.said("c", "contextClosed")
     s.pair.orderly()
+
+
+async def test_no_request_of_a_job_is_a_fault() -> None:
+    """No upgrade is 400 and a body that is too large 413; a job may go away during the upgrade."""
+    headers = {"Authorization": f"Basic {TOKEN}"}
+    async with brokered() as s, aiohttp.ClientSession(s.broker.base_url, headers=headers) as session:
+        async with session.get(PATH) as answer:
+            assert answer.status == 400
+        async with session.post("/tts/v1/voice:stream", data=io.BytesIO(b"x" * (MAX_BODY + 1))) as answer:
+            assert answer.status == 413
+        # Away in mid-upgrade: the transport is gone when the answer is to be written.
+        with pytest.MonkeyPatch.context() as patch:
+            real = web.WebSocketResponse.prepare
+            upgrades = 0
+
+            async def cut(self: web.WebSocketResponse, request: web.BaseRequest) -> object:
+                nonlocal upgrades
+                upgrades += 1
+                assert request.transport is not None
+                request.transport.abort()
+                return await real(self, request)
+
+            patch.setattr(web.WebSocketResponse, "prepare", cut)
+            with pytest.raises(aiohttp.ClientError):
+                await session.ws_connect(PATH)
+            await until(lambda: upgrades and not s.broker.clients)
+        assert s.pair.pool.figures.faults == 0
 
 
 async def test_a_create_waits_its_turn() -> None:

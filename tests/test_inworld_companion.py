@@ -133,6 +133,35 @@ async def test_a_server_that_never_answers_costs_its_share(tmp_path: Path) -> No
             assert now() - began < PATIENCE
 
 
+async def test_a_lookup_that_hangs_delays_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends when its pool is closed, while the system still looks for the name of the server."""
+    aliases = tmp_path / "aliases"
+    os.mkfifo(aliases)  # the C library reads it for a name without a dot, and waits for what never comes
+    monkeypatch.setenv("HOSTALIASES", str(aliases))
+    writer = -1
+
+    def hangs() -> bool:
+        nonlocal writer
+        try:
+            writer = os.open(aliases, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        return True
+
+    try:
+        async with companion(tmp_path, ws_url="ws://nowhere/") as one:
+            await one.serve()
+            async with Job(one.ws_url, TOKEN) as job:
+                await job.burst("c", "Hello.")
+                await until(hangs)
+                one.say(Close(close_at=now() + 0.5))
+                assert (await one.heard(Resource)).fate == "closed"
+                assert await one.exit() == 0
+    finally:
+        if writer >= 0:
+            os.close(writer)
+
+
 async def test_told_to_close_before_it_served(tmp_path: Path) -> None:
     """Without a key there is nothing to close, and nothing is wrong."""
     async with companion(tmp_path) as one:

@@ -9,11 +9,16 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from lastcall.worker.inworld.pool import protocol
+from lastcall.worker.inworld.pool.capacity import Capacity
+from lastcall.worker.inworld.pool.connection import Connection
 from lastcall.worker.inworld.pool.context import Context
 from lastcall.worker.inworld.pool.errors import ConnectionLost, InworldError, LastcallFault
+from lastcall.worker.inworld.pool.open_connections import Connections
+from lastcall.worker.inworld.pool.pool import InworldPool
 from lastcall.worker.inworld.pool.protocol import Action, Frame
+from lastcall.worker.local.inworld_server import Faults
 from tests.support.broker import LONG, SPEAKING, brokered
-from tests.support.inworld import CONFIG, PATIENCE, Pair, pair, until
+from tests.support.inworld import CONFIG, PATIENCE, Pair, pair, quick, until
 from tests.support.inworld_job import CONFIG as JOB_CONFIG
 
 
@@ -111,6 +116,82 @@ async def test_a_context_that_raises_ends_alone(monkeypatch: pytest.MonkeyPatch)
         assert [frame async for frame in other.speak("I go on.")]
         await until(lambda: p.server.open_connections == 0)
         await p.say()
+
+
+def raising_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Have the next call of this method raise."""
+    real = getattr(owner, name)
+
+    def raises(self: object, *args: object, **kwargs: object) -> None:
+        monkeypatch.setattr(owner, name, real)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(owner, name, raises)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "how"),
+    [
+        (Connection, "report_idle", "closed"),
+        (Capacity, "release", "closed"),
+        (Connection, "put", "cancelled"),
+        (Connection, "watch", "cancelled"),
+        (Connections, "retire", "given up"),
+        (Capacity, "release", "lost"),
+        (Capacity, "request", "lost"),
+        (Context, "lose", "lost"),
+        (Connections, "retire_silent", "unanswered"),
+        (Connections, "retire", "unanswered"),
+    ],
+)
+async def test_a_fault_at_the_end_of_a_context_leaves_nothing(
+    owner: type, name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner is told once, the place is free, and the pool serves on and closes in order."""
+    timings = quick(create=0.2, cancel=0.2, cancel_hint=0.1)
+    is_created = how not in ("lost", "unanswered") or name == "lose"
+    async with pair(
+        faults=Faults(create_unanswered=not is_created, closed_never=how == "given up"),
+        timings=timings,
+        max_contexts=1,
+        max_connections=2,
+        is_faulty=True,
+    ) as p:
+        listener = Broken("nowhere")
+        context = p.pool.start(CONFIG, listener)
+        await until(lambda: context.is_created if is_created else p.server.open_contexts)
+        raising_once(monkeypatch, owner, name)
+        p.server.faults.create_unanswered = False
+        if how == "closed":
+            p.pool.close(context)
+        elif how in ("cancelled", "given up"):
+            p.pool.cancel(context)
+        elif how == "lost":
+            p.server.cut_connections()
+        await until(lambda: p.pool.figures.faults and not p.pool._contexts.claims)
+        p.server.faults.closed_never = False
+        assert len(listener.ended) == 1, listener.ended
+        assert p.pool.figures.contexts == 0 and not p.pool._contexts.waiting
+        assert await p.say()
+        assert p.pool.figures.faults == 1
+        assert (await p.pool.aclose()).tasks == 0
+
+
+async def test_a_start_that_raises_costs_no_other_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the request of a place is told to its owner; one in `start` ends that job's contexts."""
+    async with brokered(speech=SPEAKING, is_faulty=True) as s, s.job() as job:
+        await job.burst("c", LONG, close=False)
+        await job.said("c", "audioChunk")
+        raising_once(monkeypatch, Capacity, "request")
+        await job.send("d", create=JOB_CONFIG)
+        assert await job.said("d", "code") == LastcallFault.code
+        assert s.pair.pool.figures.contexts == 1 and not s.pair.pool.figures.waiters
+        raising_once(monkeypatch, InworldPool, "start")
+        await job.send("e", create=JOB_CONFIG)
+        await until(lambda: job.close_code == 1011)
+        await until(lambda: s.pair.server.open_contexts == 0)
+        assert s.pair.server.counts["cancel_requested"] == 1
+        assert s.pair.pool.figures.faults == 2
 
 
 async def _parse_fails(p: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

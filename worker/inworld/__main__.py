@@ -22,7 +22,7 @@ from lastcall.worker.base import variables
 from lastcall.worker.base.broker_settings import INWORLD_URL, INWORLD_WS_URL, BrokerSettings
 from lastcall.worker.base.dial_checks import check_key, check_proxy, check_url
 from lastcall.worker.base.exit_codes import Exit
-from lastcall.worker.base.process import forbid_dumps
+from lastcall.worker.base.process import forbid_dumps, leave
 from lastcall.worker.inworld.broker import json_log
 from lastcall.worker.inworld.broker.broker import Broker, listen
 from lastcall.worker.inworld.broker.broker_process import BrokerProcess
@@ -43,7 +43,7 @@ def main() -> NoReturn:
             if fd is not None:
                 os.set_inheritable(fd, False)
         process = BrokerProcess(settings)
-        raise SystemExit(run(process))
+        run(process)
     settings = alone(sys.argv[1:])
     key = os.environ.pop(variables.INWORLD_API_KEY, "").strip()
     if not key:
@@ -57,7 +57,7 @@ def main() -> NoReturn:
     except ValueError as error:
         print(f"lastcall: {variables.INWORLD_API_KEY}: got {error}", file=sys.stderr)
         raise SystemExit(Exit.CONFIG) from error
-    raise SystemExit(run(BrokerProcess(settings, key=key), say=True))
+    run(BrokerProcess(settings, key=key), say=True)
 
 
 def alone(arguments: list[str]) -> BrokerSettings:
@@ -97,8 +97,8 @@ def alone(arguments: list[str]) -> BrokerSettings:
     )
 
 
-def run(process: BrokerProcess, *, say: bool = False) -> int:
-    """Run to the end; with `say` the first line of standard output tells where it serves, as JSON."""
+def run(process: BrokerProcess, *, say: bool = False) -> NoReturn:
+    """Run and leave; with `say` the first line of standard output tells where it serves, as JSON."""
 
     def tell(broker: Broker) -> None:
         token = process.settings.token
@@ -112,7 +112,8 @@ def run(process: BrokerProcess, *, say: bool = False) -> int:
         print(json.dumps(where), flush=True)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(process.run(tell if say else lambda _: None))
+        # Not by the loop's close, which would wait for a lookup of a name that hangs.
+        leave(runner.run(process.run(tell if say else lambda _: None)))
 
 
 if __name__ == "__main__":

@@ -148,6 +148,10 @@ class Broker:
         try:
             await ws.prepare(request)
             await client.run()
+        except web.HTTPException:
+            raise  # the answer to a request that is no upgrade
+        except (OSError, ClientError) as error:
+            log.info("a job went away", extra={"error": type(error).__name__})
         except Exception as error:
             self.pool.faults.note("a local connection", error)
             if ws.prepared:
@@ -162,8 +166,8 @@ class Broker:
             return refusal
         try:
             return await self._pass(request, self._key)
-        except (OSError, ClientError):  # TimeoutError is an OSError
-            raise  # cuts a connection whose answer can't be completed
+        except (web.HTTPException, OSError, ClientError):  # TimeoutError is an OSError
+            raise  # an answer, or cuts a connection whose answer can't be completed
         except Exception as error:
             self.pool.faults.note("a local request", error)
             return _answer(500, UNKNOWN, str(LastcallFault(error)))

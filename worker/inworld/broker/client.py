@@ -217,6 +217,9 @@ class Client:
             new.clear_pending()
             self.forget(new)
             self.put(protocol.status(name, error.code, str(error)))
+        except BaseException:
+            self.forget(new)  # it has no context that the end of this connection could cancel
+            raise
 
     def _context_of(self, request: Request) -> ClientContext | None:
         """Return the context that a request is for, as Inworld finds it, or answer that there is none."""

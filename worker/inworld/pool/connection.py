@@ -89,6 +89,8 @@ class Connection:
         self.fate: ResourceFate = "forced"
         # The connection ended while contexts were open on it.
         self.was_lost = False
+        # The socket is gone: a context that is still here would wait for ever.
+        self.is_gone = False
         self.outbox = Outbox(MAX_UNSENT)
         self._ws = ws
         self._timings = timings
@@ -195,7 +197,7 @@ class Connection:
         self.outbox.wake()
 
     def _lose_contexts(self, why: str) -> None:
-        self.was_lost = bool(self.contexts)
+        self.is_gone, self.was_lost = True, bool(self.contexts)
         for context in list(self.contexts.values()):
             self._callbacks.act(context, context.lose, ConnectionLost(why))
         self.outbox.wake()

@@ -35,6 +35,7 @@ from lastcall.worker.inworld.pool.context import (
 from lastcall.worker.inworld.pool.errors import AcquireTimeout, InworldError, LastcallFault
 from lastcall.worker.inworld.pool.fault_log import FaultLog
 from lastcall.worker.inworld.pool.figures import Counters
+from lastcall.worker.inworld.pool.lifecycles import ContextState
 from lastcall.worker.inworld.pool.open_connections import Connections
 from lastcall.worker.inworld.pool.second_tries import SecondTries
 from lastcall.worker.inworld.pool.timings import Timings
@@ -110,7 +111,7 @@ class Contexts:
             for effect in method(*args, **kwargs):
                 self._perform(context, effect)
         except Exception as error:
-            self._end_faulty(context, error)
+            self.end_faulty(context, error)
 
     def _perform(self, context: Context, effect: Effect) -> None:
         match effect:
@@ -146,22 +147,38 @@ class Contexts:
             case _:
                 assert_never(effect)
 
-    def _end_faulty(self, context: Context, error: Exception) -> None:
-        """Fail a context after an exception that nobody foresaw, or forget it if that fails too."""
+    def end_faulty(self, context: Context, error: Exception) -> None:
+        """Fail a context after an exception that nobody foresaw, or forget it if that fails too.
+
+        The effects after the one that raised are lost, so the listener is told here if it was to be told.
+        """
         self._faults.note("a context", error, context=context.id)
+        if context.state in (ContextState.WAITING, ContextState.CANCELLING, ContextState.ENDED):
+            # A cancel may be among the lost effects, and is not sent again.
+            self._retire_under(context)
+        must_forget = False
         try:
             for effect in context.fail(LastcallFault(error), now()):
                 self._perform(context, effect)
         except Exception as second:
             self._faults.note("a context", second, context=context.id)
-            if context.listener is not None:
-                self._perform(context, Tell(LastcallFault(error), None))
-            if context in self.claims:
-                # The server may still count the context, so its connection takes no other.
-                connection = self.connection_of(context)
-                if connection is not None:
-                    self._connections.retire(connection.entry)
-                self._end(context, "forced")
+            self._retire_under(context)
+            must_forget = True
+        if context.listener is not None:
+            self._perform(context, Tell(LastcallFault(error), None))
+        if context not in self.claims:
+            return
+        connection = self.connection_of(context)
+        if must_forget or context.state is ContextState.ENDED or connection is None or connection.is_gone:
+            self._end(context, "forced")
+        else:
+            connection.watch(context.deadline)
+
+    def _retire_under(self, context: Context) -> None:
+        """Have the context's connection take no other, because the server may still count this one."""
+        connection = self.connection_of(context)
+        if connection is not None:
+            self._connections.retire(connection.entry)
 
     def _connection_of(self, context: Context) -> Connection:
         entry = self.claims[context].entry
@@ -227,23 +244,29 @@ class Contexts:
 
     def _retry(self, context: Context, remainder: Context | None) -> None:
         self._counters.retries += 1
-        claim = self.claims[context]
+        connection = self._connection_of(context)
+        # No longer this context's, whatever raises below: two contexts would give one place back.
+        claim = self.claims.pop(context)
         if remainder is None:
-            self._connection_of(context).contexts.pop(context.id)
+            connection.contexts.pop(context.id)
             self._capacity.release(claim)
         else:
             self.claims[remainder] = claim
-            self._connection_of(remainder).contexts[remainder.id] = remainder
+            connection.contexts[remainder.id] = remainder
             self.act(remainder, remainder.cancel, now())
-            self._connections.retire_silent(self._connection_of(remainder), context.sent_at)
+            self._connections.retire_silent(connection, context.sent_at)
         self.request(context, first=True)
 
     def _end(self, context: Context, fate: str) -> None:
-        claim = self.claims.pop(context)
-        connection = None if claim.entry is None else self._connections.by_entry[claim.entry]
+        """Forget a context. After a fault in here, a second call does what the first has left undone."""
+        claim = self.claims.get(context)
+        if claim is None:
+            return
+        connection = self.connection_of(context)
         if connection is not None:
-            connection.contexts.pop(context.id)
+            connection.contexts.pop(context.id, None)
         self._capacity.release(claim)
+        del self.claims[context]
         waiting = self.waiting.pop(context, None)
         if waiting is not None:
             waiting.stop()

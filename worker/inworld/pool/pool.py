@@ -155,7 +155,10 @@ class InworldPool:
             raise PoolClosed(f"the Inworld pool is {state}")
         patience = self._acquire_timeout if timeout is None else timeout
         context = Context(config, listener, timings=self.timings, acquire_at=now() + patience)
-        self._contexts.request(context)
+        try:
+            self._contexts.request(context)
+        except Exception as error:
+            self._contexts.end_faulty(context, error)
         return context
 
     def send(self, context: Context, action: Action, document: Document) -> None:

@@ -34,7 +34,8 @@ class Timer:
         self._handle = asyncio.get_running_loop().call_later(max(0.0, at - now()), self._fire)
 
     def stop(self) -> None:
-        """Fire no more."""
+        """Fire no more, whatever is set from now on."""
+        self.at = -NEVER
         if self._handle is not None:
             self._handle.cancel()
 
