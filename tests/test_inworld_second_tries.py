@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from concurrent.futures import Future
 
 import pytest
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.inworld.pool.lifecycles import ConnectionState
 from lastcall.worker.inworld.pool.pinging import Pinging, Verdict
+from lastcall.worker.inworld.pool.pool import InworldPool
 from lastcall.worker.inworld.pool.second_tries import SHARE, SecondTries
 from lastcall.worker.inworld.pool.timer import NEVER
-from lastcall.worker.local.inworld_server import Faults, Speech
-from tests.support.inworld import PATIENCE, pair, quick, until
+from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
+from tests.support.inworld import CONFIG, PATIENCE, pair, quick, until
+from tests.support.inworld_stream import acquire
 from tests.support.slow_network import proxied
 
 # No create is given up here, so a caller that is served in time is served by a second try.
@@ -94,6 +99,66 @@ async def test_an_idle_connection_that_stops_answering_is_ended() -> None:
         await until(lambda: p.pool.figures.connections == 0)
         assert p.pool.figures.lost == 0
         await p.say()
+
+
+async def test_a_pause_of_this_process_ends_no_connection() -> None:
+    """A pong that came while nothing ran here is read before the connection is judged."""
+    started: Future[InworldServer] = Future()
+    over = threading.Event()
+
+    async def serve() -> None:
+        async with InworldServer() as server:
+            started.set_result(server)
+            while not over.is_set():
+                await asyncio.sleep(0.01)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    server = await asyncio.wrap_future(started)
+    try:
+        async with InworldPool(server.ws_url, server.api_key, timings=quick(ping=0.2, pong=0.4)) as pool:
+            await (await acquire(pool, CONFIG)).release()
+            await until(lambda: server.counts["ping"] >= 2)
+            (connection,) = pool.connections.values()
+            real = connection._ws.ping
+            paused: list[int] = []
+
+            def pause(pings: int) -> None:
+                deadline = now() + PATIENCE
+                while server.counts["ping"] <= pings and now() < deadline:
+                    time.sleep(0.01)
+                time.sleep(0.8)  # the pong comes, and its time goes by
+
+            async def ping(message: bytes = b"") -> None:
+                pings = server.counts["ping"]
+                await real(message)
+                if not paused:
+                    paused.append(pings)
+                    asyncio.get_running_loop().call_soon(pause, pings)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(connection._ws, "ping", ping)
+                await until(
+                    lambda: paused and (server.counts["ping"] > paused[0] + 1 or not pool.connections)
+                )
+            assert list(pool.connections.values()) == [connection]
+    finally:
+        over.set()
+        await asyncio.to_thread(thread.join)
+
+
+@pytest.mark.parametrize("how", ["ping", "error"])
+async def test_all_that_a_server_says_is_heard(how: str) -> None:
+    """A ping of the server's and an error without a name show that the connection is alive."""
+    async with pair() as p:
+        await p.say()
+        (connection,) = p.pool.connections.values()
+        heard_at = connection.heard_at
+        if how == "ping":
+            await p.server.connections[1].ws.ping()
+        else:
+            await p.server.connections[1].send_raw('{"error": {"code": 3, "message": "what?"}}')
+        await until(lambda: connection.heard_at > heard_at)
 
 
 async def test_a_server_that_answers_no_ping_keeps_its_connection() -> None:

@@ -41,8 +41,18 @@ P = ParamSpec("P")
 # Ours: five contexts with 1,000 characters each are 5 kB, so both are far above what speech needs.
 MAX_UNSENT = 256 * 1024
 MAX_UNSENT_EVER = 8 * 1024 * 1024
+# Messages by which a server is heard. A close is not among them.
+SAYINGS = (
+    aiohttp.WSMsgType.TEXT,
+    aiohttp.WSMsgType.BINARY,
+    aiohttp.WSMsgType.PING,
+    aiohttp.WSMsgType.PONG,
+)
 # A ping and a pong, as they stand in the outbox.
 PING, PONG = b"ping", b"pong"
+# Seconds between a missing pong and the end of the connection, in which a pong that came during a pause of
+# this process is read. Ours: many turns of the loop.
+UNREAD_SECONDS = 0.1
 # Malformed frames after which a connection is ended. Ours: one may be an accident, three are a broken peer.
 MAX_MALFORMED = 3
 
@@ -225,12 +235,13 @@ class Connection:
     async def _read(self) -> None:
         while True:
             message = await self._ws.receive()
+            if message.type in SAYINGS:
+                self.heard_at = now()
             if message.type is aiohttp.WSMsgType.TEXT:
                 self._take(message.data)
             elif message.type is aiohttp.WSMsgType.BINARY:
                 self._count_malformed("a binary frame")
             elif message.type is aiohttp.WSMsgType.PONG:
-                self.heard_at = now()
                 self._pinging.pong(self.heard_at)
                 self.watch(self._pinging.due)
             elif message.type is aiohttp.WSMsgType.PING:
@@ -280,9 +291,18 @@ class Connection:
         if verdict is Verdict.PING:
             self.outbox.put(PING)
         elif verdict is Verdict.DEAD:
-            log.info("idle connection is dead", extra={"connection": self.entry.number})
-            self._leave(f"no pong within {self._timings.pong:g} s")
+            self._loop.call_later(UNREAD_SECONDS, self._end_if_dead, self.heard_at)
         return self._pinging.due
+
+    def _end_if_dead(self, heard_at: float) -> None:
+        """End an idle connection that has heard nothing since this time; else go on with its pings."""
+        if self.contexts or self._leaving.done():
+            return
+        if self.heard_at > heard_at:
+            self.report_idle()
+            return
+        log.info("idle connection is dead", extra={"connection": self.entry.number})
+        self._leave(f"no pong within {self._timings.pong:g} s")
 
     # -- frames from the server ---------------------------------------------------------------------------
 
@@ -295,10 +315,9 @@ class Connection:
         if frame.context is None:
             self._take_nameless(frame)
             return
-        self.heard_at = at = now()
         context = self.contexts.get(frame.context)
         if context is not None:
-            self._callbacks.act(context, context.take, frame, at)
+            self._callbacks.act(context, context.take, frame, self.heard_at)
         # Else the frame is for a context that has ended here, and was under way.
 
     def _take_nameless(self, frame: Frame) -> None:
