@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from urllib.parse import urljoin
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.inworld_endpoint import BrokerEndpoint, key_of
 from lastcall.worker.base.dial_checks import check_key, check_proxy, check_url
 from lastcall.worker.base.inworld_keys import is_known
-from lastcall.worker.inworld.pool.dialling import PATH
+from lastcall.worker.inworld.pool.dialling import PATH, DialError, dial
 
 ODD = st.text("aB0.-_~%:@/[]?#\\\\!$&'()*+,;=| \n\t\u00e4\u212a\u3002\ud800", max_size=20)
 
@@ -93,3 +95,20 @@ def test_what_workers_are_given() -> None:
             )
     finally:
         endpoint.close()
+
+
+async def test_the_password_of_a_proxy_is_told_to_nobody() -> None:
+    """A proxy that refuses is named by its status: aiohttp's own text has the URL with the password."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    proxy = f"http://user:s3cret@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, aiohttp.ClientSession(proxy=proxy) as session:
+        with pytest.raises(DialError, match="the proxy answers 407") as raised:
+            await dial(session, "wss://inworld.test/", "key", timeout=10, close_timeout=1)
+    assert "s3cret" not in str(raised.value) and raised.value.failure == "failed"

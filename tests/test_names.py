@@ -196,6 +196,7 @@ class Pool:
 
 def load(_patch: pytest.MonkeyPatch) -> None:
     assert agent_server.load_of(SimpleNamespace()) == 0.0
+    assert agent_server.load_of(SimpleNamespace(_worker_load=None)) == 0.0  # what a load_fnc returned
 
 
 def agent_name(_patch: pytest.MonkeyPatch) -> None:
@@ -284,6 +285,8 @@ def forkserver(patch: pytest.MonkeyPatch) -> None:
 
 def full_by_load(_patch: pytest.MonkeyPatch) -> None:
     assert process_pool.is_full_by_load(SimpleNamespace(_proc_pool=Pool(), _worker_load=1.0)) is False
+    unknown: Any = SimpleNamespace(_proc_pool=Pool(), _worker_load=None, _load_threshold=0.7)
+    assert process_pool.is_full_by_load(unknown) is False
     server: Any = SimpleNamespace(_proc_pool=Pool(), _worker_load=1.0, _load_threshold=0.7)
     assert process_pool.is_full_by_load(server) is True
     without_threshold: Any = SimpleNamespace()

@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 
 from lastcall.supervisor.fleet.full_time import FullTime
+from lastcall.worker.base import setup_errors
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.wire import MAX_LINE_BYTES, encode
+from lastcall.worker.job.setup import Setup
 from lastcall.worker.sdk import process_pool
+from lastcall.worker.warming import Warming
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.metrics import scrape
 from tests.support.program import status, verb
@@ -39,21 +44,26 @@ def at(entry: dict[str, Any]) -> float:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("idle", [1, 0])
-async def test_first_process_that_fails(run: StartRun, tmp_path: Path, idle: int) -> None:
+@pytest.mark.parametrize(
+    ("idle", "how", "says"), [(1, "raise", "no model"), (0, "bare", "ConnectionError()")]
+)
+async def test_first_process_that_fails(
+    run: StartRun, tmp_path: Path, idle: int, how: str, says: str
+) -> None:
     """The start has failed: no registration, no READY, the user's own reason, and back-off up to giving up.
 
-    Without idle processes a trial process is started first.
+    Without idle processes a trial process is started first. livekit-agents takes an error without a text for
+    none.
     """
     config = tmp_path / "lastcall.toml"
     config.write_text("[restart]\nintensity = 1\nbackoff = [0.1, 0.2]\n")
-    environment = {"PREWARM": "raise", "IDLE": str(idle)}
+    environment = {"PREWARM": how, "IDLE": str(idle)}
     options = ("--grace", "30", "--config", str(config), "--http", "127.0.0.1:0")
     r: Run = await run("run", *options, AGENT, environment=environment)
     await r.until(lambda: r.log("slot failed"), 60)
     if r.process.poll() is None:
         code, text = await readyz(r)
-        assert code == 503 and "first job process did not get ready" in text and "no model" in text
+        assert code == 503 and "first job process did not get ready" in text and says in text
         assert (await r.livekit.dispatch("nobody")).outcome == "no_worker"
     assert await r.exit(90) == 69
     starts = len(r.log("slot starting"))
@@ -145,6 +155,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.handlers: dict[str, Any] = {}
+        self._warmed_proc_queue = asyncio.Queue[Any]()
         self._closed = False
         self.how: Any = None
 
@@ -163,7 +174,9 @@ class Pool:
             await asyncio.sleep(0.01)  # the pool closes the process
             return
         self.emit("process_ready", executor)
+        self._warmed_proc_queue.put_nowait(executor)
         if self.how == "taken":
+            self._warmed_proc_queue.get_nowait()
             executor.running_job = "a job"
             self.emit("process_job_launched", executor)
         self.emit("process_closed", executor)
@@ -195,6 +208,72 @@ async def test_how_a_process_went() -> None:
     pool.how = RuntimeError("killed")
     await pool._proc_spawn_task()
     assert len(told) == 5
+
+
+async def test_processes_that_are_gone_wait_for_no_job() -> None:
+    """A process that was closed and a thread whose setup raised get no call; the others keep their place."""
+    pool, told = Pool(), list[str]()
+
+    async def pause() -> None:
+        pass
+
+    process_pool.follow_processes(
+        pool, pause=pause, warm=lambda: told.append("warm"), failed=lambda reason, _: told.append(reason)
+    )
+    living = object()
+    pool._warmed_proc_queue.put_nowait(living)
+    pool.how = "idle"
+    await pool._proc_spawn_task()
+    assert told == ["warm", "the process ended while it waited for a job"]
+    assert pool._warmed_proc_queue.qsize() == 1
+
+    setup_errors.tell("no model")
+    pool.how = "idle"
+    await pool._proc_spawn_task()
+    await asyncio.sleep(0)
+    assert told[2:] == ["no model"] and setup_errors.take() == ""
+    assert pool._warmed_proc_queue.get_nowait() is living and pool._warmed_proc_queue.empty()
+
+
+async def test_a_trial_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool without idle processes starts none itself: after a failure the next one is a trial."""
+    started: list[object] = []
+    monkeypatch.setattr(process_pool, "start_one", started.append)
+    reported: list[Any] = []
+    failed: list[str] = []
+    pool: Any = SimpleNamespace(
+        _default_num_idle_processes=0, _warmed_proc_queue=asyncio.Queue(), on=lambda *_: None
+    )
+    pool._proc_spawn_task = None
+    server = SimpleNamespace(_proc_pool=pool)
+    warming = Warming(server, changed=Condition(), report=reported.append, start_failed=failed.append)
+    warming._prepare(pool)
+    assert started == [pool] and not warming.is_cold
+    warming._on_failed("took too long", True)
+    assert len(started) == 2 and not failed and not warming.is_cold
+    warming._on_failed("x" * 1_000_000, False)
+    assert len(started) == 2 and len(failed) == 1 and len(encode(reported[-1])) < MAX_LINE_BYTES
+    warming._on_warm()
+    warming._on_failed("no model", False)
+    assert len(started) == 3 and warming.is_cold
+    pool._warmed_proc_queue.put_nowait(object())
+    assert not warming.is_cold
+
+
+def test_setup_that_raises_without_a_text() -> None:
+    """livekit-agents takes an empty text for success, so that the exception gets one."""
+
+    def bare(_: object) -> None:
+        raise ConnectionError
+
+    def spoken(_: object) -> None:
+        raise ConnectionError("no model server")
+
+    with pytest.raises(RuntimeError, match=r"ConnectionError\(\)"):
+        Setup._set_up(bare, None)
+    with pytest.raises(ConnectionError, match="no model server"):
+        Setup._set_up(spoken, None)
+    assert setup_errors.take() == ""
 
 
 def test_seconds_by_reason() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import ProcessFailed
+from lastcall.worker.base.wire import ProcessFailed, shortened
 from lastcall.worker.sdk import agent_server, process_pool
 
 log = logging.getLogger("lastcall.worker")
@@ -57,6 +57,7 @@ class Warming:
         self._was_warm = False
         self._is_failing = False
         self._backoff = Backoff(FIRST_PAUSE, LONGEST_PAUSE, jitter=JITTER, random=random.Random())
+        self._pool: Any | None = None  # where it keeps no idle processes
         self._next_at = 0.0
         self._failed_at = 0.0
         self._is_over = False
@@ -80,11 +81,16 @@ class Warming:
     @property
     def is_cold(self) -> bool:
         """Whether no process is ready for a job and the last that started has failed."""
-        return self._is_failing and not agent_server.has_warm_process(self._server)
+        if not self._is_failing:
+            return False
+        if self._pool is not None:
+            return not process_pool.has_idle_process(self._pool)
+        return not agent_server.has_warm_process(self._server)
 
     def _prepare(self, pool: Any) -> None:
         process_pool.follow_processes(pool, pause=self._pause, warm=self._on_warm, failed=self._on_failed)
         if not process_pool.keeps_idle_processes(pool):
+            self._pool = pool
             process_pool.start_one(pool)  # a trial: the first job gets it
 
     async def _until_warm(self) -> None:
@@ -101,13 +107,16 @@ class Warming:
     def _on_failed(self, reason: str, is_slow: bool) -> None:
         if self._is_over:
             return
+        reason = shortened(reason)
         self.failures += 1
-        self._report(ProcessFailed(failures=self.failures, reason=reason))
-        log.warning("job process failed", extra={"reason": reason})
         if not is_slow:
             self._back_off()
             if not self._was_warm:
                 self._start_failed(reason)
+        if self._pool is not None and (self._was_warm or is_slow):
+            process_pool.start_one(self._pool)  # the pool keeps none idle, and starts none by itself
+        log.warning("job process failed", extra={"reason": reason})
+        self._report(ProcessFailed(failures=self.failures, reason=reason))
         self._changed.notify()
 
     def _back_off(self) -> None:

@@ -166,6 +166,8 @@ def prewarm(process: JobProcess) -> None:
         time.sleep(600)
     if os.environ.get("PREWARM") == "raise" or os.path.exists(os.environ["JOB_LOG"] + ".raise"):
         raise RuntimeError("no model")
+    if os.environ.get("PREWARM") == "bare":
+        raise ConnectionError
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from lastcall.worker.base import calls_over, garbage
+from lastcall.worker.base import calls_over, garbage, setup_errors
 from lastcall.worker.base.memory import die_before, oom_adjustment
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
@@ -78,4 +78,21 @@ class Setup:
         tell_over = functools.partial(calls_over.tell, self.over)
         teardown.begin(process, {"inworld": plugin_connections.aclose}, tell_over)
         job_process.at_job_end(teardown.end)
-        return None if self.user is None else self.user(process)
+        return None if self.user is None else self._set_up(self.user, process)
+
+    @staticmethod
+    def _set_up(user: Callable[[Any], Any], process: Any) -> Any:
+        """Call the user's function. An exception always has a text.
+
+        livekit-agents sends the text to the worker, and takes an empty one, as that of a bare `assert`, for
+        success (ipc/proc_client.py and ipc/supervised_proc.py).
+        """
+        try:
+            return user(process)
+        except Exception as error:
+            text = str(error) or repr(error)
+            if os.environ.get(WORKER_PID) == str(os.getpid()):
+                setup_errors.tell(text)
+            if text == str(error):
+                raise
+            raise RuntimeError(text) from error

@@ -290,8 +290,11 @@ def has_given_up(server: AgentServer) -> bool:
 
 
 def load_of(server: AgentServer) -> float:
-    """Return the load that the worker last measured, 0 to 1."""
-    return float(getattr(server, "_worker_load", 0.0))
+    """Return the load that the worker last measured, 0 to 1; 0 where its load_fnc returned no number."""
+    try:
+        return float(getattr(server, "_worker_load", 0.0))
+    except (TypeError, ValueError):
+        return 0.0
 
 
 async def announce(server: AgentServer, *, full: bool) -> None:
@@ -302,8 +305,12 @@ async def announce(server: AgentServer, *, full: bool) -> None:
     """
     server._draining = full
     if getattr(server, "_msg_chan", None) is not None:
-        with contextlib.suppress(ChanClosed):
+        try:
             await server._update_worker_status()
+        except ChanClosed:
+            pass
+        except (TypeError, ValueError) as error:  # the load_fnc of the agent returned no number
+            log.warning("the LiveKit server can't be told the load", extra={"error": repr(error)})
 
 
 async def flush(server: AgentServer) -> None:

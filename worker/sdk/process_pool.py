@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lastcall.worker.base import setup_errors
+
 # The tasks of `start_one`, where the pool has no place for them.
 _trials: set[asyncio.Task[Any]] = set()
 
@@ -99,10 +101,14 @@ def follow_processes(
             future.add_done_callback(lambda _: settle_failed(attempt))
 
     def on_ready(executor: Any) -> None:
-        idle.append(executor)
         attempt = attempts.get(asyncio.current_task())
+        error = setup_errors.take()
+        if error:  # the pool puts the executor into the queue behind this event
+            asyncio.get_running_loop().call_soon(_take_from_queue, pool, executor)
+        else:
+            idle.append(executor)
         if attempt is not None:
-            settle(attempt)
+            settle(attempt, error)
 
     def on_launched(executor: Any) -> None:
         if executor in idle:
@@ -111,6 +117,8 @@ def follow_processes(
     def on_closed(executor: Any) -> None:
         if executor in idle:
             idle.remove(executor)
+            # Only the newest versions do so: a process that is gone would be given a call.
+            _take_from_queue(pool, executor)
             if executor.running_job is None:
                 settle(_Attempt(), "the process ended while it waited for a job")
 
@@ -132,6 +140,23 @@ def follow_processes(
     pool.on("process_job_launched", on_launched)
     pool.on("process_closed", on_closed)
     pool._proc_spawn_task = paced
+
+
+def _take_from_queue(pool: Any, executor: Any) -> None:
+    """Take an executor out of those that wait for a job. Needs `_warmed_proc_queue`."""
+    queue = getattr(pool, "_warmed_proc_queue", None)
+    if queue is None:
+        return
+    waiting = [queue.get_nowait() for _ in range(queue.qsize())]
+    for each in waiting:
+        if each is not executor:
+            queue.put_nowait(each)
+
+
+def has_idle_process(pool: Any) -> bool:
+    """Tell whether a process waits for a job. Needs `_warmed_proc_queue`."""
+    queue = getattr(pool, "_warmed_proc_queue", None)
+    return queue is None or not queue.empty()
 
 
 def keeps_idle_processes(pool: Any) -> bool:
@@ -183,4 +208,7 @@ def is_full_by_load(server: Any) -> bool:
         return False
     effective = getattr(server, "_get_effective_load", None)
     load = getattr(server, "_worker_load", 0.0) if effective is None else effective()
-    return bool(load >= threshold)
+    try:
+        return bool(load >= threshold)
+    except TypeError:  # the load_fnc of the agent returned no number
+        return False

@@ -67,5 +67,8 @@ class PassThrough:
             if response is not None:
                 raise  # cuts the connection, so that the client does not take half an answer for a whole one
             status = 504 if isinstance(error, TimeoutError) else 502
-            text = f"no answer from {self.base_url}: {error or type(error).__name__}"
+            why = str(error) or type(error).__name__
+            if isinstance(error, aiohttp.ClientHttpProxyError):  # its text has the proxy's password
+                why = f"the proxy answers {error.status}"
+            text = f"no answer from {self.base_url}: {why}"
             return web.json_response({"code": UNAVAILABLE, "message": text, "details": []}, status=status)

@@ -49,5 +49,7 @@ async def dial(
         if error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise DialError(f"{error.status}: the server refuses the API key", "key") from error
         raise DialError(f"the handshake was answered with {error.status}", "failed") from error
+    except aiohttp.ClientHttpProxyError as error:  # its text has the URL of the proxy, with the password
+        raise DialError(f"the proxy answers {error.status}", "failed") from error
     except (aiohttp.ClientError, OSError) as error:
         raise DialError(str(error) or type(error).__name__, "failed") from error
