@@ -31,11 +31,15 @@ from livekit.agents import JobContext, WorkerOptions, cli
 
 VERSION = 1
 
+def say(what: str) -> None:
+    # In one piece: an unbuffered print writes each word by itself, and others write to the same pipe.
+    os.write(1, f"call {VERSION} {what}\\n".encode())
+
 async def entrypoint(ctx: JobContext) -> None:
-    print("call", VERSION, "begins", flush=True)
+    say("begins")
     while not os.path.exists("go"):
         await asyncio.sleep(0.02)
-    print("call", VERSION, "ends", flush=True)
+    say("ends")
     ctx.shutdown()
 
 if __name__ == "__main__":
