@@ -40,6 +40,7 @@ from lastcall.worker.base.wire import (
     Hold,
     Imported,
     MetricsText,
+    Ready,
     Resource,
     ShieldOpen,
     Terminate,
@@ -241,6 +242,8 @@ class Host:
         if isinstance(message, ShieldOpen):
             log.error("shield does not hold", extra={"pid": message.pid, "open_to": message.open_to})
         self.control.say(message)
+        if isinstance(message, Ready):
+            self._beat()
 
     async def _beats(self) -> None:
         beat = self.settings.beat

@@ -80,9 +80,9 @@ class WorkerView:
                 self.imported.update(files)
             case Ready():
                 self.worker_id = message.worker_id
-                # A worker that is held, or fenced, says so with its next beat, which follows at once.
-                accepting = self.fenced_at is None
-                self.beat = LastBeat(at=now(), registered=True, accepting=accepting, warm=message.warm)
+                # The beat that follows at once says whether the worker accepts: a candidate is on hold. An
+                # old worker that went too early would leave a moment in which nobody takes an offer.
+                self.beat = LastBeat(at=now(), registered=True, accepting=False, warm=message.warm)
             case Beat():
                 self.beat = LastBeat(
                     at=now(),
