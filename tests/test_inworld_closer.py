@@ -50,8 +50,10 @@ async def closed_in_order(server: InworldServer, r: Run, *, connections: int, co
         last = events[-1]
         assert last.kind == "connection_closed", events
         assert last.detail == {"code": 1000, "clean": True}, (events, r.logs())
-    began = min(e.at for e in server.events if e.kind in ("cancel_requested", "connection_closed"))
-    assert not [e for e in server.events if e.kind in ("connected", "context_created") and e.at > began]
+        # On each connection by itself: one job may be over before another has begun. None is opened in place
+        # of a closed one, or there would be more.
+        began = min(e.at for e in events if e.kind in ("cancel_requested", "connection_closed"))
+        assert not [e for e in events if e.kind in ("connected", "context_created") and e.at > began]
     assert "Unclosed" not in r.logs()
 
 

@@ -154,7 +154,8 @@ def write(directory: Path, name: str, text: str) -> str:
 AGENT_TEXT = Path(AGENT).read_text()
 SERVER_TEXT = """
 from livekit.agents import AgentServer, JobContext
-server = AgentServer(num_idle_processes=0, load_threshold=float("inf"))
+# The load is that of the machine, and the server gives nothing to a worker whose load is 1.
+server = AgentServer(num_idle_processes=0, load_threshold=float("inf"), load_fnc=lambda: 0.5)
 
 @server.rtc_session()
 async def entrypoint(ctx: JobContext) -> None:
