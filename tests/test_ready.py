@@ -68,7 +68,7 @@ async def test_first_process_that_fails(
     assert await r.exit(90) == 69
     starts = len(r.log("slot starting"))
     assert starts == 2 and len(r.log("job process failed")) == starts
-    assert "no model" in r.receipt()["reason"]
+    assert says in r.receipt()["reason"]
     assert r.events("registered") == [] and not r.log("ready")
     await r.nothing_left(5)
 

@@ -34,8 +34,9 @@ SERVER_STARTS_WITHIN = 20.0
 # Seconds. Ours: agents load models at their start, and nobody waits in front of a pipeline.
 WORKERS_READY_WITHIN = 90.0
 LOOK_EVERY = 0.02
-# Seconds that entrypoints of running jobs may take to begin. Ours: the process of such a job is up already.
-ENTRYPOINTS_BEGIN_WITHIN = 5.0
+# Seconds that entrypoints of running jobs may take to begin. Ours: before 1.8 a job process imports
+# livekit-agents first, which took more than 5 s on a machine with much else to do.
+ENTRYPOINTS_BEGIN_WITHIN = 30.0
 # Where a log line of lastcall, or of livekit-agents, says what is wrong.
 KEYS_THAT_SAY_WHY = ("event", "message", "reason", "exc_info", "traceback")
 
