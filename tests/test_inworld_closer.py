@@ -50,8 +50,8 @@ async def closed_in_order(server: InworldServer, r: Run, *, connections: int, co
         last = events[-1]
         assert last.kind == "connection_closed", events
         assert last.detail == {"code": 1000, "clean": True}, (events, r.logs())
-        # On each connection by itself: one job may be over before another has begun. None is opened in place
-        # of a closed one, or there would be more.
+        # On each connection by itself, because one job may be over before another has begun. A connection in
+        # place of a closed one would be one too many above.
         began = min(e.at for e in events if e.kind in ("cancel_requested", "connection_closed"))
         assert not [e for e in events if e.kind in ("connected", "context_created") and e.at > began]
     assert "Unclosed" not in r.logs()
