@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Generic, cast
 
+from lastcall.worker.base.channel import follow
 from lastcall.worker.base.errors import WireError
 from lastcall.worker.base.wire import Decoder, Heard, Said, Vocabulary, encode
 
@@ -65,18 +66,10 @@ class Channel(asyncio.Protocol, Generic[Said, Heard]):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._decoder.feed(data):
-                self._take(message)
+                follow(self._on_message, message)
         except WireError as error:
             self._wrong = str(error)
             self.close()
-
-    def _take(self, message: Heard) -> None:
-        # An exception that left `data_received` would close the channel, and the worker would end with it.
-        try:
-            self._on_message(message)
-        except Exception as error:
-            context = {"message": f"not followed: {type(message).__name__}", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(context)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

@@ -14,6 +14,18 @@ from lastcall.worker.base.wire import Beat, BrokerBeat, Decoder, Heard, Said, Vo
 MAX_UNREAD_BYTES = 1 << 20
 
 
+def follow(on_message: Callable[[Heard], None], message: Heard) -> None:
+    """Hand over a message. An exception goes to the loop's exception handler, and to nobody else.
+
+    One that left `data_received` would close the channel, and the worker would end with it.
+    """
+    try:
+        on_message(message)
+    except Exception as error:
+        context = {"message": f"not followed: {type(message).__name__}", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
+
+
 class Control(asyncio.Protocol, Generic[Said, Heard]):
     """Send and receive control messages; without a socket everything sent goes nowhere.
 
@@ -69,18 +81,10 @@ class Control(asyncio.Protocol, Generic[Said, Heard]):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._decoder.feed(data):
-                self._take(message)
+                follow(self._on_message, message)
         except WireError:
             assert self._transport is not None
             self._transport.abort()
-
-    def _take(self, message: Heard) -> None:
-        # An exception that left `data_received` would close the channel, and the worker would end with it.
-        try:
-            self._on_message(message)
-        except Exception as error:
-            context = {"message": f"not followed: {type(message).__name__}", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(context)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
