@@ -31,6 +31,9 @@ from scripts.pages import write_section  # noqa: E402
 AGENT = str(ROOT / "lastcall" / "worker" / "local" / "sample.py")
 LASTCALL = [str(Path(sys.executable).parent / "lastcall")]
 
+# CPU seconds of a tree in half a second, below which it is idle: a start uses all of a core.
+IDLE_CPU = 0.03
+
 
 def machine() -> str:
     """Name what the figures were measured on."""
@@ -91,13 +94,38 @@ def supervised(*arguments: str, directory: Path, config: str = "") -> list[str]:
     return [*LASTCALL, "run", *options, *arguments]
 
 
+async def started(pid: int, timeout: float = 60.0) -> None:
+    """Wait until a tree of processes is done with its start: nearly no CPU for half a second.
+
+    A worker registers when its first job process is warm, and starts the others after that.
+    """
+    deadline = time.monotonic() + timeout
+    used = tree_cpu(pid)
+    while True:
+        await asyncio.sleep(0.5)
+        before, used = used, tree_cpu(pid)
+        if used - before <= IDLE_CPU:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
+
+def tree_cpu(pid: int) -> float:
+    """Return the CPU seconds of a process and of all below it; of one that has just ended, 0."""
+    try:
+        used = usage(pid)[0]
+    except OSError:
+        return 0.0
+    return used + sum(tree_cpu(child) for child in children(pid))
+
+
 async def fence_once(command: list[str], workers: int, directory: Path) -> tuple[float, float]:
     """Start, wait until registered, SIGTERM the pid; return seconds until FULL and until exit."""
     async with DispatchServer() as server:
         process = start(command, server.environment, directory)
         try:
             await server.until(lambda: len(server.available()) == workers, 60)
-            await asyncio.sleep(1.0)  # let the start's own work end
+            await started(process.pid)
             sent = time.monotonic()
             process.send_signal(signal.SIGTERM)
             await server.until(lambda: not server.available(), 20)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from typing import assert_never
 
 from lastcall.worker.inworld.pool.lifecycles import CONNECTION_TABLE, ConnectionEvent, ConnectionState
 
@@ -104,17 +103,23 @@ class Capacity:
     @property
     def free(self) -> list[PoolEntry]:
         """The open connections with a free place."""
-        return [entry for entry in self.entries if self._is_free(entry)]
+        return [
+            entry
+            for entry in self.entries
+            if entry.state is ConnectionState.OPEN and entry.taken < self.max_contexts
+        ]
 
     def wanted(self) -> int:
         """Return how many handshakes to start now, so that every waiting claim will have a place.
 
         A slow handshake gets one beside it, but only one: a server that answers nobody must not be flooded.
         """
+        room = self.max_connections - len(self.entries)
+        if not room or not self._waiting:
+            return 0
         dialling = self.dialling
         need = math.ceil(len(self._waiting) / self.max_contexts)
         slow = sum(entry.is_slow for entry in dialling)
-        room = self.max_connections - len(self.entries)
         return max(0, min(need + min(slow, need) - len(dialling), room))
 
     # -- claims -------------------------------------------------------------------------------------------
@@ -138,18 +143,12 @@ class Capacity:
 
     def release(self, claim: Claim) -> None:
         """Give back the claim's place, or its turn. Nothing happens the second time."""
-        state, entry = claim.state, claim.entry
+        entry = claim.entry
+        if claim.state is ClaimState.WAITING:
+            del self._waiting[claim]
+        elif entry is not None:
+            entry.taken -= 1
         claim.state, claim.entry = ClaimState.NONE, None
-        match state:
-            case ClaimState.WAITING:
-                del self._waiting[claim]
-            case ClaimState.GRANTED | ClaimState.SENT:
-                assert entry is not None
-                entry.taken -= 1
-            case ClaimState.NONE:
-                return
-            case _:
-                assert_never(state)
         self._serve()
 
     # -- entries ------------------------------------------------------------------------------------------
@@ -187,7 +186,8 @@ class Capacity:
     # -- the one function that hands places on --------------------------------------------------------------
 
     def _serve(self) -> None:
-        if self._is_serving:  # a grant whose context ends at once releases its claim, and comes back here
+        # A grant whose context ends at once releases its claim, and comes back here.
+        if self._is_serving or not self._waiting:
             return
         self._is_serving = True
         try:
@@ -202,11 +202,11 @@ class Capacity:
 
     def _best(self) -> PoolEntry | None:
         """Return the fullest connection with a free place: few full ones leave the others to go idle."""
-        best: PoolEntry | None = None
+        # Every create and every end comes here, so no function is called for each entry.
+        best, most, limit = None, -1, self.max_contexts
         for entry in self.entries:
-            if self._is_free(entry) and (best is None or entry.taken > best.taken):
-                best = entry
+            if most < entry.taken < limit and entry.state is ConnectionState.OPEN:
+                best, most = entry, entry.taken
+                if most == limit - 1:
+                    break
         return best
-
-    def _is_free(self, entry: PoolEntry) -> bool:
-        return entry.state is ConnectionState.OPEN and entry.taken < self.max_contexts

@@ -17,7 +17,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, Protocol
+from typing import Protocol, TypeVarTuple
 
 import aiohttp
 
@@ -35,7 +35,7 @@ from lastcall.worker.inworld.pool.timer import NEVER, Timer
 from lastcall.worker.inworld.pool.timings import Timings
 
 log = logging.getLogger("lastcall.inworld")
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 # Bytes that wait for the writer: above the first number `room` waits, above the second the peer is given up.
 # Ours: five contexts with 1,000 characters each are 5 kB, so both are far above what speech needs.
@@ -60,9 +60,7 @@ MAX_MALFORMED = 3
 class Act(Protocol):
     """Calls a method of a context and performs the effects. An exception ends that context alone."""
 
-    def __call__(
-        self, context: Context, method: Callable[P, Effects], /, *args: P.args, **kwargs: P.kwargs
-    ) -> None: ...
+    def __call__(self, context: Context, method: Callable[[*Ts], Effects], *args: *Ts) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +253,7 @@ class Connection:
     async def _write(self) -> None:
         stall = self._timings.stall
         try:
-            await self.outbox.write(self._ws.send_str, lambda at: self.watch(at + stall), self._control)
+            await self.outbox.write(self._ws.send_str, lambda at: self._timer.set(at + stall), self._control)
         except ConnectionError as error:
             self._leave(f"can't send: {error}")
 

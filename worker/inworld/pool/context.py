@@ -58,42 +58,45 @@ class Listener(Protocol):
 
 
 # -- effects: what the pool has to do -----------------------------------------------------------------------
+#
+# Nobody changes an effect. They are not frozen, because a frozen dataclass takes twice as long to make, and a
+# context makes eight of them.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send:
     """Send a frame on the context's connection."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Watch:
     """Look at the context's deadline again at this time, and call `expire` if the deadline is over."""
 
     at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answered:
     """Note that the server answered the create after so many seconds."""
 
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slow:
     """Call `try_elsewhere` if another connection may answer sooner: the create is slow."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deliver:
     """Give a frame to the listener."""
 
     frame: Frame
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tell:
     """Tell the listener the end."""
 
@@ -101,12 +104,12 @@ class Tell:
     frame: Frame | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Retire:
     """Put no new context on the context's connection."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Retry:
     """Request a place again, before all others.
 
@@ -116,7 +119,7 @@ class Retry:
     remainder: Context | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class End:
     """Release the context's claim. The fate is closed where the server agreed or never knew the context."""
 

@@ -10,7 +10,13 @@ import enum
 from types import MappingProxyType
 
 
-class ContextState(enum.Enum):
+class TableKey(enum.Enum):
+    """A state or an event. The tables are read at each step, and the hash of Enum is a function in Python."""
+
+    __hash__ = object.__hash__
+
+
+class ContextState(TableKey):
     """The state of one context, as its owner in this process sees it."""
 
     WAITING = "waiting"
@@ -37,7 +43,7 @@ class ContextState(enum.Enum):
     """The place is free, and the owner has been told. No frame may pass, and no event follows."""
 
 
-class ContextEvent(enum.Enum):
+class ContextEvent(TableKey):
     """An event that changes the state of a context."""
 
     GRANT = "grant"
@@ -75,7 +81,7 @@ CONTEXT_TABLE = MappingProxyType(
 )
 
 
-class ConnectionState(enum.Enum):
+class ConnectionState(TableKey):
     """The state of one connection. All but GONE count against the account's limit."""
 
     DIALLING = "dialling"
@@ -98,7 +104,7 @@ class ConnectionState(enum.Enum):
     """The socket is closed, and the connection no longer counts against the account's limit."""
 
 
-class ConnectionEvent(enum.Enum):
+class ConnectionEvent(TableKey):
     """An event that changes the state of a connection."""
 
     CONNECT = "connect"

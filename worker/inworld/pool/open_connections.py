@@ -172,10 +172,11 @@ class Connections:
             return
         at = now()
         self._redialling.forget_stale(at)
+        if not self._capacity.waiters:
+            return
         if self._redialling.at > at:
-            if self._capacity.waiters:
-                self._timer.set(self._redialling.at)
-                self._look_at_dialling()
+            self._timer.set(self._redialling.at)
+            self._look_at_dialling()
             return
         wanted = self._capacity.wanted()
         if self._redialling.has_failed:
@@ -185,8 +186,7 @@ class Connections:
         for _ in range(wanted):
             self._redialling.began(at)
             self._dial()
-        if self._capacity.waiters:
-            self._look_at_dialling()
+        self._look_at_dialling()
 
     def _look_at_dialling(self) -> None:
         """Look again when a handshake becomes slow, and tell the contexts that wait of an outage."""
@@ -197,6 +197,8 @@ class Connections:
 
     def _tell_outage(self) -> None:
         """Fail every context that waits, if the server is known to be down and nothing is in sight."""
+        if self._redialling.outage is None:
+            return
         refusal = self._redialling.refusal(
             is_finding_out=bool(self._unsettled)
             or not all(entry.is_slow for entry in self._capacity.dialling),

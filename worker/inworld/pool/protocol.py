@@ -67,9 +67,12 @@ ENCODER = json.JSONEncoder(separators=(",", ":"))
 AUDIO_CONTENT = re.compile(r'"audioContent"\s*:\s*"')
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Frame:
-    """One frame of the server. `text` is the frame as it came; `audio` the span of base64 in it."""
+    """One frame of the server. `text` is the frame as it came; `audio` the span of base64 in it.
+
+    Nobody changes a frame. It is not frozen, because a frozen dataclass takes twice as long to make.
+    """
 
     kind: Kind
     context: str | None

@@ -30,17 +30,13 @@ class SecondTries:
     def __init__(self, *, first: float, least: float, most: float) -> None:
         self._least = least
         self._most = most
-        self._after = first
+        self.after = first
         self._mean: float | None = None
         self._deviation = 0.0
         # One at the start, because the second call of a pool may meet a connection that has died. The first
         # creates pay for it, so that all together keep the share.
         self._allowance = 1.0
         self._owed = 1.0
-
-    @property
-    def after(self) -> float:
-        return min(self._most, max(self._least, self._after))
 
     def created(self, seconds: float) -> None:
         """Note how long the answer to a create took."""
@@ -50,7 +46,7 @@ class SecondTries:
         else:
             self._deviation += DEVIATION_WEIGHT * (abs(seconds - self._mean) - self._deviation)
             self._mean += MEAN_WEIGHT * (seconds - self._mean)
-        self._after = self._mean + DEVIATIONS * self._deviation
+        self.after = min(self._most, max(self._least, self._mean + DEVIATIONS * self._deviation))
 
     def sent(self) -> None:
         """Note a create."""
