@@ -34,6 +34,7 @@ from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, whi
 from urllib.parse import urlsplit
 
 from lastcall.worker.base import target_form
+from lastcall.worker.base.dial_checks import check_url
 from lastcall.worker.base.errors import StartError, TargetError
 from lastcall.worker.base.exit_codes import Exit
 
@@ -188,6 +189,23 @@ def _load(
             )
         return server
     return _only_server(target, module, classify)
+
+
+def check_server_url(text: str, url: str) -> None:
+    """Refuse a server object with a URL that livekit-agents could only try in vain, again and again.
+
+    Without a URL livekit-agents says so itself. Raises TargetError. The environment alone does not decide,
+    because the program of the target may set another URL.
+    """
+    if not url:
+        return
+    try:
+        check_url(url, ("http", "https", "ws", "wss"))
+    except ValueError as error:
+        source = "LIVEKIT_URL" if os.environ.get("LIVEKIT_URL") == url else "the ws_url of its server"
+        _, at, rest = url.rpartition("@")
+        shown = f"…@{rest}" if at else rest
+        raise TargetError(f"{text}: {source}: got {shown!r}, {error}") from None
 
 
 def address_of(url: str) -> str:
