@@ -133,7 +133,7 @@ class Slot:
         old = self.current
         is_alive = not old.ended
         if is_alive:
-            self._let_go(old, old.reports.fence_reason)
+            self._let_go(old, old.leaves_because)
         if self.candidate is not None:
             self.current, self.candidate = self.candidate, None
             self.current.take_over()

@@ -165,7 +165,8 @@ def _tell(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> S
 
 def _drain(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> Step:
     if seen.was_ready:
-        if not progress.is_fence_settled:
+        # A worker that is cut off was told nothing, and drains by itself.
+        if not progress.is_fence_settled and seen.is_connected:
             settled = replace(progress, is_fence_settled=True)
             if seen.fenced_at is not None:
                 return Step(action=Action.NOTE_FENCED, progress=settled)
