@@ -155,10 +155,13 @@ IMPORTS = {
     ),
     "name": ("from livekit.agents import NoSuch", "agent.py line 1); install a version that has it"),
     "in a plugin": ("from livekit.plugins.inworld import NoSuch", "install a version that has it"),
+    "relative": ("from .helper import N", "run the file as a module of its package, as in -m package.module"),
     "library": ("raise ImportError('libx.so.1: cannot open shared object file')", "libx.so.1: cannot open"),
 }
 
 
+# Python's own, of a relative import in a file that has no package.
+@pytest.mark.filterwarnings("ignore:can't resolve package:ImportWarning")
 @pytest.mark.parametrize("case", IMPORTS)
 def test_failed_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """No retry helps an import: each kind of failure is wrong configuration, with what to install."""

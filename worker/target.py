@@ -353,6 +353,8 @@ def _remedy(error: ImportError) -> str:
     plugin = _missing_plugin(error)
     if plugin:
         return f"install livekit-plugins-{plugin.replace('_', '-')} or correct the name"
+    if "relative import with no known parent" in str(error):
+        return "run the file as a module of its package, as in -m package.module"
     if isinstance(error, ModuleNotFoundError):
         return "install it or correct the name"
     return "install a version that has it, or correct the name"
