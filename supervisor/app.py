@@ -81,7 +81,8 @@ class App:
         self._outputs = Outputs(stdout=around.stdout, stderr=around.stderr, log=self.log)
         quiet = around.quiet_workers
         environment = environment_of(around.environment, config)
-        self.companion = self._companion(config, environment, changed)
+        key = key_of(config.inworld, environment) if config.inworld.enabled else ""
+        self.companion = self._companion(config, environment, key, changed)
         self.program = Program(
             supervisor_id=self._id,
             environment=around.environment,
@@ -98,7 +99,7 @@ class App:
         self.fleet = Fleet(
             config,
             changed=changed,
-            launcher=self.program.launcher(config, environment),
+            launcher=self.program.launcher(config, environment, key),
             ledger=self.ledger,
             record=self.record,
             log=self.log,
@@ -150,11 +151,10 @@ class App:
         )
 
     def _companion(
-        self, config: Config, environment: Mapping[str, str], changed: Condition
+        self, config: Config, environment: Mapping[str, str], key: str, changed: Condition
     ) -> Companion | None:
         if not config.inworld.enabled:
             return None
-        key = key_of(config.inworld, environment)
         forbid_dumps()  # the key is in our memory now
         return Companion(
             config.inworld,

@@ -90,8 +90,9 @@ class Companion:
         self.figures: dict[str, Any] = {}
         self.changed = Condition()
         self._key = key
-        # The digests of the keys that the newest workers have, and a function that returns those of all.
-        self._new_keys: frozenset[str] = frozenset()
+        # The digests of the keys of a program that is yet to take over, and a function that returns those of
+        # all workers.
+        self._offered_keys: frozenset[str] = frozenset()
         self._keys_in_use = keys_in_use
         self._told: Key | None = None
         self._close = close
@@ -120,10 +121,13 @@ class Companion:
         """The descriptor that a worker holds for as long as it lives."""
         return self._endpoint.lifeline
 
-    def environment_for_workers(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Return the environment with the way to the broker in it. `set_key` comes first."""
-        found = self._endpoint.environment_for_workers(environment, self._key)
-        self._new_keys = frozenset(found[variables.INWORLD_KEYS].split())
+    def environment_for_workers(self, environment: Mapping[str, str], key: str) -> dict[str, str]:
+        """Return the environment with the way to the broker in it, for workers whose pool is to have `key`.
+
+        Their keys are accepted from now on; `settle` ends that, or makes `key` that of the pool.
+        """
+        found = self._endpoint.environment_for_workers(environment, key)
+        self._offered_keys = frozenset(found[variables.INWORLD_KEYS].split())
         self._tell_keys()
         return found
 
@@ -176,10 +180,19 @@ class Companion:
         """Have every waiter look again."""
         self.changed.notify()
 
-    def set_key(self, key: str) -> None:
-        """Use another key for new connections."""
-        self._key = key
+    def settle(self, key: str, *, is_taken_over: bool) -> None:
+        """Use `key` for new connections if its program has taken over; else forget it.
+
+        The keys of workers that live, and of the program of the next start, are accepted in any case.
+        """
+        self._offered_keys = frozenset()
+        if is_taken_over:
+            self._key = key
         self._tell_keys(again=True)
+
+    def at_next_restart(self, environment: Mapping[str, str]) -> list[str]:
+        """Return the variables that no broker gets before a restart, because it started with other values."""
+        return self._endpoint.differing(environment)
 
     async def stop(self, deadlines: Callable[[], Deadlines]) -> None:
         """Have the pool closed to the last context, within its share; kill what does not end in time."""
@@ -273,7 +286,7 @@ class Companion:
         """
         if self._channel is None:
             return
-        told = Key(key=self._key, accepts=" ".join(sorted(self._new_keys.union(self._keys_in_use()))))
+        told = Key(key=self._key, accepts=" ".join(sorted(self._offered_keys.union(self._keys_in_use()))))
         if again or told != self._told:
             self._told = told
             self._say(told)

@@ -60,6 +60,18 @@ def _checked(key: str, source: str) -> str:
     return key
 
 
+def check_way_out(environment: Mapping[str, str]) -> None:
+    """Refuse an environment with a proxy that the broker could not use. Raises ConfigError."""
+    try:
+        check_proxy(environment)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: environment[name] for name in PASSED_ON if name in environment}
+
+
 class BrokerEndpoint:
     """The listening socket, the token and the lifeline; `spawn` starts a broker on them.
 
@@ -70,10 +82,7 @@ class BrokerEndpoint:
     def __init__(
         self, config: Inworld, *, close: float, grace: float, environment: Mapping[str, str]
     ) -> None:
-        try:
-            check_proxy(environment)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        check_way_out(environment)
         self._settings = BrokerSettings(
             control_fd=CONTROL_FD,
             listen_fd=LISTEN_FD,
@@ -83,7 +92,7 @@ class BrokerEndpoint:
             grace=grace,
             **config.model_dump(exclude={"enabled", "api_key_file"}),
         )
-        self._environment = {name: environment[name] for name in PASSED_ON if name in environment}
+        self._environment = _passed_on(environment)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
         self._lifeline, self._lifeline_of_workers = pipe()
 
@@ -91,6 +100,11 @@ class BrokerEndpoint:
     def lifeline(self) -> int:
         """The descriptor that a worker holds for as long as it lives."""
         return self._lifeline_of_workers
+
+    def differing(self, environment: Mapping[str, str]) -> list[str]:
+        """Return the variables of which a broker would get other values from this environment."""
+        new = _passed_on(environment)
+        return sorted(name for name in PASSED_ON if new.get(name) != self._environment.get(name))
 
     def environment_for_workers(self, environment: Mapping[str, str], key: str) -> dict[str, str]:
         """Return the environment with the way to the broker in it. `key` is the pool's.

@@ -12,8 +12,9 @@ from typing import Any
 from lastcall.supervisor import config as configuration
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import ConfigError
+from lastcall.supervisor.fleet.operations import Reread
 from lastcall.supervisor.inworld_broker import Companion
-from lastcall.supervisor.inworld_endpoint import key_of
+from lastcall.supervisor.inworld_endpoint import check_way_out, key_of
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.worker.base.settings import WorkerSettings
@@ -55,10 +56,13 @@ class Program:
     companion: Companion | None
     log: Any
 
-    def launcher(self, config: Config, environment: Mapping[str, str]) -> Launcher:
-        """Return the launcher of workers for a configuration and the environment with its env_file."""
+    def launcher(self, config: Config, environment: Mapping[str, str], key: str) -> Launcher:
+        """Return the launcher of workers for a configuration and the environment with its env_file.
+
+        `key` is the Inworld key of the configuration; empty without a pool.
+        """
         if self.companion is not None:
-            environment = self.companion.environment_for_workers(environment)
+            environment = self.companion.environment_for_workers(environment, key)
         settings = replace(
             self.settings,
             grace=config.grace,
@@ -82,13 +86,13 @@ class Program:
             write_errors=self.write_errors,
         )
 
-    def read(self, current: Config) -> asyncio.Future[tuple[Config, Launcher]]:
+    def read(self, current: Config) -> asyncio.Future[Reread]:
         """Read everything again, in a thread. The future raises ConfigError, and may be cancelled.
 
         A pipe may take seconds to come to its end, and the workers' signs of life would be missed meanwhile.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[tuple[Config, Launcher]] = loop.create_future()
+        future: asyncio.Future[Reread] = loop.create_future()
 
         def refuse(error: Exception) -> None:
             if not future.done():
@@ -132,17 +136,33 @@ class Program:
             )
         config = new.model_copy(update={name: getattr(current, name) for name in KEPT_BY_A_RELOAD})
         environment = environment_of(self.environment, config, again=True)
-        key = "" if self.companion is None else key_of(config.inworld, environment, again=True)
+        key = ""
+        if self.companion is not None:
+            key = key_of(config.inworld, environment, again=True)
+            check_way_out(environment)
         return Sources(wanted=new, config=config, environment=environment, key=key)
 
-    def _adopt(self, current: Config, sources: Sources) -> tuple[Config, Launcher]:
-        for name in KEPT_BY_A_RELOAD:
+    def _adopt(self, current: Config, sources: Sources) -> Reread:
+        waiting = [
+            name for name in KEPT_BY_A_RELOAD if getattr(sources.wanted, name) != getattr(current, name)
+        ]
+        for name in waiting:
             still, new = getattr(current, name), getattr(sources.wanted, name)
-            if new != still:
-                self.log.warning("takes effect at the next restart", key=name, still=still, new=new)
+            self.log.warning("takes effect at the next restart", key=name, still=still, new=new)
+        for name in () if self.companion is None else self.companion.at_next_restart(sources.environment):
+            # Without the values: a proxy may have a password.
+            self.log.warning("takes effect at the next restart", key=name, of="inworld-pool")
+            waiting.append(name)
+        return Reread(
+            config=sources.config,
+            launcher=self.launcher(sources.config, sources.environment, sources.key),
+            at_next_restart=tuple(waiting),
+            settle=lambda is_taken_over: self._settle(sources.key, is_taken_over),
+        )
+
+    def _settle(self, key: str, is_taken_over: bool) -> None:
         if self.companion is not None:
-            self.companion.set_key(sources.key)
-        return sources.config, self.launcher(sources.config, sources.environment)
+            self.companion.settle(key, is_taken_over=is_taken_over)
 
 
 def environment_of(environment: Mapping[str, str], config: Config, *, again: bool = False) -> dict[str, str]:

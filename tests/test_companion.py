@@ -14,10 +14,11 @@ import aiohttp
 import psutil
 import pytest
 
+from lastcall.worker.base import variables
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
 from tests.support.harness import HERE, Run, StartRun, lives
 from tests.support.inworld_job import Job
-from tests.support.program import status, verb
+from tests.support.program import Program, status, ups, verb
 
 SPEAKER = str(HERE / "agents" / "speaker.py")
 KEY = "the-real-key-of-the-account"
@@ -311,13 +312,82 @@ async def test_reload_hands_over_a_new_key(run: StartRun, tmp_path: Path) -> Non
                 await client.said("c", "contextClosed")
         assert await refused(url, "older")
         (tmp_path / "go").touch()
-        async with asyncio.timeout(30):
-            while not await refused(url, "old"):
-                await asyncio.sleep(0.1)
+        await eventually_refused(url, "old")
         assert not await refused(url, "new")
         r.kill()
         assert await r.exit() == 0
         await r.clean(before, job)
+
+
+async def test_a_refused_reload_changes_no_key(run: StartRun, program: Program) -> None:
+    """The candidate's key is accepted while it is one, and never used for a connection."""
+    async with InworldServer(api_key="old") as server:
+        key_file = program.directory / "key"
+        key_file.write_text("old\n")
+        # For an opaque program: a candidate for as long as the test wants.
+        settle = "[reload]\nsettle = 600\n"
+        configure(program.directory, server, api_key_file=f'"{key_file}"')
+        program.config.write_text(program.config.read_text() + settle)
+        r: Run = await run("run", *program.arguments, livekit=False)
+        await r.until(lambda: ups(r, "1") == 1 and r.log("companion ready"))
+        (slot,) = (await status(r))["slots"]
+        url = psutil.Process(slot["pid"]).environ()[variables.INWORLD_WS_URL]
+        key_file.write_text("new\n")
+        program.write("2")
+        await verb(r, "reload")
+        await r.until(lambda: ups(r, "2") == 1)
+        for key in ("old", "new"):
+            assert not await refused(url, key)
+        (candidate,) = [s["pid"] for s in (await status(r))["slots"] if s["generation"] == 2]
+        os.kill(candidate, signal.SIGKILL)
+        await r.until(lambda: r.log("reload failed"))
+        await eventually_refused(url, "new")
+        async with Job(url, "old") as client:
+            await client.burst("c", "Hello.")
+            await client.said("c", "contextClosed")
+        # The refused program is not tried again when the old one has to be started anew.
+        os.kill(slot["pid"], signal.SIGKILL)
+        await r.until(lambda: len(r.log("slot ready")) == 3)
+        assert await refused(url, "new")
+        r.kill()
+        assert await r.exit() == 0
+
+
+async def test_a_reload_with_another_proxy(run: StartRun, program: Program) -> None:
+    """Jobs get it, and the pool at the next restart: the log and the verb say so, without the password."""
+    async with InworldServer(api_key=KEY) as server:
+        env_file = program.directory / "env"
+        env_file.write_text("A=1\n")
+        configure(program.directory, server, max_contexts=4)
+        inworld = program.config.read_text()
+        program.config.write_text(f'env_file = "{env_file}"\n{inworld}')
+        r: Run = await run("run", *program.arguments, livekit=False, environment={"INWORLD_API_KEY": KEY})
+        await r.until(lambda: ups(r, "1") == 1)
+        env_file.write_text("HTTPS_PROXY=nonsense\n")
+        assert "HTTPS_PROXY: expected" in await verb(r, "reload", "--wait", code=1)
+        env_file.write_text("A=2\nHTTPS_PROXY=http://me:s3cret@127.0.0.1:9\n")
+        program.config.write_text(f'env_file = "{env_file}"\nlog_format = "console"\n{inworld}')
+        said = await verb(r, "reload", "--wait")
+        assert "takes effect at the next restart: log_format, HTTPS_PROXY" in said
+        assert "1 of 1 done" in said
+        told = r.log("takes effect at the next restart")
+        assert [(line["key"], line.get("of")) for line in told] == [
+            ("log_format", None),
+            ("HTTPS_PROXY", "inworld-pool"),
+        ]
+        (slot,) = (await status(r))["slots"]
+        assert "s3cret" in psutil.Process(slot["pid"]).environ()["HTTPS_PROXY"]
+        assert "HTTPS_PROXY" not in companion(r).environ()
+        r.kill()
+        assert await r.exit() == 0
+        assert "s3cret" not in r.err.read_text()
+
+
+async def eventually_refused(url: str, key: str) -> None:
+    """Wait until the broker refuses a key."""
+    async with asyncio.timeout(30):
+        while not await refused(url, key):
+            await asyncio.sleep(0.1)
 
 
 async def refused(url: str, key: str) -> bool:

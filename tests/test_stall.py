@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from lastcall.supervisor.processes.launch import CONTROL_FD
 from tests.support.harness import AGENT, Run, StartRun, lives
 from tests.support.program import status
 
@@ -88,8 +91,6 @@ async def test_worker_that_recovers(run: StartRun, tmp_path: Path) -> None:
 
 async def test_stopped_supervisor_blames_nobody(run: StartRun, tmp_path: Path) -> None:
     """SIGSTOP of the supervisor for longer than a stall takes: no worker is found stuck."""
-    import asyncio
-
     r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 1), AGENT)
     await r.ready()
     os.kill(r.pid, signal.SIGSTOP)
@@ -113,4 +114,52 @@ async def test_stop_of_an_idle_stuck_worker(run: StartRun, tmp_path: Path) -> No
     receipt = r.receipt()
     assert receipt["fence_unacknowledged"] == [0]
     assert receipt["killed"] and receipt["killed"][0]["what"] == "worker"
+    await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
+    """Without its control channel it drains by itself, is replaced, and its calls have all of grace."""
+    r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 0.5), AGENT)
+    await r.ready()
+    first = await r.dispatch(mode="hold")
+    pid = (await r.job_says(first.job_id, "started"))["pid"]
+    (worker,) = r.workers()
+    second = await r.dispatch(mode="hold", closes=CONTROL_FD)
+    await r.job_says(second.job_id, "started")
+    await r.until(lambda: len(r.log("slot ready")) == 2, 40)
+    assert [line["reason"] for line in r.log("slot draining")] == ["control channel lost"]
+    # Far longer than a stall takes, and the time that the calls of a stalled worker have.
+    await asyncio.sleep(4)
+    assert lives(pid) and worker.is_running()
+    assert r.log("slot stalled") == [] and r.log("fence not acknowledged") == []
+    states = {(s["generation"], s["state"]) for s in (await status(r))["slots"]}
+    assert states == {(1, "draining"), (2, "ready")}
+    r.let_go()
+    for each in (first, second):
+        await r.job_says(each.job_id, "ended")
+    await r.until(lambda: not lives(worker.pid) and r.log("slot stopped"), 40)
+    document = await status(r)
+    assert [(s["generation"], s["state"]) for s in document["slots"]] == [(2, "ready")]
+    assert document["totals"]["finished"] == document["totals"]["started"] >= 1
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_stop_with_a_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
+    """A stop waits for its calls too, and cuts those that are still there when their time is over."""
+    r: Run = await run("run", "--grace", "30", "--config", config(tmp_path, 0.5), AGENT)
+    await r.ready()
+    job = await r.dispatch(mode="hold")
+    await r.job_says(job.job_id, "started")
+    r.livekit.answer_timeout = 0.5
+    await r.livekit.dispatch("closes", metadata=json.dumps({"closes": CONTROL_FD, "accepts": 0}))
+    await r.until(lambda: r.log("worker is cut off: it drains by itself"), 20)
+    r.kill()
+    await r.job_says(job.job_id, "callback", 60)
+    assert await r.exit(60) == 75
+    assert r.fates() == {job.job_id: "cut"}
+    assert r.receipt()["fence_unacknowledged"] == [] == r.receipt()["killed"]
     await r.nothing_left()

@@ -8,11 +8,16 @@ import os
 import signal
 import socket
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
 
+from lastcall.supervisor.views import http
+from tests.support.generations import Silent
 from tests.support.harness import AGENT, Run, StartRun
 
 
@@ -349,6 +354,63 @@ async def test_busy_http_port(run: StartRun) -> None:
     assert await r.exit() == 0
     assert len(r.log("http port is busy")) == 1
     await r.nothing_left()
+
+
+async def test_http_host_that_resolves_slowly(run: StartRun, tmp_path: Path) -> None:
+    """The workers start, one line says so, and a lookup that hangs delays no stop."""
+    aliases = tmp_path / "aliases"
+    os.mkfifo(aliases)  # the C library reads it for a name without a dot, and waits for what never comes
+    arguments = ["run", "--http", "slow-host:8080", "--", "sleep", "100"]
+    r: Run = await run(*arguments, livekit=False, environment={"HOSTALIASES": str(aliases)})
+    await r.until(lambda: r.log("ready"), 30)
+    assert [line["http"] for line in r.log("http host is not resolved")] == ["slow-host:8080"]
+    assert [line["http"] for line in r.log("supervisor started")] == ["slow-host:8080 (not resolved)"]
+    await asyncio.sleep(
+        http.RETRY_EVERY + http.RESOLVE_WITHIN
+    )  # for another try, which must not say it again
+    r.kill()
+    assert await r.exit() == 0
+    assert len(r.log("http host is not resolved")) == 1
+    await r.nothing_left()
+
+
+async def test_http_is_served_once_the_host_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that is busy then is waited for too, and each reason is said once."""
+    loop = asyncio.get_running_loop()
+    resolve = loop.getaddrinfo
+    answers = ["hang", "again", "answer"]
+
+    async def getaddrinfo(host: str, port: int, **more: Any) -> Any:
+        match answers.pop(0) if len(answers) > 1 else answers[0]:
+            case "hang":
+                await asyncio.Event().wait()
+            case "again":
+                raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return await resolve("127.0.0.1", port, **more)
+
+    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(http, "RESOLVE_WITHIN", 0.05)
+    monkeypatch.setattr(http, "RETRY_EVERY", 0.05)
+    log = Silent()
+    status: Any = SimpleNamespace()  # /livez asks nothing of it
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"agents.test:{taken.getsockname()[1]}"
+        async with asyncio.timeout(30), AsyncExitStack() as stack:
+            serving = await stack.enter_async_context(http.serve(address, status, log))
+            assert serving == f"{address} (not resolved)"
+            while len(log.lines) < 2:
+                await asyncio.sleep(0.01)
+            taken.close()
+            while len(log.lines) < 3:
+                await asyncio.sleep(0.01)
+            url = f"http://127.0.0.1:{address.rpartition(':')[2]}/livez"
+            async with aiohttp.ClientSession() as session, session.get(url) as response:
+                assert response.status == 200
+    assert [event for event, _ in log.lines] == [
+        "http host is not resolved",
+        "http port is busy",
+        "http port is free now",
+    ]
 
 
 async def test_http_address_of_another_machine(run: StartRun) -> None:

@@ -33,6 +33,8 @@ DEADLINES = Deadlines(
 TOLD = Progress(fence_said_at=T0, drain_said=DEADLINES.drain_at)
 FENCED = replace(TOLD, is_fence_settled=True)
 HURRIED = replace(FENCED, is_hurried=True)
+# The close of a stuck worker with jobs.
+STUCK = replace(HURRIED, close_by=T0 + 90, waits_for_jobs=True)
 
 
 def row(
@@ -82,6 +84,14 @@ def row(
         row("closes by the deadline", S.CLOSING, replace(HURRIED, close_by=T0 + 99), 80, A.WAIT, 90),
         row("the share is over", S.CLOSING, replace(HURRIED, close_by=T0 + 23), 23, A.TERMINATE),
         row("the deadline is over", S.CLOSING, replace(HURRIED, close_by=T0 + 99), 90, A.TERMINATE),
+        row("silent with jobs: as the others", S.CLOSING, STUCK,
+            71, A.WAIT, 90, is_silent=True),
+        row("silent, its last job ends", S.CLOSING, STUCK, 71,
+            A.TERMINATE, is_silent=True, has_jobs=False),
+        row("silent only since it closes", S.CLOSING, replace(HURRIED, close_by=T0 + 90), 71, A.WAIT, 90,
+            is_silent=True, has_jobs=False),
+        row("silent without: a moment", S.CLOSING, replace(HURRIED, close_by=T0 + 8), 4, A.WAIT, 8,
+            is_silent=True, has_jobs=False),
         # Terminating.
         row("has a moment", S.TERMINATING, replace(HURRIED, terminate_by=T0 + 28), 24, A.WAIT, 28),
         row("the moment is over", S.TERMINATING, replace(HURRIED, terminate_by=T0 + 28), 28, A.KILL),
@@ -141,6 +151,14 @@ def test_worker_that_never_answers() -> None:
         (90, A.TERMINATE),
         (95, A.KILL),
     ]
+
+
+def test_jobs_of_a_stuck_worker_have_the_time_of_others() -> None:
+    """The drain and the close, to the second; without jobs the stuck worker has a moment for each."""
+    stuck = Seen(state=S.READY, is_silent=True)
+    assert walk(stuck) == walk(Seen(state=S.READY))
+    idle = walk(replace(stuck, has_jobs=False))
+    assert idle[-3:] == [(2, A.CLOSE), (7, A.TERMINATE), (12, A.KILL)]
 
 
 def test_opaque_program_that_never_ends() -> None:

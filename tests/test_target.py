@@ -155,10 +155,13 @@ IMPORTS = {
     ),
     "name": ("from livekit.agents import NoSuch", "agent.py line 1); install a version that has it"),
     "in a plugin": ("from livekit.plugins.inworld import NoSuch", "install a version that has it"),
+    "relative": ("from .helper import N", "run the file as a module of its package, as in -m package.module"),
     "library": ("raise ImportError('libx.so.1: cannot open shared object file')", "libx.so.1: cannot open"),
 }
 
 
+# Python's own, of a relative import in a file that has no package.
+@pytest.mark.filterwarnings("ignore:can't resolve package:ImportWarning")
 @pytest.mark.parametrize("case", IMPORTS)
 def test_failed_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """No retry helps an import: each kind of failure is wrong configuration, with what to install."""
@@ -240,6 +243,43 @@ def test_addresses_of_servers() -> None:
     assert loading.address_of("wss://user:secret@x.livekit.cloud") == "wss://x.livekit.cloud"
     assert loading.address_of("") == ""
     assert "secret" not in loading.address_of("wss://user:secret@x:port")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_one"),
+    [
+        *(
+            (good, True)
+            for good in ("wss://x.livekit.cloud", "ws://localhost:7880/", "http://[::1]:7880", "")
+        ),
+        *((bad, False) for bad in ("localhost:7880", "ftp://x", "wss://", "wss://[calls", "<your url>")),
+        ("wss://user:secret@x.livekit.cloud", False),
+    ],
+)
+def test_urls_of_servers(url: str, is_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that names the variable or the argument, the value without credentials, and the form."""
+    for name, environment in (("LIVEKIT_URL", url), ("the ws_url of its server", "wss://other")):
+        monkeypatch.setenv("LIVEKIT_URL", environment)
+        if is_one:
+            loading.check_server_url("agent.py", url)
+            continue
+        with pytest.raises(TargetError) as error:
+            loading.check_server_url("agent.py", url)
+        said = str(error.value)
+        assert said.startswith(f"agent.py: {name}: got ") and "expected wss://HOST/" in said
+        assert "secret" not in said and repr(url.rpartition("@")[2])[1:-1] in said
+
+
+async def test_url_that_can_be_none(run: StartRun, tmp_path: Path) -> None:
+    """Exit 78 and one line at the first load, where the worker tried it for as long as it was let."""
+    write(tmp_path / "env", f"LIVEKIT_URL=localhost:7880\nLIVEKIT_API_KEY=k\nLIVEKIT_API_SECRET={'s' * 32}\n")
+    write(tmp_path / "agent.py", AGENT)
+    write(tmp_path / "lastcall.toml", 'env_file = "env"\n')
+    r = await run("run", "agent.py", cwd=tmp_path, livekit=False)
+    assert await r.exit(60) == 78
+    said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
+    assert said == ["lastcall: agent.py: LIVEKIT_URL: got 'localhost:7880', expected wss://HOST/"]
+    await r.nothing_left()
 
 
 OWN_SERVER = """

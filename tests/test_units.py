@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -115,15 +116,21 @@ def test_values_of_the_command_line_arrive() -> None:
 def test_systemd_unit_takes_paths_as_they_are(tmp_path: Path) -> None:
     """Spaces, percent and dollar signs in a path reach the program; the target is made absolute."""
     service = Service(
-        target="a b%/$x.py:make", directory="/srv/it's", program="/opt/l c/lastcall", name="bot", workers=2
+        target="a b%/$x.py:make",
+        arguments=("$HOME", "${HOME}", "50%", "a\\b", ";"),
+        directory="/srv/it's",
+        program="/opt/l c%/$d/lastcall",
+        name="bot",
+        workers=2,
     )
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # the documented way to keep capitals
     parser.read_string(systemd.unit(service))
     section = parser["Service"]
     assert section["ExecStart"].startswith(
-        '"/opt/l c/lastcall" run "/srv/it\'s/a b%%/$$x.py:make" --workers 2'
+        '"/opt/l c%%/$d/lastcall" run "/srv/it\'s/a b%%/$$x.py:make" --workers 2'
     )
+    assert section["ExecStart"].endswith(' --args $$HOME $${HOME} 50%% "a\\\\b" ";"')
     assert "--control /run/bot/control.sock" in section["ExecStart"]
     assert section["WorkingDirectory"] == "/srv/it's/a b%%"
     assert section["RuntimeDirectory"] == "bot"
@@ -235,6 +242,27 @@ def test_the_name_of_a_configuration_arrives(name: str) -> None:
         assert variables_of(kind, text)["LASTCALL_CONFIG"].replace("$$", "$") == name
     with pytest.raises(UsageError, match="configuration file: got"):
         Service(target="a.py", config_file="/srv/a\nRUN b.toml")
+
+
+def test_words_of_the_program_arrive() -> None:
+    """Docker takes them as they are; Compose and Kubernetes replace variables that are not escaped."""
+    words = ("$(HOME)", "$HOME", "$$(X)", "${X}", "a$", "50%", 'a"b\\', "\U0001f600 ü", "\x85\u2028")
+    service = Service(target="$(X)/a$b.py", arguments=words)
+    wanted = ["$(X)/a$b.py", "--args", *words]
+    (line,) = [line for line in docker.dockerfile(service).split("\n") if line.startswith("CMD ")]
+    assert json.loads(line.removeprefix("CMD ")) == wanted
+    given = yaml.safe_load(docker.compose(service))["services"]["agent"]["command"]
+    assert [word.replace("$$", "$") for word in given] == wanted
+    assert not any(re.search(r"(?<!\$)(\$\$)*\$(?!\$)", word) for word in given), "nothing left to replace"
+    pod = next(iter(yaml.safe_load_all(k8s.stream(service))))["spec"]["template"]["spec"]
+    assert [expanded(word) for word in pod["containers"][0]["args"]] == wanted
+    with pytest.raises(UsageError, match="--args: got"):
+        Service(target="a.py", arguments=("a\rb",))
+
+
+def expanded(text: str) -> str:
+    """Replace variables as the kubelet does (third_party/forked/golang/expansion/expand.go)."""
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found[1] is None else "replaced", text)
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,11 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
             f"{text}: its AgentServer has no @server.rtc_session() function, so no job could run"
         )
     local_url = host.settings.local_url
+    url = agent_server.url_of(server)
     if local_url:
-        _refuse_other_server(text, agent_server.url_of(server), local_url)
+        _refuse_other_server(text, url, local_url)
+    else:
+        loading.check_server_url(text, url)
     agent_server.set_up_logging(server, coloured=host.settings.coloured)
     for lack in lacks:
         log.warning("a private name is missing", extra={"missing": lack.text, "instead": lack.name.without})

@@ -34,6 +34,7 @@ from typing import Any, NoReturn  # Any: a user's object, or an AgentServer, whi
 from urllib.parse import urlsplit
 
 from lastcall.worker.base import target_form
+from lastcall.worker.base.dial_checks import check_url
 from lastcall.worker.base.errors import StartError, TargetError
 from lastcall.worker.base.exit_codes import Exit
 
@@ -190,6 +191,23 @@ def _load(
     return _only_server(target, module, classify)
 
 
+def check_server_url(text: str, url: str) -> None:
+    """Refuse a server object with a URL that livekit-agents could only try in vain, again and again.
+
+    Without a URL livekit-agents says so itself. Raises TargetError. The environment alone does not decide,
+    because the program of the target may set another URL.
+    """
+    if not url:
+        return
+    try:
+        check_url(url, ("http", "https", "ws", "wss"))
+    except ValueError as error:
+        source = "LIVEKIT_URL" if os.environ.get("LIVEKIT_URL") == url else "the ws_url of its server"
+        _, at, rest = url.rpartition("@")
+        shown = f"…@{rest}" if at else rest
+        raise TargetError(f"{text}: {source}: got {shown!r}, {error}") from None
+
+
 def address_of(url: str) -> str:
     """Return the part of a LiveKit server's URL that says where it is, without credentials; "" for no URL."""
     try:
@@ -335,6 +353,8 @@ def _remedy(error: ImportError) -> str:
     plugin = _missing_plugin(error)
     if plugin:
         return f"install livekit-plugins-{plugin.replace('_', '-')} or correct the name"
+    if "relative import with no known parent" in str(error):
+        return "run the file as a module of its package, as in -m package.module"
     if isinstance(error, ModuleNotFoundError):
         return "install it or correct the name"
     return "install a version that has it, or correct the name"

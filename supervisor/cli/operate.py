@@ -156,6 +156,8 @@ def _operate(path: Path, wait: bool, verb: str, **arguments: Any) -> None:
             print(f"{verb}: {said} of {operation['of']} done", flush=True)
         time.sleep(POLL_INTERVAL)
         operation = control_socket.ask(path, "operation", id=operation["id"])
+    if waiting := operation.get("at_next_restart"):
+        print(f"{verb}: takes effect at the next restart: {', '.join(waiting)}", flush=True)
     if operation["state"] == "failed":
         raise Refused(f"{verb} failed: {operation['reason']}")
     print(f"{verb}: {operation['done']} of {operation['of']} done", flush=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from lastcall.supervisor.deploy.service import Service, seconds
+from lastcall.supervisor.deploy.service import Service, quoted, seconds
 from lastcall.supervisor.deploy.template import render
 
 
@@ -35,7 +33,7 @@ def compose(service: Service) -> str:
     # compose reads a dollar sign as the start of a variable, and two of them as one dollar sign.
     variables = "" if "workers" in service.in_file else f'      LASTCALL_WORKERS: "{service.workers}"\n'
     if service.config_variable:
-        variables += f"      LASTCALL_CONFIG: {json.dumps(service.config_variable).replace('$', '$$')}\n"
+        variables += f"      LASTCALL_CONFIG: {quoted(service.config_variable).replace('$', '$$')}\n"
     quoted_target = service.quoted_words.replace("$", "$$")
     return render("compose.yaml", service, quoted_target=quoted_target, variables=variables)
 

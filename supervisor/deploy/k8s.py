@@ -7,11 +7,10 @@ answers /livez while it drains.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lastcall.supervisor.deploy.service import Service, Timers
+from lastcall.supervisor.deploy.service import Service, Timers, quoted
 from lastcall.supervisor.deploy.template import render
 
 # Ours: the longest calls that the overlay is for take 4 hours.
@@ -44,16 +43,20 @@ def base(service: Service) -> Mapping[str, str]:
     """
     variables = "" if "workers" in service.in_file else WORKERS.format(workers=service.workers)
     if service.config_variable:
-        # Kubernetes reads $(NAME) as a variable, and two dollar signs as one.
-        variables += CONFIG.format(file=json.dumps(service.config_variable.replace("$", "$$")))
+        variables += CONFIG.format(file=_escaped(quoted(service.config_variable)))
     pre_stop = service.timers.pre_stop
     values = {
-        "quoted_target": service.quoted_words,
+        "quoted_target": _escaped(service.quoted_words),
         "lifecycle": PRE_STOP.format(seconds=pre_stop) if pre_stop else "",
         "jobs_per_pod": str(JOBS_PER_POD),
         "variables": variables,
     }
     return {name: render(f"k8s/base/{name}", service, **values) for name in BASE}
+
+
+def _escaped(text: str) -> str:
+    """Write an argument, or the value of a variable, in which Kubernetes replaces $(NAME), and $$ by $."""
+    return text.replace("$", "$$")
 
 
 def stream(service: Service) -> str:

@@ -101,7 +101,7 @@ class Service:
             target_form.parse(self.target)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        if any("\n" in word or "\0" in word for word in self.arguments):
+        if any(set(word) & set("\n\r\0") for word in self.arguments):
             raise UsageError(f"--args: got {list(self.arguments)!r}, expected words without line breaks")
         if not NAME_PATTERN.fullmatch(self.name):
             raise UsageError(
@@ -131,7 +131,7 @@ class Service:
     @property
     def quoted_words(self) -> str:
         """The target and the arguments of the program as items of a JSON list."""
-        return ", ".join(map(json.dumps, target_form.words(self.target, self.arguments)))
+        return ", ".join(map(quoted, target_form.words(self.target, self.arguments)))
 
     @property
     def target_file(self) -> str:
@@ -154,6 +154,14 @@ class Service:
             lines.append(f"# Note: {self.timers.warning}.")
         lines.append(f"# A grace of {seconds(self.timers.grace)} s: {self.timers.calls}.")
         return "".join(line + "\n" for line in lines)
+
+
+def quoted(text: str) -> str:
+    """Write text as a string of JSON that YAML reads in the same way.
+
+    YAML does not join the two escapes of a character beyond U+FFFF; such a character stands as it is.
+    """
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def is_below(path: str, roots: tuple[str, ...]) -> bool:

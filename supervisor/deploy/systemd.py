@@ -58,7 +58,9 @@ def unit(service: Service) -> str:
         for w in (f"--{option}", value)
     ]
     words += ["--config", service.config_file] if service.config_file else []
-    command = " ".join(map(quote, [*words, *target_form.tail(service.arguments)]))
+    program, *rest = [*words, *target_form.tail(service.arguments)]
+    # In the path of the program systemd replaces no variables, and two dollar signs stay two.
+    command = " ".join([quote(program).replace("$$", "$"), *map(quote, rest)])
     # Paths in a configuration file are from the directory of the start, which is the one of this command.
     beside_target = "" if service.config_file else posixpath.dirname(service.target_file)
     directory = beside_target or service.directory

@@ -22,6 +22,7 @@ from lastcall.supervisor.processes.worker_channel import Channel
 from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import (
     OF_WORKER,
     Beat,
@@ -40,6 +41,9 @@ E, S = SlotEvent, SlotState
 # Seconds that the last words of an exited worker are waited for, twice: a supervisor that was itself stopped
 # during the first wait reads them in the second. Ours: they are in the socket already.
 LAST_WORDS_WITHIN = 0.5
+# Seconds from the end of file on the control channel until a worker that still lives counts as cut off. Ours:
+# the kernel closes the files of a process some milliseconds before the supervisor learns of the end.
+CUT_OFF_AFTER = 0.5
 # Seconds that a worker which did not register in time has to leave by itself. Ours: as `[stop] terminate`.
 TAKEN_DOWN_IN = 5.0
 
@@ -71,6 +75,8 @@ class Generation:
         # By when it has to be ready, while it starts.
         self.ready_by: float | None = None
         self.is_silent = False
+        # The worker lives and its control channel is closed: it drains by itself, and tells nothing more.
+        self.is_cut_off = False
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
         self.reports = WorkerView(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
@@ -105,7 +111,7 @@ class Generation:
     @property
     def is_connected(self) -> bool:
         """Whether the worker can be told something; an opaque program never can."""
-        return self._channel is not None
+        return self._channel is not None and not self._channel_lost
 
     @property
     def was_ready(self) -> bool:
@@ -158,16 +164,21 @@ class Generation:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it goes down unasked: it was signalled itself, or its server is lost for good."""
-        fenced = self.reports.fenced_at is not None and self.was_ready
+        """Whether it goes down unasked: it was signalled itself, is cut off, or lost its server for good."""
+        fenced = (self.reports.fenced_at is not None or self.is_cut_off) and self.was_ready
         return fenced and not self.stopping.is_asked and not self.ended
+
+    @property
+    def leaves_because(self) -> str:
+        """Why it goes down unasked."""
+        return self.reports.fence_reason or ("control channel lost" if self.is_cut_off else "")
 
     @property
     def is_fencing(self) -> bool:
         """Whether the stop waits for the worker to say that it accepts nothing more."""
         stopping = self.stopping
         waits = stopping.is_asked and not stopping.progress.is_fence_settled
-        return waits and self.state is S.DRAINING and self.was_ready and not self.is_opaque
+        return waits and self.state is S.DRAINING and self.was_ready and self.is_connected
 
     @property
     def end_kind(self) -> str:
@@ -247,7 +258,10 @@ class Generation:
                     self.say(Hold(on=True))
                 self.changed.notify()  # a stop that has begun meanwhile can tell the worker now
             await self._start_in_time()
-            await self.changed.until(lambda: self.has_exited)
+            await self.changed.until(lambda: self.has_exited or self._channel_lost)
+            lost_at = now()
+            if not await self.changed.until(lambda: self.has_exited, lambda: lost_at + CUT_OFF_AFTER):
+                await self._see_cut_off(lost_at)
         except asyncio.CancelledError:
             if not self.shared.is_abandoned:
                 self._kill_processes()  # the end of the whole stop; nothing may stay
@@ -276,6 +290,21 @@ class Generation:
         if not await self.changed.until(lambda: self.has_exited, lambda: grace):
             self.kill()
 
+    async def _see_cut_off(self, lost_at: float) -> None:
+        """Take a worker that lives without a control channel for one that leaves by itself, as it does.
+
+        The worker lays its stop out from the moment of the loss.
+        """
+        self.is_cut_off, self.is_silent = True, False
+        self.log.warning("worker is cut off: it drains by itself")
+        if self.state in (S.STARTING, S.READY, S.STALLED):
+            self.change(E.FENCE, reason=self.leaves_because)
+        self.changed.notify()
+        drain_at = self.launcher.settings.plan(lost_at).drain_at
+        if not await self.changed.until(lambda: self.has_exited, lambda: drain_at):
+            self.note_cut()
+            await self.changed.until(lambda: self.has_exited)
+
     async def _clean_up(self, launched: Launched) -> None:
         """The process has ended: nothing of it may stay."""
         child = launched.child
@@ -302,7 +331,16 @@ class Generation:
 
     def _record_end(self, launched: Launched, status: ExitStatus | None, swept: int) -> None:
         shared = self.shared
-        lost = shared.ledger.lose(self.slot, self.number, now(), cut=self._cut)
+        # A worker that is cut off can't report the end of a job. Its exit code says that it has seen all of
+        # them out, and whether it had to cut one.
+        code = status.code if self.is_cut_off and status is not None else None
+        lost = shared.ledger.lose(
+            self.slot,
+            self.number,
+            now(),
+            cut=() if code == Exit.CLEAN else self._cut,
+            is_vouched=code in (Exit.CLEAN, Exit.FORCED),
+        )
         shared.record.swept += swept
         self.last_exit = self.reports.fault or self.last_exit or str(status)
         if self.reports.is_config_error:
@@ -344,6 +382,10 @@ class Generation:
         self.is_candidate = False
         self.hold(self.shared.is_held)
 
+    def note_cut(self) -> None:
+        """Note that the time of the jobs which still run is over, for a worker that can't tell."""
+        self._cut |= frozenset(job.id for job in self.jobs if is_living(job))
+
     def dump(self) -> None:
         """Have the worker write its main thread's stack to its standard error; an opaque one can't."""
         if self._channel is not None:
@@ -360,7 +402,7 @@ class Generation:
         if launched is None or self.has_exited:
             return
         # A job that had ended by itself, under a worker that could not tell any more, was not cut.
-        self._cut |= frozenset(job.id for job in self.jobs if is_living(job))
+        self.note_cut()
         below = descendants.tree(launched.child.pid)
         launched.child.send(signal.SIGKILL)
         descendants.kill(below)

@@ -48,9 +48,25 @@ class Operation:
     reason: str = ""
     done: int = 0
     of: int = 0
+    # The options and variables whose new values a reload has read, and which take effect at the next restart.
+    at_next_restart: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reread:
+    """The new program of a reload: `launcher` starts it, under `config`.
+
+    `settle` is called once: with True when the program has taken over for good, with False when it was
+    refused.
+    """
+
+    config: Config
+    launcher: Launcher
+    at_next_restart: tuple[str, ...]
+    settle: Callable[[bool], None]
 
 
 Work = Coroutine[Any, Any, str]
@@ -59,7 +75,7 @@ Work = Coroutine[Any, Any, str]
 class Operations:
     """Runs operations on one fleet.
 
-    `reread` returns the configuration and launcher of a reload, or raises ConfigError. `on_reload` hears
+    `reread` returns the new program of a reload, or raises ConfigError. `on_reload` hears
     1 when a reload begins, and -1 when it is over, with the reason why it failed.
 
     No operation has to be told of a stop: the slots that it waits for end in the stop, and say so.
@@ -69,7 +85,7 @@ class Operations:
         self,
         fleet: Fleet,
         *,
-        reread: Callable[[], asyncio.Future[tuple[Config, Launcher]]],
+        reread: Callable[[], asyncio.Future[Reread]],
         on_reload: Callable[[int, str], None],
         log: Any,
     ) -> None:
@@ -184,28 +200,44 @@ class Operations:
             reading.cancel()
             return "the supervisor is stopping"
         try:
-            config, launcher = reading.result()
+            read = reading.result()
         except ConfigError as error:
             return str(error)
+        operation.at_next_restart = read.at_next_restart
         slots = [slot for slot in self._fleet.slots if not slot.is_stopping]
         operation.of = len(slots)
-        if not slots:
-            return "the supervisor is stopping"
         wanted, before = self.wanted, self._fleet.config.workers
-        # One slot goes first: if the new program is no good, it is the only one that has tried it.
-        why = await self._replace(operation, slots[0], launcher, "reload")
+        why = "fault in lastcall"
+        try:
+            why = await self._try(operation, slots, read.launcher)
+            if not why:
+                self._fleet.commit(read.config, read.launcher)
+        finally:
+            read.settle(not why)
         if why:
-            return f"the old program keeps serving: {why}"
-        self._fleet.commit(config, launcher)
+            return why
         async with asyncio.TaskGroup() as group:
             rest = [
-                group.create_task(self._replace(operation, slot, launcher, "reload")) for slot in slots[1:]
+                group.create_task(self._replace(operation, slot, read.launcher, "reload"))
+                for slot in slots[1:]
             ]
         reasons = [task.result() for task in rest if task.result()]
-        if config.workers != before and wanted == before:
-            operation.of += abs(config.workers - wanted)
-            await self._resize(operation, config.workers)
+        if read.config.workers != before and wanted == before:
+            operation.of += abs(read.config.workers - wanted)
+            await self._resize(operation, read.config.workers)
         return "; ".join(reasons)
+
+    async def _try(self, operation: Operation, slots: list[Slot], launcher: Launcher) -> str:
+        """Have one slot take the new program first; return why it has not.
+
+        If the program is no good, no other slot has tried it.
+        """
+        if not slots:
+            return "the supervisor is stopping"
+        why = await self._replace(operation, slots[0], launcher, "reload")
+        if not why and not operation.done:
+            why = f"slot {slots[0].number} was taken away before it could try the new one"
+        return why and f"the old program keeps serving: {why}"
 
     async def _recycle(self, operation: Operation, slot: Slot, reason: str) -> str:
         if slot.is_stopping:

@@ -58,6 +58,8 @@ class Slot:
         self._numbers = 0
         self._stop_asked = False
         self._retry_now = False
+        # The program of the next start alone: a reload tries it in a slot where nothing serves.
+        self._trial: Launcher | None = None
         self._group: asyncio.TaskGroup | None = None
         self._replacing = asyncio.Lock()
         self._last_started: Generation | None = None
@@ -115,7 +117,7 @@ class Slot:
 
     async def _keep_up(self) -> None:
         if not self._stop_asked:
-            self._start(self.current)
+            self._start_current()
         while True:
             await self.changed.until(lambda: self._stop_asked or self._needs_another())
             if self._stop_asked:
@@ -131,7 +133,7 @@ class Slot:
         old = self.current
         is_alive = not old.ended
         if is_alive:
-            self._let_go(old, old.reports.fence_reason)
+            self._let_go(old, old.leaves_because)
         if self.candidate is not None:
             self.current, self.candidate = self.candidate, None
             self.current.take_over()
@@ -153,14 +155,19 @@ class Slot:
         self._retry_now = False
         if not self._stop_asked:
             self.restarts[why] += 1
-            self._start(self.current)
+            self._start_current()
 
-    def _make(self, state: S) -> Generation:
+    def _start_current(self) -> None:
+        if self._trial is not None:
+            self.current.launcher, self._trial = self._trial, None
+        self._start(self.current)
+
+    def _make(self, state: S, launcher: Launcher | None = None) -> Generation:
         self._numbers += 1
         return Generation(
             self.number,
             self._numbers,
-            launcher=self.launcher,
+            launcher=launcher or self.launcher,
             shared=self._shared,
             changed=self.changed,
             state=state,
@@ -195,7 +202,8 @@ class Slot:
     ) -> str:
         """Start another generation, and let the current one go once the other has taken over.
 
-        Returns why that did not come about, or nothing when it did; then the old one keeps serving.
+        Returns why that did not come about, or nothing when it did. Only a program that has taken over is the
+        one of later starts.
         """
         async with self._replacing:
             if self._stop_asked:
@@ -203,14 +211,12 @@ class Slot:
             if not is_wanted():
                 return "no longer needed"
             old = self.current
-            if self.launcher is not launcher:
-                self.launcher = launcher
-            beside = old.is_alive
-            new = self._begin_beside() if beside else await self._begin_instead()
+            new = self._begin_beside(launcher) if old.is_alive else await self._begin_instead(launcher)
             if new is None:
                 return "the slot is being stopped"
             await self._until_usable(new, is_wanted)
             if new.is_usable and is_wanted() and not self._stop_asked:
+                self.launcher = launcher
                 await self._let_in(new)
                 if new is self.candidate:
                     self.current, self.candidate = new, None
@@ -218,16 +224,16 @@ class Slot:
                 return ""
             return self._give_up(new, is_wanted)
 
-    def _begin_beside(self) -> Generation:
-        self.candidate = self._make(S.STOPPED)
+    def _begin_beside(self, launcher: Launcher) -> Generation:
+        self.candidate = self._make(S.STOPPED, launcher)
         self.candidate.is_candidate = True
         self._start(self.candidate)
         return self.candidate
 
-    async def _begin_instead(self) -> Generation | None:
+    async def _begin_instead(self, launcher: Launcher) -> Generation | None:
         """Nothing serves here at the moment: wake the slot from its back-off, or its quarantine."""
         self._restarts.forget()
-        self.current.launcher = self.launcher
+        self._trial = launcher
         before, self._retry_now = self._last_started, True
         self.changed.notify()
         await self.changed.until(lambda: self._last_started is not before or self._stop_asked)

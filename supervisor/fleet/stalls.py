@@ -57,11 +57,7 @@ class Watch:
 
     def _beating(self) -> list[Generation]:
         """Return the generations that owe a beat."""
-        return [
-            generation
-            for generation in self._fleet.generations
-            if generation.reports.beat is not None and generation.state in BEATS_IN
-        ]
+        return [generation for generation in self._fleet.generations if _owes_beats(generation)]
 
     def _next_look(self) -> float:
         stall = self._fleet.config.stall
@@ -77,7 +73,7 @@ class Watch:
         for slot in list(self._fleet.slots):
             for generation in slot.generations:
                 beat = generation.reports.beat
-                if beat is None or generation.state not in BEATS_IN:
+                if beat is None or not _owes_beats(generation):
                     continue
                 if now() - beat.at >= stall.beat * stall.misses:
                     self._found_silent(slot, generation)
@@ -147,6 +143,11 @@ class Watch:
         """Spread the ages of workers that were started together; the same each time for one worker."""
         seed = f"{generation.slot}:{generation.number}:{generation.ready_at}"
         return 1 - AGE_JITTER * random.Random(seed).random()
+
+
+def _owes_beats(generation: Generation) -> bool:
+    is_told_of = generation.reports.beat is not None and not generation.is_cut_off
+    return is_told_of and generation.state in BEATS_IN
 
 
 def why_recycle(limits: Recycle, generation: Generation, age_factor: float = 1.0) -> str:

@@ -64,7 +64,8 @@ class Progress:
     """The stop of one generation so far.
 
     `fence_said_at` is when the worker was told to fence, `drain_said` the deadline it was last told.
-    `close_by` and `terminate_by` are the ends of its shares, counted from when each began.
+    `close_by` and `terminate_by` are the ends of its shares, counted from when each began. `waits_for_jobs`:
+    the close is there for the jobs of a stuck worker.
     """
 
     fence_said_at: float | None = None
@@ -74,6 +75,7 @@ class Progress:
     is_hurried: bool = False
     is_killed: bool = False
     close_by: float = float("inf")
+    waits_for_jobs: bool = False
     terminate_by: float = float("inf")
 
 
@@ -123,7 +125,7 @@ def step(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> St
         case S.DRAINING:
             return _tell(seen, progress, deadlines, now) or _drain(seen, progress, deadlines, now)
         case S.CLOSING:
-            return _tell(seen, progress, deadlines, now) or _close(progress, deadlines, now)
+            return _tell(seen, progress, deadlines, now) or _close(seen, progress, deadlines, now)
         case S.TERMINATING:
             return _terminate(progress, deadlines, now)
         case S.KILLING:
@@ -163,7 +165,8 @@ def _tell(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> S
 
 def _drain(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> Step:
     if seen.was_ready:
-        if not progress.is_fence_settled:
+        # A worker that is cut off was told nothing, and drains by itself.
+        if not progress.is_fence_settled and seen.is_connected:
             settled = replace(progress, is_fence_settled=True)
             if seen.fenced_at is not None:
                 return Step(action=Action.NOTE_FENCED, progress=settled)
@@ -176,16 +179,19 @@ def _drain(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> 
             return _wait(progress, deadlines.drain_at)
         if not seen.is_drained and not progress.is_hurried:
             return Step(action=Action.HURRY, progress=replace(progress, is_hurried=True))
-    # A worker that drained early has its close share from now, and not the rest of grace to hang in.
+    # A worker that drained early has its close share from now, and not the rest of grace to hang in. The jobs
+    # of a stuck worker are not asked to shut down: they have the time in which jobs of others shut down.
     shares = deadlines.shares
-    has_something_to_close = seen.was_ready and not seen.is_silent
+    has_something_to_close = seen.was_ready and (not seen.is_silent or seen.has_jobs)
     share = shares.close if has_something_to_close else shares.terminate
-    return Step(action=Action.CLOSE, progress=replace(progress, close_by=now + share))
+    closing = replace(progress, close_by=now + share, waits_for_jobs=seen.is_silent and seen.has_jobs)
+    return Step(action=Action.CLOSE, progress=closing)
 
 
-def _close(progress: Progress, deadlines: Deadlines, now: float) -> Step:
+def _close(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> Step:
     due_at = min(progress.close_by, deadlines.close_at)
-    if now < due_at:
+    jobs_have_ended = progress.waits_for_jobs and seen.is_silent and not seen.has_jobs
+    if now < due_at and not jobs_have_ended:
         return _wait(progress, due_at)
     terminate_by = now + deadlines.shares.terminate
     return Step(action=Action.TERMINATE, progress=replace(progress, terminate_by=terminate_by))

@@ -86,6 +86,8 @@ def _do(generation: Generation, action: Action) -> None:
         case Action.NOTE_FENCED | Action.NOTE_UNFENCED:
             _note_fence(generation)
         case Action.HURRY:
+            if generation.is_cut_off:
+                generation.note_cut()
             hurried = deadlines.hurried(now())
             generation.say(Drain(drain_at=hurried.drain_at, close_at=hurried.close_at))
         case Action.CLOSE:

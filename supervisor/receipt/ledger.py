@@ -99,19 +99,30 @@ class Ledger:
         entry.seconds = round(seconds, 3)
         entry.process = process
 
-    def lose(self, slot: int, generation: int, now: float, *, cut: Collection[str] = ()) -> int:
-        """Note that a worker is gone, and its running jobs with it; return how many calls that were.
+    def lose(
+        self,
+        slot: int,
+        generation: int,
+        now: float,
+        *,
+        cut: Collection[str] = (),
+        is_vouched: bool = False,
+    ) -> int:
+        """Note that a worker is gone, and its running jobs with it; return how many calls were not finished.
 
-        `cut` are the jobs that were ended with the worker on purpose. How the others ended is not known.
+        `cut` are the jobs that were ended with the worker on purpose. How the others ended is not known,
+        unless the worker, which could tell nothing more, has seen all of them out (`is_vouched`).
         """
         gone = self.of(slot, generation)
         for entry in gone:
-            fate: EntryFate = (
-                "finished" if entry.is_over else "cut" if entry.is_cut or entry.id in cut else "lost"
-            )
-            process = "killed" if entry.is_over else ""
+            fate: EntryFate = "finished" if is_vouched else "lost"
+            if entry.is_over:
+                fate = "finished"
+            elif entry.is_cut or entry.id in cut:
+                fate = "cut"
+            process = "killed" if entry.is_over and not is_vouched else ""
             self.end(slot, generation, entry.id, fate, now - entry.accepted_at, process=process)
-        return sum(1 for entry in gone if not entry.is_over)
+        return sum(1 for entry in gone if entry.fate != "finished")
 
     def of(self, slot: int, generation: int) -> list[JobEntry]:
         """Return the running jobs of one worker."""

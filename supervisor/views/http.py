@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,15 +20,22 @@ from lastcall.supervisor.views.status import Status
 # Seconds between two tries to get a port that another program has. Ours: such a program is about to end, or
 # will not end.
 RETRY_EVERY = 1.0
+# Seconds that one try may take. Ours: only the look for the name of a host takes any, and workers start after
+# the first try.
+RESOLVE_WITHIN = 2.0
+# The reasons for another try, and the log events of each.
+BUSY, UNRESOLVED = "busy", "not resolved"
+WAITS = {BUSY: "http port is busy", UNRESOLVED: "http host is not resolved"}
+OVER = {BUSY: "http port is free now", UNRESOLVED: "http host is resolved now"}
 
 
 @asynccontextmanager
 async def serve(address: str, status: Status, log: Any) -> AsyncIterator[str]:
     """Serve on HOST:PORT for as long as the block runs; "off" serves nothing.
 
-    Yields the address in use, with "(busy)" behind it while another program has the port. A busy port is
-    tried again while the block runs, because calls need no HTTP. Raises ConfigError for an address that can't
-    be had at all.
+    Yields the address in use. Another program may have the port, or the resolver may be slow; the reason then
+    stands behind the address. The address is tried again while the block runs, because calls need no HTTP.
+    Raises ConfigError for an address that can't be had at all.
     """
     if address == "off":
         yield address
@@ -39,16 +47,16 @@ async def serve(address: str, status: Status, log: Any) -> AsyncIterator[str]:
     try:
         try:
             site = web.TCPSite(runner, host.strip("[]"), int(port))
-            listens = await _listens(site)
+            wait = await _try(site)
         except (OSError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"http: {address} can't be used: {words_of(error)};"
                 " give another HOST:PORT by --http, or --http off"
             ) from error
-        if not listens:
-            log.warning("http port is busy", http=address, tried_again_every_s=RETRY_EVERY)
-            waiting = asyncio.create_task(_wait_for_port(site, address, log))
-        yield f"{host}:{runner.addresses[0][1]}" if listens else f"{address} (busy)"
+        if wait:
+            log.warning(WAITS[wait], http=address, tried_again_every_s=RETRY_EVERY)
+            waiting = asyncio.create_task(_try_again(site, wait, address, log))
+        yield f"{address} ({wait})" if wait else f"{host}:{runner.addresses[0][1]}"
     finally:
         if waiting is not None:
             waiting.cancel()
@@ -56,28 +64,35 @@ async def serve(address: str, status: Status, log: Any) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def _listens(site: web.TCPSite) -> bool:
-    """Begin to listen; False where another program has the port. Raises OSError for any other reason."""
+async def _try(site: web.TCPSite) -> str:
+    """Begin to listen; return why another try is needed, or nothing. Raises OSError for any other reason."""
     try:
-        await site.start()
+        async with asyncio.timeout(RESOLVE_WITHIN):
+            await site.start()
     except OSError as error:
         await site.stop()  # else it could not be started again
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return False
-    return True
+        if error.errno == errno.EADDRINUSE:
+            return BUSY
+        # At boot the name server may come later than lastcall.
+        is_early = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+        if is_early or isinstance(error, TimeoutError):
+            return UNRESOLVED
+        raise
+    return ""
 
 
-async def _wait_for_port(site: web.TCPSite, address: str, log: Any) -> None:
+async def _try_again(site: web.TCPSite, wait: str, address: str, log: Any) -> None:
     try:
         while True:
             await asyncio.sleep(RETRY_EVERY)
-            if await _listens(site):
-                break
+            before, wait = wait, await _try(site)
+            if not wait:
+                log.info(OVER[before], http=address)
+                return
+            if wait != before:
+                log.warning(WAITS[wait], http=address, tried_again_every_s=RETRY_EVERY)
     except OSError as error:
         log.error("http port can't be had", http=address, reason=words_of(error))
-    else:
-        log.info("http port is free now", http=address)
 
 
 def _app(status: Status) -> web.Application:
