@@ -156,7 +156,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "plain_text local_server parameters source_changes beside",
+            "command_line plain_text local_server parameters source_changes beside",
             "tables",
             "live_screen",
             "demo dev operate deployment",
