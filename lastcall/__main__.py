@@ -21,18 +21,13 @@ for _fd in range(3):
 sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
 sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
-import asyncio
 import errno
 import traceback
 from typing import NoReturn
 
-import uvloop
-
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, SupervisorError, UsageError
-from lastcall.supervisor.signals import Inbox, receive
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import leave
-from lastcall.worker.base.stopping import STOP_SIGNALS
 
 SUPERVISING = frozenset({"run", "demo", "dev"})
 # The first that fits counts.
@@ -48,6 +43,11 @@ EXIT_CODES: dict[type[Exception], int] = {
 def main() -> NoReturn:
     """Run the command line and end the process with its exit code."""
     if SUPERVISING.intersection(sys.argv[1:2]):
+        # Not above: the verbs that ask a running supervisor need no loop, and would wait for these imports.
+        import asyncio
+
+        import uvloop
+
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             leave(runner.run(_supervise()))
     leave(_ask())
@@ -58,6 +58,10 @@ async def _supervise() -> int:
 
     In the running loop, because uvloop forgets what its handlers received before it ran.
     """
+    import asyncio
+
+    from lastcall.supervisor.signals import Inbox, receive
+
     inbox = Inbox()
     with receive(asyncio.get_running_loop(), inbox):
         try:
@@ -76,8 +80,12 @@ def _ask() -> int:
     order, Ctrl-C just ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS, signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD})
     try:
+        from lastcall.supervisor.cli import operate
+
+        if operate.knows(sys.argv[1:]):
+            return operate.read(sys.argv[1:])
         from lastcall.supervisor.cli import run
 
         code = run.read(sys.argv[1:], None)

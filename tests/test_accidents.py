@@ -19,7 +19,7 @@ pytestmark = pytest.mark.core
 
 def forkserver(r: Run) -> psutil.Process:
     (worker,) = r.workers()
-    found = [p for p in worker.children() if "forkserver" in " ".join(p.cmdline())]
+    found = [p for p in worker.children() if "forkserver" in " ".join([p.name(), *p.cmdline()])]
     assert len(found) == 1
     return found[0]
 

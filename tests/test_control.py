@@ -152,3 +152,20 @@ async def test_other_users_are_refused(run: StartRun, program: Program) -> None:
     assert r.process.poll() is None and not r.log("stop fencing")
     r.kill()
     assert await r.exit() == 0
+
+
+def test_verb_imports_what_it_needs() -> None:
+    """A verb that asks a supervisor loads neither an event loop nor the options of `run`."""
+    asked = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lastcall", "status", "--control", "/nowhere"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert asked.returncode == 69
+    lines = [line for line in asked.stderr.splitlines() if line.startswith("import time:")]
+    loaded = {line.rpartition("|")[2].strip() for line in lines}
+    assert "lastcall.supervisor.cli.operate" in loaded
+    others = {"asyncio", "uvloop", "aiohttp", "psutil", "lastcall.supervisor.config.options"}
+    assert not loaded & others

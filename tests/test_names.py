@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 import multiprocessing.process
+import multiprocessing.util
 import os
 import re
 from collections import defaultdict
@@ -22,7 +23,7 @@ from livekit.agents.ipc import proc_pool, supervised_proc
 from lastcall.worker import scratch
 from lastcall.worker.base.errors import Incompatible
 from lastcall.worker.inworld.plugin import private_names
-from lastcall.worker.sdk import agent_server, child_processes, preflight, process_pool
+from lastcall.worker.sdk import agent_server, child_processes, forkserver, preflight, process_pool
 from lastcall.worker.sdk.names import INWORLD, NAMES, PrivateName
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.renaming import SITE, without
@@ -33,6 +34,7 @@ FOLDERS = ("lastcall", "supervisor", "worker")
 EDGES = {
     ROOT / "worker" / "sdk" / "agent_server.py",
     ROOT / "worker" / "sdk" / "child_processes.py",
+    ROOT / "worker" / "sdk" / "forkserver.py",
     ROOT / "worker" / "sdk" / "job_process.py",
     ROOT / "worker" / "sdk" / "process_pool.py",
     ROOT / "worker" / "inworld" / "plugin" / "private_names.py",
@@ -274,7 +276,14 @@ def scratch_directory(patch: pytest.MonkeyPatch) -> None:
     scratch.remove()
 
 
-def forkserver(patch: pytest.MonkeyPatch) -> None:
+def new_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Nothing is forked."""
+    patch.delattr(multiprocessing.util, "spawnv_passfds")
+    patch.delattr(os, "fork")
+    forkserver.fork()
+
+
+def shielded_forkserver(patch: pytest.MonkeyPatch) -> None:
     from multiprocessing import forkserver as module
 
     patch.setattr(module, "_forkserver", object())
@@ -381,8 +390,9 @@ LESSER = {
     "_popen": over,
     "_mask_ctrl_c": interrupt,
     "_config": scratch_directory,
-    "_forkserver": forkserver,
-    "_forkserver_pid": forkserver,
+    "_forkserver": shielded_forkserver,
+    "_forkserver_pid": shielded_forkserver,
+    "spawnv_passfds": new_interpreter,
 }
 
 

@@ -31,6 +31,7 @@ from lastcall.worker.base.process import leave
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SUPERVISOR_SIGNALS, Stopping
 from lastcall.worker.base.wire import FOR_WORKER, Fault, Loaded, WorkerHears, WorkerSays, shortened
+from lastcall.worker.sdk import forkserver
 
 if TYPE_CHECKING:
     from lastcall.worker.host import Host
@@ -52,6 +53,9 @@ def main() -> NoReturn:
     # The one signal without a loop handler: its use is to show where a loop that runs no handler is stuck.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
+    with garbage.no_collections():
+        # While there is one thread, and before anything of the agent is imported.
+        forkserver.fork()
     os.environ[variables.WORKER_PID] = str(os.getpid())
     if settings.scratch:
         scratch.use(settings.scratch)

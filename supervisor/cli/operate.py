@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.live import Live
 
-from lastcall.supervisor.cli.tables import status_table
+from lastcall.supervisor.cli import command_line
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base import variables
@@ -31,6 +29,21 @@ def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     for name, verb in VERBS.items():
         app.command(name)(verb)
+
+
+def knows(arguments: list[str]) -> bool:
+    """Tell whether the arguments are those of one of these verbs, without words that `run` takes apart."""
+    return arguments[:1] != [] and arguments[0] in VERBS and not {"--", "--args"}.intersection(arguments)
+
+
+def read(arguments: list[str]) -> int:
+    """Run one of the verbs and return its exit code, without the imports of other verbs.
+
+    Raises UsageError, NotRunning and Refused.
+    """
+    app = command_line.new()
+    app.command(arguments[0])(VERBS[arguments[0]])  # typer takes milliseconds for each
+    return command_line.read(app, arguments, None)
 
 
 def _socket(control: str) -> Path:
@@ -53,10 +66,19 @@ def _status(
     if as_json:
         print(json.dumps(document, indent=2))
     else:
+        from rich.console import Console
+
+        from lastcall.supervisor.cli.tables import status_table
+
         Console().print(status_table(document))
 
 
 def _watch(path: Path, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from lastcall.supervisor.cli.tables import status_table
+
     console = Console()
     document = control_socket.ask(path, "status")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the cursor is to come back

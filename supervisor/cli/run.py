@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lastcall.supervisor.cli import deployment
+from lastcall.supervisor.cli import command_line, deployment
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -28,11 +28,6 @@ from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
 from lastcall.worker.base import variables
 from lastcall.worker.base.target_form import FORMS
-
-# Newer versions of typer bundle click, so the class is taken from a name that typer exports.
-CommandLineError: Any = typer.BadParameter.__base__
-
-HELP = "Run LiveKit agent workers so that a stop cuts no call."
 
 RUN_HELP = """Run workers under supervision.
 
@@ -63,36 +58,13 @@ class _Session:
         self.work: Coroutine[Any, Any, int] | None = None
 
 
-app = typer.Typer(
-    help=HELP,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = command_line.new()
 
 
 def _places_of_config(file: str | None) -> list[str]:
     """Return the files that a configuration is looked for in."""
     named = file or os.environ.get(variables.CONFIG)
     return [named] if named else list(FILE_NAMES)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from lastcall.supervisor.receipt import versions
-
-        print(", ".join(f"{name} {number}" for name, number in versions().items()))
-        raise typer.Exit(0)
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", help="Print versions and exit.", callback=_show_version, is_eager=True),
-    ] = False,
-) -> None:
-    """Have the verbs share one root."""
 
 
 @app.command("run", help=RUN_HELP)
@@ -212,21 +184,8 @@ def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any,
         from lastcall.supervisor.cli import operate
 
         operate.add_to(app)
-    root = typer.main.get_command(app)
     session = _Session(inbox, command)
-    try:
-        result = root.main(
-            args=arguments,
-            prog_name="lastcall",
-            standalone_mode=False,
-            obj=session,
-        )
-    except CommandLineError as error:
-        message = error.format_message().rstrip(".")
-        end = "" if message.endswith("?") else "."
-        raise UsageError(f"{message}{end} See lastcall --help.") from None
-    except typer.Abort:
-        return 130
+    code = command_line.read(app, arguments, session)
     if session.work is not None:
         return session.work
-    return 2 if asked_for_nothing else int(result or 0)
+    return 2 if asked_for_nothing else code

@@ -15,6 +15,7 @@ from lastcall.supervisor.rehearsal.scenes import GIVE_UP_AFTER
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base.memory import all_processes
+from lastcall.worker.base.process import FORKSERVER
 from lastcall.worker.base.stopping import unshielded
 
 # Seconds for a stop without jobs, which takes one or two. Ours: of a grace of 10 s the close has a share of
@@ -88,8 +89,9 @@ def _framework(stage: Stage, ours: set[int]) -> dict[int, str]:
     for pid in stage.processes():
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-            if pid not in ours and "forkserver" in command:
-                found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            if pid not in ours and (name == FORKSERVER.decode() or "multiprocessing.forkserver" in command):
+                found[pid] = name
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from lastcall.worker.base.process import FORKSERVER
 from lastcall.worker.base.variables import MARK
 
 
@@ -103,6 +104,14 @@ def look_at(pid: int) -> tuple[str, str]:
         return "unknown", ""
 
 
+def is_multiprocessing(name: str, command: str) -> bool:
+    """Tell by its name and command line whether a process is one of multiprocessing's, or a fork of one.
+
+    A forkserver that was forked from its worker has the command line of the worker.
+    """
+    return name == FORKSERVER.decode() or "from multiprocessing." in command
+
+
 def is_framework(process: psutil.Process) -> bool:
     """Tell whether a process is multiprocessing's own: forkserver, resource tracker, or a fork of the former.
 
@@ -112,7 +121,7 @@ def is_framework(process: psutil.Process) -> bool:
     try:
         command = process.cmdline()
         # A process that is just ending has no command line any more.
-        return not command or any("from multiprocessing." in argument for argument in command)
+        return not command or is_multiprocessing(process.name(), " ".join(command))
     except psutil.Error:
         return True  # gone meanwhile
 

@@ -10,7 +10,6 @@ its request, and there is a bound on clients at once, so that none can keep the 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -20,11 +19,14 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lastcall.supervisor.config import runtime_directory
+from lastcall.supervisor.config.paths import runtime_directory
 from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused
+
+if TYPE_CHECKING:
+    import asyncio
 
 VERSION = 1
 # Bytes of a request, and of an answer. Ours: requests are short, a status of 1000 slots has about 1 MB.
@@ -43,6 +45,8 @@ Verb = Callable[[dict[str, Any]], dict[str, Any]]
 @asynccontextmanager
 async def serve(path_option: str, verbs: dict[str, Verb]) -> AsyncIterator[Path]:
     """Listen for as long as the block runs; yields the socket's path. Raises ConfigError when it can't."""
+    import asyncio  # not above: the verbs need none
+
     path = _path(path_option)
     sock = _bind(path)
     own = _identity(path)

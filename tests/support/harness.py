@@ -266,7 +266,7 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         """Return the living worker processes, children of the supervisor."""
         children = psutil.Process(self.pid).children()
-        return [child for child in children if "lastcall.worker" in _command(child)]
+        return [p for p in children if "lastcall.worker" in _command(p) and p.name() != "forkserver"]
 
     def family(self) -> list[psutil.Process]:
         process = psutil.Process(self.pid)

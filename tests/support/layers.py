@@ -40,7 +40,12 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.sdk": Room(
         idea="the private names of livekit-agents and multiprocessing",
-        floors=("names", "preflight child_processes", "agent_server job_process process_pool", "__main__"),
+        floors=(
+            "names",
+            "preflight child_processes forkserver",
+            "agent_server job_process process_pool",
+            "__main__",
+        ),
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
@@ -151,7 +156,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "plain_text local_server parameters source_changes beside",
+            "command_line plain_text local_server parameters source_changes beside",
             "tables",
             "live_screen",
             "demo dev operate deployment",

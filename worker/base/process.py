@@ -9,6 +9,10 @@ from typing import NoReturn
 
 # linux/prctl.h
 PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+# The name of a forkserver that was forked from its worker, and of the job processes that it forks: they have
+# the command line of the worker. A program that a job starts by exec has another name.
+FORKSERVER = b"forkserver"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -24,6 +28,11 @@ def forbid_dumps() -> bool:
     That is no boundary: another process of the same user may still trace this one.
     """
     return bool(ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
+
+
+def set_name(name: bytes) -> None:
+    """Name the calling thread, and the process if it has no other: /proc/PID/comm, at most 15 bytes."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
 
 
 def leave(code: int) -> NoReturn:

@@ -380,6 +380,14 @@ NAMES = (
         needed_by=EXIT,
     ),
     PrivateName(
+        owner="multiprocessing.util",
+        name="spawnv_passfds",
+        kind="function",
+        signature="(path, arguments, descriptors)",
+        needed_by="a forkserver that is forked from its worker",
+        without="the forkserver is a new interpreter, which imports livekit-agents once more",
+    ),
+    PrivateName(
         owner="multiprocessing.context:ForkServerContext",
         name="set_forkserver_preload",
         kind="method",

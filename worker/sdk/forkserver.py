@@ -1,0 +1,365 @@
+"""Fork the forkserver from the worker, so that one import of livekit-agents serves both.
+
+Problem: multiprocessing starts its forkserver as a new interpreter, which imports once more what the worker
+has imported. That takes 1.3 to 1.9 s of processor time, by the version of livekit-agents.
+
+    worker                                        child
+    imports IMPORTED, has one thread, forks ────► closes what it inherited, waits
+    loads the target, runs
+    multiprocessing starts its forkserver
+    sends the command, and what exec passes on ─► takes it over, runs the command
+
+The command is the one that multiprocessing has for a new interpreter, and the child runs it in an empty
+`__main__`. So the wire, the status pipes and the resource tracker are multiprocessing's on each version.
+
+A new interpreter would see its environment before it imports anything. So each variable that was read in the
+import is noted. The certificates of TLS contexts that the import makes are loaded only after the fork, by
+each process for itself: OpenSSL reads the environment for them (SSL_CERT_FILE). Modules that are imported for
+their effects on the environment, and the modules of the agent, are imported by the command, after the
+environment has been taken over.
+
+Where the fork would not be the same, multiprocessing starts a new interpreter, as it would without this
+module. That is so if the import has left a thread or a socket. It is so, too, if something has changed since
+the fork that the import has read or that exec passes on. A second forkserver, after the end of the first, is
+a new interpreter. One line in the log says why.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import gc
+import importlib
+import json
+import logging
+import multiprocessing.util
+import os
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lastcall.worker.base.memory import oom_adjustment
+from lastcall.worker.base.process import FORKSERVER, set_name
+from lastcall.worker.base.stopping import SHIELDED
+
+log = logging.getLogger("lastcall.worker")
+
+# Imported before the fork: the part that every job process has, and nothing of the agent. The command imports
+# `livekit.agents.ipc._preload`, because that loads models of 244 MB or none, as the agent's environment says.
+# `wsgiref.handlers` is first because it copies the whole environment, for CGI programs (prometheus_client
+# imports it and is none), and each variable would count as read.
+IMPORTED = (
+    "wsgiref.handlers",
+    "livekit.agents",
+    "lastcall.worker.job.setup",
+    "lastcall.worker.inworld.plugin.attached",
+)
+# How the command of a forkserver begins, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
+COMMAND = "from multiprocessing.forkserver import main"
+# Variables that the interpreter and native libraries read by themselves: CPython's command line page,
+# ld.so(8), mallopt(3), tzset(3), locale(7), openssl-env(7), and the manuals of OpenMP, OpenBLAS and MKL.
+READ_NATIVELY = ("PYTHON", "LD_", "MALLOC_", "TZ", "LANG", "LC_", "OPENSSL_", "OMP_", "OPENBLAS_", "MKL_")
+# Lines of /proc/PID/status (proc_pid_status(5)) that exec passes on. They are ids, rights, the ignored
+# signals, and the processors and memory nodes that the process may use.
+PASSED_ON = {
+    *("Umask", "Uid", "Gid", "Groups", "NSpgid", "NSsid", "SigIgn", "Cpus_allowed", "Mems_allowed"),
+    *("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp"),
+}
+# Seconds for the child to take over. Ours: it does nothing else, and a few milliseconds are usual.
+TAKE_OVER_WITHIN = 5.0
+# Seconds for native threads to be gone that end in a fork, as those of OpenBLAS do (pthread_atfork(3)). Ours:
+# a thread that has been joined may stand in /proc for some microseconds.
+THREADS_END_WITHIN = 0.2
+LENGTH = struct.Struct("!I")
+
+
+class Unlike(Exception):
+    """Raised where a forked forkserver would not be what a new interpreter is; the text says why."""
+
+
+# -- the fork -----------------------------------------------------------------------------------------------
+
+
+def fork() -> None:
+    """Import IMPORTED and fork the forkserver; have multiprocessing use it, unless that would be unlike.
+
+    For a process with one thread that is to become a worker. In the child the function raises SystemExit at
+    the end of the forkserver, so that exit handlers of what it has imported run, as in a new interpreter.
+    """
+    start_interpreter = getattr(multiprocessing.util, "spawnv_passfds", None)
+    if start_interpreter is None:
+        return
+    waiting: _Waiting | None = None
+    why = ""
+    try:
+        waiting = _fork()
+    except Unlike as error:
+        why = str(error)
+
+    def spawnv_passfds(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
+        nonlocal waiting, why
+        command = str(arguments[-1])
+        if command.startswith(COMMAND):
+            child, waiting = waiting, None
+            reason, why = why, "the forkserver has ended"
+            if child is not None:
+                try:
+                    return child.become(path, command, descriptors)
+                except Unlike as error:
+                    child.end()
+                    reason = str(error)
+            log.info("the forkserver imports for itself", extra={"reason": reason})
+        pid: int = start_interpreter(path, arguments, descriptors)
+        return pid
+
+    multiprocessing.util.spawnv_passfds = spawnv_passfds  # type: ignore[assignment]  # no public hook
+
+
+def _fork() -> _Waiting:
+    before = _descriptors()
+    contexts: list[ssl.SSLContext] = []
+    try:
+        with _defaults_loaded_later(contexts), _reads_noted() as reads:
+            for module in IMPORTED:
+                try:
+                    importlib.import_module(module)
+                except Exception as error:
+                    # The worker imports it again, and says there what is missing.
+                    raise Unlike(f"an import failed: {error!r}") from error
+        return _fork_now(_descriptors() - before, reads, contexts)
+    finally:
+        _load_defaults(contexts)
+
+
+def _fork_now(opened: set[int], reads: set[str], contexts: list[ssl.SSLContext]) -> _Waiting:
+    for fd in opened:
+        if not _is_file(fd):
+            raise Unlike(f"an import has opened {os.readlink(f'/proc/self/fd/{fd}')}")
+    if threading.active_count() > 1:
+        raise Unlike("an import has started a thread")
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    try:
+        passed_on = _passed_on()
+        near, far = socket.socketpair()
+        # Collections of the worker, of the forkserver and of jobs leave out what is there now, and so do not
+        # write into pages that the processes share.
+        gc.freeze()
+        with warnings.catch_warnings():
+            # CPython 3.12 warns of threads, those that end in the fork included. They are looked at below.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = -1
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+            try:
+                pid = os.fork()
+            finally:
+                if pid != 0:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    except OSError as error:
+        raise Unlike(f"no fork: {error}") from error
+    if pid == 0:
+        near.close()
+        _wait(far, opened, contexts)
+        raise SystemExit(0)
+    far.close()
+    child = _Waiting(pid, near, {name: os.environ.get(name) for name in reads}, passed_on)
+    until = time.monotonic() + THREADS_END_WITHIN
+    while len(os.listdir("/proc/self/task")) > 1:
+        if time.monotonic() > until:
+            child.end()
+            raise Unlike("an import has started a thread")
+        time.sleep(0.001)
+    return child
+
+
+class _Waiting:
+    """The child, until it is the forkserver, with what it was forked with."""
+
+    def __init__(
+        self, pid: int, sock: socket.socket, reads: dict[str, str | None], passed_on: dict[str, str]
+    ) -> None:
+        self._pid = pid
+        self._sock = sock
+        self._reads = reads | {name: os.environ[name] for name in os.environ if _is_native(name)}
+        self._passed_on = passed_on
+
+    def become(self, path: bytes, command: str, descriptors: Sequence[int]) -> int:
+        """Have the child run the command, with these descriptors at their numbers; return its pid.
+
+        Raises Unlike if it would not do what a new interpreter does, and where it has ended or hangs.
+        """
+        self._compare(path)
+        environment = dict(os.environ)
+        mask = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+        numbers = [int(number) for number in descriptors]
+        request = json.dumps([command, environment, mask, numbers]).encode()
+        # Not by its name: the directory may have been removed, or may be out of reach by now.
+        here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+        try:
+            self._sock.settimeout(TAKE_OVER_WITHIN)
+            socket.send_fds(self._sock, [LENGTH.pack(len(request))], [here, *numbers])
+            self._sock.sendall(request)
+        except OSError as error:
+            raise Unlike(f"the child that was to be the forkserver is gone or hangs: {error}") from error
+        finally:
+            os.close(here)
+        self._sock.close()
+        return self._pid
+
+    def _compare(self, path: bytes) -> None:
+        if os.fsdecode(path) != sys.executable:
+            raise Unlike("multiprocessing.set_executable() was called")
+        changed = [name for name, value in self._reads.items() if os.environ.get(name) != value]
+        changed += [name for name in os.environ if _is_native(name) and name not in self._reads]
+        if changed:
+            raise Unlike(f"{changed[0]} in the environment has changed since the imports that read it")
+        now = _passed_on()
+        for name, value in self._passed_on.items():
+            if now.get(name) != value:
+                raise Unlike(f"{name} of the process has changed since the fork")
+
+    def end(self) -> None:
+        """Kill the child and reap it."""
+        self._sock.close()
+        # Code of the agent that waits for any child may have reaped it.
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+# -- the child ----------------------------------------------------------------------------------------------
+
+
+def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext]) -> None:
+    """Wait for the request and do it. At end of file the worker has gone, and this process ends."""
+    set_name(FORKSERVER)
+    _reset_signals()
+    for fd in _descriptors() - opened - {0, 1, 2, sock.fileno()}:
+        os.close(fd)
+    header, received, *_ = socket.recv_fds(sock, LENGTH.size, 16)
+    request = b""
+    length = LENGTH.unpack(header)[0] if header else 0
+    while header and len(request) < length:
+        part = sock.recv(length - len(request))
+        if not part:
+            break
+        request += part
+    if not header or len(request) < length:
+        os._exit(0)
+    sock.close()
+    command, environment, mask, numbers = json.loads(request)
+    here, *passed = received
+    os.fchdir(here)
+    os.close(here)
+    _place(passed, numbers)
+    os.environ.clear()
+    os.environ.update(environment)
+    _load_defaults(contexts)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    sys.argv = ["-c"]
+    exec(command, main.__dict__)
+
+
+def _reset_signals() -> None:
+    """Do what exec does: signals that have a handler get the default action, ignored ones stay ignored."""
+    faulthandler.unregister(signal.SIGUSR2)
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        # A new interpreter has this one handler.
+        if callable(handler) and handler is not signal.default_int_handler:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _place(descriptors: Sequence[int], numbers: Sequence[int]) -> None:
+    """Give each descriptor the number that the command expects, and close it at the old one."""
+    free = max(numbers) + 1
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in descriptors]
+    for fd in descriptors:
+        os.close(fd)
+    for fd, number in zip(moved, numbers, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
+
+
+# -- what is looked at --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reads_noted() -> Iterator[set[str]]:
+    """Note the name of each variable that Python code reads in the block."""
+    reads: set[str] = set()
+    plain: Any = type(os.environ)
+
+    class Noted(plain):  # type: ignore[misc]  # the class has no public name
+        __slots__ = ()
+
+        def __getitem__(self, name: str) -> Any:
+            reads.add(name)
+            return super().__getitem__(name)
+
+    # The object stays: modules may have it from `from os import environ`.
+    os.environ.__class__ = Noted
+    try:
+        yield reads
+    finally:
+        os.environ.__class__ = plain
+
+
+@contextmanager
+def _defaults_loaded_later(contexts: list[ssl.SSLContext]) -> Iterator[None]:
+    """Have no TLS context load the certificates of the system in the block; collect those that were to."""
+
+    def collect(context: ssl.SSLContext) -> None:
+        contexts.append(context)
+
+    ssl.SSLContext.set_default_verify_paths = collect  # type: ignore[assignment]  # for this block
+    try:
+        yield
+    finally:
+        del ssl.SSLContext.set_default_verify_paths
+
+
+def _load_defaults(contexts: list[ssl.SSLContext]) -> None:
+    while contexts:
+        contexts.pop().set_default_verify_paths()
+
+
+def _is_native(name: str) -> bool:
+    return name.startswith(READ_NATIVELY)
+
+
+def _passed_on() -> dict[str, str]:
+    """Return what exec would pass on, by name, of the thread that asks. Raises OSError without /proc."""
+    found = {"priority": str(os.getpriority(os.PRIO_PROCESS, 0)), "oom_score_adj": str(oom_adjustment())}
+    for line in Path("/proc/thread-self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in PASSED_ON:
+            found[name] = value
+    for line in Path("/proc/thread-self/limits").read_text().splitlines()[1:]:
+        # `Max open files            1024                 524288               files`
+        found[line[:25].rstrip()] = line[25:]
+    return found
+
+
+def _descriptors() -> set[int]:
+    """Return the numbers of the open descriptors; not that of the directory that lists them."""
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+
+
+def _is_file(fd: int) -> bool:
+    """Tell whether a descriptor is a file, a directory or a device such as /dev/urandom."""
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode)
