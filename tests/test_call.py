@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -458,3 +459,12 @@ async def test_what_a_job_has_forked() -> None:
 def test_a_limit_is_small() -> None:
     """No message that a worker says can be longer than a call reads."""
     assert len(encode(Limit(cause="recycle", due_at=1e300, answers=2**63))) < call_module.MAX_MESSAGE_BYTES
+
+
+def test_the_page_shows_the_example() -> None:
+    """The code on the page is that of the example, line by line."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "goodbye.md").read_text()
+    shown = page[page.index("    call = lastcall.call(ctx)") : page.index("```\n\n```sh")]
+    assert "@call.on_stopping" in shown
+    assert shown in (root / "examples" / "goodbye" / "agent.py").read_text()

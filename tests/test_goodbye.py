@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -36,6 +37,28 @@ from tests.support.harness import Run, StartRun, lives
 pytestmark = pytest.mark.core
 
 AGENT = str(Path(__file__).parent / "agents" / "told.py")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "goodbye"
+# The example as it is, with the two things that it lacks here: a load with which a worker takes calls, and a
+# room to speak in.
+ALONE = """
+import sys
+sys.path.insert(0, {directory!r})
+import agent
+from livekit.agents import WorkerOptions
+
+
+async def entrypoint(ctx):
+    ctx.is_fake_job = lambda: True
+    await agent.entrypoint(ctx)
+
+
+def no_load():
+    return 0.0
+
+
+def server():
+    return WorkerOptions(entrypoint_fnc=entrypoint, load_fnc=no_load, num_idle_processes=1)
+"""
 # Seconds; a condition ends each wait.
 PATIENCE = 60.0
 SHARES = Shares(entrypoint_wait=installed_entrypoint_wait())
@@ -163,3 +186,40 @@ async def test_calls_are_told_of_the_stop(run: StartRun, tmp_path: Path, executo
 
 def ends(acting: Acting) -> list[JobEnded]:
     return [message for message in acting.heard if isinstance(message, JobEnded)]
+
+
+async def test_the_example(run: StartRun, tmp_path: Path) -> None:
+    """A reload and then a stop, each in the middle of a call: the agent takes leave, and no call is cut."""
+    target = tmp_path / "alone.py"
+    target.write_text(ALONE.format(directory=str(EXAMPLE)))
+    r: Run = await run("run", "--grace", "50", f"{target}:server")
+    await r.ready()
+    first = await talking(r, 1)
+    r.kill(signal.SIGHUP)
+    await r.until(lambda: r.log("reload done"), PATIENCE)
+    await r.until(lambda: r.livekit.jobs[first].ended_at is not None, PATIENCE)
+    assert said(r, "good-bye") == ["reload"]
+    second = await talking(r, 2)
+    r.kill()
+    assert await r.exit(PATIENCE) == 0
+    assert said(r, "the time is limited") == said(r, "good-bye") == ["reload", "stop"]
+    receipt = r.receipt()
+    assert (receipt["outcome"], receipt["totals"]["cut"], receipt["totals"]["lost"]) == ("clean", 0, 0)
+    assert r.fates()[second] == "finished"
+    assert [r.livekit.jobs[job].status for job in (first, second)] == ["JS_SUCCESS"] * 2
+    assert receipt["seconds"] < 40, "each call ended by itself, long before its deadline"
+    await r.nothing_left()
+
+
+async def talking(r: Run, calls: int) -> str:
+    """Begin a call, and return its id once so many calls have begun."""
+    await r.until(lambda: bool(r.livekit.available()), PATIENCE)
+    job = await r.dispatch()
+    await r.until(lambda: len(said(r, "the call has begun")) == calls, PATIENCE)
+    return job.job_id
+
+
+def said(r: Run, event: str) -> list[str]:
+    """Return the reason in each line of the log that jobs have written with this message."""
+    lines = [json.loads(line) for line in r.out.read_text().split("\n")[:-1] if line.startswith("{")]
+    return [str(line.get("reason")) for line in lines if line.get("message") == event]
