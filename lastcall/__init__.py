@@ -3,6 +3,13 @@
 The command `lastcall`, also `python -m lastcall`, supervises the workers of an unmodified agent. An agent
 imports this package for the following names, which are the whole public API:
 
+call(ctx)
+    The `Call` of the job of `ctx`. An agent hears through it that its worker stops, and until when the call
+    should have ended: `notice = await call.stopping`, or `call.on_stopping(fn)`. Since 0.2.0.
+
+Call, Notice
+    The classes of `call(ctx)` and of what a call is told, for annotations. Since 0.2.0.
+
 closing(ctx, closable)
     Closes `closable` when the job of `ctx` ends, and returns `closable`. Since 0.2.0.
 
@@ -28,11 +35,12 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lastcall.worker import inworld
+    from lastcall.worker.job.call import Call, Notice, call
     from lastcall.worker.job.teardown import closing
 
     __version__: str
 
-__all__ = ["__version__", "closing", "inworld"]
+__all__ = ["Call", "Notice", "__version__", "call", "closing", "inworld"]
 
 
 def __getattr__(name: str) -> object:
@@ -41,6 +49,10 @@ def __getattr__(name: str) -> object:
         from lastcall.worker.job.teardown import closing
 
         return closing
+    if name in ("Call", "Notice", "call"):
+        from lastcall.worker.job import call
+
+        return getattr(call, name)
     if name == "inworld":
         from lastcall.worker import inworld
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -86,7 +86,7 @@ class FakeEngine:
     async def fence(self) -> None:
         self.is_fenced = True
 
-    async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
+    async def end_jobs(self, kill_at: float, give_up_at: float, due_at: Callable[[str], float]) -> None:
         self.ends.append((kill_at, give_up_at))
         self.jobs.cut += len(self.jobs)
         self.jobs.clear()

@@ -158,13 +158,17 @@ def test_an_import_loads_nothing(installed: Installation, tmp_path: Path) -> Non
 def test_the_public_names(installed: Installation, tmp_path: Path) -> None:
     """Each public name is listed, described by help() and importable; a wrong one is an AttributeError."""
     code = "import lastcall; print(*lastcall.__all__, set(lastcall.__all__) <= set(dir(lastcall)))"
-    assert installed.execute(code, cwd=tmp_path) == "__version__ closing inworld True"
+    assert installed.execute(code, cwd=tmp_path) == "Call Notice __version__ call closing inworld True"
     code = "from lastcall import __version__, closing, inworld; print(__version__, closing, inworld.TTS)"
     version = importlib.metadata.version("lastcall")
     printed = installed.execute(code, cwd=tmp_path)
     assert printed.startswith(f"{version} <function closing") and printed.endswith(".tts.TTS'>")
+    code = "from lastcall import Call, Notice, call; print(Call, Notice, call)"
+    assert installed.execute(code, cwd=tmp_path).startswith("<class 'lastcall.worker.job.call.Call'>")
     described = installed.execute("import lastcall; help(lastcall)", cwd=tmp_path)
     for each in (
+        "call(ctx)",
+        "await call.stopping",
         "closing(ctx",
         "aclose()",
         "4 seconds",

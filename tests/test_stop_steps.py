@@ -188,13 +188,14 @@ def test_second_ending_joins_with_the_earlier_deadlines() -> None:
     """The earliest of each deadline holds, whichever ending came first; a hurry of either is felt."""
     stopping = StopState()
     assert not stopping.is_asked
-    first = Ending(reason="reload", deadlines=plan(T0, 100.0, Shares()))
+    first = Ending(reason="reload", deadlines=plan(T0, 100.0, Shares()), cause="reload")
     second = Ending(reason="SIGTERM", deadlines=plan(T0 + 10, 50.0, Shares()))
     stopping.endings += [first, second]
     assert stopping.is_asked and stopping.reason == "reload"
+    assert stopping.cause == "stop", "of the ending that has the earliest deadline"
     assert stopping.deadlines.drain_at == second.deadlines.drain_at < first.deadlines.drain_at
     first.deadlines = first.deadlines.hurried(T0 + 11)
-    assert stopping.deadlines.drain_at == T0 + 11
+    assert stopping.deadlines.drain_at == T0 + 11 and stopping.cause == "reload"
     waiting = step(Seen(state=S.DRAINING), FENCED, second.deadlines, T0 + 11)
     assert waiting.action is A.DRAIN, "told that the drain has become shorter"
     assert step(Seen(state=S.DRAINING), FENCED, stopping.deadlines, T0 + 11).action is A.HURRY

@@ -148,7 +148,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     from lastcall.worker.job.rehearsed import RehearsedEntrypoint
     from lastcall.worker.job.setup import Setup
 
-    server.setup_fnc = Setup(server.setup_fnc, host.calls_over.writer)
+    server.setup_fnc = Setup(server.setup_fnc, host.calls_over.writer, host.calls.address)
     rehearsal = host.settings.rehearsal
     if rehearsal is not None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))

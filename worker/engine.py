@@ -195,13 +195,21 @@ class Engine:
             self._told_full = full
             self._changed.notify()
 
-    async def end_jobs(self, kill_at: float, give_up_at: float) -> None:
-        """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported."""
+    async def end_jobs(
+        self, kill_at: float, give_up_at: float, due_at: Callable[[str], float] = lambda _job: 0.0
+    ) -> None:
+        """Ask every job to shut down, kill at `kill_at` what has not, and have every end reported.
+
+        `due_at` gets the id of a job and returns the time before which the job is not asked.
+        """
         asked: set[str] = set()
         self._take_calls_over()
 
         def unasked() -> list[Job]:
-            return [job for job in self.jobs.running if job.id not in asked]
+            return [job for job in self.jobs.running if job.id not in asked and due_at(job.id) <= now()]
+
+        def next_at() -> float:
+            return min([kill_at, *(due_at(job.id) for job in self.jobs.running if job.id not in asked)])
 
         async with asyncio.TaskGroup() as group:
             asking = []
@@ -212,7 +220,8 @@ class Engine:
                         self.jobs.cut_short(job)
                         asking.append(group.create_task(self._ask(job.executor, kill_at)))
                 # A job whose process was still starting is asked as soon as it runs.
-                if not await self._changed.until(lambda: not len(self.jobs) or unasked(), lambda: kill_at):
+                await self._changed.until(lambda: not len(self.jobs) or unasked(), next_at)
+                if now() >= kill_at:
                     break
             self._take_calls_over()
             await self._end_processes(self.jobs.outliving)

@@ -39,15 +39,18 @@ from lastcall.worker.base.wire import (
     Fenced,
     Hold,
     Imported,
+    JobEnded,
     MetricsText,
     Ready,
     Resource,
     ShieldOpen,
+    StopCause,
     Terminate,
     WorkerHears,
     WorkerSays,
     shortened,
 )
+from lastcall.worker.call_channels import Calls
 from lastcall.worker.engine import Engine
 from lastcall.worker.inworld.plugin.attached import plugin_connections
 
@@ -73,7 +76,10 @@ class Host:
         self.changed = changed
         self.resources = Resources()
         self.calls_over = CallsOver()
+        self.calls = Calls(close_needed=settings.shares.close_needed)
         self._killed = False
+        self._fenced = False
+        self._cause: StopCause = "stop"
         self._deadlines: Drain | None = None
         self._lag = 0.0
         self._asked_hold = False
@@ -105,6 +111,13 @@ class Host:
             return await self._run()
 
     async def _run(self) -> int:
+        self.calls.open(asyncio.get_running_loop())
+        try:
+            return await self._live()
+        finally:
+            self.calls.close()
+
+    async def _live(self) -> int:
         engine = self.engine
         assert engine is not None
         await self.control.connect()
@@ -147,11 +160,13 @@ class Host:
             log.error("worker is going down", extra={"reason": reason})
         if self._deadlines is None:
             planned = self.settings.plan(now())
-            self._deadlines = Drain(drain_at=planned.drain_at, close_at=planned.close_at)
+            self._deadlines = Drain(drain_at=planned.drain_at, close_at=planned.close_at, cause=self._cause)
         fenced_at = await self._fence(engine)
         await asyncio.sleep(0.0 if self._killed else REST_AFTER_FENCE)
         # Said also when the server could not be told: the gate has refused every offer since the stop began.
         self.control.say(Fenced(reason=self.stopping.reason, at=fenced_at))
+        self._fenced = True
+        self._tell_calls()
         await self.changed.until(lambda: not len(engine.jobs), self._drain_at)
         self.control.say(Drained())
         began = now()
@@ -161,7 +176,7 @@ class Host:
         kill_at = close_at - kept
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
-            await engine.end_jobs(self._or_now(kill_at), close_at - TELLING * kept)
+            await engine.end_jobs(self._or_now(kill_at), close_at - TELLING * kept, self.calls.due_at)
         if plugin_connections.is_needed:
             self.resources.join("inworld", plugin_connections.aclose)
         census = await self.resources.aclose(close_at)
@@ -182,6 +197,11 @@ class Host:
             log.warning("the server could not be told that the worker takes no more jobs")
         return now()
 
+    def _tell_calls(self) -> None:
+        """Tell the calls until when they may go on, once the fence can't be delayed by it."""
+        if self._fenced and self._deadlines is not None:
+            self.calls.tell(self._deadlines)
+
     def _drain_at(self) -> float | None:
         return None if self._deadlines is None else self._deadlines.drain_at
 
@@ -192,15 +212,18 @@ class Host:
 
     def _on_message(self, message: WorkerHears) -> None:
         match message:
-            case Fence(reason=reason):
+            case Fence(reason=reason, cause=cause):
+                self._cause = cause
                 self.stopping.begin(reason)
             case Drain():
                 if not self._killed:
                     self._deadlines = message
+                    self._tell_calls()
             case Terminate():
                 self._killed = True
                 at = now()
-                self._deadlines = Drain(drain_at=at, close_at=at)
+                self._deadlines = Drain(drain_at=at, close_at=at, cause=self._cause)
+                self._tell_calls()
                 self.stopping.begin("terminate")
             case Hold(on=on):
                 self._asked_hold = on
@@ -244,6 +267,8 @@ class Host:
         self.control.say(message)
         if isinstance(message, Ready):
             self._beat()
+        elif isinstance(message, JobEnded):
+            self.calls.forget(message.id)
 
     async def _beats(self) -> None:
         beat = self.settings.beat

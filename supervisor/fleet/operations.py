@@ -19,6 +19,7 @@ from lastcall.supervisor.fleet.fleet import Fleet, pick_victims
 from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.wire import StopCause
 
 # Operations that can still be looked at. Ours: `--wait` asks several times a second.
 MAX_RECENT_OPERATIONS = 16
@@ -248,7 +249,8 @@ class Operations:
         async with self._surge:
             if slot.is_stopping:
                 return ""  # scaled away meanwhile
-            why = await slot.replace(reason, launcher)
+            cause: StopCause = "reload" if operation.verb == "reload" else "recycle"
+            why = await slot.replace(reason, launcher, cause=cause)
         operation.done += not why
         return f"slot {slot.number}: {why}" if why else ""
 

@@ -23,6 +23,7 @@ from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.budget import plan, plan_of_stalled
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.wire import StopCause
 
 # Seconds before a worker that was signalled itself is replaced, if no stop has followed. Ours: a stop of a
 # whole control group reaches a worker as often before the supervisor as after, some milliseconds apart.
@@ -198,7 +199,12 @@ class Slot:
     # -- one generation after the other, without a gap ------------------------------------------------
 
     async def replace(
-        self, reason: str, launcher: Launcher, *, is_wanted: Callable[[], bool] = lambda: True
+        self,
+        reason: str,
+        launcher: Launcher,
+        *,
+        cause: StopCause,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> str:
         """Start another generation, and let the current one go once the other has taken over.
 
@@ -220,7 +226,7 @@ class Slot:
                 await self._let_in(new)
                 if new is self.candidate:
                     self.current, self.candidate = new, None
-                    self._let_go(old, reason)
+                    self._let_go(old, reason, cause)
                 return ""
             return self._give_up(new, is_wanted)
 
@@ -268,12 +274,12 @@ class Slot:
                 self._let_go(new, why)
         return why
 
-    def _let_go(self, old: Generation, reason: str) -> None:
+    def _let_go(self, old: Generation, reason: str, cause: StopCause = "stop") -> None:
         """Have a generation drain for as long as grace lets it, behind the one that took its place."""
         assert self._group is not None
         self.leaving.append(old)
         self._group.create_task(
-            self._guarded(self._see_off(old, reason)), name=f"see-off-{self.number}-{old.number}"
+            self._guarded(self._see_off(old, reason, cause)), name=f"see-off-{self.number}-{old.number}"
         )
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
@@ -282,19 +288,19 @@ class Slot:
         except Exception as error:
             self._on_fault(self.number, error)
 
-    async def _see_off(self, old: Generation, reason: str) -> None:
+    async def _see_off(self, old: Generation, reason: str, cause: StopCause) -> None:
         config = self._shared.config
         if old.state is S.STALLED:
             # Its jobs have the stall's own grace; should it come to itself meanwhile, it has all of grace.
             deadlines = plan_of_stalled(now(), config.stall.grace, config.stop.kill)
-            retirement = Ending(reason=reason, deadlines=deadlines)
+            retirement = Ending(reason=reason, deadlines=deadlines, cause=cause)
             async with asyncio.TaskGroup() as group:
                 recovering = group.create_task(self._extend_if_it_recovers(old, retirement))
                 await stopper.stop(old, retirement)
                 recovering.cancel()
         else:
-            shares = config.stop.shares
-            await stopper.stop(old, Ending(reason=reason, deadlines=plan(now(), config.grace, shares)))
+            deadlines = plan(now(), config.grace, config.stop.shares)
+            await stopper.stop(old, Ending(reason=reason, deadlines=deadlines, cause=cause))
         await self.changed.until(lambda: old.ended)
         self.leaving.remove(old)
         self._shared.on_change()

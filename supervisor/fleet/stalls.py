@@ -114,7 +114,10 @@ class Watch:
 
     async def _replace(self, slot: Slot, stalled: Generation) -> None:
         why = await slot.replace(
-            "stalled", self._fleet.launcher, is_wanted=lambda: stalled.is_silent and not stalled.ended
+            "stalled",
+            self._fleet.launcher,
+            cause="stall",
+            is_wanted=lambda: stalled.is_silent and not stalled.ended,
         )
         if not why or self._fleet.is_stopping or stalled.ended:
             return

@@ -13,6 +13,7 @@ from typing import assert_never
 
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.worker.base.budget import Deadlines, earliest
+from lastcall.worker.base.wire import StopCause
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -21,6 +22,7 @@ class Ending:
 
     reason: str
     deadlines: Deadlines
+    cause: StopCause = "stop"
 
 
 class Action(enum.Enum):
@@ -111,6 +113,11 @@ class StopState:
     @property
     def reason(self) -> str:
         return self.endings[0].reason
+
+    @property
+    def cause(self) -> StopCause:
+        """The cause of the ending that has the earliest end of the drain."""
+        return min(self.endings, key=lambda ending: ending.deadlines.drain_at).cause
 
 
 def step(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> Step:

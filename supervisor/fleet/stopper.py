@@ -9,8 +9,9 @@ from typing import assert_never
 from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.stop_steps import Action, Ending, Seen, Step, step
+from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.wire import Drain, Fence, Terminate
+from lastcall.worker.base.wire import Drain, Fence, StopCause, Terminate
 
 
 def begin(generation: Generation, ending: Ending) -> None:
@@ -22,7 +23,7 @@ def begin(generation: Generation, ending: Ending) -> None:
     if ending not in stopping.endings:
         stopping.endings.append(ending)
     if generation.is_connected and stopping.progress.fence_said_at is None:
-        generation.say(Fence(reason=stopping.reason))
+        generation.say(Fence(reason=stopping.reason, cause=stopping.cause))
         stopping.progress = replace(stopping.progress, fence_said_at=now())
     generation.changed.notify()
 
@@ -80,16 +81,15 @@ def _do(generation: Generation, action: Action) -> None:
         case Action.SIGTERM:
             generation.send(signal.SIGTERM)
         case Action.FENCE:
-            generation.say(Fence(reason=stopping.reason))
+            generation.say(Fence(reason=stopping.reason, cause=stopping.cause))
         case Action.DRAIN:
-            generation.say(Drain(drain_at=deadlines.drain_at, close_at=deadlines.close_at))
+            generation.say(_drain(deadlines, stopping.cause))
         case Action.NOTE_FENCED | Action.NOTE_UNFENCED:
             _note_fence(generation)
         case Action.HURRY:
             if generation.is_cut_off:
                 generation.note_cut()
-            hurried = deadlines.hurried(now())
-            generation.say(Drain(drain_at=hurried.drain_at, close_at=hurried.close_at))
+            generation.say(_drain(deadlines.hurried(now()), stopping.cause))
         case Action.CLOSE:
             generation.change(E.CLOSE)
         case Action.TERMINATE:
@@ -101,6 +101,10 @@ def _do(generation: Generation, action: Action) -> None:
             raise AssertionError(f"{action.name} is the loop's")
         case _:
             assert_never(action)
+
+
+def _drain(deadlines: Deadlines, cause: StopCause) -> Drain:
+    return Drain(drain_at=deadlines.drain_at, close_at=deadlines.close_at, cause=cause)
 
 
 def _note_fence(generation: Generation) -> None:

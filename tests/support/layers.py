@@ -22,7 +22,7 @@ ROOMS: dict[str, Room] = {
         idea="hosts one AgentServer and ends it without cutting a job",
         floors=(
             "base",
-            "sdk shield target scratch orphan_output exposition imported jobs job_memory local",
+            "sdk shield target scratch orphan_output exposition imported jobs job_memory call_channels local",
             "inworld warming",
             "engine",
             "job host",
@@ -32,7 +32,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
         floors=(
-            "errors clock exit_codes variables process memory backoff budget target_form garbage",
+            "errors clock exit_codes variables process memory backoff budget target_form garbage peers",
             "inworld_keys proxies setup_errors",
             "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",
@@ -49,7 +49,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
-        floors=("teardown preload", "setup", "rehearsed"),
+        floors=("teardown preload call", "setup", "rehearsed"),
     ),
     "lastcall.worker.inworld": Room(
         idea="the Inworld pool, the broker that shares it, and the plugin's side",

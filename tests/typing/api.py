@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 from livekit.agents import JobContext
 from livekit.plugins import inworld as plugin
 
 import lastcall
-from lastcall import closing, inworld
+from lastcall import Call, Notice, call, closing, inworld
 
 assert_type(lastcall.__version__, str)
 
@@ -42,6 +42,32 @@ async def entrypoint(ctx: JobContext) -> None:
     assert_type(client, Client)
     assert_type(await client.aclose(), bool)
     closing(ctx, File())  # type: ignore[type-var]  # this is the error that a user has to see
+
+
+async def goodbye(ctx: JobContext) -> None:
+    """A call is awaited, asked and listened to; the functions keep their types."""
+    this = call(ctx)
+    assert_type(this, Call)
+    assert_type(lastcall.call(ctx).is_inert, bool)
+
+    @this.on_stopping
+    async def later(notice: Notice) -> None:
+        """Take the notice."""
+        assert_type(notice.reason, Literal["stop", "reload", "recycle", "stall"])
+        assert_type((notice.deadline, notice.seconds_left, notice.is_first), tuple[float, float, bool])
+
+    @this.on_stopping
+    def plain(notice: lastcall.Notice) -> bool:
+        """Take the notice."""
+        return notice.is_first
+
+    assert_type(plain(await this.stopping), bool)
+    assert_type(await this.stopping, Notice)
+    assert_type(await this.stopping.wait(), Notice)
+    assert_type(this.stopping.is_set(), bool)
+    assert_type(this.stopping.notice, Notice | None)
+    assert_type(await this.extend(10), float | None)
+    this.on_stopping(File())  # type: ignore[type-var]  # this is the error that a user has to see
 
 
 class Speaker(lastcall.inworld.TTS):

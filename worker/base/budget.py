@@ -210,6 +210,18 @@ def close_by(now: float, *, drain_at: float, close_at: float) -> float:
     return min(close_at, now + max(0.0, close_at - drain_at))
 
 
+def extended(
+    due_at: float, seconds: float, *, drain_at: float, close_at: float, close_needed: float
+) -> float:
+    """Return until when a call may go on that has to end by `due_at` and asks for so many seconds more.
+
+    The end of grace does not move, and a call that does not keep its word has to have time for its callbacks
+    all the same. So a call can have what the close does not need, and nothing else.
+    """
+    latest = close_at - min(max(0.0, close_at - drain_at), close_needed)
+    return max(due_at, min(due_at + seconds, latest))
+
+
 def plan(started_at: float, grace: float, shares: Shares) -> Deadlines:
     """Lay a stop that began at `started_at` out over `grace` seconds."""
     shares = shares.within(grace)

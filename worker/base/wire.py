@@ -34,6 +34,9 @@ MAX_TEXT = 8192
 
 JobFate = Literal["finished", "failed", "cut", "unassigned"]
 ResourceFate = Literal["closed", "forced", "leaked"]
+# Why the time of a call is limited: a reload or a recycle has replaced the worker, or the worker was stuck.
+# Every other stop of the worker or of the supervisor is `stop`.
+StopCause = Literal["stop", "reload", "recycle", "stall"]
 Counts = dict[str, dict[str, int]]
 # Why a worker that is ready takes no job. An operator holds it, no job process gets ready, it has as many
 # jobs as `[jobs] max_running`, or livekit-agents measures a load above `load_threshold`.
@@ -217,6 +220,7 @@ class Fence:
     """Begin the stop: accept nothing more."""
 
     reason: str
+    cause: StopCause = "stop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,10 +228,12 @@ class Drain:
     """Wait for jobs until `drain_at`, and be closed by `close_at`; said again whenever the deadlines move.
 
     A worker that drains early closes within `close_at - drain_at` from then, not within the rest of grace.
+    `cause`: that of the reason to stop which has the earliest deadline.
     """
 
     drain_at: float
     close_at: float
+    cause: StopCause = "stop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,7 +346,41 @@ class EntrypointOver:
 
 RehearsedJobSays = EntrypointBegan | EntrypointFailed | ShutdownAsked | EntrypointOver
 
-Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays
+
+# -- what a call and its worker say to each other; one line each in a packet ---------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallJoined:
+    """The code of this job has asked for its call; said once, before everything else."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskExtension:
+    """The call needs so many seconds beyond its deadline; answered by a `Limit` that names this id."""
+
+    id: int
+    seconds: float
+
+
+CallSays = CallJoined | AskExtension
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """The call has to end by itself until `due_at`; said again whenever that moves.
+
+    `answers`: the id of the `AskExtension` that this answers, 0 for none.
+    """
+
+    cause: StopCause
+    due_at: float
+    answers: int = 0
+
+
+Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays | CallSays | Limit
 M = TypeVar("M", bound=Message)
 Said = TypeVar("Said", bound=Message)
 Heard = TypeVar("Heard", bound=Message)
@@ -467,4 +507,6 @@ OF_WORKER: Vocabulary[WorkerSays] = Vocabulary(*get_args(WorkerSays))
 FOR_WORKER: Vocabulary[WorkerHears] = Vocabulary(*get_args(WorkerHears))
 OF_BROKER: Vocabulary[BrokerSays] = Vocabulary(*get_args(BrokerSays))
 FOR_BROKER: Vocabulary[BrokerHears] = Vocabulary(*get_args(BrokerHears))
+OF_CALL: Vocabulary[CallSays] = Vocabulary(*get_args(CallSays))
+FOR_CALL: Vocabulary[Limit] = Vocabulary(Limit)
 OF_REHEARSED_JOB: Vocabulary[RehearsedJobSays] = Vocabulary(*get_args(RehearsedJobSays))

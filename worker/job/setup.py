@@ -20,7 +20,8 @@ from lastcall.worker.base import calls_over, garbage, setup_errors
 from lastcall.worker.base.memory import die_before, oom_adjustment
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
-from lastcall.worker.job import teardown
+from lastcall.worker.base.wire import Counts
+from lastcall.worker.job import call, teardown
 from lastcall.worker.sdk import job_process
 
 # Steps of oom_score_adj above that of the worker, in thousandths of the memory. Ours: a forkserver holds
@@ -62,9 +63,10 @@ def has_handler() -> bool:
 class Setup:
     """The `setup_fnc` of the worker: prepare the process and the end of its job, then call the user's."""
 
-    def __init__(self, user: Callable[[Any], Any] | None, over: Connection) -> None:
+    def __init__(self, user: Callable[[Any], Any] | None, over: Connection, calls: str) -> None:
         self.user = user
         self.over = over  # the writer of `CallsOver`: a descriptor, which only multiprocessing can pickle
+        self.calls = calls  # the address of `worker.call_channels`
 
     def __call__(self, process: Any) -> Any:
         unmask()
@@ -76,7 +78,12 @@ class Setup:
 
         os.set_inheritable(self.over.fileno(), False)  # none of the programs that the job starts
         tell_over = functools.partial(calls_over.tell, self.over)
-        teardown.begin(process, {"inworld": plugin_connections.aclose}, tell_over)
+        call.begin(process, self.calls)
+
+        async def end_call(_deadline: float) -> Counts:
+            return await call.end(process)
+
+        teardown.begin(process, {"inworld": plugin_connections.aclose, "call": end_call}, tell_over)
         job_process.at_job_end(teardown.end)
         return None if self.user is None else self._set_up(self.user, process)
 

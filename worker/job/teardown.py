@@ -5,7 +5,7 @@ still run. So nothing here is a callback: it runs behind them, in front of the e
 (`job_process.at_job_end`).
 
     1. what the agent gave to `closing`, the last first
-    2. what lastcall closes itself: the Inworld plugin's connections
+    2. what lastcall closes itself: the call (`job.call`), then the Inworld plugin's connections
     3. the worker is told that the call is over (`base.calls_over`); only threads and exit handlers are left
 """
 

@@ -1,0 +1,331 @@
+"""`lastcall.call`: a call hears that its time is limited, and may ask for more.
+
+The first use connects the job to its worker; `worker.call_channels` draws the way. Everything here happens on
+the event loop of the job, in callbacks of its reader, so there is no task and no thread that waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import itertools
+import logging
+import math
+import socket
+import weakref
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.errors import WireError
+from lastcall.worker.base.peers import is_of_this_user
+from lastcall.worker.base.wire import (
+    FOR_CALL,
+    AskExtension,
+    CallJoined,
+    CallSays,
+    Counts,
+    Limit,
+    StopCause,
+    encode,
+)
+
+log = logging.getLogger("lastcall")
+
+# Seconds by which a deadline has to have moved before a callback is called again. A worker that is signalled
+# with its supervisor reckons the deadline by itself for some milliseconds. Ours: less than a word takes.
+MOVED_BY = 0.5
+# Seconds for the answer of the worker. Ours: it takes a millisecond, and a worker that is stuck has none.
+ANSWER_WITHIN = 1.0
+# Seconds until the next try to connect to a worker that has not let in hundreds of calls before this one.
+CONNECT_AGAIN_AFTER = 0.25
+# Bytes of a message. Ours: a `Limit` has about a hundred.
+MAX_MESSAGE_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """A call is told why its time is limited, and until when. Since 0.2.0.
+
+    `reason`: "reload" or "recycle" when a new worker has taken the place of this one, and "stall" when this
+    one was stuck. "stop" is for every other end of the worker or of the supervisor.
+    `deadline`: the time by which the call should have ended by itself, as `time.monotonic()` tells it. A call
+    that goes on is then asked to shut down, and counts as cut.
+    `is_first`: False when the callback has been called before, and the deadline or the reason has changed.
+    """
+
+    reason: StopCause
+    deadline: float
+    is_first: bool = True
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds from now to the deadline; 0 when it has passed."""
+        return max(0.0, self.deadline - now())
+
+
+Listener = Callable[[Notice], Awaitable[object] | object]
+F = TypeVar("F", bound=Listener)
+
+
+class StoppingEvent:
+    """The event that the time of a call is limited. `await call.stopping` waits for it. Since 0.2.0."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._notice: Notice | None = None
+
+    def is_set(self) -> bool:
+        """Tell whether the call has been told."""
+        return self._notice is not None
+
+    @property
+    def notice(self) -> Notice | None:
+        """The newest notice, with the deadline that holds now; None while the time is not limited."""
+        return self._notice
+
+    async def wait(self) -> Notice:
+        """Return the newest notice, once there is one."""
+        await self._event.wait()
+        assert self._notice is not None
+        return self._notice
+
+    def __await__(self) -> Generator[Any, None, Notice]:
+        """Wait as `wait` does."""
+        return self.wait().__await__()
+
+    def _set(self, notice: Notice) -> None:
+        self._notice = notice
+        self._event.set()
+
+
+class _Listening:
+    """One function of `on_stopping`, and the notice that it was last called with."""
+
+    __slots__ = ("context", "function", "told")
+
+    def __init__(self, function: Listener) -> None:
+        self.function = function
+        self.context = contextvars.copy_context()
+        self.told: Notice | None = None
+
+    def is_news(self, notice: Notice) -> bool:
+        told = self.told
+        return (
+            told is None or told.reason != notice.reason or abs(told.deadline - notice.deadline) >= MOVED_BY
+        )
+
+
+class Call:
+    """The call of one job, as `lastcall.call(ctx)` returns it. Everything is for the job's event loop.
+
+    `stopping` is the event that the time of the call is limited:
+
+        notice = await call.stopping
+        if call.stopping.is_set(): ...
+    """
+
+    def __init__(self, job: str, address: str) -> None:
+        self.stopping = StoppingEvent()
+        self._job = job
+        self._address = address
+        self._loop = asyncio.get_running_loop()
+        self._sock: socket.socket | None = None
+        self._connect_again: asyncio.TimerHandle | None = None
+        self._listening: list[_Listening] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ids = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[None]] = {}
+        if address:
+            self._connect()
+        else:
+            log.info("lastcall.call: this job does not run under lastcall, and is told of no stop")
+
+    @property
+    def is_inert(self) -> bool:
+        """Whether the call will be told nothing: it does not run under lastcall, or the job has ended."""
+        return self._sock is None and self._connect_again is None
+
+    def on_stopping(self, fn: F) -> F:
+        """Have `fn(notice)` called when the time of the call is limited, and return `fn`.
+
+        `fn` is a function or an async function. It is called within 100 ms of the moment from which the
+        worker takes no new job. It is called again when the deadline has moved by half a second or more, or
+        the reason has changed; `notice.is_first` tells the two apart. Where the time is limited already, `fn`
+        is called in the next turn of the event loop. An exception in `fn` is logged. An async `fn` that still
+        runs when the job has ended, after the shutdown callbacks, is cancelled. May be used as a decorator.
+        """
+        listening = _Listening(fn)
+        self._listening.append(listening)
+        if self.stopping.is_set():
+            self._loop.call_soon(self._tell, listening)
+        return fn
+
+    async def extend(self, seconds: float) -> float | None:
+        """Ask for `seconds` beyond the deadline; return the deadline that holds now, as a `time.monotonic()`.
+
+        While the time is not limited the answer is None. A call can have what `[stop] close` has beyond the
+        time that a job needs which is asked to shut down, and no more: the end of grace does not move. Where
+        nothing can be had, the answer is the deadline as it was. Raises ValueError for a number that is
+        negative or not finite.
+        """
+        if not math.isfinite(seconds) or seconds < 0:
+            raise ValueError(f"call.extend({seconds!r}): expected a number of seconds, 0 or more")
+        if self.stopping.is_set() and self._sock is not None:
+            id = next(self._ids)
+            answer = self._answers[id] = self._loop.create_future()
+            try:
+                self._say(AskExtension(id=id, seconds=float(seconds)))
+                async with asyncio.timeout(ANSWER_WITHIN):
+                    await answer
+            except TimeoutError:
+                log.warning("lastcall.call: the worker has not answered", extra={"seconds": ANSWER_WITHIN})
+            finally:
+                del self._answers[id]
+        notice = self.stopping.notice
+        return None if notice is None else notice.deadline
+
+    # -- the way to the worker ------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        self._connect_again = None
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(self._address)
+            if not is_of_this_user(sock):
+                raise PermissionError("the address belongs to another user")
+        except BlockingIOError:
+            sock.close()
+            self._connect_again = self._loop.call_later(CONNECT_AGAIN_AFTER, self._connect)
+            return
+        except OSError as error:
+            sock.close()
+            log.warning("lastcall.call: the worker can't be reached", extra={"error": repr(error)})
+            return
+        self._sock = sock
+        self._loop.add_reader(sock.fileno(), self._read)
+        self._say(CallJoined(job=self._job))
+
+    def _say(self, message: CallSays) -> None:
+        if self._sock is None:
+            return
+        try:
+            self._sock.send(encode(message))
+        except (
+            BlockingIOError
+        ):  # only questions can fill the socket, and one without an answer ends by itself
+            return
+        except OSError:
+            self._disconnect()
+
+    def _read(self) -> None:
+        assert self._sock is not None
+        try:
+            line = self._sock.recv(MAX_MESSAGE_BYTES)
+            message = FOR_CALL.decode(line) if line else None
+        except BlockingIOError:
+            return
+        except (OSError, WireError) as error:
+            log.warning("lastcall.call: the worker is not heard any more", extra={"error": repr(error)})
+            line, message = b"", None
+        if not line:
+            self._disconnect()
+        elif message is not None:
+            self._hear(message)
+
+    def _hear(self, limit: Limit) -> None:
+        self.stopping._set(Notice(reason=limit.cause, deadline=limit.due_at))
+        answer = self._answers.get(limit.answers)
+        if answer is not None and not answer.done():
+            answer.set_result(None)
+        for listening in list(self._listening):
+            self._tell(listening)
+
+    def _disconnect(self) -> None:
+        if self._connect_again is not None:
+            self._connect_again.cancel()
+            self._connect_again = None
+        if self._sock is not None:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_result(None)
+
+    # -- the functions of the agent -------------------------------------------------------------------
+
+    def _tell(self, listening: _Listening) -> None:
+        """Call a function in the context in which it was given, where livekit-agents finds the job."""
+        newest = self.stopping.notice
+        assert newest is not None
+        if not listening.is_news(newest):
+            return
+        is_first = listening.told is None
+        listening.told = newest
+        notice = Notice(reason=newest.reason, deadline=newest.deadline, is_first=is_first)
+        try:
+            result = listening.context.run(listening.function, notice)
+        except (Exception, asyncio.CancelledError):
+            log.exception("lastcall.call: a function of on_stopping raised")
+            return
+        if inspect.isawaitable(result):
+            task = self._loop.create_task(_awaited(result), context=listening.context)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _aclose(self) -> None:
+        self._disconnect()
+        self._listening.clear()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def _awaited(result: Awaitable[object]) -> None:
+    try:
+        await result
+    except Exception:
+        log.exception("lastcall.call: a function of on_stopping raised")
+
+
+# Both by the JobProcess of livekit-agents, of which each job has one; global, because an agent can reach them
+# by an import only.
+_addresses: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_calls: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
+
+
+def begin(process: Any, address: str) -> None:
+    """Give a job process the address of its worker, before its job runs."""
+    _addresses[process] = address
+
+
+async def end(process: Any) -> Counts:
+    """Close the call of a job process, if its code has asked for one."""
+    made = _calls.get(process)
+    if made is not None:
+        await made._aclose()
+    return {}
+
+
+def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not type-checked here
+    """Return the call of the job of `ctx`; the same object each time.
+
+    `ctx` is the JobContext that the entrypoint got. Through its call an agent hears that the worker stops,
+    while there is time to end the conversation. Where the job does not run under lastcall the call is inert
+    (`call.is_inert`): nothing is ever told, and one line of the log says so.
+
+    Raises RuntimeError outside the event loop of the job. Since 0.2.0.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError("lastcall.call(ctx) has to be called on the event loop of the job") from None
+    made = _calls.get(ctx.proc)
+    if made is None:
+        made = _calls[ctx.proc] = Call(ctx.job.id, _addresses.get(ctx.proc, ""))
+    return made
