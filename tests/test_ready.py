@@ -168,12 +168,17 @@ class Pool:
         self.handlers[event](executor)
 
     async def _proc_spawn_task(self) -> None:
-        executor = SimpleNamespace(running_job=None, _initialize_fut=asyncio.Future[None]())
+        executor = SimpleNamespace(
+            running_job=None,
+            _initialize_fut=asyncio.Future[None](),
+            _shutting_down_fut=asyncio.Future[None](),
+        )
         self.emit("process_created", executor)
         await asyncio.sleep(0)
         if isinstance(self.how, Exception):
             executor._initialize_fut.set_exception(self.how)
-            await asyncio.sleep(0.01)  # the pool closes the process
+            async with asyncio.timeout(10):
+                await executor._shutting_down_fut  # the pool closes the process, as in 1.5
             return
         self.emit("process_ready", executor)
         self._warmed_proc_queue.put_nowait(executor)

@@ -319,8 +319,8 @@ NAMES = (
         owner=PROCESS,
         name="_shutting_down_fut",
         kind="attribute",
-        needed_by="the look at a job that shuts down by itself",
-        without="such a job is asked to shut down, and counts as cut",
+        needed_by="the look at a job that shuts down by itself, and the close of a process that failed",
+        without="such a job is asked to shut down and counts as cut, and such a close may last",
         since="1.5.7",
     ),
     PrivateName(

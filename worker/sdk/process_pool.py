@@ -99,6 +99,7 @@ def follow_processes(
         if attempt is not None and future is not None:
             attempt.future = future
             future.add_done_callback(lambda _: settle_failed(attempt))
+            future.add_done_callback(lambda _: _end_shutdown(executor, future))
 
     def on_ready(executor: Any) -> None:
         attempt = attempts.get(asyncio.current_task())
@@ -140,6 +141,18 @@ def follow_processes(
     pool.on("process_job_launched", on_launched)
     pool.on("process_closed", on_closed)
     pool._proc_spawn_task = paced
+
+
+def _end_shutdown(executor: Any, initialized: asyncio.Future[Any]) -> None:
+    """Keep the close of a process that has failed to initialise from waiting for the process's shutdown.
+
+    livekit-agents 1.5 waits without a limit, and nothing ends the wait if the end of the process is seen
+    before its channel is read (`_supervise_task` in ipc/supervised_proc.py). The pool would start no other.
+    """
+    future = getattr(executor, "_shutting_down_fut", None)
+    has_failed = initialized.cancelled() or initialized.exception() is not None
+    if has_failed and future is not None and not future.done():
+        future.set_result(None)
 
 
 def _take_from_queue(pool: Any, executor: Any) -> None:
