@@ -449,7 +449,7 @@ async def test_what_a_job_has_forked() -> None:
     async with worker() as calls, joined(calls) as call:
         assert call._sock is not None
         with call._sock.dup():  # as a fork has it
-            await call._aclose()
+            await call.aclose()
             await asyncio.sleep(0.01)
             assert calls._channels
             calls.forget("AJ_1")

@@ -96,7 +96,8 @@ class StoppingEvent:
         """Wait as `wait` does."""
         return self.wait().__await__()
 
-    def _set(self, notice: Notice) -> None:
+    def set(self, notice: Notice) -> None:
+        """Note the newest notice. For lastcall, which is told by the worker."""
         self._notice = notice
         self._event.set()
 
@@ -213,10 +214,8 @@ class Call:
             return
         try:
             self._sock.send(encode(message))
-        except (
-            BlockingIOError
-        ):  # only questions can fill the socket, and one without an answer ends by itself
-            return
+        except BlockingIOError:
+            return  # only questions can fill the socket, and one without an answer ends by itself
         except OSError:
             self._disconnect()
 
@@ -236,7 +235,7 @@ class Call:
             self._hear(message)
 
     def _hear(self, limit: Limit) -> None:
-        self.stopping._set(Notice(reason=limit.cause, deadline=limit.due_at))
+        self.stopping.set(Notice(reason=limit.cause, deadline=limit.due_at))
         answer = self._answers.get(limit.answers)
         if answer is not None and not answer.done():
             answer.set_result(None)
@@ -276,7 +275,8 @@ class Call:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _aclose(self) -> None:
+    async def aclose(self) -> None:
+        """End with the job: nothing is told any more. For lastcall."""
         self._disconnect()
         self._listening.clear()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
@@ -308,7 +308,7 @@ async def end(process: Any) -> Counts:
     """Close the call of a job process, if its code has asked for one."""
     made = _calls.get(process)
     if made is not None:
-        await made._aclose()
+        await made.aclose()
     return {}
 
 
