@@ -20,6 +20,12 @@ EDGES = {
         "lastcall.worker.sdk.process_pool",
         "lastcall.worker.inworld.plugin.private_names",
         "lastcall.worker.local.livekit_server",
+        "lastcall.worker.local.participants",
+        "lastcall.worker.local.room",
+        "lastcall.worker.local.room_server",
+        "lastcall.worker.local.rooms",
+        "lastcall.worker.local.ticks",
+        "lastcall.worker.local.twirp",
         "lastcall.worker.local.sample",
         # In the process of the verb `doctor`, which supervises nothing.
         "lastcall.supervisor.doctor.probe",

@@ -141,7 +141,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     from lastcall.worker.job.rehearsed import RehearsedEntrypoint
     from lastcall.worker.job.setup import Setup
 
-    server.setup_fnc = Setup(server.setup_fnc, host.calls_over.writer)
+    server.setup_fnc = Setup(server.setup_fnc, host.calls_over.writer, is_local=bool(local_url))
     rehearsal = host.settings.rehearsal
     if rehearsal is not None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
@@ -153,7 +153,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
 def _refuse_other_server(text: str, url: str, local_url: str) -> None:
     """Refuse a server object that would not connect to the local server.
 
-    Raises TargetError. Its worker would take real calls, run them in mock rooms, and end with the verb.
+    Raises TargetError. Its worker would take real calls, run them in local rooms, and end with the verb.
     """
     address = loading.address_of(url)
     if address != loading.address_of(local_url):

@@ -57,7 +57,7 @@ class Engine:
         must_refuse: Callable[[], bool],
         report: Report,
         calls_over: CallsOver,
-        mock_room: bool = False,
+        is_local: bool = False,
         max_running: int = 0,
         job_memory_limit: int = 0,
     ) -> None:
@@ -77,7 +77,7 @@ class Engine:
         self.started = False
         self.shield_holes: dict[int, str] = {}
         self._calls_over = calls_over
-        self._mock_room = mock_room
+        self._is_local = is_local
         self._max_running = max_running
         self._told_full = False
         self._fenced = False
@@ -322,8 +322,7 @@ class Engine:
             agent_server.cancel_start()
             return
         self.started = True
-        if self._mock_room:
-            agent_server.mark_as_mock(self.server)
+        if self._is_local:
             agent_server.connect_directly(self.server)
         agent_server.watch_jobs(self.server, launched=self._on_launched, closed=self._on_closed)
         agent_server.watch_processes(self.server, self._on_process)

@@ -93,7 +93,7 @@ class Host:
             must_refuse=lambda: self.stopping.is_set or self._asked_hold,
             report=self._report,
             calls_over=self.calls_over,
-            mock_room=bool(self.settings.local_url),
+            is_local=bool(self.settings.local_url),
             max_running=self.settings.max_running,
             job_memory_limit=self.settings.job_memory_limit,
         )

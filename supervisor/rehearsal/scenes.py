@@ -103,7 +103,7 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
     if seen.left:
         problems.append(f"{len(seen.left)} processes left: {', '.join(map(str, seen.left))}")
     warnings = [
-        f"the entrypoint failed in the mock room, no fault of a stop: {text}" for text in seen.failures
+        f"the entrypoint failed in the local room, no fault of a stop: {text}" for text in seen.failures
     ]
     warnings += [
         f"job {each['id']}: the call ended well, but {_how_its_process_ended(each['process'])}"

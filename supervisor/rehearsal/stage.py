@@ -246,9 +246,17 @@ class Stage:
         return {e["job_id"] for e in self.seen("job") if e["detail"]["status"] == "JS_RUNNING"}
 
     def ends(self) -> dict[str, str]:
-        """Return how each assigned job ended, as the server was told; JS_RUNNING: it never was."""
+        """Return how each assigned job ended, as the server was told. JS_RUNNING says that it was not told.
+
+        A server forgets the job of an agent that has left its room, and takes no word of its end.
+        """
         ends = {event["job_id"]: "JS_RUNNING" for event in self.seen("assigned")}
-        ends.update((e["job_id"], e["detail"]["status"]) for e in self.seen("job") if e["detail"]["known"])
+        forgotten = {event["job_id"] for event in self.seen("terminated")}
+        ends.update(
+            (e["job_id"], e["detail"]["status"])
+            for e in self.seen("job")
+            if e["detail"]["known"] or e["job_id"] in forgotten
+        )
         return ends
 
     def accepted_late(self) -> list[str]:

@@ -74,9 +74,10 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.local": Room(
         idea="local LiveKit and Inworld servers, for the demo, for development and for tests",
         floors=(
-            "inworld_settings speech livekit_server sample",
-            "inworld_connection driven",
-            "inworld_server __main__",
+            "inworld_settings speech rooms participants ticks sample",
+            "room room_server twirp inworld_connection",
+            "inworld_server livekit_server",
+            "driven __main__",
         ),
     ),
     "lastcall.supervisor": Room(

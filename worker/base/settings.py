@@ -34,7 +34,7 @@ class WorkerSettings:
     each worker (`processes.launch`), and hands the value over as JSON in one variable.
 
     `max_running`: the most jobs at a time, 0 for no limit. `job_memory_limit`: bytes, 0 for no limit.
-    `local_url`: the local server. The worker may register with no other, and its jobs run in mock rooms.
+    `local_url`: the local server. The worker may register with no other, and its jobs have rooms of it.
     `output_fds`: the read ends of the standard output and error of the worker. `lifeline_fd`: only held, for
     as long as the worker lives. `scratch`: the directory for the sockets of multiprocessing. `tells_imports`:
     whether the worker says which files its target has imported.

@@ -36,7 +36,7 @@ MAX_ERROR_LENGTH = 2000
 class RehearsedEntrypoint:
     """Run the user's entrypoint, and keep the job open until its time is over. livekit-agents pickles it.
 
-    In a mock room the user's own may fail, wait for ever, or shut the job down for want of a caller; none of
+    In a local room the user's own may fail, wait for ever, or shut the job down for want of a caller; none of
     these says anything about a stop. A shutdown by a signal handler of the agent does, so each is told.
     """
 

@@ -62,9 +62,12 @@ def has_handler() -> bool:
 class Setup:
     """The `setup_fnc` of the worker: prepare the process and the end of its job, then call the user's."""
 
-    def __init__(self, user: Callable[[Any], Any] | None, over: Connection) -> None:
+    def __init__(
+        self, user: Callable[[Any], Any] | None, over: Connection, *, is_local: bool = False
+    ) -> None:
         self.user = user
         self.over = over  # the writer of `CallsOver`: a descriptor, which only multiprocessing can pickle
+        self.is_local = is_local  # whether jobs have the room of `worker.local`, for want of a media server
 
     def __call__(self, process: Any) -> Any:
         unmask()
@@ -78,6 +81,10 @@ class Setup:
         tell_over = functools.partial(calls_over.tell, self.over)
         teardown.begin(process, {"inworld": plugin_connections.aclose}, tell_over)
         job_process.at_job_end(teardown.end)
+        if self.is_local:
+            from lastcall.worker.local import room
+
+            room.install()
         return None if self.user is None else self._set_up(self.user, process)
 
     @staticmethod

@@ -238,17 +238,6 @@ def has_warm_process(server: AgentServer) -> bool:
     return not queue.empty()
 
 
-def mark_as_mock(server: AgentServer) -> None:
-    """Run every job in livekit-agents' mock room: there is no media server to join."""
-    launch = server._proc_pool.launch_job
-
-    async def launch_job(info: Any) -> None:
-        info.fake_job = True
-        await launch(info)
-
-    server._proc_pool.launch_job = launch_job
-
-
 def cancel_start() -> None:
     """Cancel the start of a server, from its `worker_started`: `run()`, and the tasks that are to run next.
 

@@ -117,7 +117,7 @@ NAMES = (
         without="the end of AgentServer.run() says so alone",
         since="1.7.0",
     ),
-    PrivateName(owner=SERVER, name="_ws_url", kind="attribute", needed_by="the mock room"),
+    PrivateName(owner=SERVER, name="_ws_url", kind="attribute", needed_by="a local server"),
     PrivateName(owner=SERVER, name="_entrypoint_fnc", kind="attribute", needed_by="the look at a target"),
     PrivateName(owner=SERVER, name="_port", kind="attribute", needed_by=PORTS),
     PrivateName(owner=SERVER, name="_host", kind="attribute", needed_by=PORTS),
@@ -220,17 +220,9 @@ NAMES = (
     # -- job processes ---------------------------------------------------------------------------------
     PrivateName(owner=SERVER, name="_proc_pool", kind="attribute", needed_by=REGISTER),
     PrivateName(owner=POOL, name="processes", kind="attribute", needed_by=REGISTER),
-    PrivateName(
-        owner=POOL,
-        name="launch_job",
-        kind="method",
-        signature="async (self, info)",
-        needed_by="the mock room",
-    ),
     PrivateName(owner=POOL, name="process_job_launched", kind="event", needed_by=REGISTER),
     PrivateName(owner=POOL, name="process_closed", kind="event", needed_by=REGISTER),
     PrivateName(owner=POOL, name="process_ready", kind="event", needed_by="the look at a warm process"),
-    PrivateName(owner=INFO, name="fake_job", kind="attribute", needed_by="the mock room"),
     PrivateName(owner=INFO, name="job", kind="attribute", needed_by=REGISTER),
     PrivateName(
         owner=POOL, name="aclose", kind="method", signature="async (self)", needed_by="the end of a worker"
