@@ -13,6 +13,8 @@ from lastcall.worker.local.room_server import Visitor
 from tests.support.harness import HERE, Run, StartRun
 
 JOINS = str(HERE / "agents" / "joins.py")
+# Seconds of work after a call. A worker of livekit-agents alone kills it 10 s after the agent has left.
+AFTER = 20
 
 
 class Call:
@@ -68,3 +70,67 @@ async def test_a_job_has_a_local_room(run: StartRun) -> None:
     await one.terminated()
     assert r.livekit.jobs[one.id].error == "agent worker left the room"
     await r.job_says(one.id, "closed")
+
+
+@pytest.mark.core
+async def test_a_termination_does_not_end_what_goes_on(run: StartRun) -> None:
+    """A full reconnect in a drain cuts no call, and work after a call has the time of the stop.
+
+    Beside them, as the owners of rooms end calls: DeleteRoom, RemoveParticipant, and a job that never joined.
+    """
+    r = await run("run", "--grace", "120", JOINS, rooms=True, environment={"LASTCALL_JOBS__FINISH": "60"})
+    await r.ready()
+    reconnecting = await call(r, "reconnecting")
+    working = await call(r, "working", after=AFTER)
+    deleted = await call(r, "deleted")
+    removed = await call(r, "removed")
+    waiting = await call(r, "waiting", joins=False)
+    await r.job_says(waiting.id, "waits", 30)
+    r.kill()
+    await r.until(lambda: r.events("full"), 10)
+    reconnecting.say("reconnect")
+    working.say("hang up")
+    await working.terminated()
+    r.livekit.delete_room("deleted")
+    agent = r.livekit.jobs[removed.id].job.state.participant_identity
+    r.livekit.rooms.remove("removed", agent)
+    await r.livekit.terminate(waiting.id)
+    await r.job_says(working.id, "stored", AFTER + 30)
+    # Longer than a worker of livekit-agents alone lets a terminated job go on, with and without callbacks.
+    await reconnecting.terminated()
+    await reconnecting.hears_more()
+    reconnecting.say("hang up")
+    assert await r.exit(60) == 0
+    assert r.receipt()["outcome"] == "clean"
+    assert r.fates() == {
+        reconnecting.id: "finished",
+        working.id: "finished",
+        deleted.id: "ended_by_server",
+        removed.id: "ended_by_server",
+        waiting.id: "ended_by_server",
+    }
+    for one in (reconnecting, working, deleted, removed):
+        await r.job_says(one.id, "closed")
+    # livekit-agents cancels an entrypoint 15 s after its room is gone.
+    cancelled = {note["job"] for note in r.notes() if note["what"] == "cancelled"}
+    assert not cancelled & {reconnecting.id, working.id}
+    await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_a_job_that_has_to_end_is_cut(run: StartRun) -> None:
+    """A termination is obeyed while the agent stays in its room, and work after a call is bounded."""
+    r = await run("run", "--grace", "60", JOINS, rooms=True, environment={"LASTCALL_JOBS__FINISH": "20"})
+    await r.ready()
+    staying = await call(r, "staying")
+    endless = await call(r, "endless", after=600)
+    await r.livekit.terminate(staying.id)
+    endless.say("hang up")
+    await r.job_says(endless.id, "callback", 30)
+    await r.job_says(staying.id, "closed", 60)
+    await r.until(lambda: r.log("job cut") and len(r.log("job cut")) == 2, 60)
+    r.kill()
+    assert await r.exit(60) == 0
+    assert r.receipt()["totals"]["cut"] == 2
+    assert not [note for note in r.notes() if note["job"] == endless.id and note["what"] == "stored"]
+    await r.nothing_left()

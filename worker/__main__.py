@@ -139,6 +139,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     agent_server.use_private_ports(server)
     agent_server.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
     from lastcall.worker.job.rehearsed import RehearsedEntrypoint
+    from lastcall.worker.job.room_watch import WatchedEntrypoint
     from lastcall.worker.job.setup import Setup
 
     server.setup_fnc = Setup(server.setup_fnc, host.calls_over.writer, is_local=bool(local_url))
@@ -146,6 +147,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     if rehearsal is not None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
         agent_server.disregard_load(server)
+    agent_server.wrap_entrypoint(server, WatchedEntrypoint)
     host.adopt(server)
     host.control.say(Loaded(agent_name=shortened(agent_server.agent_name(server))))
 

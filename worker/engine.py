@@ -17,6 +17,7 @@ from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError
+from lastcall.worker.base.settings import DEFAULT_FINISH
 from lastcall.worker.base.stopping import unshielded
 from lastcall.worker.base.wire import (
     Counts,
@@ -31,6 +32,7 @@ from lastcall.worker.base.wire import (
 from lastcall.worker.job_memory import MemoryWatch
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
 from lastcall.worker.sdk import agent_server, preflight, process_pool
+from lastcall.worker.terminations import Terminations
 from lastcall.worker.warming import Warming
 
 Report = Callable[[WorkerSays], None]
@@ -60,6 +62,7 @@ class Engine:
         is_local: bool = False,
         max_running: int = 0,
         job_memory_limit: int = 0,
+        finish: float = DEFAULT_FINISH,
     ) -> None:
         self.server = server
         self.jobs = Jobs(changed, report)
@@ -70,6 +73,15 @@ class Engine:
             ask=lambda job, end_at: self._ask(job.executor, end_at),
             kill=lambda job: agent_server.kill(job.executor),
             is_ending=self._is_ending,
+        )
+        self.terminations = Terminations(
+            self.jobs,
+            changed,
+            finish=finish,
+            ask=lambda job, end_at: self._ask(job.executor, end_at),
+            kill=lambda job: agent_server.kill(job.executor),
+            is_ending=self._is_ending,
+            is_stopping=lambda: self._fenced,
         )
         self.worker_id = ""
         self.error: BaseException | None = None
@@ -90,6 +102,7 @@ class Engine:
             server, changed=changed, report=report, start_failed=self._on_first_process_failed
         )
         agent_server.gate_requests(server, admit=self._admit, settle=self._settle)
+        agent_server.take_terminations(server, self.terminations.take)
 
     # -- life -----------------------------------------------------------------------------------------
 
@@ -243,8 +256,11 @@ class Engine:
             loop.remove_reader(self._calls_over.fileno())
 
     def _take_calls_over(self) -> None:
-        for id in self._calls_over.take():
-            self.jobs.over(id, agent_server.call_is_over)
+        for told in self._calls_over.take():
+            if told.what == "over":
+                self.jobs.over(told.job_id, agent_server.call_is_over)
+            else:
+                self.jobs.in_room(told.job_id, told.what, told.reason)
 
     def _overdue(self) -> list[Job]:
         return [job for job in self.jobs.outliving if _due_at(job) <= now()]
@@ -288,8 +304,13 @@ class Engine:
         return {"idle_processes": {"killed": killed}}
 
     def _is_ending(self, job: Job) -> bool:
-        """Tell whether a job shuts down: by itself, or because this worker has told it to."""
-        return job.is_over or job.was_told_to_end or agent_server.is_ending(job.executor)
+        """Tell whether a job shuts down: by itself, or because this worker has told it to.
+
+        livekit-agents begins to shut a job down when the room is gone.
+        """
+        if job.is_over or job.was_told_to_end or job.presence.asked_at or job.presence.left_at:
+            return True
+        return agent_server.is_ending(job.executor)
 
     async def _ask(self, executor: Any, kill_at: float) -> None:
         try:
@@ -356,6 +377,7 @@ class Engine:
             self.jobs.launch(job.id, executor, job)
 
     def _on_closed(self, executor: Any) -> None:
+        self._take_calls_over()
         job = agent_server.job_of(executor)
         if job is not None:
             self.jobs.close(job.id, executor)

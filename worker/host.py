@@ -96,6 +96,7 @@ class Host:
             is_local=bool(self.settings.local_url),
             max_running=self.settings.max_running,
             job_memory_limit=self.settings.job_memory_limit,
+            finish=self.settings.finish,
         )
         self.resources.join("livekit", self.engine.close)
 
@@ -118,6 +119,7 @@ class Host:
                 group.create_task(self._beats()),
                 group.create_task(engine.see_processes_out()),
                 group.create_task(engine.memory.run()),
+                group.create_task(engine.terminations.run()),
             ]
             running: list[asyncio.Task[None]] = []
             if self.stopping.is_set:

@@ -13,6 +13,8 @@ A call is over when its job says so (`base.calls_over`), after the last callback
 EXIT_WITHIN. The fate is the call's: a process that is kept by a thread, or crashes at its exit, changes
 nothing about a call that had ended by itself, and is only noted (`process`).
 
+A job that the owner of its room ends is `finished`, and told as ended by the server (`worker.presence`).
+
 A job that is ended for its memory (`worker.job_memory`) is `failed`, as one is that the kernel kills for it.
 
 `cut` is whatever this worker ended: a job that was told to shut down while its entrypoint had more to do is
@@ -28,12 +30,13 @@ import os
 import select
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobOver, JobStarted
+from lastcall.worker.presence import Presence
 
 # multiprocessing's exit code for a process whose status went with the forkserver.
 STATUS_LOST = 255
@@ -66,6 +69,7 @@ class Job:
     popen: Any = None
     was_killed: bool = False
     over_memory: bool = False
+    presence: Presence = field(default_factory=Presence)
 
     @property
     def has_ended(self) -> bool:
@@ -88,6 +92,11 @@ class Job:
         if self.cut_short:
             return "cut"
         return "finished" if self.is_over or self.exit_code == 0 else "failed"
+
+    @property
+    def is_ended_by_server(self) -> bool:
+        """Whether the owner of the room has ended the job: the room is deleted, the agent removed."""
+        return self.presence.is_ended_by_server and self.fate == "finished"
 
     @property
     def was_told_to_end(self) -> bool:
@@ -185,6 +194,13 @@ class Jobs:
             self._report(JobOver(id=id))
         self._changed.notify()
 
+    def in_room(self, id: str, what: str, reason: int) -> None:
+        """The job says what becomes of its room."""
+        record = self._jobs.get(id)
+        if record is not None:
+            record.presence.take(what, reason, now())
+            self._changed.notify()
+
     def cut_short(self, record: Job) -> None:
         """End a job while it has more to do: its fate is certain from now on.
 
@@ -252,8 +268,14 @@ class Jobs:
         self._unwatch(record)
         self.cut += fate == "cut"
         seconds = round(now() - record.accepted_at, 3)
-        process = record.process
-        self._report(JobEnded(id=record.id, fate=fate, seconds=seconds, process=process))
+        ended = JobEnded(
+            id=record.id,
+            fate=fate,
+            seconds=seconds,
+            process=record.process,
+            by_server=fate == "finished" and record.is_ended_by_server,
+        )
+        self._report(ended)
         self._changed.notify()
 
     def _tell_started(self, record: Job) -> None:

@@ -143,7 +143,9 @@ class WorkerView:
 
     def _end(self, job: JobEnded) -> None:
         where = (self._slot, self._generation, job.id)
-        self._ledger.end(*where, job.fate, job.seconds, process=job.process)
+        self._ledger.end(
+            *where, "ended_by_server" if job.by_server else job.fate, job.seconds, process=job.process
+        )
         if job.process:
             self._log.warning("process outlived its call", job_id=job.id, process=job.process)
         if job.fate == "cut":

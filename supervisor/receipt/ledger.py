@@ -8,9 +8,9 @@ from typing import Literal
 
 from lastcall.worker.base.wire import JobFate
 
-# How a job in the receipt ended. A worker tells the first three; the supervisor notes a job as lost when its
+# How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its
 # worker ended without a word about the job.
-EntryFate = Literal["finished", "failed", "cut", "lost"]
+EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "lost"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Ledger:
         self.running: dict[tuple[int, int, str], JobEntry] = {}
         self.started = 0
         self.totals: dict[JobFate | EntryFate, int] = {
-            "finished": 0, "failed": 0, "cut": 0, "lost": 0, "unassigned": 0,
+            "finished": 0, "failed": 0, "cut": 0, "lost": 0, "ended_by_server": 0, "unassigned": 0,
         }  # fmt: skip
         self._at_stop: list[JobEntry] | None = None
 

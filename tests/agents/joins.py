@@ -1,7 +1,11 @@
-"""An agent that joins its room. Data of the caller says what it does there.
+"""An agent that joins its room, and does there what the caller says in data.
 
-data: "reconnect", "leave" the room and go on, "hang up", which ends the job, "delete" the room
-metadata: {"after": seconds that a shutdown callback takes, "joins": whether it joins at all}
+    reconnect   have a full reconnect
+    leave       leave the room, and go on
+    hang up     end the job
+    delete      delete the room
+
+metadata: {"after": the seconds of a shutdown callback, "joins": whether it joins at all}
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ ROOMS: dict[str, Room] = {
         idea="hosts one AgentServer and ends it without cutting a job",
         floors=(
             "base",
-            "sdk shield target scratch orphan_output exposition imported jobs job_memory local",
-            "inworld warming",
+            "sdk shield target scratch orphan_output exposition imported presence jobs job_memory local",
+            "inworld warming terminations",
             "engine",
             "job host",
             "__main__",
@@ -44,7 +44,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
-        floors=("teardown preload", "setup", "rehearsed"),
+        floors=("teardown room_watch preload", "setup", "rehearsed"),
     ),
     "lastcall.worker.inworld": Room(
         idea="the Inworld pool, the broker that shares it, and the plugin's side",

@@ -120,12 +120,14 @@ class JobEnded:
     """A job has ended, `seconds` after it was accepted.
 
     `process` says how the process ended, when that was not as its call did: `killed`, `exit code 3`.
+    `by_server`: a `finished` job that the owner of its room has ended.
     """
 
     id: str
     fate: JobFate
     seconds: float
     process: str = ""
+    by_server: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from lastcall.worker.base import calls_over, garbage, setup_errors
 from lastcall.worker.base.memory import die_before, oom_adjustment
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
-from lastcall.worker.job import teardown
+from lastcall.worker.job import room_watch, teardown
 from lastcall.worker.sdk import job_process
 
 # Steps of oom_score_adj above that of the worker, in thousandths of the memory. Ours: a forkserver holds
@@ -78,8 +78,9 @@ class Setup:
         from lastcall.worker.inworld.plugin.attached import plugin_connections
 
         os.set_inheritable(self.over.fileno(), False)  # none of the programs that the job starts
-        tell_over = functools.partial(calls_over.tell, self.over)
-        teardown.begin(process, {"inworld": plugin_connections.aclose}, tell_over)
+        tell = functools.partial(calls_over.tell, self.over)
+        teardown.begin(process, {"inworld": plugin_connections.aclose}, tell)
+        room_watch.begin(process, tell)
         job_process.at_job_end(teardown.end)
         if self.is_local:
             from lastcall.worker.local import room

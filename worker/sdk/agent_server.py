@@ -196,6 +196,18 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
     server._request_fnc = request
 
 
+def take_terminations(server: AgentServer, terminated: Callable[[str], None]) -> None:
+    """Call back with the id of each job that the LiveKit server terminates, and do nothing else.
+
+    livekit-agents asks the job to shut down, and kills it 10 s after its agent has left the room.
+    """
+
+    async def handle(message: agent.JobTermination) -> None:
+        terminated(message.job_id)
+
+    server._handle_termination = handle
+
+
 def is_unassigned(error: BaseException) -> bool:
     """Tell whether an accept failed because the server never assigned the job."""
     return type(error).__name__ == "AssignmentTimeoutError"

@@ -91,6 +91,13 @@ NAMES = (
     PrivateName(owner=SERVER, name="_request_fnc", kind="attribute", needed_by="the gate in front of offers"),
     PrivateName(owner=REQUEST, name="_on_accept", kind="attribute", needed_by="the gate in front of offers"),
     PrivateName(owner=REQUEST, name="_on_reject", kind="attribute", needed_by="the gate in front of offers"),
+    PrivateName(
+        owner=SERVER,
+        name="_handle_termination",
+        kind="method",
+        signature="async (self, message)",
+        needed_by="jobs that go on when the server terminates them",
+    ),
     PrivateName(owner=SERVER, name="_draining", kind="attribute", needed_by=FENCE),
     PrivateName(
         owner=SERVER, name="_update_worker_status", kind="method", signature="async (self)", needed_by=FENCE
