@@ -21,13 +21,14 @@ DEFAULT_FINISH = 300.0
 class Rehearsal:
     """How long each job is kept open, and the socket that hears how the job goes.
 
-    `job_seconds`: from the stop on. `stop`: the path of the file that appears when the stop begins. `socket`:
-    the path of the datagram socket that hears the job.
+    `job_seconds`: from the stop on. `work_seconds`: of a shutdown callback behind it. `stop`: the path of the
+    file that appears when the stop begins. `socket`: the path of the datagram socket that hears the job.
     """
 
     job_seconds: float
     stop: str
     socket: str
+    work_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -326,6 +326,11 @@ class DispatchServer:
             if peer.request.transport is not None:
                 peer.request.transport.abort()
 
+    def forget_everything(self) -> None:
+        """Lose every connection and all rooms, as a server that is killed and starts again at once."""
+        self.rooms.forget_everything()
+        self.abort_connections()
+
     def available(self) -> list[Peer]:
         return [peer for peer in self.peers.values() if peer.registered and peer.available]
 

@@ -56,6 +56,8 @@ class Session(Protocol):
 
     def hang_up(self) -> None: ...
 
+    def drop(self) -> None: ...
+
 
 class RoomServer:
     """Rooms, and the connections to them.
@@ -127,12 +129,26 @@ class RoomServer:
         self._perform(self.state.leave(info.sid, Reason.PARTICIPANT_REMOVED, now()))
         return True
 
+    def reconnect_agents(self) -> None:
+        """Have the agents of all rooms reconnect from the start."""
+        for room in self.state:
+            for identity in list(room.agents):
+                self.reconnect(room.info.name, identity)
+
     def reconnect(self, room: str, identity: str) -> None:
         """Have a client reconnect from the start, as a server does whose media connection has failed."""
         found = self.state.get(room)
         info = None if found is None else found.participants.get(identity)
         if info is not None:
             self._perform([Tell(sid=info.sid, message={"on": "reconnect"})])
+
+    def forget_everything(self) -> None:
+        """Drop every connection without a word, and every room."""
+        sessions = list(self._sessions.values())
+        self._sessions.clear()
+        self.state.forget_everything()
+        for session in sessions:
+            session.drop()
 
     def remove_session(self, sid: str) -> None:
         """Remove one session of a participant, and none that has taken its place."""
@@ -208,7 +224,8 @@ class RoomServer:
     def _join(self, room: str, info: models.ParticipantInfo, session: Session) -> None:
         effects = self.state.join(room, info, now())
         self._sessions[info.sid] = session
-        self._emit("joined", room=room, identity=info.identity, participant=info.sid)
+        is_agent = info.kind == Kind.AGENT
+        self._emit("joined", room=room, identity=info.identity, participant=info.sid, is_agent=is_agent)
         self._perform(effects)
 
     def _perform(self, effects: Iterable[Effect]) -> None:
@@ -247,6 +264,10 @@ class _Connection:
             self._waiting.get_nowait()
         self._waiting.put_nowait(None)
 
+    def drop(self) -> None:
+        """Lose the connection."""
+        self.hang_up()
+
     async def write(self) -> None:
         """Write what is told until the session is over, then close."""
         while (message := await self._waiting.get()) is not None:
@@ -271,6 +292,10 @@ class Visitor:
             self.heard.append(message)
 
     def hang_up(self) -> None:
+        self.is_connected = False
+
+    def drop(self) -> None:
+        """Lose the connection."""
         self.is_connected = False
 
     def say(self, **message: Any) -> None:

@@ -119,6 +119,10 @@ class Rooms:
                     return room, each
         return None
 
+    def forget_everything(self) -> None:
+        """Know no room any more."""
+        self._rooms.clear()
+
     # -- rooms and dispatches -------------------------------------------------------------------------
 
     def open(self, name: str, now: float, *, automatic: bool) -> tuple[Room, list[Effect]]:
