@@ -27,6 +27,7 @@ EDGES = {
         "lastcall.worker.local.ticks",
         "lastcall.worker.local.twirp",
         "lastcall.worker.local.sample",
+        "lastcall.worker.room_service",
         # In the process of the verb `doctor`, which supervises nothing.
         "lastcall.supervisor.doctor.probe",
     },

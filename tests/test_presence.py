@@ -51,7 +51,7 @@ def test_a_room_that_is_joined_again() -> None:
     """A job that leaves its room and comes back has not left it."""
     known = presence()
     for what, at in (("joined", T), ("left", T + 1), ("joined", T + 2)):
-        known.take(what, 1, at)
+        known.take(what, 1, "", at)
     assert known.next_step(T + 3, FINISH) == ("wait", None)
 
 

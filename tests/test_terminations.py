@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 from typing import Any
 
 import pytest
 
 from lastcall.worker.local.livekit_server import Dispatched
 from lastcall.worker.local.room_server import Visitor
+from lastcall.worker.local.rooms import Reason
 from tests.support.harness import HERE, Run, StartRun
 
 JOINS = str(HERE / "agents" / "joins.py")
@@ -134,3 +137,33 @@ async def test_a_job_that_has_to_end_is_cut(run: StartRun) -> None:
     assert r.receipt()["totals"]["cut"] == 2
     assert not [note for note in r.notes() if note["job"] == endless.id and note["what"] == "stored"]
     await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_agents_of_jobs_that_died_and_of_an_outage(run: StartRun) -> None:
+    """A killed job leaves no silent agent in its room, and a room that is served gets no second agent."""
+    r = await run("run", "--grace", "60", "--workers", "2", JOINS, rooms=True)
+    await r.ready(2)
+    killed = await call(r, "killed")
+    served = await call(r, "served")
+    os.kill((await r.job_says(killed.id, "joined"))["pid"], signal.SIGKILL)
+    # The server itself would show it for 20 s more.
+    await r.until(lambda: killed.caller.heard[-1]["on"] == "participant_disconnected", 10)
+    assert killed.caller.heard[-1]["reason"] == Reason.PARTICIPANT_REMOVED
+    r.livekit.forget_everything()
+    await r.job_says(served.id, "reconnected", 30)
+    await r.until(lambda: r.livekit.counts["registered"] == 4 and len(r.livekit.available()) == 2, 30)
+    # Neither the worker of that agent takes the room, nor the other one.
+    for peer in r.livekit.available():
+        again = await r.livekit.dispatch("served", only=peer.id)
+        assert again.outcome == "terminated", r.logs()
+    room = r.livekit.rooms.state.get("served")
+    assert room is not None and len(room.participants) == 1
+    caller = r.livekit.rooms.visit("served", "caller")
+    await r.until(lambda: caller.heard[1:], 20)
+    back = Call(r, caller, Dispatched(outcome="assigned", job_id=served.id))
+    back.say("hang up")
+    await r.job_says(served.id, "ended")
+    r.kill()
+    assert await r.exit(60) == 0
+    assert r.receipt()["totals"]["failed"] == 1 and r.receipt()["totals"]["started"] == 2

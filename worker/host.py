@@ -42,6 +42,7 @@ from lastcall.worker.base.wire import (
     MetricsText,
     Ready,
     Resource,
+    Served,
     ShieldOpen,
     Terminate,
     WorkerHears,
@@ -208,6 +209,9 @@ class Host:
                 self._asked_hold = on
                 if self.engine is not None:
                     self.engine.hold(on)
+            case Served(rooms=rooms):
+                if self.engine is not None:
+                    self.engine.second_jobs.beside(rooms)
             case AskMetrics(id=id):
                 self.control.say(MetricsText(id=id, text=self._metrics()))
             case _:

@@ -35,7 +35,7 @@ from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobOver, JobStarted
+from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobLeft, JobOver, JobStarted
 from lastcall.worker.presence import Presence
 
 # multiprocessing's exit code for a process whose status went with the forkserver.
@@ -56,6 +56,8 @@ class Job:
     room: str
     dispatch_id: str
     accepted_at: float
+    room_sid: str = ""
+    agent_name: str = ""
     pid: int | None = None
     executor: Any = None
     answers: int = 0
@@ -128,11 +130,15 @@ class Jobs:
     """The register of accepted and running jobs; `report` hears of each beginning and end."""
 
     def __init__(
-        self, changed: Condition, report: Callable[[JobStarted | JobOver | JobCut | JobEnded], None]
+        self,
+        changed: Condition,
+        report: Callable[[JobStarted | JobOver | JobLeft | JobCut | JobEnded], None],
+        ended: Callable[[Job], None] = lambda _job: None,
     ) -> None:
         self._jobs: dict[str, Job] = {}
         self._changed = changed
         self._report = report
+        self._ended = ended
         self.cut = 0
 
     def __len__(self) -> int:
@@ -154,6 +160,8 @@ class Jobs:
                 room=job.room.name[:MAX_NAME_LENGTH],
                 dispatch_id=job.dispatch_id[:MAX_NAME_LENGTH],
                 accepted_at=now(),
+                room_sid=getattr(job.room, "sid", "")[:MAX_NAME_LENGTH],
+                agent_name=getattr(job, "agent_name", "")[:MAX_NAME_LENGTH],
             )
             self._jobs[job.id] = record
             self._tell_started(record)
@@ -194,11 +202,13 @@ class Jobs:
             self._report(JobOver(id=id))
         self._changed.notify()
 
-    def in_room(self, id: str, what: str, reason: int) -> None:
+    def in_room(self, id: str, what: str, reason: int, detail: str) -> None:
         """The job says what becomes of its room."""
         record = self._jobs.get(id)
         if record is not None:
-            record.presence.take(what, reason, now())
+            record.presence.take(what, reason, detail, now())
+            if what == "left":
+                self._report(JobLeft(id=id))
             self._changed.notify()
 
     def cut_short(self, record: Job) -> None:
@@ -276,6 +286,7 @@ class Jobs:
             by_server=fate == "finished" and record.is_ended_by_server,
         )
         self._report(ended)
+        self._ended(record)
         self._changed.notify()
 
     def _tell_started(self, record: Job) -> None:
@@ -286,6 +297,8 @@ class Jobs:
                 dispatch_id=record.dispatch_id,
                 accepted_at=record.accepted_at,
                 pid=record.pid,
+                room_sid=record.room_sid,
+                agent_name=record.agent_name,
             )
         )
         self._changed.notify()

@@ -36,8 +36,9 @@ Step = Literal["wait", "ask", "kill"]
 class Presence:
     """The facts about a job and its room. Times are readings of the monotonic clock.
 
-    `joined_at`: of the last join. `left_at`: the room is gone since. `asked_at`: the job was asked to shut
-    down for a termination.
+    `joined_at`: of the last join. `reconnected_at`: of the last begin or end of a reconnection. `left_at`:
+    the end of the room. `asked_at`: the job was asked to shut down for a termination. `is_away`: a
+    reconnection is under way. `sid` and `identity` are the agent's, in its room.
     """
 
     joined_at: float | None = None
@@ -46,20 +47,30 @@ class Presence:
     reason: int = 0
     terminated_at: float | None = None
     asked_at: float | None = None
+    is_away: bool = False
+    sid: str = ""
+    identity: str = ""
 
-    def take(self, what: str, reason: int, now: float) -> None:
+    def take(self, what: str, reason: int, detail: str, now: float) -> None:
         """Note what the job has told."""
+        if detail:
+            self.sid, _, self.identity = detail.partition(" ")
         match what:
             case "joined":
                 self.joined_at, self.left_at = now, None
-            case "reconnects":
+            case "reconnecting" | "reconnected":
                 self.reconnected_at = now
+                self.is_away = what == "reconnecting"
             case "left":
                 self.left_at, self.reason = now, reason
 
     @property
     def has_joined(self) -> bool:
         return self.joined_at is not None
+
+    @property
+    def is_in_room(self) -> bool:
+        return self.has_joined and self.left_at is None
 
     @property
     def is_ended_by_server(self) -> bool:

@@ -22,8 +22,9 @@ ROOMS: dict[str, Room] = {
         idea="hosts one AgentServer and ends it without cutting a job",
         floors=(
             "base",
-            "sdk shield target scratch orphan_output exposition imported presence jobs job_memory local",
-            "inworld warming terminations",
+            "sdk shield target scratch orphan_output exposition imported presence jobs job_memory"
+            " local refused_key room_service",
+            "inworld warming terminations second_jobs",
             "engine",
             "job host",
             "__main__",

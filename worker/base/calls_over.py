@@ -14,17 +14,22 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
 
-# `reconnects` is told when a reconnection begins, and again when the job is back.
-What = Literal["joined", "reconnects", "left", "over"]
+What = Literal["joined", "reconnecting", "reconnected", "left", "over"]
+# Bytes of a detail. Ours: with it a message stays below PIPE_BUF (4096). A longer one is not told.
+MAX_DETAIL = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A message of the process of a job. `reason` is livekit's DisconnectReason, of `left`."""
+    """A message of the process of a job. `reason` is livekit's DisconnectReason, of `left`.
+
+    `detail`: the sid and the identity of the agent in its room, with a space between them.
+    """
 
     job_id: str
     what: str
     reason: int = 0
+    detail: str = ""
 
 
 class CallsOver:
@@ -43,12 +48,15 @@ class CallsOver:
         """Return what jobs have told since the last look."""
         told = []
         while self._reader.poll():
-            what, reason, id = self._reader.recv_bytes().decode().split(" ", 2)
-            told.append(Told(id, what, int(reason)))
+            head, _, detail = self._reader.recv_bytes().decode().partition("\0")
+            what, reason, id = head.split(" ", 2)
+            told.append(Told(id, what, int(reason), detail))
         return told
 
 
-def tell(writer: Connection, job_id: str, what: What = "over", reason: int = 0) -> None:
+def tell(writer: Connection, job_id: str, what: What = "over", reason: int = 0, detail: str = "") -> None:
     """Tell the worker something of a job; nothing happens when nobody can hear it."""
+    if len(detail.encode()) > MAX_DETAIL:
+        detail = ""
     with contextlib.suppress(OSError):
-        writer.send_bytes(f"{what} {reason} {job_id}".encode())
+        writer.send_bytes(f"{what} {reason} {job_id}\0{detail}".encode())

@@ -13,7 +13,7 @@ from typing import Any
 
 from lastcall.worker.base.calls_over import What
 
-Tell = Callable[[str, What, int], None]
+Tell = Callable[[str, What, int, str], None]
 
 # By the JobProcess of livekit-agents, of which each job has one. The entrypoint can't have it: it is pickled.
 _tells: weakref.WeakKeyDictionary[Any, Tell] = weakref.WeakKeyDictionary()
@@ -37,17 +37,21 @@ class WatchedEntrypoint:
         await self.user(context)
 
 
-def watch(room: Any, tell: Callable[[What, int], None]) -> None:
+def watch(room: Any, tell: Callable[[What, int, str], None]) -> None:
     """Tell of each join, reconnection and end of a room."""
+
+    def agent() -> str:
+        return f"{room.local_participant.sid} {room.local_participant.identity}"
+
     connect = room.connect
 
     @functools.wraps(connect)
     async def connected(*arguments: Any, **options: Any) -> Any:
         result = await connect(*arguments, **options)
-        tell("joined", 0)
+        tell("joined", 0, agent())
         return result
 
     room.connect = connected  # the room has no event for this
-    room.on("reconnecting", lambda: tell("reconnects", 0))
-    room.on("reconnected", lambda: tell("reconnects", 0))
-    room.on("disconnected", lambda reason=0, *_: tell("left", int(reason or 0)))
+    room.on("reconnecting", lambda: tell("reconnecting", 0, ""))
+    room.on("reconnected", lambda: tell("reconnected", 0, agent()))
+    room.on("disconnected", lambda reason=0, *_: tell("left", int(reason or 0), ""))

@@ -16,7 +16,7 @@ import math
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import aiohttp
 import livekit.agents
@@ -141,7 +141,9 @@ def use_private_metrics_dir(server: AgentServer, suffix: str) -> None:
         server._prometheus_multiproc_dir = path
 
 
-Admit = Callable[[Any], bool]
+# The answer to an offer. After `no` the server asks the next worker, after `never` it asks none.
+Answer = Literal["yes", "no", "never"]
+Admit = Callable[[Any], Answer]
 Settle = Callable[[str, BaseException | None], None]
 
 
@@ -174,8 +176,9 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
                 return
             for _ in range(GATE_TURNS):
                 await asyncio.sleep(0)
-            if not admit(offer.job):
-                await reject(False)
+            answer = admit(offer.job)
+            if answer != "yes":
+                await reject(answer == "never")
                 return
             # From here to the send inside accept() nothing of ours awaits.
             error: BaseException | None = None
