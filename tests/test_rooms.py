@@ -13,6 +13,7 @@ import pytest
 from livekit import api, rtc
 from livekit.protocol import agent
 
+from lastcall.worker.local import livekit_server
 from lastcall.worker.local.livekit_server import Delays, DispatchServer
 from lastcall.worker.local.participants import MAX_RPC
 from lastcall.worker.local.room import FULL_RECONNECT, Room
@@ -391,6 +392,22 @@ async def test_types_of_jobs() -> None:
         back = server.rooms.visit("r", "caller")
         back.say(do="publish", name="microphone")
         await until(lambda: len(worker.assigned) == 4)  # one for each dispatch of the room
+
+
+async def test_the_caller_of_a_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for an agent, stays when the agent reconnects, and hangs up when the agent has gone."""
+    monkeypatch.setattr(livekit_server, "CALLER_WAITS", 0.5)
+    async with DispatchServer(delays=QUICK) as server, workers(server, 1) as (worker,):
+        await server.dispatch("r", caller="caller")
+        await until(lambda: worker.tokens)
+        room = server.rooms.state.get("r")
+        assert room is not None
+        async with joined(server, worker.tokens[0]) as agent_room:
+            assert set(agent_room.remote_participants) == {"caller"}
+            await agent_room.simulate_scenario(FULL_RECONNECT)
+            await asyncio.sleep(1.0)
+            assert set(agent_room.remote_participants) == {"caller"}
+        await until(lambda: not room.participants)
 
 
 async def test_a_room_closes_when_people_have_gone() -> None:

@@ -51,13 +51,15 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.local import room_server
 from lastcall.worker.local.room_server import RoomServer, Visitor
-from lastcall.worker.local.rooms import GHOST, PATH, Launch, Reason, Room
+from lastcall.worker.local.rooms import GHOST, PATH, Kind, Launch, Reason, Room
 from lastcall.worker.local.twirp import Twirp
 
 REGISTER_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 3.0
 PING_INTERVAL = 10.0
 MAX_EVENTS = 200_000
+# Seconds from the end of the agent until a caller of `dispatch` hangs up. Ours: a full reconnect takes less.
+CALLER_WAITS = 3.0
 
 Outcome = Literal["assigned", "no_worker", "timeout", "terminated"]
 
@@ -257,7 +259,7 @@ class DispatchServer:
             deployment=deployment,
         )
         if caller and caller not in state.participants:
-            self._spawn(self._hang_up_after_the_agent(self.rooms.visit(room, caller)))
+            self._spawn(self._hang_up_after_the_agent(self.rooms.visit(room, caller), room))
         state.dispatches[dispatch.id] = dispatch
         job = self._job_of(state, dispatch, agent.JobType.JT_ROOM)
         job.namespace = namespace
@@ -429,13 +431,21 @@ class DispatchServer:
     async def _terminate_left(self, job_id: str) -> None:
         await self.terminate(job_id, agent_left=True)
 
-    async def _hang_up_after_the_agent(self, caller: Visitor) -> None:
-        """Have a caller leave as people do: when nobody talks to them any more."""
+    async def _hang_up_after_the_agent(self, caller: Visitor, room: str) -> None:
+        """Have a caller leave as people do, once nobody has talked to them for a while."""
+        left_at: float | None = None
+        was_there = False
         while caller.is_connected:
-            if any(each["on"] == "participant_disconnected" for each in caller.heard):
+            state = self.rooms.state.get(room)
+            is_there = state is not None and any(p.kind == Kind.AGENT for p in state.participants.values())
+            was_there = was_there or is_there
+            if is_there or not was_there:
+                left_at = None
+            elif left_at is None:
+                left_at = now()
+            elif now() - left_at >= CALLER_WAITS:
                 caller.leave()
-                return
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(CALLER_WAITS / 10)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
