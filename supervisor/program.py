@@ -70,6 +70,7 @@ class Program:
             beat=config.stall.beat,
             max_running=config.jobs.max_running,
             job_memory_limit=config.jobs.memory_mb << 20,
+            finish=config.jobs.finish,
             coloured=self.coloured,
         )
         return Launcher(

@@ -143,14 +143,14 @@ def test_process_whose_call_was_over_counts_as_good() -> None:
     assert agent_server.call_is_over(SimpleNamespace()) is None
 
 
-@pytest.mark.parametrize("admitted", [True, False])
-async def test_the_gate(admitted: bool) -> None:
-    """It lets the loop turn before it decides; a refusal is a plain no, an accept is settled."""
+@pytest.mark.parametrize("admitted", ["yes", "no", "never"])
+async def test_the_gate(admitted: agent_server.Answer) -> None:
+    """It lets the loop turn before it decides; a refusal is a no of its kind, an accept is settled."""
     made = server()
     turns: list[int] = []
     seen: list[Any] = []
 
-    def admit(job: Any) -> bool:
+    def admit(job: Any) -> agent_server.Answer:
         seen.append(("admit", job.id, len(turns)))
         return admitted
 
@@ -174,7 +174,9 @@ async def test_the_gate(admitted: bool) -> None:
     await request(offer)
     counting.cancel()
     assert seen[0][:2] == ("admit", "AJ_1") and seen[0][2] >= 4
-    assert seen[1:] == (["accept", ("settle", "AJ_1", None)] if admitted else [("reject", False)])
+    assert seen[1:] == (
+        ["accept", ("settle", "AJ_1", None)] if admitted == "yes" else [("reject", admitted == "never")]
+    )
 
 
 def test_announce_before_the_start_is_harmless() -> None:

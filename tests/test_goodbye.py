@@ -127,7 +127,7 @@ async def begun(r: Run, **spec: Any) -> str:
 async def kill_forkserver(r: Run) -> None:
     """Kill it. A process that is warm takes the next job, and a new forkserver makes the one after that."""
     children = psutil.Process(r.pid).children()
-    (server,) = [each for each in children if "forkserver" in " ".join(each.cmdline())]
+    (server,) = [each for each in children if each.name() == "forkserver"]
     server.kill()
     await r.until(lambda: not lives(server.pid))
 

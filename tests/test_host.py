@@ -73,6 +73,7 @@ class FakeEngine:
     hangs: bool = False
     ends: list[tuple[float, float]] = field(default_factory=list)
     memory: FakeMemoryWatch = field(default_factory=FakeMemoryWatch)
+    terminations: FakeMemoryWatch = field(default_factory=FakeMemoryWatch)
 
     async def run(self) -> None:
         await self.changed.until(lambda: self.ended)

@@ -125,7 +125,7 @@ async def test_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
     first = await r.dispatch(mode="hold")
     pid = (await r.job_says(first.job_id, "started"))["pid"]
     (worker,) = r.workers()
-    second = await r.dispatch(mode="hold", closes=CONTROL_FD)
+    second = await r.dispatch(mode="hold", severs=CONTROL_FD)
     await r.job_says(second.job_id, "started")
     await r.until(lambda: len(r.log("slot ready")) == 2, 40)
     assert [line["reason"] for line in r.log("slot draining")] == ["control channel lost"]

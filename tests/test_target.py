@@ -219,7 +219,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("verb", ["dev", "doctor", "rehearse"])
 @pytest.mark.parametrize("way", ELSEWHERE)
-async def test_another_server_in_a_mock_room(run: StartRun, tmp_path: Path, verb: str, way: str) -> None:
+async def test_another_server_in_a_local_room(run: StartRun, tmp_path: Path, verb: str, way: str) -> None:
     """An agent with an URL of its own is refused in one line, and no connection to that server is opened."""
     connections = []
     server = await asyncio.start_server(lambda *_: connections.append(1), "127.0.0.1", 0)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lastcall.worker.base import garbage, variables, wire
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, installed_entrypoint_wait, plan
-from lastcall.worker.base.calls_over import CallsOver, tell
+from lastcall.worker.base.calls_over import CallsOver, Told, tell
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import WireError
@@ -305,10 +305,11 @@ def test_calls_that_are_over_are_told() -> None:
     assert calls.take() == []
     for id in ("AJ_1", "AJ_2"):
         tell(calls.writer, id)
-    assert calls.take() == ["AJ_1", "AJ_2"]
+    tell(calls.writer, "AJ 3", "left", 5)
+    assert calls.take() == [Told("AJ_1", "over"), Told("AJ_2", "over"), Told("AJ 3", "left", 5)]
     for _ in range(20_000):
         tell(calls.writer, "AJ_3")
-    assert set(calls.take()) == {"AJ_3"}
+    assert set(calls.take()) == {Told("AJ_3", "over")}
 
 
 def test_no_collections_during_imports() -> None:

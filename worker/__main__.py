@@ -146,13 +146,17 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     agent_server.use_private_ports(server)
     agent_server.use_private_metrics_dir(server, f"slot-{host.settings.slot}-{host.settings.generation}")
     from lastcall.worker.job.rehearsed import RehearsedEntrypoint
+    from lastcall.worker.job.room_watch import WatchedEntrypoint
     from lastcall.worker.job.setup import Setup
 
-    server.setup_fnc = Setup(server.setup_fnc, host.calls_over.writer, host.calls.address)
+    server.setup_fnc = Setup(
+        server.setup_fnc, host.calls_over.writer, host.calls.address, is_local=bool(local_url)
+    )
     rehearsal = host.settings.rehearsal
     if rehearsal is not None:
         agent_server.wrap_entrypoint(server, lambda user: RehearsedEntrypoint(user, rehearsal))
         agent_server.disregard_load(server)
+    agent_server.wrap_entrypoint(server, WatchedEntrypoint)
     host.adopt(server)
     host.control.say(Loaded(agent_name=shortened(agent_server.agent_name(server))))
 
@@ -160,7 +164,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
 def _refuse_other_server(text: str, url: str, local_url: str) -> None:
     """Refuse a server object that would not connect to the local server.
 
-    Raises TargetError. Its worker would take real calls, run them in mock rooms, and end with the verb.
+    Raises TargetError. Its worker would take real calls, run them in local rooms, and end with the verb.
     """
     address = loading.address_of(url)
     if address != loading.address_of(local_url):

@@ -10,13 +10,15 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
+from lastcall.worker import refused_key
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError
+from lastcall.worker.base.settings import DEFAULT_FINISH
 from lastcall.worker.base.stopping import unshielded
 from lastcall.worker.base.wire import (
     Counts,
@@ -30,7 +32,11 @@ from lastcall.worker.base.wire import (
 )
 from lastcall.worker.job_memory import MemoryWatch
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
+from lastcall.worker.room_service import RoomService, RoomServiceError
 from lastcall.worker.sdk import agent_server, preflight, process_pool
+from lastcall.worker.sdk.agent_server import Answer
+from lastcall.worker.second_jobs import SecondJobs
+from lastcall.worker.terminations import Terminations
 from lastcall.worker.warming import Warming
 
 Report = Callable[[WorkerSays], None]
@@ -40,6 +46,9 @@ log = logging.getLogger("lastcall.worker")
 # Seconds within which the server is told of good ends before their processes are killed. Ours: a write to a
 # socket takes milliseconds. While the connection is down the message waits in livekit-agents' queue.
 TELL_WITHIN = 1.0
+# Seconds of the close for requests that are under way, to remove the agents of killed jobs. Ours: a server of
+# the same region answers within 20 ms.
+REQUESTS_WITHIN = 0.5
 
 
 class Engine:
@@ -57,12 +66,14 @@ class Engine:
         must_refuse: Callable[[], bool],
         report: Report,
         calls_over: CallsOver,
-        mock_room: bool = False,
+        is_local: bool = False,
         max_running: int = 0,
         job_memory_limit: int = 0,
+        finish: float = DEFAULT_FINISH,
     ) -> None:
         self.server = server
-        self.jobs = Jobs(changed, report)
+        self.jobs = Jobs(changed, report, self._on_ended)
+        self.second_jobs = SecondJobs(self.jobs, self._room_service)
         self.memory = MemoryWatch(
             self.jobs,
             changed,
@@ -71,14 +82,25 @@ class Engine:
             kill=lambda job: agent_server.kill(job.executor),
             is_ending=self._is_ending,
         )
+        self.terminations = Terminations(
+            self.jobs,
+            changed,
+            finish=finish,
+            ask=lambda job, end_at: self._ask(job.executor, end_at),
+            kill=lambda job: agent_server.kill(job.executor),
+            is_ending=self._is_ending,
+            is_stopping=lambda: self._fenced,
+        )
         self.worker_id = ""
         self.error: BaseException | None = None
         self.ended = False
         self.started = False
         self.shield_holes: dict[int, str] = {}
         self._calls_over = calls_over
-        self._mock_room = mock_room
+        self._is_local = is_local
         self._max_running = max_running
+        self._requests: set[asyncio.Task[None]] = set()
+        self._is_closing = False
         self._told_full = False
         self._fenced = False
         self._held = False
@@ -90,11 +112,13 @@ class Engine:
             server, changed=changed, report=report, start_failed=self._on_first_process_failed
         )
         agent_server.gate_requests(server, admit=self._admit, settle=self._settle)
+        agent_server.take_terminations(server, self.terminations.take)
 
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Run the server to its end; an error is kept in `error`, for whoever decides what it means."""
+        refused_key.watch()
         self._run = asyncio.current_task()
         self.server.on("worker_started", self._on_started)
         self.server.on("worker_registered", self._on_registered)
@@ -252,8 +276,11 @@ class Engine:
             loop.remove_reader(self._calls_over.fileno())
 
     def _take_calls_over(self) -> None:
-        for id in self._calls_over.take():
-            self.jobs.over(id, agent_server.call_is_over)
+        for told in self._calls_over.take():
+            if told.what == "over":
+                self.jobs.over(told.job_id, agent_server.call_is_over)
+            else:
+                self.jobs.in_room(told.job_id, told.what, told.reason, told.detail)
 
     def _overdue(self) -> list[Job]:
         return [job for job in self.jobs.outliving if _due_at(job) <= now()]
@@ -283,7 +310,9 @@ class Engine:
 
         The queue for the server, above all the ends of jobs, is sent first.
         """
+        self._is_closing = True
         await agent_server.flush(self.server)
+        await self._end_requests(deadline)
         dropped = agent_server.drop_requests(self.server)
         if dropped:
             log.warning("request_fnc was still running and is cancelled", extra={"calls": dropped})
@@ -296,9 +325,21 @@ class Engine:
         await self._changed.until(lambda: self.ended, lambda: deadline)
         return {"idle_processes": {"killed": killed}}
 
+    async def _end_requests(self, deadline: float) -> None:
+        """Give requests to the LiveKit server a moment, and cancel the others."""
+        if self._requests:
+            await asyncio.wait(self._requests, timeout=max(0.0, min(REQUESTS_WITHIN, deadline - now())))
+        for task in self._requests:
+            task.cancel()
+
     def _is_ending(self, job: Job) -> bool:
-        """Tell whether a job shuts down: by itself, or because this worker has told it to."""
-        return job.is_over or job.was_told_to_end or agent_server.is_ending(job.executor)
+        """Tell whether a job shuts down: by itself, or because this worker has told it to.
+
+        livekit-agents begins to shut a job down when the room is gone.
+        """
+        if job.is_over or job.was_told_to_end or job.presence.asked_at or job.presence.left_at:
+            return True
+        return agent_server.is_ending(job.executor)
 
     async def _ask(self, executor: Any, kill_at: float) -> None:
         try:
@@ -308,11 +349,48 @@ class Engine:
 
     # -- what livekit-agents tells --------------------------------------------------------------------
 
-    def _admit(self, job: Any) -> bool:
+    def _admit(self, job: Any) -> Answer:
         if self.is_full or self._must_refuse():
-            return False
+            return "no"
+        if self.second_jobs.is_second(job):
+            self._begin(self.second_jobs.see_back(job))
+            return "never"
         self.jobs.accept(job)
-        return True
+        return "yes"
+
+    def _room_service(self) -> RoomService | None:
+        """Return the way to ask the LiveKit server; None without a URL or a key."""
+        url, names = agent_server.url_of(self.server), ("LIVEKIT_API_KEY", "LIVEKIT_API_SECRET")
+        key, secret = (os.environ.get(name, "") for name in names)
+        return RoomService(url, key, secret, os.environ) if url and key and secret else None
+
+    def _on_ended(self, job: Job) -> None:
+        if job.presence.is_in_room and job.presence.sid:
+            self._begin(self._remove_ghost(job))
+
+    def _begin(self, request: Coroutine[Any, Any, None]) -> None:
+        """Run a request to the LiveKit server beside everything else; `close` ends it."""
+        if self._run is None or self._is_closing:
+            request.close()
+            return
+        task = self._announcements.create_task(request)
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
+
+    async def _remove_ghost(self, job: Job) -> None:
+        """Take the agent of a job that has died out of its room; the server would show it for 20 s more."""
+        service = self._room_service()
+        if service is None:
+            return
+        extra = {"job_id": job.id, "room": job.room}
+        try:
+            if await service.remove(job.room, job.presence.identity, job.presence.sid):
+                log.info("the agent of a job that has died is removed from its room", extra=extra)
+        except RoomServiceError as error:
+            log.warning(
+                "the agent of a job that has died can't be removed from its room",
+                extra={**extra, "error": str(error)},
+            )
 
     def _settle(self, id: str, error: BaseException | None) -> None:
         fate: JobFate | None = None
@@ -331,8 +409,7 @@ class Engine:
             agent_server.cancel_start()
             return
         self.started = True
-        if self._mock_room:
-            agent_server.mark_as_mock(self.server)
+        if self._is_local:
             agent_server.connect_directly(self.server)
         agent_server.watch_jobs(self.server, launched=self._on_launched, closed=self._on_closed)
         agent_server.watch_processes(self.server, self._on_process)
@@ -366,6 +443,7 @@ class Engine:
             self.jobs.launch(job.id, executor, job)
 
     def _on_closed(self, executor: Any) -> None:
+        self._take_calls_over()
         job = agent_server.job_of(executor)
         if job is not None:
             self.jobs.close(job.id, executor)

@@ -43,6 +43,7 @@ from lastcall.worker.base.wire import (
     MetricsText,
     Ready,
     Resource,
+    Served,
     ShieldOpen,
     StopCause,
     Terminate,
@@ -99,9 +100,10 @@ class Host:
             must_refuse=lambda: self.stopping.is_set or self._asked_hold,
             report=self._report,
             calls_over=self.calls_over,
-            mock_room=bool(self.settings.local_url),
+            is_local=bool(self.settings.local_url),
             max_running=self.settings.max_running,
             job_memory_limit=self.settings.job_memory_limit,
+            finish=self.settings.finish,
         )
         self.resources.join("livekit", self.engine.close)
 
@@ -131,6 +133,7 @@ class Host:
                 group.create_task(self._beats()),
                 group.create_task(engine.see_processes_out()),
                 group.create_task(engine.memory.run()),
+                group.create_task(engine.terminations.run()),
             ]
             running: list[asyncio.Task[None]] = []
             if self.stopping.is_set:
@@ -229,6 +232,9 @@ class Host:
                 self._asked_hold = on
                 if self.engine is not None:
                     self.engine.hold(on)
+            case Served(rooms=rooms):
+                if self.engine is not None:
+                    self.engine.second_jobs.beside(rooms)
             case AskMetrics(id=id):
                 self.control.say(MetricsText(id=id, text=self._metrics()))
             case _:

@@ -13,6 +13,8 @@ A call is over when its job says so (`base.calls_over`), after the last callback
 EXIT_WITHIN. The fate is the call's: a process that is kept by a thread, or crashes at its exit, changes
 nothing about a call that had ended by itself, and is only noted (`process`).
 
+A job that the owner of its room ends is `finished`, and told as ended by the server (`worker.presence`).
+
 A job that is ended for its memory (`worker.job_memory`) is `failed`, as one is that the kernel kills for it.
 
 `cut` is whatever this worker ended: a job that was told to shut down while its entrypoint had more to do is
@@ -28,12 +30,13 @@ import os
 import select
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobOver, JobStarted
+from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobLeft, JobOver, JobStarted
+from lastcall.worker.presence import Presence
 
 # multiprocessing's exit code for a process whose status went with the forkserver.
 STATUS_LOST = 255
@@ -53,6 +56,8 @@ class Job:
     room: str
     dispatch_id: str
     accepted_at: float
+    room_sid: str = ""
+    agent_name: str = ""
     pid: int | None = None
     executor: Any = None
     answers: int = 0
@@ -66,6 +71,7 @@ class Job:
     popen: Any = None
     was_killed: bool = False
     over_memory: bool = False
+    presence: Presence = field(default_factory=Presence)
 
     @property
     def has_ended(self) -> bool:
@@ -88,6 +94,11 @@ class Job:
         if self.cut_short:
             return "cut"
         return "finished" if self.is_over or self.exit_code == 0 else "failed"
+
+    @property
+    def is_ended_by_server(self) -> bool:
+        """Whether the owner of the room has ended the job: the room is deleted, the agent removed."""
+        return self.presence.is_ended_by_server and self.fate == "finished"
 
     @property
     def was_told_to_end(self) -> bool:
@@ -119,11 +130,15 @@ class Jobs:
     """The register of accepted and running jobs; `report` hears of each beginning and end."""
 
     def __init__(
-        self, changed: Condition, report: Callable[[JobStarted | JobOver | JobCut | JobEnded], None]
+        self,
+        changed: Condition,
+        report: Callable[[JobStarted | JobOver | JobLeft | JobCut | JobEnded], None],
+        ended: Callable[[Job], None] = lambda _job: None,
     ) -> None:
         self._jobs: dict[str, Job] = {}
         self._changed = changed
         self._report = report
+        self._ended = ended
         self.cut = 0
 
     def __len__(self) -> int:
@@ -145,6 +160,8 @@ class Jobs:
                 room=job.room.name[:MAX_NAME_LENGTH],
                 dispatch_id=job.dispatch_id[:MAX_NAME_LENGTH],
                 accepted_at=now(),
+                room_sid=getattr(job.room, "sid", "")[:MAX_NAME_LENGTH],
+                agent_name=getattr(job, "agent_name", "")[:MAX_NAME_LENGTH],
             )
             self._jobs[job.id] = record
             self._tell_started(record)
@@ -184,6 +201,15 @@ class Jobs:
             record.popen = count_as_good(record.executor)
             self._report(JobOver(id=id))
         self._changed.notify()
+
+    def in_room(self, id: str, what: str, reason: int, detail: str) -> None:
+        """The job says what becomes of its room."""
+        record = self._jobs.get(id)
+        if record is not None:
+            record.presence.take(what, reason, detail, now())
+            if what == "left":
+                self._report(JobLeft(id=id))
+            self._changed.notify()
 
     def cut_short(self, record: Job) -> None:
         """End a job while it has more to do: its fate is certain from now on.
@@ -252,8 +278,15 @@ class Jobs:
         self._unwatch(record)
         self.cut += fate == "cut"
         seconds = round(now() - record.accepted_at, 3)
-        process = record.process
-        self._report(JobEnded(id=record.id, fate=fate, seconds=seconds, process=process))
+        ended = JobEnded(
+            id=record.id,
+            fate=fate,
+            seconds=seconds,
+            process=record.process,
+            by_server=fate == "finished" and record.is_ended_by_server,
+        )
+        self._report(ended)
+        self._ended(record)
         self._changed.notify()
 
     def _tell_started(self, record: Job) -> None:
@@ -264,6 +297,8 @@ class Jobs:
                 dispatch_id=record.dispatch_id,
                 accepted_at=record.accepted_at,
                 pid=record.pid,
+                room_sid=record.room_sid,
+                agent_name=record.agent_name,
             )
         )
         self._changed.notify()

@@ -212,7 +212,7 @@ def _rehearse(
 ) -> int:
     """Stop your agent as each platform would while jobs run. Exit 1 when a job was cut or anything is left.
 
-    Jobs run in a mock room, dispatched by a local server, and are held open for the drill; nothing beyond
+    Jobs run in rooms of a local server, each with a caller, and are held open for the drill; nothing beyond
     this machine is reached as long as the agent takes LIVEKIT_URL from the environment.
     """
     from lastcall.supervisor.rehearsal import drill_report

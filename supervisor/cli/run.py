@@ -116,7 +116,7 @@ def _dev(
 
     Sources are the Python files that the agent imports, .py and .env* below the directory of the target,
     and the configuration; --watch adds others. A running call finishes on the old code. Without LIVEKIT_URL
-    a local LiveKit server is used, which sends each new worker one call in a mock room. Ctrl-C drains
+    a local LiveKit server is used, which sends each new worker one call in a local room. Ctrl-C drains
     briefly, a second one kills.
     """
     from lastcall.supervisor.cli.dev import dev

@@ -25,6 +25,7 @@ from lastcall.supervisor.config.values import (
     check_text,
 )
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, installed_entrypoint_wait
+from lastcall.worker.base.settings import DEFAULT_FINISH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +150,10 @@ class JobLimits(Section):
             description="Private memory of a job: asked to end at 80 %, killed at it; 0 is no limit.",
         ),
     ] = 0
+    finish: Annotated[
+        Seconds,
+        Field(description="Seconds for work after a call, once the agent has left; a stop gives it grace."),
+    ] = DEFAULT_FINISH
 
 
 class Inworld(Section):

@@ -24,6 +24,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import (
+    NUL,
     OF_WORKER,
     Beat,
     Fault,
@@ -31,6 +32,7 @@ from lastcall.worker.base.wire import (
     Hold,
     ProcessFailed,
     Ready,
+    Served,
     Terminate,
     WorkerHears,
     WorkerSays,
@@ -41,6 +43,9 @@ E, S = SlotEvent, SlotState
 # Seconds that the last words of an exited worker are waited for, twice: a supervisor that was itself stopped
 # during the first wait reads them in the second. Ours: they are in the socket already.
 LAST_WORDS_WITHIN = 0.5
+# Rooms of other workers that a worker is told of. Ours: a room is three names of at most 1024 characters, and
+# the message has a bound (`wire.MAX_LINE_BYTES`).
+MAX_SERVED = 50
 # Seconds from the end of file on the control channel until a worker that still lives counts as cut off. Ours:
 # the kernel closes the files of a process some milliseconds before the supervisor learns of the end.
 CUT_OFF_AFTER = 0.5
@@ -435,6 +440,11 @@ class Generation:
         reports = self.reports
         beat = reports.beat
         registered = beat is not None and beat.registered
+        if isinstance(message, Ready) and self.ready_at is not None:
+            # Not the first registration: the LiveKit server was away, and has its rooms dispatched anew.
+            served = self.shared.ledger.served_beside(self.slot, self.number)[:MAX_SERVED]
+            if served:
+                self.say(Served(rooms=[NUL.join(room) for room in served]))
         if isinstance(message, Ready | Beat):
             self.is_silent = False
             if (

@@ -16,6 +16,7 @@ from lastcall.worker.base.wire import (
     Imported,
     JobCut,
     JobEnded,
+    JobLeft,
     JobNotAsked,
     JobOver,
     JobStarted,
@@ -101,6 +102,8 @@ class WorkerView:
                 self._start(message)
             case JobOver(id=id):
                 self._ledger.over(self._slot, self._generation, id)
+            case JobLeft(id=id):
+                self._ledger.left(self._slot, self._generation, id)
             case JobCut(id=id):
                 self._ledger.cut(self._slot, self._generation, id)
             case JobEnded():
@@ -138,12 +141,16 @@ class WorkerView:
             generation=self._generation,
             accepted_at=job.accepted_at,
             pid=job.pid,
+            room_sid=job.room_sid,
+            agent_name=job.agent_name,
         )
         self.jobs_started += self._ledger.start(entry)
 
     def _end(self, job: JobEnded) -> None:
         where = (self._slot, self._generation, job.id)
-        self._ledger.end(*where, job.fate, job.seconds, process=job.process)
+        self._ledger.end(
+            *where, "ended_by_server" if job.by_server else job.fate, job.seconds, process=job.process
+        )
         if job.process:
             self._log.warning("process outlived its call", job_id=job.id, process=job.process)
         if job.fate == "cut":

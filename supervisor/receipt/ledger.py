@@ -8,9 +8,9 @@ from typing import Literal
 
 from lastcall.worker.base.wire import JobFate
 
-# How a job in the receipt ended. A worker tells the first three; the supervisor notes a job as lost when its
+# How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its
 # worker ended without a word about the job.
-EntryFate = Literal["finished", "failed", "cut", "lost"]
+EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "lost"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,7 +18,8 @@ class JobEntry:
     """One accepted job. `accepted_at` is monotonic; `fate` is None while the job runs.
 
     `is_over`: the call has ended by itself, and only its process is left. `process` says how that ended when
-    it did not end well by itself. `is_cut`: the job was asked to shut down, so its fate is certain.
+    it did not end well by itself. `has_left`: its agent is not in its room any more. `is_cut`: the job was
+    asked to shut down, so its fate is certain.
     """
 
     id: str
@@ -27,10 +28,13 @@ class JobEntry:
     slot: int
     generation: int
     accepted_at: float
+    room_sid: str = ""
+    agent_name: str = ""
     pid: int | None = None
     fate: EntryFate | None = None
     seconds: float = 0.0
     is_over: bool = False
+    has_left: bool = False
     is_cut: bool = False
     process: str = ""
 
@@ -42,7 +46,7 @@ class Ledger:
         self.running: dict[tuple[int, int, str], JobEntry] = {}
         self.started = 0
         self.totals: dict[JobFate | EntryFate, int] = {
-            "finished": 0, "failed": 0, "cut": 0, "lost": 0, "unassigned": 0,
+            "finished": 0, "failed": 0, "cut": 0, "lost": 0, "ended_by_server": 0, "unassigned": 0,
         }  # fmt: skip
         self._at_stop: list[JobEntry] | None = None
 
@@ -64,6 +68,12 @@ class Ledger:
         entry = self.running.get((slot, generation, id))
         if entry is not None:
             entry.is_over = True
+
+    def left(self, slot: int, generation: int, id: str) -> None:
+        """Note that the agent of a job has left its room."""
+        entry = self.running.get((slot, generation, id))
+        if entry is not None:
+            entry.has_left = True
 
     def cut(self, slot: int, generation: int, id: str) -> None:
         """Note that a job was asked to shut down: it counts as cut from now on, however it ends."""
@@ -127,6 +137,11 @@ class Ledger:
     def of(self, slot: int, generation: int) -> list[JobEntry]:
         """Return the running jobs of one worker."""
         return [e for e in self.running.values() if (e.slot, e.generation) == (slot, generation)]
+
+    def served_beside(self, slot: int, generation: int) -> list[tuple[str, str, str]]:
+        """Return name, sid and agent name of the rooms in which other workers have agents."""
+        others = (e for e in self.running.values() if (e.slot, e.generation) != (slot, generation))
+        return [(e.room, e.room_sid, e.agent_name) for e in others if e.pid is not None and not e.has_left]
 
     def begin_stop(self) -> None:
         """Remember every job from now on: the running ones, and accepted ones that are yet to tell."""

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 
-from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, SceneResult, Seen, judge
+from lastcall.supervisor.rehearsal.scenes import RECONNECT_AFTER, SCENES, Scene, SceneResult, Seen, judge
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.worker.base.wire import EntrypointBegan, EntrypointFailed, EntrypointOver, ShutdownAsked
 
@@ -34,7 +34,14 @@ def rehearse(target: str, arguments: Sequence[str] = (), *, workers: int) -> Ite
 def play(scene: Scene, target: str, arguments: Sequence[str] = (), *, workers: int) -> SceneResult:
     """Play one scene. Raises ConfigError when the target is wrong."""
     began = time.monotonic()
-    with Stage(target, arguments, grace=scene.grace, job_seconds=scene.job_seconds, workers=workers) as stage:
+    with Stage(
+        target,
+        arguments,
+        grace=scene.grace,
+        job_seconds=scene.job_seconds,
+        work_seconds=scene.work_seconds,
+        workers=workers,
+    ) as stage:
         try:
             stage.wait_ready()
             stage.wait_jobs(JOBS, JOBS_RUN_WITHIN)
@@ -63,14 +70,18 @@ def _stop(scene: Scene, stage: Stage) -> Seen:
     sends = list(scene.sends)
     next_at = time.monotonic() + sends[0][1]
     offered_at = 0.0
+    reconnects = scene.reconnects
 
     def between() -> None:
         """Send what is due, and go on offering jobs, as a server that has not heard yet does."""
-        nonlocal next_at, offered_at
+        nonlocal next_at, offered_at, reconnects
         if sends and time.monotonic() >= next_at:
             to, _ = sends.pop(0)
             stage.signal(signal.SIGTERM, group=to == "group", everybody=to == "everybody")
             next_at = time.monotonic() + (sends[0][1] if sends else 0.0)
+        if reconnects and not sends and time.monotonic() >= stage.asked_at + RECONNECT_AFTER:
+            reconnects = False
+            stage.reconnect()
         if time.monotonic() >= offered_at + OFFER_EVERY:
             offered_at = time.monotonic()
             stage.dispatch("too-late")
@@ -94,4 +105,5 @@ def _stop(scene: Scene, stage: Stage) -> Seen:
         left=tuple(stage.processes()) if code is not None else (),
         receipt=stage.receipt(),
         failures=tuple(dict.fromkeys(failures)),
+        joined=stage.joined(),
     )

@@ -11,6 +11,15 @@ from lastcall.worker.base.exit_codes import Exit
 # Seconds that each job of a scene goes on after the stop began. Ours: longer than a stop takes to reach
 # everything.
 JOB_SECONDS = 2.5
+# Seconds of work after each call in the scene that has some. Ours: more than the 10 s after which
+# livekit-agents kills a job that the server has terminated (`shutdown_process_timeout`).
+WORK_SECONDS = 12.0
+# Seconds from the begin of a stop to a reconnect. Ours: the fence is over, and entrypoints have joined.
+RECONNECT_AFTER = 1.0
+# Seconds that each job of that scene goes on. livekit-agents alone cancels a job 15 s after the reconnect.
+RECONNECTED_JOB_SECONDS = 20.0
+# The grace of that scene. Of 60 s calls have 37 s (`worker.base.budget`).
+RECONNECTED_GRACE = 60.0
 # Seconds after grace until a stop is no longer waited for. Ours.
 GIVE_UP_AFTER = 10.0
 # Seconds by which a whole stop may be late. Ours: what a busy machine is late.
@@ -21,13 +30,24 @@ To = Literal["pid", "group", "everybody"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One way to be stopped. `sends`: to whom SIGTERM goes, and how many seconds after the one before."""
+    """One way to be stopped. `sends`: to whom SIGTERM goes, and how many seconds after the one before.
+
+    `reconnects`: the agents lose their connection during the stop and come back. `work_seconds`: for a
+    shutdown callback of each job.
+    """
 
     name: str
     says: str
     sends: tuple[tuple[To, float], ...]
     grace: float = 40.0
     job_seconds: float = JOB_SECONDS
+    reconnects: bool = False
+    work_seconds: float = 0.0
+
+    @property
+    def needs_room(self) -> bool:
+        """Whether the scene shows nothing of an agent that joins no room."""
+        return self.reconnects or self.work_seconds > 0
 
     @property
     def is_cut_short(self) -> bool:
@@ -45,6 +65,20 @@ SCENES = (
     Scene(name="group", says="kill -TERM -PGID, dumb-init, supervisord", sends=(("group", 0.0),)),
     Scene(name="everybody", says="systemd's default KillMode, Heroku", sends=(("everybody", 0.0),)),
     Scene(name="twice", says="a retry while it drains", sends=(("pid", 0.0), ("everybody", 0.3))),
+    Scene(
+        name="reconnect",
+        says="the agent's connection breaks while it drains",
+        sends=(("pid", 0.0),),
+        grace=RECONNECTED_GRACE,
+        job_seconds=RECONNECTED_JOB_SECONDS,
+        reconnects=True,
+    ),
+    Scene(
+        name="work",
+        says="a transcript that takes its time after the call",
+        sends=(("pid", 0.0),),
+        work_seconds=WORK_SECONDS,
+    ),
     Scene(name="deadline", says="a call longer than grace", sends=(("pid", 0.0),), grace=6.0, job_seconds=60),
 )
 
@@ -54,7 +88,8 @@ class Seen:
     """The observations of one scene.
 
     `ends`: of each job, as the server was told. `begun` and `over`: whose entrypoint was, held to its time's
-    end. `hung_up`: jobs that a signal handler of the agent's own shut down.
+    end. `hung_up`: jobs that a signal handler of the agent's own shut down. `joined`: how many agents have
+    joined their rooms.
     """
 
     exit_code: int | None
@@ -67,6 +102,7 @@ class Seen:
     left: tuple[int, ...] = ()
     receipt: Mapping[str, Any] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
+    joined: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +139,13 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
     if seen.left:
         problems.append(f"{len(seen.left)} processes left: {', '.join(map(str, seen.left))}")
     warnings = [
-        f"the entrypoint failed in the mock room, no fault of a stop: {text}" for text in seen.failures
+        f"the entrypoint failed in the local room, no fault of a stop: {text}" for text in seen.failures
     ]
+    if scene.needs_room and seen.joined < len(seen.ends):
+        warnings.append(
+            f"{len(seen.ends) - seen.joined} of {len(seen.ends)} agents had not joined their rooms, and the"
+            " scene shows nothing of them"
+        )
     warnings += [
         f"job {each['id']}: the call ended well, but {_how_its_process_ended(each['process'])}"
         for each in seen.receipt.get("jobs", ())

@@ -55,6 +55,7 @@ class Stage:
         *,
         grace: float,
         job_seconds: float = 0.0,
+        work_seconds: float = 0.0,
         workers: int = 1,
     ) -> None:
         self.target = target
@@ -63,6 +64,7 @@ class Stage:
         self.heard: list[RehearsedJobSays] = []
         self._grace = grace
         self._job_seconds = job_seconds
+        self._work_seconds = work_seconds
         self._workers = workers
         self._token = secrets.token_hex(8)
         self._stack = contextlib.ExitStack()
@@ -147,7 +149,10 @@ class Stage:
         rehearsal = None
         if self._job_seconds:
             rehearsal = Rehearsal(
-                job_seconds=self._job_seconds, stop=str(self._stop), socket=str(self.directory / "jobs")
+                job_seconds=self._job_seconds,
+                work_seconds=self._work_seconds,
+                stop=str(self._stop),
+                socket=str(self.directory / "jobs"),
             )
         return WorkerSettings(local_url=local_url, rehearsal=rehearsal)
 
@@ -175,10 +180,19 @@ class Stage:
 
     def dispatch(self, room: str) -> None:
         """Offer one job; how it went is seen in the events."""
+        self._tell_server(room=room, agent_name=self.seen("registered")[0]["detail"]["agent_name"])
+
+    def reconnect(self) -> None:
+        """Have every agent that is in its room reconnect from the start."""
+        self._tell_server(reconnect=True)
+
+    def joined(self) -> int:
+        """Return how many agents have joined their rooms."""
+        return len({e["detail"]["room"] for e in self.seen("joined") if e["detail"]["is_agent"]})
+
+    def _tell_server(self, **command: Any) -> None:
         assert self._server.stdin is not None
-        agent_name = self.seen("registered")[0]["detail"]["agent_name"]
-        line = json.dumps({"room": room, "agent_name": agent_name}) + "\n"
-        self._server.stdin.write(line.encode())
+        self._server.stdin.write(json.dumps(command).encode() + b"\n")
         self._server.stdin.flush()
 
     def wait_jobs(self, count: int, timeout: float) -> None:
@@ -246,9 +260,17 @@ class Stage:
         return {e["job_id"] for e in self.seen("job") if e["detail"]["status"] == "JS_RUNNING"}
 
     def ends(self) -> dict[str, str]:
-        """Return how each assigned job ended, as the server was told; JS_RUNNING: it never was."""
+        """Return how each assigned job ended, as the server was told. JS_RUNNING says that it was not told.
+
+        A server forgets the job of an agent that has left its room, and takes no word of its end.
+        """
         ends = {event["job_id"]: "JS_RUNNING" for event in self.seen("assigned")}
-        ends.update((e["job_id"], e["detail"]["status"]) for e in self.seen("job") if e["detail"]["known"])
+        forgotten = {event["job_id"] for event in self.seen("terminated")}
+        ends.update(
+            (e["job_id"], e["detail"]["status"])
+            for e in self.seen("job")
+            if e["detail"]["known"] or e["job_id"] in forgotten
+        )
         return ends
 
     def accepted_late(self) -> list[str]:

@@ -18,7 +18,7 @@ from lastcall.worker.base.process import rss_bytes
 from lastcall.worker.base.wire import AskMetrics
 
 LABELS = ["slot", "generation"]
-FATES: tuple[EntryFate, ...] = ("finished", "failed", "cut", "lost")
+FATES: tuple[EntryFate, ...] = ("finished", "failed", "cut", "ended_by_server", "lost")
 # Seconds that a scrape waits for the workers. Ours: Prometheus waits 10 s, a loop answers in a few ms.
 WAIT_FOR_WORKERS = 0.3
 POOL_GAUGES = {

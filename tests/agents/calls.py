@@ -3,8 +3,8 @@
 metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "hungry" | "leak" |
 "blocking_leak" | "leaking_program" | "crash" | "spawn" | "fork" | "thread" | "to_thread" | "exit_handler" |
 "bad_exit", for a leak its "mb", and for the offer "request_sleep", "request_block", "request_linger",
-"accepts", "busy"}. An offer with "closes" closes that descriptor of the worker. A job that holds ends when
-the test lets it go.
+"accepts", "busy"}. An offer with "severs" ends the connection of that descriptor of the worker. A job
+that holds ends when the test lets it go.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing.util
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -154,8 +155,10 @@ async def request(offer: JobRequest) -> None:
         await asyncio.sleep(spec["request_sleep"])
     for _ in range(int(spec.get("accepts", 1))):
         await offer.accept()
-    if "closes" in spec:
-        os.close(spec["closes"])
+    if "severs" in spec:
+        # Not os.close: the next file would get the number, and the worker would close that file.
+        with socket.socket(fileno=os.dup(spec["severs"])) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
     if "request_linger" in spec:
         await asyncio.sleep(spec["request_linger"])
 

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, Protocol
 
 import psutil
 
+from lastcall.worker.base import variables
+from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.local.livekit_server import Dispatched, DispatchServer, Event
 from tests.support.terminal import Terminal
 
@@ -43,11 +45,13 @@ class StartRun(Protocol):
         prefix: Iterable[str] = (),
         cwd: Path | None = None,
         terminal: Terminal | None = None,
+        rooms: bool = False,
     ) -> Run: ...
 
 
 class Run:
     """One `lastcall` process. Arguments are its command line; `livekit`: with a dispatch server beside it.
+    `rooms`: its jobs can join rooms of that server.
 
     Nothing of the tester's own LiveKit or Inworld account reaches it.
     """
@@ -64,6 +68,7 @@ class Run:
         prefix: Iterable[str] = (),
         cwd: Path | None = None,
         terminal: Terminal | None = None,
+        rooms: bool = False,
     ) -> None:
         self.directory = directory
         self.token = secrets.token_hex(8)
@@ -83,6 +88,7 @@ class Run:
         self._prefix = list(prefix)
         self._cwd = cwd
         self._terminal = terminal
+        self._rooms = rooms
         self.process: subprocess.Popen[bytes]
 
     async def __aenter__(self) -> Run:
@@ -93,6 +99,9 @@ class Run:
         if self.server is not None:
             await self.server.__aenter__()
             environment |= self.server.environment
+            if self._rooms:  # as a rehearsal does it
+                settings = WorkerSettings(local_url=self.server.url)
+                environment[variables.REHEARSAL] = settings.to_json()
         environment |= self._environment
         command = self._command or [*self._prefix, *LASTCALL, *self._options(), *self._tail()]
         if self._terminal is not None:

@@ -22,8 +22,9 @@ ROOMS: dict[str, Room] = {
         idea="hosts one AgentServer and ends it without cutting a job",
         floors=(
             "base",
-            "sdk shield target scratch orphan_output exposition imported jobs job_memory call_channels local",
-            "inworld warming",
+            "sdk shield target scratch orphan_output exposition imported presence jobs job_memory"
+            " call_channels local refused_key room_service",
+            "inworld warming terminations second_jobs",
             "engine",
             "job host",
             "__main__",
@@ -49,7 +50,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
-        floors=("teardown preload call", "setup", "rehearsed"),
+        floors=("teardown room_watch preload call", "setup", "rehearsed"),
     ),
     "lastcall.worker.inworld": Room(
         idea="the Inworld pool, the broker that shares it, and the plugin's side",
@@ -79,9 +80,10 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.local": Room(
         idea="local LiveKit and Inworld servers, for the demo, for development and for tests",
         floors=(
-            "inworld_settings speech livekit_server sample",
-            "inworld_connection driven",
-            "inworld_server __main__",
+            "inworld_settings speech rooms participants ticks sample",
+            "room room_server twirp inworld_connection",
+            "inworld_server livekit_server",
+            "driven __main__",
         ),
     ),
     "lastcall.supervisor": Room(

@@ -12,18 +12,23 @@ from typing import Any
 from lastcall.worker.base import variables
 from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, installed_entrypoint_wait, plan
 
+# Seconds. livekit-agents gives `on_session_end`, the first of the work after a call, as long
+# (`session_end_timeout` in worker.py).
+DEFAULT_FINISH = 300.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
     """How long each job is kept open, and the socket that hears how the job goes.
 
-    `job_seconds`: from the stop on. `stop`: the path of the file that appears when the stop begins. `socket`:
-    the path of the datagram socket that hears the job.
+    `job_seconds`: from the stop on. `work_seconds`: of a shutdown callback behind it. `stop`: the path of the
+    file that appears when the stop begins. `socket`: the path of the datagram socket that hears the job.
     """
 
     job_seconds: float
     stop: str
     socket: str
+    work_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +39,8 @@ class WorkerSettings:
     each worker (`processes.launch`), and hands the value over as JSON in one variable.
 
     `max_running`: the most jobs at a time, 0 for no limit. `job_memory_limit`: bytes, 0 for no limit.
-    `local_url`: the local server. The worker may register with no other, and its jobs run in mock rooms.
+    `finish`: for the work of a job after its agent has left the room.
+    `local_url`: the local server. The worker may register with no other, and its jobs have rooms of it.
     `output_fds`: the read ends of the standard output and error of the worker. `lifeline_fd`: only held, for
     as long as the worker lives. `scratch`: the directory for the sockets of multiprocessing. `tells_imports`:
     whether the worker says which files its target has imported.
@@ -45,6 +51,7 @@ class WorkerSettings:
     beat: float = 1.0
     max_running: int = 0
     job_memory_limit: int = 0
+    finish: float = DEFAULT_FINISH
     coloured: bool = False
     local_url: str = ""
     tells_imports: bool = False

@@ -41,6 +41,8 @@ Counts = dict[str, dict[str, int]]
 # Why a worker that is ready takes no job. An operator holds it, no job process gets ready, it has as many
 # jobs as `[jobs] max_running`, or livekit-agents measures a load above `load_threshold`.
 FullReason = Literal["hold", "cold", "cap", "load"]
+# Between the names of a room of `Served`. No name of a room or an agent has a NUL.
+NUL = "\0"
 FULL_REASONS: tuple[FullReason, ...] = get_args(FullReason)
 
 
@@ -102,11 +104,20 @@ class JobStarted:
     dispatch_id: str
     accepted_at: float
     pid: int | None
+    room_sid: str = ""
+    agent_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOver:
     """The call of a job is over, by itself; its process lives on, for a bounded time."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobLeft:
+    """The agent of a job is not in its room any more; the job may have work to do."""
 
     id: str
 
@@ -123,12 +134,14 @@ class JobEnded:
     """A job has ended, `seconds` after it was accepted.
 
     `process` says how the process ended, when that was not as its call did: `killed`, `exit code 3`.
+    `by_server`: a `finished` job that the owner of its room has ended.
     """
 
     id: str
     fate: JobFate
     seconds: float
     process: str = ""
+    by_server: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +206,7 @@ WorkerSays = (
     | ProcessFailed
     | JobStarted
     | JobOver
+    | JobLeft
     | JobCut
     | JobEnded
     | Fenced
@@ -237,6 +251,16 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The rooms in which other workers have agents; said when the worker registers.
+
+    Each is its name, its sid and the name of the agent, with `NUL` between them.
+    """
+
+    rooms: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Terminate:
     """Kill what is left, and exit."""
 
@@ -248,7 +272,7 @@ class AskMetrics:
     id: int
 
 
-WorkerHears = Hold | Fence | Drain | Terminate | AskMetrics
+WorkerHears = Hold | Fence | Drain | Served | Terminate | AskMetrics
 
 
 # -- what the Inworld broker says and hears ------------------------------------------------------------------

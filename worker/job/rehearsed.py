@@ -36,7 +36,7 @@ MAX_ERROR_LENGTH = 2000
 class RehearsedEntrypoint:
     """Run the user's entrypoint, and keep the job open until its time is over. livekit-agents pickles it.
 
-    In a mock room the user's own may fail, wait for ever, or shut the job down for want of a caller; none of
+    In a local room the user's own may fail, wait for ever, or shut the job down for want of a caller; none of
     these says anything about a stop. A shutdown by a signal handler of the agent does, so each is told.
     """
 
@@ -51,6 +51,8 @@ class RehearsedEntrypoint:
         def asked(*_: object, **__: object) -> None:
             self._say(ShutdownAsked(job=job, at=now(), has_handler=has_handler()))
 
+        if self.rehearsal.work_seconds:
+            context.add_shutdown_callback(self._work)
         shutdown, context.shutdown = context.shutdown, asked
         user = asyncio.ensure_future(self.user(context))
         over = asyncio.ensure_future(self._over())
@@ -76,6 +78,10 @@ class RehearsedEntrypoint:
         while not os.path.exists(stop):  # noqa: ASYNC110, ASYNC240  # a stat takes microseconds
             await asyncio.sleep(LOOK_EVERY)
         await asyncio.sleep(self.rehearsal.job_seconds)
+
+    async def _work(self) -> None:
+        """Take the time of a transcript that is stored after the call."""
+        await asyncio.sleep(self.rehearsal.work_seconds)
 
     def _say(self, message: RehearsedJobSays) -> None:
         # A new socket for each message: `asked` may run in a signal handler, between any two instructions.

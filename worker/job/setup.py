@@ -21,7 +21,7 @@ from lastcall.worker.base.memory import die_before, oom_adjustment
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
 from lastcall.worker.base.wire import Counts
-from lastcall.worker.job import call, teardown
+from lastcall.worker.job import call, room_watch, teardown
 from lastcall.worker.sdk import job_process
 
 # Steps of oom_score_adj above that of the worker, in thousandths of the memory. Ours: a forkserver holds
@@ -63,10 +63,13 @@ def has_handler() -> bool:
 class Setup:
     """The `setup_fnc` of the worker: prepare the process and the end of its job, then call the user's."""
 
-    def __init__(self, user: Callable[[Any], Any] | None, over: Connection, calls: str) -> None:
+    def __init__(
+        self, user: Callable[[Any], Any] | None, over: Connection, calls: str, *, is_local: bool = False
+    ) -> None:
         self.user = user
         self.over = over  # the writer of `CallsOver`: a descriptor, which only multiprocessing can pickle
         self.calls = calls  # the address of `worker.call_channels`
+        self.is_local = is_local  # whether jobs have the room of `worker.local`, for want of a media server
 
     def __call__(self, process: Any) -> Any:
         unmask()
@@ -77,14 +80,19 @@ class Setup:
         from lastcall.worker.inworld.plugin.attached import plugin_connections
 
         os.set_inheritable(self.over.fileno(), False)  # none of the programs that the job starts
-        tell_over = functools.partial(calls_over.tell, self.over)
+        tell = functools.partial(calls_over.tell, self.over)
         call.begin(process, self.calls)
 
         async def end_call(_deadline: float) -> Counts:
             return await call.end(process)
 
-        teardown.begin(process, {"inworld": plugin_connections.aclose, "call": end_call}, tell_over)
+        teardown.begin(process, {"inworld": plugin_connections.aclose, "call": end_call}, tell)
+        room_watch.begin(process, tell)
         job_process.at_job_end(teardown.end)
+        if self.is_local:
+            from lastcall.worker.local import room
+
+            room.install()
         return None if self.user is None else self._set_up(self.user, process)
 
     @staticmethod

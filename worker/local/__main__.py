@@ -72,7 +72,7 @@ async def greet_one(server: DispatchServer, newcomer: Event, room: str) -> None:
             while worker_id in server.peers:
                 await server.until(is_ready, GREETING_TIMEOUT)
                 done = await server.dispatch(
-                    room, agent_name=str(newcomer.detail["agent_name"]), only=worker_id
+                    room, agent_name=str(newcomer.detail["agent_name"]), only=worker_id, caller="caller"
                 )
                 if done.outcome != "no_worker":
                     return

@@ -2,7 +2,8 @@
 
     out   {"url": …, "environment": {…}}                        first, when it serves
     out   {"at", "kind", "worker_id", "job_id", "detail"}       each event, as it happens
-    in    {"room": …, "agent_name": …}                          dispatch a job; how it went is an event
+    in    {"reconnect": true}                                   have every agent reconnect from the start
+    in    {"room": …, "agent_name": …}                          dispatch a job, with a caller in its room
 
 It ends with its standard input, so that it can't outlive whoever drives it.
 """
@@ -48,7 +49,12 @@ async def drive() -> None:
         dispatching = []
         while (line := await lines.get()) is not None:
             command = json.loads(line)
-            dispatch = server.dispatch(str(command["room"]), agent_name=str(command["agent_name"]))
+            if "reconnect" in command:
+                server.rooms.reconnect_agents()
+                continue
+            dispatch = server.dispatch(
+                str(command["room"]), agent_name=str(command["agent_name"]), caller="caller"
+            )
             dispatching.append(group.create_task(dispatch))
         for task in dispatching:
             task.cancel()

@@ -16,7 +16,7 @@ import math
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import aiohttp
 import livekit.agents
@@ -141,7 +141,9 @@ def use_private_metrics_dir(server: AgentServer, suffix: str) -> None:
         server._prometheus_multiproc_dir = path
 
 
-Admit = Callable[[Any], bool]
+# The answer to an offer. After `no` the server asks the next worker, after `never` it asks none.
+Answer = Literal["yes", "no", "never"]
+Admit = Callable[[Any], Answer]
 Settle = Callable[[str, BaseException | None], None]
 
 
@@ -174,8 +176,9 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
                 return
             for _ in range(GATE_TURNS):
                 await asyncio.sleep(0)
-            if not admit(offer.job):
-                await reject(False)
+            answer = admit(offer.job)
+            if answer != "yes":
+                await reject(answer == "never")
                 return
             # From here to the send inside accept() nothing of ours awaits.
             error: BaseException | None = None
@@ -194,6 +197,18 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
             await user(offer)
 
     server._request_fnc = request
+
+
+def take_terminations(server: AgentServer, terminated: Callable[[str], None]) -> None:
+    """Call back with the id of each job that the LiveKit server terminates, and do nothing else.
+
+    livekit-agents asks the job to shut down, and kills it 10 s after its agent has left the room.
+    """
+
+    async def handle(message: agent.JobTermination) -> None:
+        terminated(message.job_id)
+
+    server._handle_termination = handle
 
 
 def is_unassigned(error: BaseException) -> bool:
@@ -236,17 +251,6 @@ def has_warm_process(server: AgentServer) -> bool:
     if queue is None or getattr(pool, "_default_num_idle_processes", 0) == 0:
         return True
     return not queue.empty()
-
-
-def mark_as_mock(server: AgentServer) -> None:
-    """Run every job in livekit-agents' mock room: there is no media server to join."""
-    launch = server._proc_pool.launch_job
-
-    async def launch_job(info: Any) -> None:
-        info.fake_job = True
-        await launch(info)
-
-    server._proc_pool.launch_job = launch_job
 
 
 def cancel_start() -> None:

@@ -91,6 +91,13 @@ NAMES = (
     PrivateName(owner=SERVER, name="_request_fnc", kind="attribute", needed_by="the gate in front of offers"),
     PrivateName(owner=REQUEST, name="_on_accept", kind="attribute", needed_by="the gate in front of offers"),
     PrivateName(owner=REQUEST, name="_on_reject", kind="attribute", needed_by="the gate in front of offers"),
+    PrivateName(
+        owner=SERVER,
+        name="_handle_termination",
+        kind="method",
+        signature="async (self, message)",
+        needed_by="jobs that go on when the server terminates them",
+    ),
     PrivateName(owner=SERVER, name="_draining", kind="attribute", needed_by=FENCE),
     PrivateName(
         owner=SERVER, name="_update_worker_status", kind="method", signature="async (self)", needed_by=FENCE
@@ -117,7 +124,7 @@ NAMES = (
         without="the end of AgentServer.run() says so alone",
         since="1.7.0",
     ),
-    PrivateName(owner=SERVER, name="_ws_url", kind="attribute", needed_by="the mock room"),
+    PrivateName(owner=SERVER, name="_ws_url", kind="attribute", needed_by="a local server"),
     PrivateName(owner=SERVER, name="_entrypoint_fnc", kind="attribute", needed_by="the look at a target"),
     PrivateName(owner=SERVER, name="_port", kind="attribute", needed_by=PORTS),
     PrivateName(owner=SERVER, name="_host", kind="attribute", needed_by=PORTS),
@@ -220,17 +227,9 @@ NAMES = (
     # -- job processes ---------------------------------------------------------------------------------
     PrivateName(owner=SERVER, name="_proc_pool", kind="attribute", needed_by=REGISTER),
     PrivateName(owner=POOL, name="processes", kind="attribute", needed_by=REGISTER),
-    PrivateName(
-        owner=POOL,
-        name="launch_job",
-        kind="method",
-        signature="async (self, info)",
-        needed_by="the mock room",
-    ),
     PrivateName(owner=POOL, name="process_job_launched", kind="event", needed_by=REGISTER),
     PrivateName(owner=POOL, name="process_closed", kind="event", needed_by=REGISTER),
     PrivateName(owner=POOL, name="process_ready", kind="event", needed_by="the look at a warm process"),
-    PrivateName(owner=INFO, name="fake_job", kind="attribute", needed_by="the mock room"),
     PrivateName(owner=INFO, name="job", kind="attribute", needed_by=REGISTER),
     PrivateName(
         owner=POOL, name="aclose", kind="method", signature="async (self)", needed_by="the end of a worker"

@@ -1,0 +1,57 @@
+"""The look of a job at its room: the worker is told when the job joins, reconnects and leaves.
+
+The LiveKit server terminates jobs that go on (`worker.presence`), and only the job itself knows whether it is
+in its room. The look begins before the entrypoint of the agent, and uses the public side of `rtc.Room`.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from lastcall.worker.base.calls_over import What
+
+Tell = Callable[[str, What, int, str], None]
+
+# By the JobProcess of livekit-agents, of which each job has one. The entrypoint can't have it: it is pickled.
+_tells: weakref.WeakKeyDictionary[Any, Tell] = weakref.WeakKeyDictionary()
+
+
+def begin(process: Any, tell: Tell) -> None:
+    """Have the job of a process tell what becomes of its room. `tell` gets the job's id."""
+    _tells[process] = tell
+
+
+class WatchedEntrypoint:
+    """Look at the room, and run the entrypoint of the agent. livekit-agents pickles it."""
+
+    def __init__(self, user: Callable[[Any], Awaitable[None]]) -> None:
+        self.user = user
+
+    async def __call__(self, context: Any) -> None:
+        tell = _tells.get(context.proc)
+        if tell is not None:
+            watch(context.room, functools.partial(tell, context.job.id))
+        await self.user(context)
+
+
+def watch(room: Any, tell: Callable[[What, int, str], None]) -> None:
+    """Tell of each join, reconnection and end of a room."""
+
+    def agent() -> str:
+        return f"{room.local_participant.sid} {room.local_participant.identity}"
+
+    connect = room.connect
+
+    @functools.wraps(connect)
+    async def connected(*arguments: Any, **options: Any) -> Any:
+        result = await connect(*arguments, **options)
+        tell("joined", 0, agent())
+        return result
+
+    room.connect = connected  # the room has no event for this
+    room.on("reconnecting", lambda: tell("reconnecting", 0, ""))
+    room.on("reconnected", lambda: tell("reconnected", 0, agent()))
+    room.on("disconnected", lambda reason=0, *_: tell("left", int(reason or 0), ""))
