@@ -328,7 +328,7 @@ def brokers(seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def cold(python: str) -> dict[str, Any]:
-    """The first context of a new job, with a handshake of 50 ms: by its own pool, and by a warm broker."""
+    """Time a new job's first context, with a handshake of 50 ms: by the job's pool, and by a warm broker."""
     with inworld("--handshake-delay", "0.05") as server, broker(server) as its:
         return {
             "theirs": run(python, "their_firsts", server, 20, 0.0)["cold_ms"],

@@ -48,7 +48,7 @@ from lastcall.worker.base.process import forbid_dumps
 
 # Seconds that the end waits for a slow reader of standard output, and of standard error. Ours: a moment.
 FLUSH_WITHIN = 0.5
-# Seconds that slots have for their own end once everything has been swept.
+# Seconds that the tasks of the slots have to end once everything has been swept.
 SLOTS_END_WITHIN = 0.25
 # Seconds between the fence and the rest of a stop, which takes processor time from workers that are about
 # to fence. Measured as in `scripts/bench`, 2 workers on 2 cores, in ten turns with and without this pause.
@@ -104,7 +104,8 @@ class App:
             record=self.record,
             log=self.log,
             rng=random.Random(),
-            # As PID 1 the orphans of a `docker exec` are ours too, and no worker's.
+            # A supervisor that is PID 1 also inherits the orphans of a `docker exec`. No worker started
+            # those, so a process without a mark is then not swept.
             sweep_unmarked=os.getpid() != 1,
             known_pids=self._known_pids,
         )
@@ -155,7 +156,7 @@ class App:
     ) -> Companion | None:
         if not config.inworld.enabled:
             return None
-        forbid_dumps()  # the key is in our memory now
+        forbid_dumps()  # a core dump of the supervisor would contain the key from now on
         return Companion(
             config.inworld,
             key=key,

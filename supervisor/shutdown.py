@@ -64,7 +64,7 @@ class PhaseClock:
 
 
 class Shutdown:
-    """Begins the stop, moves its deadlines towards now, and sees it through."""
+    """Begins the stop, moves its deadlines towards now, and goes through the phases until nothing is left."""
 
     def __init__(
         self, fleet: Fleet, companion: Companion | None, *, clock: PhaseClock, record: StopRecord, log: Any

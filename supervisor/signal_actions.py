@@ -12,7 +12,8 @@ from lastcall.supervisor.shutdown import Shutdown
 from lastcall.supervisor.signals import Inbox, ReceivedSignal
 from lastcall.supervisor.views.commands import Commands
 
-# Seconds within which two Ctrl-C are one. Ours: terminals, wrappers and nervous fingers send duplicates.
+# Seconds within which two Ctrl-C count as one. Ours: a wrapper may pass on the signal that the terminal has
+# sent to the whole group already, and a user may press the keys twice by accident.
 DUPLICATE_WITHIN = 0.3
 
 
@@ -30,7 +31,7 @@ def decide(count: int, since: float | None, *, has_terminal: bool, has_patience:
 
     `count` is how many came before this one, duplicates left out. `since` is the seconds since the last one,
     duplicates included, or None for the first. Without a terminal a SIGINT comes from a platform, and repeats
-    change nothing. Without patience the second one kills.
+    change nothing. Without `has_patience` the second SIGINT kills, and no job is asked to end first.
     """
     if not has_terminal or since is None:
         return CtrlC.STOP

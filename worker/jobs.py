@@ -17,9 +17,9 @@ A job that the owner of its room ends is `finished`, and told as ended by the se
 
 A job that is ended for its memory (`worker.job_memory`) is `failed`, as one is that the kernel kills for it.
 
-`cut` is whatever this worker ended: a job that was told to shut down while its entrypoint had more to do is
-cut, however well it then takes its leave. One that had begun to shut down by itself is not told, and ends as
-it would have; it is cut only when it has to be killed.
+`cut` is every job that this worker ended. A job that was told to shut down while its entrypoint had more to
+do is cut, even if the agent then shuts down in order. A job that had begun to shut down by itself is not
+told, and ends as it would have. Such a job is cut only when it has to be killed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its process has, also when the loop was not there to hear of it yet."""
+        """Whether its process has, by the kernel: the loop may be too busy to have noticed an end yet."""
         if self.pidfd is None:
             return self.gone
         looking = select.poll()
@@ -127,7 +127,7 @@ class Job:
 
 
 class Jobs:
-    """The register of accepted and running jobs; `report` hears of each beginning and end."""
+    """The register of accepted and running jobs; `report` is called at each beginning and each end."""
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
 """The worker's own output, after the supervisor that read it has died.
 
-Standard output and error are pipes that the supervisor reads. When it is killed, a pipe without a reader
-would raise BrokenPipeError into every `print` of a job that is still talking to a caller, and one with a
-reader that never reads would block it after 64 KiB. So the worker holds the read ends too, unread, and
-takes over the reading when the supervisor is gone. The worker throws the output away: its destination belongs
-to the dead supervisor, and a write there could block in turn.
+Standard output and error are pipes that the supervisor reads. A job may still talk to a caller when the
+supervisor has been killed. Each `print` of that job would then raise BrokenPipeError, because the pipe has no
+reader. So the worker holds the read ends too. A pipe that nothing reads would block the job after 64 KiB, so
+the worker begins to read when the supervisor is gone. The worker throws the output away: the destination
+belongs to the dead supervisor, and a write there could block in turn.
 """
 
 from __future__ import annotations

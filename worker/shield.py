@@ -1,17 +1,18 @@
 """Keep stop signals, and those that mean something to the supervisor, away from forkserver and jobs; look.
 
-Problem: a stop that reaches a whole group or cgroup reaches the jobs too. livekit-agents sets the job's
-dispositions when one of its modules is first imported in a process named job_proc; from 1.8 on that module
-is preloaded in the forkserver, so forked jobs never run the line and die of the first SIGTERM.
+Problem: a stop that reaches a whole group or cgroup reaches the jobs too. A module of livekit-agents sets the
+dispositions of a job process, once, when a process named job_proc first imports the module. From 1.8 on the
+forkserver preloads the module. A forked job therefore never runs that line, and dies of the first SIGTERM.
 
-Options: patch the module (private, differs per version); wrap the user's entrypoint (too late, a process
-that is still starting would die); block the signals in the thread that starts the processes. A signal mask
-survives fork and exec, so the last covers forkserver, jobs and inference process from their first
-instruction, on every version. livekit-agents starts processes with `run_in_executor(None, proc.start)`:
-the worker can set the default executor of the loop.
+There are three ways out. A patch of the module would depend on private code that differs per version. A
+wrapper of the user's entrypoint comes too late, because a process that is still starting would die. The third
+way blocks the signals in the thread that starts the processes. A signal mask survives fork and exec. The mask
+of that thread therefore covers forkserver, jobs and inference process from their first instruction, on every
+version. The worker can choose that thread: livekit-agents starts processes with
+`run_in_executor(None, proc.start)`, and the worker sets the default executor of the loop.
 
-Cost: the mask is inherited by whatever a job starts, too. `job.setup` trades it for a handler that
-does nothing, which exec resets, once the job process is up.
+Cost: every program that a job starts inherits the mask too. Once the job process is up, `job.setup` replaces
+the mask by a handler that does nothing, which exec resets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS, SUPERVISOR_SIG
 
 
 def raise_shield(loop: asyncio.AbstractEventLoop) -> None:
-    """Have every process that livekit-agents starts from now on be born with the stop signals blocked."""
+    """Have every process that livekit-agents starts from now on begin with the stop signals blocked."""
     _start_tracker()
     executor = ThreadPoolExecutor(
         thread_name_prefix="shielded",
@@ -39,8 +40,10 @@ def raise_shield(loop: asyncio.AbstractEventLoop) -> None:
 def _start_tracker() -> None:
     """Start multiprocessing's resource tracker now, and lose no signal by it.
 
-    It unblocks both signals in the thread that starts it. Later that thread would be one of the executor's;
-    now a signal that waits for the loop's handlers would kill us. So it is caught, and made to wait again.
+    `ensure_running` unblocks both stop signals in the calling thread. A later start would unblock them in a
+    thread of the executor, and so in the jobs. A start now exposes the worker: a signal that waits for the
+    loop's handlers would kill the worker. So a handler catches such a signal, and the worker raises it again
+    once the signals are blocked.
     """
     caught: list[int] = []
 

@@ -51,7 +51,7 @@ class Target:
 
     @property
     def argv(self) -> list[str]:
-        """What follows the name of the program."""
+        """The arguments that follow the name of the program."""
         return [*(() if "start" in self.arguments else ("start",)), *self.arguments]
 
 

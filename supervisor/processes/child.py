@@ -1,8 +1,8 @@
-"""One child process: started by posix_spawn in a session of its own, signalled and watched by its pidfd.
+"""One child process: started by posix_spawn in a new session, signalled and watched by its pidfd.
 
-posix_spawn and not fork: the supervisor has threads, and the child's signal mask and dispositions are part
-of the call, so that there is no instant in which they are wrong. The pidfd makes signalling safe against a
-pid that has been given to somebody else.
+There are two reasons for posix_spawn instead of fork. The supervisor has threads, and the child's signal mask
+and dispositions are part of the call, so that there is no instant in which they are wrong. A signal by pidfd
+can't reach another process that has got the pid of an ended child.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ HIGH_FD = 64
 # ignores the others. An ignored signal stays ignored across exec. A program that expects the default would
 # not end on a broken pipe, and not stop where a terminal that it has opened says so.
 IGNORED_HERE = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU)
-# Descriptors that the supervisor holds for a worker: two pipes, the control socket and the pidfd.
+# Descriptors that the supervisor holds for a worker: two pipes, the control channel and the pidfd.
 FDS_OF_A_WORKER = 4
-# Descriptors above HIGH_FD for the moment of a start, and for a worker that is replaced. Ours.
+# Descriptors above HIGH_FD for the moment of a start, and for a worker that is replaced. Ours: a start opens
+# fewer than ten at a time.
 FDS_TO_SPARE = 24
 
 
@@ -79,7 +80,7 @@ class Child:
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, number)
             else:
-                os.kill(self.pid, number)  # not reaped yet, so the pid is still its own
+                os.kill(self.pid, number)  # not reaped yet, so no other process has the pid
 
     def _ended(self, status: ExitStatus) -> None:
         if self._pidfd is not None:
@@ -99,10 +100,11 @@ def spawn(
     reaper: Reaper,
     on_exit: Callable[[ExitStatus], None],
 ) -> Child:
-    """Start a program in its own session, with exactly these descriptors (child's number: ours).
+    """Start a program in a new session, with exactly these descriptors.
 
-    `blocked` is the child's whole signal mask. Raises SpawnError when there is no such program, or it may
-    not be run, or the system has no room for it.
+    `descriptors` maps a number in the child to a descriptor of the supervisor. `blocked` is the child's whole
+    signal mask. Raises SpawnError when there is no such program, or it may not be run, or the system has no
+    room for it.
     """
     path = shutil.which(argv[0], path=environment.get("PATH", os.defpath))
     if path is None:

@@ -26,8 +26,9 @@ def mark_of(supervisor: str, slot: int, generation: int) -> str:
 def adopted(known: Iterable[int]) -> set[int]:
     """Return the pids of children of this process that are not among the known ones.
 
-    One read: the check that is cheap enough for every exit. The kernel lists children by thread; ours are all
-    started by the main thread, and what is adopted goes to the first living one, which is the same.
+    The check is one read, which is cheap enough for every exit of a child. The kernel lists children by
+    thread. The main thread's list is complete: the supervisor starts every child from the main thread, and
+    the kernel gives an orphan to the first living thread, which is the main thread too.
     """
     pid = os.getpid()
     try:
@@ -113,10 +114,10 @@ def is_multiprocessing(name: str, command: str) -> bool:
 
 
 def is_framework(process: psutil.Process) -> bool:
-    """Tell whether a process is multiprocessing's own: forkserver, resource tracker, or a fork of the former.
+    """Tell whether a process is multiprocessing's: a forkserver, a fork of one, or a resource tracker.
 
-    Those are ended with their worker as a matter of course; anything else was a program of a job's. What a
-    job made by a bare `os.fork()` looks like a fork of the forkserver: it is swept, and not counted.
+    Those always end with their worker, and any other process was a program of a job. A process that a job
+    made by a bare `os.fork()` looks like a fork of the forkserver, so the process is swept but not counted.
     """
     try:
         command = process.cmdline()

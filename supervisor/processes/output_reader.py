@@ -1,6 +1,6 @@
 """A worker's standard output and error, read for as long as it lives and passed on as whole lines.
 
-The reading never waits for the writing, so a worker never blocks on its own log.
+The reading never waits for the writing, so no worker is blocked by a pipe full of log lines.
 """
 
 from __future__ import annotations

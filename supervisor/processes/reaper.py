@@ -31,7 +31,10 @@ LOOK_EVERY = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExitStatus:
-    """How a process ended: an exit code, or the signal that killed it; neither, if nobody could read it."""
+    """How a process ended: an exit code, or the signal that killed it.
+
+    Without either the status was lost, because other code of this process had reaped the child.
+    """
 
     code: int | None
     signal: signal.Signals | None = None

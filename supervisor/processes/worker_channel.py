@@ -1,4 +1,4 @@
-"""The supervisor's end of the control socketpair of a worker, or of the Inworld broker."""
+"""The supervisor's end of the control channel to a worker, or to the Inworld broker."""
 
 from __future__ import annotations
 

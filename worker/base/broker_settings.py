@@ -22,12 +22,14 @@ class BrokerSettings:
 
     The supervisor (`supervisor.inworld_endpoint`) hands the value over as JSON in one variable.
 
-    `control_fd`: the broker's end of the control socketpair; without it the process has no supervisor.
+    `control_fd`: the broker's end of the control channel. A broker without one has no supervisor.
     `listen_fd`: the listening socket, of 127.0.0.1, which the supervisor keeps for the next broker.
-    `lifeline_fd`: the read end of a pipe whose write end each worker holds; or left out. `token`: what jobs
-    show in place of the API key. `close`: for the close, when nobody gives a deadline. `grace`: how long the
-    broker serves on at most, once the supervisor is lost. `beat`: between two beats. The other fields are
-    those of [inworld] in the configuration.
+    `lifeline_fd`: the read end of a pipe whose write end each worker holds, or None.
+    `token`: the secret that a job shows in place of the API key.
+    `close`: the time for a close without a deadline.
+    `grace`: the longest time that the broker serves on once the supervisor is lost.
+    `beat`: the time between two beats.
+    The other fields are those of [inworld] in the configuration.
     """
 
     control_fd: int | None = None

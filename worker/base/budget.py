@@ -173,7 +173,7 @@ class Deadlines:
         )
 
     def killed(self, now: float) -> Deadlines:
-        """Kill now: everything before the kill is over, the kill and the companion keep their shares."""
+        """Return the deadlines of a kill now. The kill and the broker keep their shares; all else is over."""
         at = min(now, self.terminate_at)
         return replace(
             self,

@@ -1,4 +1,4 @@
-"""The end of the control socketpair that a worker has, or the Inworld broker."""
+"""The control channel as a worker, or the Inworld broker, holds it: the end that faces the supervisor."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from lastcall.worker.base.clock import never, now
 
 
 class Condition:
-    """Wake everybody who waits for a predicate whenever something that it may depend on has changed.
+    """Wakes every waiter when something that a predicate may depend on has changed.
 
-    A shared `asyncio.Event` would have to be cleared by somebody, and a clear between set and wake loses the
-    wakeup. Here every waiter has a future of its own and looks at the state again each time it is woken, and
-    at the deadline too, so that a deadline which moves while one waits for it is simply the new deadline.
+    A shared `asyncio.Event` would lose wakeups, because a waiter has to clear the event, and a clear may fall
+    between a set and the wake of another waiter. A `Condition` has one future for each waiter instead. A
+    woken waiter reads the predicate and the deadline afresh, so a deadline may move during the wait.
     """
 
     __slots__ = ("_waiters",)

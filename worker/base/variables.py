@@ -23,7 +23,7 @@ INWORLD_API_KEY = "INWORLD_API_KEY"
 # The settings of a worker, and of the Inworld broker, as JSON.
 WORKER = "LASTCALL_WORKER"
 COMPANION = "LASTCALL_COMPANION"
-# Which supervisor, slot and generation a process descends from.
+# The mark: the supervisor, slot and generation from which a process descends.
 MARK = "LASTCALL_MARK"
 # Where a job reaches the Inworld broker, what it shows there if it has no API key, and the digests
 # (`inworld_keys`) of the keys that are the pool's, with spaces between them.
@@ -43,8 +43,9 @@ WORKER_PID = "LASTCALL_WORKER_PID"
 REHEARSAL = "LASTCALL_WORKER_REHEARSAL"
 REHEARSAL_TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
 
-# Names that begin like an option and are none: those above, and what Kubernetes sets for a Service that is
-# called `lastcall`: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+# Names that begin like an option and are none. Some are those above. Kubernetes sets the others for a Service
+# that is called `lastcall`:
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
 NOT_OPTIONS = frozenset({CONFIG, PLATFORM_GRACE, MARK, WORKER, COMPANION})
 NOT_OPTIONS |= {INWORLD_WS_URL, INWORLD_URL, INWORLD_TOKEN, INWORLD_KEYS}
 NOT_OPTION_PREFIXES = (WORKER + "_", "LASTCALL_SERVICE", "LASTCALL_PORT")

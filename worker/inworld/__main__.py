@@ -1,4 +1,4 @@
-"""`python -m lastcall.worker.inworld`: the Inworld broker, alone or as the supervisor's companion."""
+"""`python -m lastcall.worker.inworld`: the Inworld broker, alone or under a supervisor."""
 
 import signal
 

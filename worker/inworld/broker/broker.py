@@ -5,8 +5,9 @@
     GET  /tts/v1/voices                      passed on
     POST /lastcall/direct                    a job tells of a TTS that goes to Inworld beside the pool
 
-A request needs the local token or a key of the pool, as Inworld wants its key: `Authorization: Basic <key>`,
-or the same as the query's `authorization`; else 401. Inworld gets the newest key, whichever a job has shown.
+A request needs the local token or a key of the pool, in the place where Inworld wants a key. That is the
+header `Authorization: Basic <key>`, or `authorization` in the query with the same value. A request with
+neither is answered with 401. Inworld gets the newest key, whichever a job has shown.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Broker:
         """Refuse what is new, close the pool by the deadline, then the local connections; say how it went."""
         self._is_closing = True
         try:
-            # The clients last: they hear of each context's end.
+            # The clients are closed last, because the broker still sends them the end of each context.
             return await self.pool.aclose(deadline)
         finally:
             for client in self.clients:

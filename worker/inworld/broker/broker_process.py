@@ -1,4 +1,4 @@
-"""The broker's process: alone, or as the supervisor's companion. This is the contract between the two.
+"""The broker's process, alone or under a supervisor, and the contract between broker and supervisor.
 
 The supervisor starts `python -P -m lastcall.worker.inworld` with SIGTERM and SIGINT blocked and one variable,
 LASTCALL_COMPANION, a JSON object (`base.broker_settings.BrokerSettings`).
@@ -21,8 +21,8 @@ here, because jobs that still speak need the broker: only the supervisor's `Clos
 supervisor. When the control socket is at its end the supervisor is lost. The broker then serves on until the
 lifeline is at its end too, because no worker lives any more, or until grace is over, and closes by itself.
 
-Exit code: 0 when everything was closed in order, 75 when something had to be forced, 70 for a fault in
-lastcall or a key that never came, 78 for a command line without a key.
+The exit code is 0 when everything was closed in order, and 75 when something had to be forced. It is 70 for a
+fault in lastcall or a key that never came, and 78 for a command line without a key.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ log = logging.getLogger("lastcall.inworld")
 
 # Seconds until the API key has to come. Ours: the supervisor sends it as soon as it has started the process.
 KEY_TIMEOUT = 30.0
-# What is kept of a close for telling jobs and supervisor: at most so many seconds, and at most this part of
-# the whole. Ours: messages on one machine; a broker that reports after its deadline is killed.
+# The part of a close that is kept for the report to jobs and supervisor, in seconds and as a share of the
+# whole. The smaller one holds. Ours: messages on one machine are fast, but a broker that reports after the
+# deadline is killed.
 MAX_REPORT_SECONDS = 1.0
 REPORT_SHARE = 0.2
 
@@ -101,7 +102,7 @@ class BrokerProcess:
             await self._control.connect()
             try:
                 return await self._run(on_ready)
-            except Exception as error:  # the supervisor is to hear of it, whatever it is
+            except Exception as error:  # whatever it is: the supervisor is told before the process ends
                 text = "".join(traceback.format_exception(error))
                 log.error("the broker failed", extra={"traceback": text})
                 return self._fault(str(error), text)

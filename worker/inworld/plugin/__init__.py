@@ -1,1 +1,1 @@
-"""What becomes of livekit-plugins-inworld inside a job process."""
+"""Points livekit-plugins-inworld at the pool, and closes its connections at the end of a job."""

@@ -1,8 +1,8 @@
 """This process's one `PluginConnections`, attached to the Inworld plugin as soon as that is imported.
 
-The import of this module is what attaches it. A call would come too late: a job process imports the agent's
-module, with a TTS object at its top level, before any function of lastcall is called there, and the
-forkserver runs only a list of modules to import before that.
+The import of this module attaches the object, because a call would come too late. A job process imports the
+agent's module, which may make a TTS object at its top level, before any function of lastcall is called.
+Before that the forkserver only imports a list of modules.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ TELL_TIMEOUT = 5.0
 
 
 class LoopConnections:
-    """What was opened on one loop. Once `is_over` is set nothing may be opened there."""
+    """The TTS objects, streams and connections of one loop. Once `is_over` is set the loop opens no more."""
 
     def __init__(self) -> None:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -29,8 +29,8 @@ log = logging.getLogger("lastcall.inworld")
 
 PACKAGE = "livekit.plugins.inworld"
 
-# Loop turns after which the plugin's sender has written what it took out of its queue. `asyncio.wait_for`
-# around the get hands an item over in up to three turns; ours: two more.
+# Loop turns after which the plugin's sender has written an item that it took out of its queue. The sender
+# waits in `asyncio.wait_for`, which hands an item over in up to three turns. Ours: two more.
 SENDER_TURNS = 5
 # Seconds between two looks at a queue or at contexts. Ours: the plugin has no event for either, and 5 ms are
 # short beside a round trip to Inworld.
@@ -90,10 +90,11 @@ def direct(
 def watch(
     cls: Any, *, used: Callable[[Any, Any], None], opened: Callable[[Any], None], is_over: Callable[[], bool]
 ) -> None:
-    """Hear of every use of a TTS and of every connection, and let nothing open once it is over.
+    """Report every use of a TTS and every new connection, and refuse a connection once `is_over()` is true.
 
-    `used` gets the TTS and its new stream, or None for a prewarm. On each use and not when a TTS is made:
-    what counts is the loop that is running then, which is the one its connections live on.
+    `used` gets the TTS and its new stream, or None for a prewarm. `opened` gets the connection. The reports
+    come from the uses and not from the constructor of the TTS, because a connection lives on the loop of the
+    use.
     """
     if getattr(getattr(cls, "stream", None), "is_watched", False):
         return
@@ -139,7 +140,7 @@ def _reported(method: Any, call: Callable[[Any, Any], None]) -> Any:
         call(self, result)
         return result
 
-    wrapper.is_watched = True  # type: ignore[attr-defined]  # a mark on our own function
+    wrapper.is_watched = True  # type: ignore[attr-defined]  # a mark on the wrapper
     return wrapper
 
 
@@ -179,8 +180,9 @@ def is_open(connection: Any) -> bool:
 async def cancel_contexts(connection: Any) -> None:
     """Ask the server to stop every context that its stream has not cancelled.
 
-    ≤ 1.8.8 knows no cancel: its close has the server speak to the end, so the frame is sent by hand, behind
-    what the sender has queued; a cancel that overtook its create would leave the context open.
+    livekit-plugins-inworld up to 1.8.8 has no cancel, and after its close the server speaks to the end. This
+    function therefore sends the frame itself. It waits until the sender has emptied its queue, because a
+    cancel that overtook its create would leave the context open.
     """
     close = getattr(connection, "close_context", None)
     if close is not None and "cancel" in inspect.signature(close).parameters:

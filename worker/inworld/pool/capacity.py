@@ -1,4 +1,4 @@
-"""Which context has which place on which connection: the pool's decisions, without I/O, clock or tasks.
+"""The places of contexts on connections: the pool's decisions, without I/O, clock or tasks.
 
 A `PoolEntry` is a connection as the account's limit counts it. A `Claim` is what one context has: a turn in
 the queue, or a place on a connection. Every change happens at once, between two awaits of the caller, so at
@@ -6,10 +6,10 @@ each instant every place has one owner:
 
     places of an open entry = free + granted (create not yet sent) + sent (the server may count it)
 
-Waiting claims are served first come, first served, each by a call of its own. A shared event would lose
-wakeups: another waiter's `clear()` can fall between the set and the wake. Whatever gives capacity back (a
-place released, a connection opened, a waiter gone) ends in `_serve`, the one function that hands places on,
-so no path can forget to wake the next waiter.
+Waiting claims are served first come, first served, each by one call of `on_grant`. A shared event would lose
+wakeups: another waiter's `clear()` can fall between the set and the wake. `_serve` is the one function that
+hands places on. Every change that gives capacity back ends in `_serve`: a place released, a connection
+opened, a waiter gone. No path can therefore forget to wake the next waiter.
 
 A claim belongs to no connection until a place is granted. A handshake that hangs or fails therefore holds up
 no waiter in particular, and the first place that comes free goes to the claim that has waited longest.
@@ -25,7 +25,7 @@ from lastcall.worker.inworld.pool.lifecycles import CONNECTION_TABLE, Connection
 
 
 class ClaimState(enum.Enum):
-    """What a claim has."""
+    """The possession of a claim: nothing, a turn in the queue, or a place."""
 
     NONE = "none"  # nothing yet, or nothing any more
     WAITING = "waiting"  # a turn in the queue
@@ -127,7 +127,8 @@ class Capacity:
     def request(self, claim: Claim, *, first: bool = False) -> None:
         """Have a claim wait for a place; the place may be granted before this returns.
 
-        `first` puts the claim before all others: its context had a place and lost it by no fault of its own.
+        `first` puts the claim in front of all others. A context that is retried sets `first`, because the
+        context has waited once already.
         """
         assert claim.state is ClaimState.NONE
         claim.state = ClaimState.WAITING

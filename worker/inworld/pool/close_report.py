@@ -1,4 +1,4 @@
-"""What the close of a pool found open, and how each connection and each context ended."""
+"""The report of a pool's close: how many connections and contexts were open, and how each ended."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lastcall.worker.base.wire import Counts, ResourceFate
 class CloseReport:
     """Connections and contexts that were open when the close began, by fate.
 
-    closed: the server agreed, in order. forced: the server did not answer in time, and the socket was taken
-    away. leaked: still there at the end, as `tasks` tasks are; a leak is a fault in lastcall.
+    `closed`: the server agreed, in order. `forced`: the server did not answer in time, so the pool took the
+    socket away. `leaked`: still there at the end, which is a fault in lastcall. `tasks`: how many tasks are
+    still there at the end, a leak too.
     """
 
     connections: dict[str, int] = field(default_factory=dict)

@@ -1,10 +1,10 @@
 """One WebSocket to Inworld and the contexts on it, from the end of the handshake to the end of the socket.
 
-Two tasks, a reader and a writer, owned by `run`. Whichever ends first, for whatever reason, ends the other,
-and the socket is closed on every way out. Frames to the server go through a bounded buffer: callers wait in
-`room` while the buffer is full, and a peer that has read nothing for too long is given up, so that no caller
-waits in vain. Frames from the server are handed on at once. A listener that may be slow has a bound of its
-own, because one slow listener must not hold up the other contexts.
+`run` owns two tasks, a reader and a writer. The end of either task, for any reason, ends the other, and the
+socket is closed on every way out. Frames to the server go through a bounded buffer, and callers wait in
+`room` while the buffer is full. A peer that has read nothing for too long is given up, so that no caller
+waits in vain. Frames from the server are handed on at once. A listener that may be slow has to bound its
+buffer, because one slow listener must not hold up the other contexts.
 
 One timer keeps the deadlines of all contexts, and the pings while there is none (`pinging`).
 """
@@ -134,8 +134,8 @@ class Connection:
             except TimeoutError:
                 log.debug("closed without a goodbye", extra={"connection": self.entry.number})
             finally:
-                # Nothing here waits: however often this task is cancelled, the socket goes and all contexts
-                # hear of the end.
+                # Nothing here waits: however often this task is cancelled, the socket is closed and all
+                # contexts are told of the end.
                 self._abort()
                 self._timer.stop()
                 self._lose_contexts(f"the connection has ended: {reason or 'closed by us'}")

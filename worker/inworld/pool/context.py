@@ -4,14 +4,14 @@ Each method is told what happened and the time, changes the state, and returns e
 do, in order. A context has no clock, no task and no reference to the pool or to a connection. No method can
 therefore be interrupted, and a test can drive a context without a network.
 
-A context may outlive a connection. Every frame is kept until the server has said `contextCreated`, so a
-create that one connection does not answer is sent again on another, with all that followed, and the owner of
-the context does not notice.
+A context may outlive a connection. It keeps every frame until the server has said `contextCreated`. A create
+that one connection does not answer is sent again on another, with all frames that followed. The owner of the
+context does not notice.
 
-The end for the owner and the end for the server may lie apart. A context that failed or was cancelled is
-over for its owner at once, but its place stays taken until the server says so: with the place given away,
-the server would refuse every later create on that connection. A context whose answer the server owes for too
-long ends by `expire`, and its connection takes no new contexts.
+The end for the owner and the end for the server may lie apart. A context that failed or was cancelled is over
+for its owner at once. Its place stays taken until the server reports the end. A place that was given away
+before would make the server refuse every later create on that connection. A context whose answer the server
+owes for too long ends by `expire`, and its connection takes no new contexts.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from lastcall.worker.inworld.pool.timings import Timings
 # Bytes that one context may send before contextCreated. Ours: over an hour of speech, at 15 characters a
 # second.
 MAX_REPLAY_BYTES = 64 * 1024
-# How often a create is sent again. Ours: an unanswered create has cost `Timings.create` seconds already, so
-# once; a connection that turns out to be dead or full costs no time, and several idle ones may have died.
+# How often a create is sent again after no answer, and after a connection that was dead or full. Ours: once
+# after no answer, because that wait has cost `Timings.create` seconds already. A dead or full connection
+# costs no time, and several idle ones may have died.
 MAX_RETRIES_UNANSWERED = 1
 MAX_RETRIES_LOST = 3
 

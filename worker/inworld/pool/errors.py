@@ -76,7 +76,7 @@ class LastcallFault(InworldError):
 
 
 class ContextCancelled(InworldError):
-    """Raised to a reader whose context was cancelled by its own side."""
+    """Raised to a reader whose context the client, and not the server, has cancelled."""
 
     code = CANCELLED
 

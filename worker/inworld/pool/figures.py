@@ -28,11 +28,11 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What a pool has now, and its counters.
+    """The numbers of a pool now, and the counters since its start.
 
     `connections`: all that count against the account's limit. `dialling`: those of them without a finished
-    handshake. `contexts`: places that are taken. `waiters`: contexts that wait for a place. `faults`: what
-    ended by a fault in lastcall.
+    handshake. `contexts`: places that are taken. `waiters`: contexts that wait for a place. `faults`:
+    exceptions that nobody foresaw, in a handshake, a connection, a context or a listener.
     """
 
     connections: int

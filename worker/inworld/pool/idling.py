@@ -1,9 +1,10 @@
-"""Which idle connections to close, and when to look again. Pure.
+"""Decides which idle connections to close, and when to look again. Pure.
 
-Every idle connection is closed after its idle time, except the last open one: that one stays warm, so that
-the next context finds it. The server closes an idle connection by itself after ten minutes, and the pool may
-not hear of that. A warm connection that was used since its handshake is therefore replaced before those ten
-minutes are over. One that no context used for so long is closed, and the pool goes cold.
+The pool closes every idle connection after its idle time, except the last open one. The last one stays open,
+so that the next context needs no handshake. The server closes a connection that was idle for ten minutes, and
+the pool may not notice. So the pool replaces the last connection after nine minutes, if a context has used
+the connection and the limit leaves room for another. Otherwise the pool closes the connection, and the next
+context has to wait for a handshake.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lastcall.worker.inworld.pool.timer import NEVER
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdlePlan:
-    """What to do now. `replace` is closed by a later plan, once its replacement is open."""
+    """The steps for now. A later plan closes `replace`, once its replacement is open."""
 
     close: tuple[PoolEntry, ...] = ()
     replace: PoolEntry | None = None
@@ -35,9 +36,8 @@ def plan(
 ) -> IdlePlan:
     """Judge the idle open connections, each given with the time since when it is idle.
 
-    `is_all`: no other connection is open. `timeout`: seconds after which an idle connection is closed;
-    `warm`: seconds after which the last one is replaced. `has_room`: the account's limit leaves a
-    connection.
+    `is_all`: no other connection is open. `timeout`: seconds after which an idle connection is closed.
+    `warm`: seconds after which the last one is replaced. `has_room`: the account's limit leaves a connection.
     """
     entries = sorted(idle, key=lambda each: each[0])
     last = entries.pop() if entries and is_all else None

@@ -1,4 +1,4 @@
-"""The pool: contexts for whoever asks, on as few connections as they need.
+"""The pool: contexts for all callers, on as few connections as the contexts need.
 
 `Capacity` decides which context has which place. A `Context` says what it wants done, and `Contexts` does
 that. A `Connection` has the socket, and `Connections` decides how many there are. The pool owns all of them,
@@ -41,12 +41,13 @@ from lastcall.worker.inworld.pool.open_connections import Connections
 from lastcall.worker.inworld.pool.protocol import Action, Document
 from lastcall.worker.inworld.pool.timings import Timings
 
-# What the closing handshakes get of a close: at most so many seconds, and at most this part of the whole.
-# Ours: a handshake is one round trip, and a context that has to end needs the larger part of a short close.
+# The part of a close for the closing handshakes, in seconds and as a share of the whole. The smaller one
+# holds. Ours: a handshake is one round trip, and a context that has to end needs the larger part of a short
+# close.
 MAX_HANDSHAKE_SECONDS = 1.0
 HANDSHAKE_SHARE = 0.4
-# Seconds to join tasks whose sockets are gone. Ours: they need a few turns of the loop, on a busy machine
-# too.
+# Seconds for the tasks to end once their sockets are closed. Ours: a task needs a few turns of the loop for
+# that, and turns are slow on a busy machine.
 JOIN_SECONDS = 0.25
 
 
@@ -145,7 +146,7 @@ class InworldPool:
     # -- what callers do ----------------------------------------------------------------------------------
 
     def start(self, config: Document, listener: Listener, *, timeout: float | None = None) -> Context:
-        """Ask for a context and return at once; the listener hears of it. Raises PoolClosed.
+        """Ask for a context and return at once; the listener gets its frames and its end. Raises PoolClosed.
 
         Frames that are sent before the context exists are kept, and follow its create. `timeout`: seconds
         until the context has to exist, by default the pool's `acquire_timeout`.
@@ -210,7 +211,7 @@ class InworldPool:
 
     @property
     def figures(self) -> Figures:
-        """What there is now, and what happened since the start."""
+        """The numbers of now, and the counters since the start."""
         return Figures(
             connections=len(self.capacity.entries),
             dialling=len(self.capacity.dialling),

@@ -37,7 +37,7 @@ Document = dict[str, Any]
 
 
 class Kind(enum.Enum):
-    """What a frame of the server says."""
+    """The kind of a frame of the server."""
 
     CREATED = "contextCreated"
     UPDATED = "contextUpdated"
@@ -50,7 +50,7 @@ class Kind(enum.Enum):
 
 
 class Action(enum.Enum):
-    """What a frame of a client asks for."""
+    """The request of a frame of a client."""
 
     CREATE = "create"
     TEXT = "send_text"

@@ -1,4 +1,4 @@
-"""How long the pool is patient, in one value that tests make small."""
+"""How long the pool waits for the server, in one value that tests make small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Timings:
     """All in seconds."""
 
-    # One handshake. livekit-plugins-inworld 1.8.9 gives its own as long (`tts.py`).
+    # One handshake. livekit-plugins-inworld 1.8.9 gives a handshake as long (`tts.py`).
     dial: float = 10.0
     # A handshake older than this gets a second one beside it. Ours: so that one that hangs holds up nobody.
     slow_dial: float = 1.0
