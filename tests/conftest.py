@@ -106,7 +106,7 @@ class Starter:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Starter:
-    """Start a supervisor: `await run("run", "agent.py", …)`; everything of it is gone when the test ends."""
+    """Start a supervisor by `await run("run", "agent.py", …)`. Every process ends with the test."""
     return Starter(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What nobody plans beside a stop: a forkserver killed, a worker frozen, odd things of a launcher."""
+"""Accidents beside a stop: a forkserver killed, a worker frozen, odd settings of a launcher."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ async def test_worker_frozen_while_its_last_job_ends(run: StartRun) -> None:
 @pytest.mark.parametrize(
     "launch",
     [
-        # It would throw away every exit status, and the stop itself.
+        # Ignored signals are inherited: the supervisor would lose every exit status, and the stop.
         "trap '' CHLD TERM INT; exec \"$@\"",
-        # No descriptor of ours may take the number of one of them.
+        # No descriptor of the supervisor may take the number of a standard stream.
         'exec "$@" <&- >&- 2>&-',
     ],
 )

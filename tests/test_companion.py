@@ -67,7 +67,7 @@ def closed_in_order(server: InworldServer) -> None:
 
 @pytest.mark.core
 async def test_an_unmodified_agent_speaks_through_the_pool(run: StartRun, tmp_path: Path) -> None:
-    """`inworld.TTS()` and nothing else; jobs share connections; the receipt agrees with the server."""
+    """`inworld.TTS()` is all an agent needs. Jobs share connections, and receipt and server agree."""
     async with InworldServer(api_key=KEY) as server:
         r = await start(run, tmp_path, server, "-w", "2", "--grace", "60")
         await r.ready(2)
@@ -140,7 +140,7 @@ async def test_job_killed_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
 
 @pytest.mark.core
 async def test_broker_killed(run: StartRun, tmp_path: Path) -> None:
-    """Another stands in its place on the same port; the next job speaks; the key came along."""
+    """Another broker takes its place on the same port, with the same key, and the next job speaks."""
     async with InworldServer(api_key=KEY) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
         await r.ready()
@@ -172,7 +172,7 @@ async def test_supervisor_killed_in_mid_speech(run: StartRun, tmp_path: Path) ->
 
 
 async def test_broker_killed_in_a_stop(run: StartRun, tmp_path: Path) -> None:
-    """What it had open was cut, and the receipt says so, whatever its successor has to say of itself."""
+    """The receipt says `forced` for the killed broker, and `closed` for the broker that took its place."""
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
         await r.ready()

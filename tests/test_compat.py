@@ -31,7 +31,7 @@ def server() -> AgentServer:
 
 
 def test_names_are_there() -> None:
-    """What a stop can't do without exists before the server runs; a missing one is named."""
+    """Every private name that a stop needs exists before the server runs. The error names a missing one."""
     assert preflight.check() == []
     made = server()
     nope = PrivateName(owner=SERVER, name="_nope", kind="attribute", needed_by="the fence")
@@ -77,7 +77,7 @@ def test_run_app_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Child:
-    """What a multiprocessing Popen knows of its process."""
+    """A real process with the attributes of a multiprocessing Popen."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process

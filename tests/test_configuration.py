@@ -318,7 +318,7 @@ def test_mistakes_in_a_project_file(empty_directory: Path, text: str, says: str)
 
 
 def test_a_named_project_file_without_the_section(empty_directory: Path) -> None:
-    """The defaults would be a surprise to whoever named it; looked for by itself, it counts as none."""
+    """A pyproject.toml that the user has named must have the section. Found by itself, it counts as none."""
     (empty_directory / "pyproject.toml").write_text("[tool.black]\n")
     assert load({}, {}) == Config()
     with pytest.raises(ConfigError, match=r"^LASTCALL_CONFIG: no \[tool.lastcall\] in 'pyproject.toml'"):

@@ -1,4 +1,4 @@
-"""The control socket: whom it answers, and what it bears."""
+"""The control socket: the users that it answers, and the bad clients that it survives."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ print(answer or "no answer")
 
 
 async def test_stale_socket_is_taken_over_and_a_live_one_is_not(run: StartRun, program: Program) -> None:
-    """What a killed supervisor left is replaced; a second supervisor on a live socket gives up, with 78."""
+    """The socket of a killed supervisor is replaced. On a live socket a second supervisor ends with 78."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: r.log("ready"))
     r.kill(signal.SIGKILL)
@@ -126,7 +126,7 @@ async def test_control_path_that_is_a_file(run: StartRun, program: Program) -> N
 
 
 async def test_file_in_the_place_of_the_socket(run: StartRun, program: Program) -> None:
-    """What somebody has put where the socket was is not taken away at the end."""
+    """The supervisor does not remove a file that has taken the place of its socket."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: r.log("ready"))
     r.control.unlink()

@@ -1,4 +1,4 @@
-"""The local dispatch server against the rules of the real one, with a worker of a few lines."""
+"""The local LiveKit server keeps the rules of the real one, seen by a worker of a few lines."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ async def test_configuration_is_read_again(run: StartRun, program: Program) -> N
 
 
 async def test_reload_while_the_old_still_drain(run: StartRun, program: Program) -> None:
-    """Three generations of one slot at a time, each finishing at its own pace; a stop waits for all."""
+    """Three generations of one slot run at a time. Each ends when its jobs have, and a stop waits for all."""
     r: Run = await run("run", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 1)
     (program.directory / "busy").touch()

@@ -294,7 +294,7 @@ def write(directory: Path, files: dict[str, str]) -> None:
 async def test_an_agent_with_modules_of_any_name(
     run: StartRun, installed: Installation, tmp_path: Path, agent: str
 ) -> None:
-    """An agent imports its own `worker` and `supervisor`, in its worker and in its job processes."""
+    """An agent imports its modules `worker` and `supervisor`, in its worker and in its job processes."""
     write(tmp_path, AGENTS[agent] | BESIDE)
     r = await start(run, installed, tmp_path, "main.py")
     await r.ready()
@@ -345,7 +345,7 @@ def test_which_own_lastcall_is_refused(
 async def test_own_lastcall_ends_the_run(
     run: StartRun, installed: Installation, tmp_path: Path, name: str
 ) -> None:
-    """An agent with a module `lastcall` of its own: exit code 78 and one line, no second try."""
+    """An agent with a module `lastcall` beside it ends the run: exit code 78, one line, no second try."""
     write(tmp_path, {name: "", "main.py": Path(AGENT).read_text()})
     r = await start(run, installed, tmp_path, "main.py", livekit=False)
     assert await r.exit() == 78
@@ -386,7 +386,11 @@ STARTING = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped:
-    """The effect of a SIGTERM. `was_safe`: blocked or caught when sent; `code` is None if it is held back."""
+    """The effect of a SIGTERM.
+
+    `was_safe`: the process blocked or caught the signal when it was sent. `code`: the exit code, or None
+    where the kernel holds the signal back.
+    """
 
     was_safe: bool
     code: int | None

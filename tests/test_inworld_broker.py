@@ -229,7 +229,7 @@ async def test_a_lost_connection_is_told_and_the_next_utterance_succeeds() -> No
 
 
 async def test_http_calls_are_passed_on() -> None:
-    """voices, and voice:stream as it comes; status and body of an error too; the key stays here."""
+    """voices and voice:stream are passed on, an error's status and body too, and the key is not."""
     headers = {"Authorization": f"Basic {TOKEN}"}
     async with brokered() as s, aiohttp.ClientSession(s.broker.base_url, headers=headers) as session:
         async with session.get("/tts/v1/voices", params={"filter": "language=en"}) as answer:
@@ -251,7 +251,7 @@ async def test_http_calls_are_passed_on() -> None:
 
 
 async def test_the_close_is_told_to_jobs_and_server() -> None:
-    """Waiting creates are refused, contexts cancelled before their connections close, jobs hear of each."""
+    """Waiting creates are refused, contexts are cancelled before the connection closes, and jobs are told."""
     async with (
         brokered(speech=SPEAKING, max_connections=1, max_contexts=2, timings=quick(aclose=PATIENCE)) as s,
         s.job() as job,

@@ -1,4 +1,4 @@
-"""The pool's decisions alone: who waits, who has which place, how many dials are wanted."""
+"""The pool's decisions alone: the claims that wait, the claims that have a place, the number of dials."""
 
 from __future__ import annotations
 

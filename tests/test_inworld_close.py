@@ -1,4 +1,4 @@
-"""The close of a pool: in order, on time, whatever is under way; and cancellation everywhere."""
+"""The close of a pool is in order and on time, whatever is under way. A cancel at any turn leaves nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_open_contexts_are_cancelled_before_their_connections() -> None:
 
 
 async def test_waiters_are_failed_at_once() -> None:
-    """Whoever waits for capacity hears of the close now, not at its timeout. Fails if nobody wakes them."""
+    """Callers that wait for a place get PoolClosed at once, before their timeout. Fails if none is woken."""
     async with pair(faults=Faults(closed_delay=0.2), max_connections=1, max_contexts=1) as p:
         await p.acquire()
         waiters = [asyncio.ensure_future(p.acquire(timeout=600.0)) for _ in range(5)]
@@ -277,7 +277,7 @@ async def test_an_error_in_the_block_comes_out_as_it_is() -> None:
 
 
 async def test_acquire_cancelled_at_every_turn_warm() -> None:
-    """Wherever an acquire is cancelled, the server's count and ours go back to zero."""
+    """Wherever an acquire is cancelled, the counts of server and pool go back to zero."""
     async with pair() as p:
 
         async def operation() -> None:

@@ -128,7 +128,7 @@ async def test_a_job_that_is_told_to_end(run: StartRun) -> None:
 
 
 async def test_the_thread_executor(run: StartRun) -> None:
-    """Jobs in threads of the worker: each closes what lives on its own loop, and no other's."""
+    """Jobs in threads of the worker: each closes the connections of its loop, and no others."""
     async with inworld() as server:
         env = environment(server, EXECUTOR="THREAD")
         r: Run = await run("run", "--grace", "40", AGENT, environment=env)
@@ -193,7 +193,7 @@ async def test_the_broker_by_its_address(run: StartRun) -> None:
 
 
 async def test_a_plugin_imported_late(run: StartRun) -> None:
-    """By the entrypoint alone, long after our code came in: it goes to the broker and is closed as well."""
+    """A plugin that only the entrypoint imports, after lastcall, goes to the broker and is closed too."""
     async with inworld() as server:
         env = {**broker(server), "IMPORT_LATE": "1"}
         r: Run = await run("run", "--grace", "40", AGENT, environment=env)

@@ -59,7 +59,7 @@ async def test_the_key_is_nowhere_but_in_its_message(tmp_path: Path) -> None:
     async with companion(tmp_path) as one:
         await one.serve()
         proc = Path(f"/proc/{one.process.pid}")
-        if os.getuid() == 0:  # who may not read them sees less than this
+        if os.getuid() == 0:  # only root may read these files of a process that forbids dumps
             for name in ("environ", "cmdline"):
                 assert one.server.api_key.encode() not in (proc / name).read_bytes()
         old, one.server.api_key = one.server.api_key, "another-key"
@@ -108,7 +108,7 @@ async def test_it_outlives_its_supervisor_until_the_last_worker(tmp_path: Path) 
 
 
 async def test_its_grace_bounds_the_life_without_a_supervisor(tmp_path: Path) -> None:
-    """A lifeline that nobody lets go holds it no longer than grace."""
+    """A lifeline that stays open keeps a broker without a supervisor alive no longer than grace."""
     async with companion(tmp_path, grace=0.3) as one:
         await one.serve()
         one.lose()
@@ -170,7 +170,7 @@ async def test_told_to_close_before_it_served(tmp_path: Path) -> None:
 
 
 async def test_a_killed_broker_is_replaced_on_the_same_socket(tmp_path: Path) -> None:
-    """What it spoke is lost; a new process takes the socket, and who came in between is served."""
+    """Its speech is lost. A new process takes the socket, and serves a job that connected in between."""
     async with InworldServer(speech=SPEAKING) as server:
         with listen() as listener:
             first = Companion(server, listener, tmp_path / "log")
@@ -243,7 +243,7 @@ async def test_a_killed_job_is_cancelled_upstream(tmp_path: Path) -> None:
 
 
 async def test_thirty_jobs_with_four_streams_each(tmp_path: Path) -> None:
-    """30 processes, 120 streams at once: never above 20 connections, nor 5 contexts on one; all is spoken."""
+    """30 processes speak 120 streams to the end, on at most 20 connections with at most 5 contexts each."""
     async with companion(tmp_path, limits=Limits(connections=20, contexts=5)) as one:
         await one.serve()
         command = [sys.executable, "-m", "tests.support.inworld_job", one.ws_url, TOKEN, "30", "4", "3"]

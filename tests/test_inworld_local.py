@@ -317,7 +317,7 @@ async def test_a_server_that_stops_reading() -> None:
 
 
 async def test_plain_http() -> None:
-    """One text in, lines of audio out; the voices; 401 without the key, and whatever status is wished."""
+    """The server speaks a text, lists the voices, answers 401 without the key, and fails as a test asks."""
     async with InworldServer() as server, aiohttp.ClientSession() as session:
         url, headers = f"{server.base_url}tts/v1/voice:stream", {"Authorization": f"Basic {server.api_key}"}
         async with session.post(url, headers=headers, json={"text": "hello there"}) as answer:

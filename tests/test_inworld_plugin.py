@@ -1,4 +1,4 @@
-"""What the end of a job does to the installed Inworld plugin, in this process; and `lastcall.closing`."""
+"""The end of a job, in this process: the installed Inworld plugin, and `lastcall.closing`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def real_time(**faults: Any) -> InworldServer:
 
 
 async def test_contexts_first_then_connections() -> None:
-    """Streams in mid-speech: cancelled, closed by the server, then a close frame each; nothing is left."""
+    """Contexts in mid-speech are cancelled and ended by the server. Then each connection is closed."""
     count = 5 if IS_SHARED else 8
     async with real_time() as server, speaker(server) as s:
         for _ in range(count):
@@ -164,7 +164,7 @@ async def test_a_server_that_answers_nothing() -> None:
 
 
 async def test_a_plain_request_under_way() -> None:
-    """What `synthesize` has asked for over HTTP ends too, and leaves no response behind."""
+    """A `synthesize` over HTTP ends too, and leaves no response behind."""
     async with real_time() as server, aiohttp.ClientSession() as session:
         tts = inworld.TTS(
             api_key=server.api_key,
@@ -348,7 +348,7 @@ def test_without_the_plugin() -> None:
 
 
 class Context:
-    """What of a JobContext the end of a job looks at."""
+    """The part of a JobContext that the end of a job reads."""
 
     def __init__(self) -> None:
         self.proc = Context.Process()
@@ -373,7 +373,7 @@ class Closable:
 
 
 async def test_closing_is_in_order_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last one first; one that hangs keeps neither the others nor ours from their turn; once."""
+    """The last object is closed first. One that hangs holds up no other close. A second end does nothing."""
     monkeypatch.setattr(teardown, "JOINED_CLOSE_WITHIN", 0.1)
     order: list[str] = []
 
@@ -410,7 +410,7 @@ async def test_closing_outside_lastcall() -> None:
 
 @pytest.mark.parametrize("how", ["well", "fails"])
 async def test_the_hook_at_the_end(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """Ours runs in front of the end of the HTTP session, once, only in a job, and never in its place."""
+    """The hook runs once, only in a job, before the HTTP session is closed, which happens in any case."""
     from livekit.agents.job import _JobContextVar
 
     order: list[Any] = []

@@ -1,7 +1,7 @@
-"""The pool against a server with limits and faults: each defined end, and who is not harmed by it.
+"""The pool against a server with limits and faults: each fault has a defined end, and harms no other caller.
 
-Defects that pools of this kind have had are each shown by one test, which fails with the defect put back;
-`scripts/mutate` puts them back and says so.
+For each defect that pools of this kind have had there is one test that fails with the defect put back.
+`scripts/mutate` puts each defect back, and checks that the test fails.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ async def test_waiters_are_served_in_turn() -> None:
 async def test_a_cancelled_opener_harms_nobody() -> None:
     """Of five callers on one handshake the first is cancelled; the other four are served by it.
 
-    Fails if the first caller's dial is its own.
+    Fails if the handshake belongs to the first caller, because the handshake would be cancelled too.
     """
     async with pair(faults=Faults(handshake_delay=0.1), timings=quick(slow_dial=5.0)) as p:
         callers = [asyncio.ensure_future(p.acquire()) for _ in range(5)]
@@ -136,7 +136,10 @@ async def test_a_dial_that_nobody_waits_for_is_ended() -> None:
 
 
 async def test_every_timing_of_release_cancel_and_wait() -> None:
-    """64 interleavings on one full connection: who is not cancelled is served. Fails if a wakeup is lost."""
+    """64 interleavings on one full connection: a caller that is not cancelled is served.
+
+    Fails if a wakeup is lost.
+    """
 
     async with pair(max_connections=1, max_contexts=1) as p:
 
@@ -215,7 +218,7 @@ async def test_nobody_waits_so_nothing_is_dialled() -> None:
 
 
 async def test_a_refused_key_is_told_at_once() -> None:
-    """A wrong key fails who waits, with the reason; a new one is used from the next connection on."""
+    """Callers that wait get the refusal of a wrong key. The next connection uses the new key."""
     async with pair() as p:
         right = p.server.api_key
         p.pool.set_key("wrong")
@@ -474,7 +477,10 @@ async def test_idle_connections_are_closed_but_one() -> None:
 
 
 async def test_the_warm_connection_is_replaced_once() -> None:
-    """Used, it is replaced before the server would close it, dial first; unused, its successor is let go."""
+    """A used connection is replaced before the server would close it; the handshake of the new one is first.
+
+    The new connection is not used, so the pool closes it at its time and opens no other.
+    """
     async with pair(timings=quick(warm=0.2)) as p:
         await p.say()
         await until(lambda: p.server.counts["connection_closed"] == 2)

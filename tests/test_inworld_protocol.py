@@ -71,7 +71,7 @@ def test_kinds(text: str, kind: Kind) -> None:
     ],
 )
 def test_malformed(text: str) -> None:
-    """What is no frame raises Malformed, and nothing else, however it is broken."""
+    """A text that is no frame raises Malformed, and nothing else, however it is broken."""
     with pytest.raises(Malformed):
         protocol.parse(text)
 

@@ -38,7 +38,10 @@ async def test_an_error_in_mid_stream_costs_one_context(ends: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "null", "list"])
 async def test_malformed_frames_have_a_defined_end(kind: str) -> None:
-    """One retires its connection, which goes on for who is on it; a few end it. Fails if it is kept."""
+    """One malformed frame retires a connection and spares its contexts, and a few end the connection.
+
+    Fails if the connection is kept.
+    """
     async with pair() as p:
         p.server.faults.malformed = kind  # type: ignore[assignment]  # one of its literals
         stream = await p.acquire()
@@ -57,9 +60,9 @@ async def test_malformed_frames_have_a_defined_end(kind: str) -> None:
 
 
 async def test_a_context_that_is_never_closed_costs_its_connection() -> None:
-    """Closed and then silent, it fails; others of its connection end in peace, and then that is closed.
+    """A context that the server never closes fails. The others go on, and then the connection is closed.
 
-    Fails if only our side forgets it: the server still counts it.
+    Fails if only the pool forgets the context: the server still counts the context.
     """
     timings = quick(silence=0.6, cancel=0.6, cancel_hint=0.2)
     async with pair(speech=Speech(pace="real-time"), timings=timings) as p:
@@ -148,7 +151,7 @@ async def test_a_lost_connection_fails_its_own_contexts_only() -> None:
 
 
 async def test_an_idle_connection_that_has_died_is_not_noticed_by_callers() -> None:
-    """The server drops what is idle; whoever comes next is served by a new connection."""
+    """The server drops an idle connection, and a new connection serves the next caller."""
     async with pair() as p:
         for _ in range(3):
             await p.say()
@@ -159,7 +162,7 @@ async def test_an_idle_connection_that_has_died_is_not_noticed_by_callers() -> N
 
 
 async def test_a_peer_that_does_not_read_is_given_up() -> None:
-    """What waits to be sent is bounded, the sender waits, then is told. Fails without bound or deadline."""
+    """A full buffer makes the sender wait, and then fail. Fails without a bound, or without a deadline."""
     async with pair(speech=Speech(chars_per_second=1e6), timings=quick(stall=0.5)) as p:
         stream = await p.acquire()
         (connection,) = p.pool.connections.values()

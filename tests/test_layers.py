@@ -1,4 +1,4 @@
-"""Which module may import which, and where foreign names may stand. Read from the imports."""
+"""The rules of imports between modules, and the places of foreign names. Read from the imports."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_module_has_a_floor() -> None:
 
 
 def test_no_arrow_points_upwards() -> None:
-    """A module imports from its own floor and from lower ones, in its room and in every room around it."""
+    """A module imports from the same floor and from lower ones, in its room and in every room around it."""
     known = sources()
     for module, path in known.items():
         for name, line in imports(path, known):

@@ -123,7 +123,7 @@ async def test_restart_after_a_crash(run: StartRun) -> None:
 
 
 async def test_a_stubborn_grandchild(run: StartRun) -> None:
-    """What left the group and the session and ignores SIGTERM is swept, at a crash and at the stop."""
+    """A descendant in a new session that ignores SIGTERM is swept, at a crash and at the stop."""
     script = (
         "import subprocess,sys,time\n"
         f"p=subprocess.Popen([sys.executable,'-c',{DEAF!r}],start_new_session=True,stdout=subprocess.PIPE)\n"
@@ -254,7 +254,7 @@ async def test_control_socket_is_private(run: StartRun) -> None:
 
 
 async def test_other_signals(run: StartRun) -> None:
-    """What can't be done with an opaque worker, or not now, is said and ends nothing."""
+    """A signal that can't be obeyed by an opaque worker, or not now, is logged and ends nothing."""
     r: Run = await run("run", *polite(), livekit=False)
     await r.until(lambda: "up" in r.out.read_text() and r.log("slot ready"))
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTOU):

@@ -69,7 +69,7 @@ def rehearse(*arguments: str, timeout: float = 360.0) -> subprocess.CompletedPro
 
 @pytest.mark.timeout(380)
 def test_a_good_agent_passes(tmp_path: Path) -> None:
-    """The demo's own agent: every scene is played and good, exit 0; JSON and JUnit say the same."""
+    """The demo's agent passes every scene, with exit code 0, and JSON and JUnit say the same."""
     junit = tmp_path / "r.xml"
     done = rehearse(SAMPLE, "--json", "--junit", str(junit))
     document = json.loads(done.stdout)
@@ -192,7 +192,7 @@ def test_a_signal_ends_it_and_takes_everything_along(verb: str, number: signal.S
 
 
 def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
-    """Its own exception, in the one line, and soon."""
+    """The one line of the error has the agent's exception, and comes soon."""
     agent = tmp_path / "agent.py"
     agent.write_text("import os\nos.environ['SOME_KEY_OF_MINE']\n")
     with (
@@ -233,9 +233,10 @@ def has_begun(pid: int) -> bool:
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.1, 0.2, 0.4])
 @pytest.mark.parametrize("verb", ["rehearse", "doctor"])
 def test_ctrl_c_while_it_starts(verb: str, after: float) -> None:
-    """The first one counts, however early: by our exit code, or as a death of it before we can have one.
+    """The first Ctrl-C ends the verb, however early it comes.
 
-    Python itself, which runs before lastcall does, takes a Ctrl-C for exit code 1.
+    The exit code is lastcall's, or the Ctrl-C kills the process before lastcall can choose one. Python
+    itself, which runs before lastcall does, takes a Ctrl-C for exit code 1.
     """
     process = subprocess.Popen([*LASTCALL, verb, SAMPLE], stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 20

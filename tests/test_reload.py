@@ -20,7 +20,7 @@ from tests.support.stream import IDLE, Stream
 @pytest.mark.core
 @pytest.mark.alone
 async def test_reload_under_a_stream(run: StartRun) -> None:
-    """None lost, none without a worker; the new ones start one at a time, and first."""
+    """No job is lost, and a worker is always there: the new ones start one at a time, before the old end."""
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
     await r.ready(2)
     least: list[int] = []

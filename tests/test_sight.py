@@ -1,4 +1,4 @@
-"""What an operator sees: metrics, the status document, dashboard and alerts; all of it true."""
+"""Metrics, status document, dashboard and alerts show an operator the truth."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ async def test_endless_loop(run: StartRun, tmp_path: Path) -> None:
 
 
 async def test_stopped_worker(run: StartRun, tmp_path: Path) -> None:
-    """SIGSTOP: no stack can be had, the log says why; replaced, killed after its grace, nothing left."""
+    """SIGSTOP to a worker: the log says why no stack is shown. The worker is replaced, then killed."""
     r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 1), AGENT)
     await r.ready()
     job = await r.dispatch(mode="hold")

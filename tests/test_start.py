@@ -79,7 +79,7 @@ async def test_no_livekit_url(run: StartRun) -> None:
 
 @pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.05, 0.3])
 async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(run: StartRun, delay: float) -> None:
-    """What is said to a worker that can't hear yet is said again: it never registers, and ends by itself."""
+    """A stop before the worker can read is sent again: the worker never registers, and ends by itself."""
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.until(lambda: r.log("slot starting"))
     await asyncio.sleep(delay)

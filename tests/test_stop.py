@@ -36,7 +36,7 @@ async def test_sigterm_to_the_supervisor(run: StartRun) -> None:
 
 
 async def test_sigterm_to_the_process_groups(run: StartRun) -> None:
-    """What cuts every job of a bare worker: the signal reaches forkserver and jobs as well."""
+    """The signal reaches forkserver and jobs as well, which would cut every job of a bare worker."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=2.5)
@@ -76,7 +76,7 @@ async def test_sigterm_twice(run: StartRun, pause: float) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN])
 async def test_other_signals_to_every_process(run: StartRun, number: signal.Signals) -> None:
-    """What means something to the supervisor means nothing to a worker or a job, and cuts nothing."""
+    """A signal with a meaning for the supervisor has none for a worker or a job, and cuts nothing."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     job = await r.dispatch(mode="hold")
@@ -195,7 +195,7 @@ async def test_idle_worker(run: StartRun) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("mode", ["sleep", "swallow", "block"])
 async def test_deadline_shorter_than_the_job(run: StartRun, mode: str) -> None:
-    """Whatever a job does, the stop ends within its grace, the job's end is reported, and the code is 75."""
+    """The stop ends within grace, whatever the job does. The job's end is reported, and the code is 75."""
     r: Run = await run("run", "--grace", "8", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=60, mode=mode)
@@ -217,7 +217,7 @@ async def test_deadline_shorter_than_the_job(run: StartRun, mode: str) -> None:
 
 @pytest.mark.alone
 async def test_deadline_before_the_job_has_a_process(run: StartRun) -> None:
-    """A job whose process is still starting when the grace is over is cut, and the server hears of it."""
+    """A job whose process is still starting when the grace is over is cut, and the server is told."""
     r: Run = await run("run", "--grace", "6", AGENT)
     await r.ready()
     r.slow_down()
@@ -249,7 +249,7 @@ async def test_second_answer_to_an_offer(run: StartRun) -> None:
 
 
 async def test_request_fnc_that_does_not_return(run: StartRun) -> None:
-    """What request_fnc still does when its job is over does not hold up the end."""
+    """A request_fnc that still runs when its job is over does not hold up the end."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=1, request_linger=600)
@@ -318,7 +318,7 @@ async def test_supervisor_stopped_and_continued(run: StartRun) -> None:
 
 
 async def test_programs_that_jobs_left_behind(run: StartRun) -> None:
-    """A program in a session of its own that ignores SIGTERM: swept, counted, no reason for 75."""
+    """A program in a new session that ignores SIGTERM is swept and counted, and is no reason for 75."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=1, mode="spawn")

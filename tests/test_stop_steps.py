@@ -162,7 +162,7 @@ def test_jobs_of_a_stuck_worker_have_the_time_of_others() -> None:
 
 
 def test_opaque_program_that_never_ends() -> None:
-    """Its SIGTERM, and the kill at the end of all that could be its own."""
+    """The program gets one SIGTERM, and the kill when the time for drain, close and terminate is over."""
     seen = Seen(state=S.READY, is_opaque=True, is_connected=False)
     assert walk(seen) == [(0, A.ENTER), (0, A.SIGTERM), (95, A.KILL)]
 
@@ -178,7 +178,7 @@ def test_killed_at_once() -> None:
 @pytest.mark.parametrize("is_silent", [False, True])
 @pytest.mark.parametrize("was_ready", [False, True])
 def test_from_every_state_to_the_kill(state: S, is_opaque: bool, is_silent: bool, was_ready: bool) -> None:
-    """Whatever a generation is doing when its stop begins, it is killed by the deadline, by listed events."""
+    """A generation in any state is killed by the deadline of its stop, by events that the table lists."""
     seen = Seen(state=state, is_opaque=is_opaque, is_silent=is_silent, was_ready=was_ready)
     *_, (at, action) = walk(seen)
     assert action is A.KILL and at <= 95

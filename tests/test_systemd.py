@@ -1,4 +1,4 @@
-"""The printed unit under a real systemd, old and new, driven by its own systemctl."""
+"""The printed unit under a real systemd, old and new, driven by the systemctl of the same version."""
 
 from __future__ import annotations
 

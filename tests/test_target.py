@@ -220,7 +220,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("verb", ["dev", "doctor", "rehearse"])
 @pytest.mark.parametrize("way", ELSEWHERE)
 async def test_another_server_in_a_local_room(run: StartRun, tmp_path: Path, verb: str, way: str) -> None:
-    """An agent with an URL of its own is refused in one line, and no connection to that server is opened."""
+    """An agent that sets another URL is refused in one line, and no connection to that server is opened."""
     connections = []
     server = await asyncio.start_server(lambda *_: connections.append(1), "127.0.0.1", 0)
     url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -238,7 +238,7 @@ async def test_another_server_in_a_local_room(run: StartRun, tmp_path: Path, ver
 
 
 def test_addresses_of_servers() -> None:
-    """What livekit-agents connects to, whichever way it is written, and without credentials."""
+    """The address to which livekit-agents connects is one for all spellings, and has no credentials."""
     assert loading.address_of("http://LocalHost:7880/") == loading.address_of("ws://localhost:7880")
     assert loading.address_of("wss://user:secret@x.livekit.cloud") == "wss://x.livekit.cloud"
     assert loading.address_of("") == ""

@@ -149,7 +149,7 @@ def ignored_by(pid: int) -> set[signal.Signals]:
 def test_what_a_ctrl_c_asks_for(
     count: int, since: float | None, has_terminal: bool, has_patience: bool, expected: CtrlC
 ) -> None:
-    """By how many came before, how long ago the last one was, the terminal and the patience."""
+    """The count before, the time since the last one, the terminal and `has_patience` decide the meaning."""
     assert decide(count, since, has_terminal=has_terminal, has_patience=has_patience) is expected
 
 

@@ -1,4 +1,4 @@
-"""The small parts of the worker, each by its own promise."""
+"""The small parts of the worker: each test states the promise of one."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_wire_is_strict_about_numbers(line: bytes) -> None:
     "line", [b"x", b"[]", b"{}", b'{"type":1,"v":2}', b'{"type":"a","v":1}', b"[" * 9999]
 )
 def test_wire_refuses_what_is_no_message(line: bytes) -> None:
-    """A line that is no JSON object with a type and our version raises WireError."""
+    """A line that is no JSON object with a type and the version of this protocol raises WireError."""
     with pytest.raises(WireError):
         wire.OF_WORKER.decode(line)
 
@@ -130,7 +130,7 @@ def test_the_key_is_not_shown() -> None:
 
 
 async def test_bell_follows_a_deadline_that_moves() -> None:
-    """Whoever waits sees the new deadline at the next notification, and the predicate at each."""
+    """A waiter reads the deadline and the predicate afresh at every notification."""
     changed = Condition()
     deadline = [now() + 60.0]
     waiting = asyncio.create_task(changed.until(lambda: False, lambda: deadline[0]))
@@ -276,7 +276,7 @@ def test_shield_loses_no_signal() -> None:
 
 
 def test_worker_alone_says_its_usage() -> None:
-    """`python -m lastcall.worker` without a target: exit 2 and one line; a wrong one: exit 78."""
+    """`python -m lastcall.worker` ends with 2 and one line without a target, and with 78 for a wrong one."""
     command = [sys.executable, "-m", "lastcall.worker"]
     done = subprocess.run(command, capture_output=True, check=False, timeout=20)
     assert done.returncode == 2 and b"usage: python -m lastcall.worker TARGET" in done.stderr

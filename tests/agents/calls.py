@@ -1,10 +1,21 @@
-"""The tests' agent. Each dispatch's metadata says what its job does; every job keeps a log of its own.
+"""The tests' agent. The metadata of a dispatch says what the job does. Jobs note their steps in `JOB_LOG`.
 
-metadata: {"sleep": seconds, "mode": "sleep" | "hold" | "swallow" | "block" | "hungry" | "leak" |
-"blocking_leak" | "leaking_program" | "crash" | "spawn" | "fork" | "thread" | "to_thread" | "exit_handler" |
-"bad_exit", for a leak its "mb", and for the offer "request_sleep", "request_block", "request_linger",
-"accepts", "busy"}. An offer with "severs" ends the connection of that descriptor of the worker. A job
-that holds ends when the test lets it go.
+The metadata is a JSON object. Each key may be left out:
+
+    sleep             seconds that the job runs
+    mode              "sleep", "hold", "swallow", "block", "hungry", "leak", "blocking_leak",
+                      "leaking_program", "program", "crash", "spawn", "fork", "thread", "to_thread",
+                      "exit_handler" or "bad_exit"
+    mb                megabytes of a leak
+    prints            lines that a job in mode "sleep" prints first
+    request_sleep     seconds that request_fnc sleeps before it accepts the job
+    request_block     seconds that request_fnc blocks the loop before it accepts the job
+    request_linger    seconds that request_fnc goes on after it has accepted the job
+    accepts           how often request_fnc accepts the job
+    severs            descriptor of the worker whose connection request_fnc ends
+    busy              whether the loop of the worker is kept half busy from then on
+
+A job that holds ends when the file `JOB_LOG` with ".go" behind it exists.
 """
 
 from __future__ import annotations
@@ -124,7 +135,7 @@ async def entrypoint(ctx: JobContext) -> None:
         note(ctx, "spawned", child=child.pid)
         await asyncio.sleep(seconds)
     elif mode == "program":
-        # What a job starts must be stoppable by SIGTERM, whatever protects the job itself.
+        # A program of a job must be stoppable by SIGTERM, whatever protects the job itself.
         child = subprocess.Popen(["sleep", "600"])
         await asyncio.sleep(0.2)
         child.terminate()

@@ -1,4 +1,4 @@
-"""An agent that can't bear a stop: its jobs put their own handler for SIGTERM in place, and die of it."""
+"""An agent that can't bear a stop: its jobs install a handler for SIGTERM that ends the process."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""An agent that joins its room, and does there what the caller says in data.
+"""An agent that joins its room. Data of the caller says what the agent does there.
 
-    reconnect   have a full reconnect
-    leave       leave the room, and go on
-    hang up     end the job
-    delete      delete the room
+The data is "reconnect", "leave" (the room, and go on), "hang up" (which ends the job) or "delete" (the room).
+The metadata is a JSON object:
 
-metadata: {"after": the seconds of a shutdown callback, "joins": whether it joins at all}
+    after    seconds that a shutdown callback takes
+    joins    whether the agent joins at all
 """
 
 from __future__ import annotations

@@ -1,9 +1,14 @@
 """An agent that speaks with the unmodified Inworld plugin. Each dispatch's metadata says how its job goes.
 
-metadata: {"mode": "say" | "leave" | "stay", "streams": how many at once, "text": what each says,
-"until": a file, "tts": "module" | "setup" | "job", "raises": whether its callback does, "arguments": of a TTS
-that the job makes}
+The metadata is a JSON object. Each key may be left out:
 
+    mode         "say", "leave" or "stay", see below
+    streams      how many streams the job speaks at once
+    text         the text of each stream
+    until        the file for which "leave" waits, which has to be there in that mode
+    tts          where the job's TTS was made: "module", "setup" or "job"
+    arguments    the arguments of a TTS that the job makes
+    raises       whether the job's shutdown callback raises
 say     speak to the end, then end the job
 leave   speak, and end the job in mid-speech once the file is there, nothing closed
 stay    return from the entrypoint and go on speaking until the job is told to end
@@ -33,7 +38,7 @@ def make(**arguments: Any) -> Any:
 
     url = os.environ.get("SPEAKER_WS")
     arguments |= {"ws_url": url} if url else {}
-    # What every version can decode, of what the local server speaks: older plugins know no PCM.
+    # Of the encodings of the local server, one that the installed plugin can decode: older ones know no PCM.
     encoding = "LINEAR16" if inworld.__version__.startswith(("1.3.", "1.4.")) else "PCM"
     return inworld.TTS(encoding=encoding, sample_rate=24000, **arguments)
 

@@ -1,4 +1,4 @@
-"""podman and runc with a storage of their own, and an image built from the shipped Dockerfile."""
+"""podman and runc with a storage for the tests alone, and an image built from the shipped Dockerfile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real supervisor, its workers, and a dispatch server, started and taken down by one test."""
+"""A real supervisor, its workers, and a local LiveKit server, started and taken down by one test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent.parent
 AGENT = str(HERE / "agents" / "calls.py")
 SAMPLE = str(HERE.parent / "lastcall" / "worker" / "local" / "sample.py")  # the demo's agent
 LASTCALL = [sys.executable, "-m", "lastcall"]
-TOKEN = "LASTCALL_WORKER_TEST_TOKEN"  # a prefix that lastcall takes for its own, so that it does not warn
+TOKEN = "LASTCALL_WORKER_TEST_TOKEN"  # lastcall warns of no variable with this prefix
 START = 40.0
 
 
@@ -50,10 +50,10 @@ class StartRun(Protocol):
 
 
 class Run:
-    """One `lastcall` process. Arguments are its command line; `livekit`: with a dispatch server beside it.
-    `rooms`: its jobs can join rooms of that server.
+    """One `lastcall` process. The arguments are its command line.
 
-    Nothing of the tester's own LiveKit or Inworld account reaches it.
+    `livekit` starts a local LiveKit server beside the process. With `rooms` jobs can join rooms of that
+    server. No variable of the tester's LiveKit or Inworld account reaches the process.
     """
 
     def __init__(

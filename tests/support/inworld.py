@@ -22,7 +22,8 @@ CONFIG = {
     "audioConfig": {"audioEncoding": "PCM", "sampleRateHertz": 24000},
     "autoMode": True,
 }
-# Quick to try again; patient in all else, because a busy machine is no failure. Tests of impatience set it.
+# Short pauses before a retry, and long waits for everything else, because a busy machine is no failure. A
+# test of a short wait sets that wait.
 QUICK = Timings(
     slow_dial=5.0, outage=0.0, second_try_least=60.0, retry_first=0.02, retry_cap=0.1, aclose=10.0
 )

@@ -1,8 +1,8 @@
-"""A job as the broker sees one: a raw client of Inworld's protocol; and, as a program, many of them.
+"""A job as the broker sees one, a raw client of Inworld's protocol, and a program that runs many of them.
 
-As a program it forks PROCESSES children, each of which opens one connection and speaks on STREAMS contexts of
-it at once, TURNS times; its exit code is the number of those that failed. With `hang` a child only speaks,
-says so on its standard output, and waits to be killed.
+The program forks PROCESSES children. Each child opens one connection and speaks on STREAMS contexts at once,
+TURNS times. The exit code is the number of children that failed. With `hang` a child only speaks, says so on
+standard output, and waits to be killed.
 """
 
 from __future__ import annotations

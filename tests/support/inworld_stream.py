@@ -1,7 +1,8 @@
-"""A context of the pool as a test uses it: send text, read frames, let go.
+"""A context of the pool as a test uses it: send text, read frames, release or cancel.
 
-What the server says is buffered up to a bound. A reader that falls further behind has its context cancelled
-and is told, because waiting for the reader would hold up every other context of the connection.
+The frames of the server are buffered up to a bound. The context of a reader that falls further behind is
+cancelled, and the reader gets an error. Waiting for the reader would hold up every other context of the
+connection.
 """
 
 from __future__ import annotations

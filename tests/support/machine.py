@@ -1,7 +1,7 @@
 """A booted systemd in a namespace container, with this checkout installed, for one test module.
 
-Everything is made inside a mount namespace of its own, so that nothing of it outlives the container. The
-network is the host's: a dispatch server of the test is reached on 127.0.0.1.
+Everything is made inside a new mount namespace, so that no mount outlives the container. The container has
+the network of the host, so that it reaches the test's LiveKit server on 127.0.0.1.
 """
 
 from __future__ import annotations

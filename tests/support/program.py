@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.support.harness import LASTCALL, Run
 
-# A program that says which version of itself it is, and ends well on SIGTERM once it is let go.
+# A program that prints its version. On SIGTERM it ends well, once the file "busy" is gone.
 PROGRAM = """
 import os, pathlib, signal, sys, time
 directory = pathlib.Path(sys.argv[1])

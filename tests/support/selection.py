@@ -43,7 +43,7 @@ def mark(items: list[pytest.Item]) -> None:
 
 
 def starts_processes(item: pytest.Function) -> bool:
-    """Tell whether the test uses a fixture or, in its own code or that of its helpers, a name that does."""
+    """Tell whether a test starts processes, by its markers, its fixtures and the names that the code uses."""
     if any(item.get_closest_marker(name) for name in ("lint", "promtool")) or FIXTURES & set(
         item.fixturenames
     ):

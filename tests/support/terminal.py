@@ -47,7 +47,7 @@ class Terminal:
 
     @property
     def attributes(self) -> list[Any]:
-        """What a program may have changed, and has to have put back."""
+        """The settings of the terminal. A program that changes them has to put them back."""
         return termios.tcgetattr(self.slave)
 
     def type(self, keys: bytes) -> None:
