@@ -59,7 +59,7 @@ async def test_the_key_is_nowhere_but_in_its_message(tmp_path: Path) -> None:
     async with companion(tmp_path) as one:
         await one.serve()
         proc = Path(f"/proc/{one.process.pid}")
-        if os.getuid() == 0:  # only root may read these files of a process that forbids dumps
+        if os.getuid() == 0:  # only root may read the environment of a process that forbids dumps
             for name in ("environ", "cmdline"):
                 assert one.server.api_key.encode() not in (proc / name).read_bytes()
         old, one.server.api_key = one.server.api_key, "another-key"
