@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import socket
+import struct
+import termios
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +17,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from lastcall.supervisor.processes.worker_channel import Channel
+from lastcall.worker import orphan_output
 from lastcall.worker.base.budget import Shares
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
@@ -37,6 +42,7 @@ from lastcall.worker.base.wire import (
 )
 from lastcall.worker.engine import Engine
 from lastcall.worker.host import Host
+from lastcall.worker.orphan_output import OrphanOutput, peer_pid
 
 PATIENCE = 20.0
 SETTINGS = WorkerSettings(grace=60.0, shares=Shares(close=10.0), beat=30.0)
@@ -218,6 +224,49 @@ async def test_a_lost_supervisor_begins_the_stop(was_told: bool) -> None:
         else:
             drain_at = settings.plan(lost_at).drain_at
             assert drain_at <= now() and give_up_at <= settings.plan(now()).close_at
+
+
+async def test_a_lost_supervisor_after_a_close_of_every_descriptor() -> None:
+    """Code that has closed the channel may have closed the output's pipes too: the worker stops."""
+    read, write = os.pipe()
+    os.close(write)
+    async with pair(settings=replace(SETTINGS, output_fds=(read,))) as p:
+        await asyncio.sleep(0)
+        os.close(read)
+        p.channel.close()
+        assert await p.ends() == Exit.CLEAN
+
+
+def waiting(fd: int) -> int:
+    """Return how many bytes of a pipe are unread."""
+    (count,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    return int(count)
+
+
+async def test_output_is_left_to_a_supervisor_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is cut off reads its output only once the supervisor is gone, and never another file."""
+    monkeypatch.setattr(orphan_output, "LOOK_AGAIN_AFTER", 0.01)
+    near, far = socket.socketpair()
+    assert peer_pid(near) == peer_pid(far) == os.getpid()
+    pipes = [os.pipe() for _ in range(3)]
+    (own, write), (reused, _), (stranger, write_stranger) = pipes
+    output = OrphanOutput((own, reused), os.getppid())
+    os.dup2(stranger, reused)
+    os.write(write, b"line\n")
+    os.write(write_stranger, b"line\n")
+    output.take_over()
+    await asyncio.sleep(0.1)  # some looks
+    assert waiting(own) == waiting(stranger) == 5
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    async with asyncio.timeout(PATIENCE):
+        while waiting(own):
+            await asyncio.sleep(0.01)
+    assert waiting(stranger) == 5
+    asyncio.get_running_loop().remove_reader(own)
+    for fd in (fd for pipe in pipes for fd in pipe):
+        os.close(fd)
+    near.close()
+    far.close()
 
 
 async def test_what_is_no_number_is_not_said() -> None:

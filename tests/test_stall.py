@@ -122,7 +122,7 @@ async def test_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
     """Without its control channel it drains by itself, is replaced, and its calls have all of grace."""
     r: Run = await run("run", "--grace", "60", "--config", config(tmp_path, 0.5), AGENT)
     await r.ready()
-    first = await r.dispatch(mode="hold")
+    first = await r.dispatch(mode="hold", prints=200)
     pid = (await r.job_says(first.job_id, "started"))["pid"]
     (worker,) = r.workers()
     second = await r.dispatch(mode="hold", severs=CONTROL_FD)
@@ -142,6 +142,8 @@ async def test_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
     document = await status(r)
     assert [(s["generation"], s["state"]) for s in document["slots"]] == [(2, "ready")]
     assert document["totals"]["finished"] == document["totals"]["started"] >= 1
+    # The worker has left its output to the supervisor.
+    await r.until(lambda: r.out.read_text().count("x" * 1000) == 200)
     r.kill()
     assert await r.exit() == 0
     await r.nothing_left()
@@ -149,7 +151,10 @@ async def test_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
 
 @pytest.mark.core
 async def test_stop_with_a_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
-    """A stop waits for its calls too, and cuts those that are still there when their time is over."""
+    """A stop waits for its calls too, and cuts those that are still there when their time is over.
+
+    The worker does not notice: another socket has the number of its descriptor. It is told by SIGTERM.
+    """
     r: Run = await run("run", "--grace", "30", "--config", config(tmp_path, 0.5), AGENT)
     await r.ready()
     job = await r.dispatch(mode="hold")

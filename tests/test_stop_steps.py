@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from lastcall.supervisor.fleet import stopper
+from lastcall.supervisor.fleet.generation import told_rooms
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
@@ -17,6 +19,9 @@ from lastcall.supervisor.fleet.stop_steps import Action as A
 from lastcall.supervisor.fleet.stop_steps import Ending, Progress, Seen, Step, StopState, step
 from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.worker.base.budget import Deadlines, Shares, plan
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.settings import WorkerSettings
+from lastcall.worker.base.wire import MAX_LINE_BYTES, NUL, Served, encode
 from tests.support.generations import generation_in
 
 T0 = 1000.0
@@ -64,6 +69,10 @@ def row(
         row("the answer comes", S.DRAINING, TOLD, 0.1, A.NOTE_FENCED, fenced_at=T0 + 0.1),
         row("no answer", S.DRAINING, TOLD, 2, A.NOTE_UNFENCED),
         row("a silent one can't answer", S.DRAINING, TOLD, 0.1, A.WAIT, 2, is_silent=True, has_jobs=False),
+        row("told, then cut off", S.DRAINING, TOLD, 0.1, A.WAIT, 2, is_connected=False),
+        row("told, cut off, no answer", S.DRAINING, TOLD, 2, A.NOTE_UNFENCED, is_connected=False),
+        row("told, answered, cut off", S.DRAINING, TOLD, 1, A.NOTE_FENCED, fenced_at=T0, is_connected=False),
+        row("cut off before: no fence", S.DRAINING, Progress(), 3, A.WAIT, 70, is_connected=False),
         row("never ready: no fence", S.DRAINING, TOLD, 0.1, A.CLOSE, was_ready=False),
         row("can't hear yet: no fence", S.DRAINING, Progress(), 0, A.CLOSE, was_ready=False,
             is_connected=False),
@@ -215,6 +224,39 @@ async def test_wait_that_is_over_while_it_is_looked_at(monkeypatch: pytest.Monke
     async with asyncio.timeout(5):
         await stopper.stop(generation, Ending(reason="test", deadlines=DEADLINES))
     assert killed and generation.state is S.KILLING
+
+
+@pytest.mark.parametrize("state", [S.STARTING, S.READY, S.STALLED, S.DRAINING, S.CLOSING])
+async def test_worker_that_is_cut_off_is_told_by_a_signal(state: S) -> None:
+    """It may not see that its channel is closed: SIGTERM, for itself alone, begins its drain."""
+    generation, log = generation_in(state)
+    sent: list[signal.Signals] = []
+    child: Any = SimpleNamespace(pid=None, status=None, send=sent.append)
+    launched: Any = SimpleNamespace(child=child)
+    generation._launched = launched
+    launcher: Any = SimpleNamespace(is_opaque=False, settings=WorkerSettings(grace=60.0))
+    generation.launcher = launcher
+    waiting = asyncio.create_task(generation._see_cut_off(now()))
+    await asyncio.sleep(0)
+    assert sent == [signal.SIGTERM] and generation.is_cut_off and not waiting.done()
+    assert generation.state is (state if state in (S.DRAINING, S.CLOSING) else S.DRAINING)
+    assert log.lines[0][0] == "worker is cut off: it drains by itself"
+    child.status = ExitStatus(code=0, signal=None)
+    generation.changed.notify()
+    async with asyncio.timeout(5):
+        await waiting
+    assert sent == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("letter", ["r", "é", "\N{SLEEPING FACE}", "\x01"])
+def test_rooms_that_a_worker_is_told_of(letter: str) -> None:
+    """However long the names are in JSON, the message is no longer than its reader accepts."""
+    name = letter * 1024
+    told = told_rooms([(f"{number}{name}", name, name) for number in range(100)])
+    assert 2 < len(told) < 100
+    assert len(encode(Served(rooms=told))) <= MAX_LINE_BYTES
+    assert told[0] == NUL.join([f"0{name}", name, name])
+    assert told_rooms([("room", "RM_1", "agent")] * 60) == [NUL.join(["room", "RM_1", "agent"])] * 60
 
 
 @pytest.mark.parametrize("state", [S.STARTING, S.READY, S.STALLED])

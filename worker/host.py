@@ -18,7 +18,7 @@ import socket
 import sys
 from typing import Any, assert_never
 
-from lastcall.worker import exposition, imported, orphan_output
+from lastcall.worker import exposition, imported
 from lastcall.worker.base.budget import close_by, kept_for_reports
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.channel import Control
@@ -54,6 +54,7 @@ from lastcall.worker.base.wire import (
 from lastcall.worker.call_channels import Calls
 from lastcall.worker.engine import Engine
 from lastcall.worker.inworld.plugin.attached import plugin_connections
+from lastcall.worker.orphan_output import OrphanOutput, peer_pid
 
 log = logging.getLogger("lastcall.worker")
 
@@ -87,6 +88,7 @@ class Host:
         self._metrics_error = ""
         fd = settings.control_fd
         sock = None if fd is None else socket.socket(fileno=fd)
+        self._output = OrphanOutput(settings.output_fds, 0 if sock is None else peer_pid(sock))
         self.control: Control[WorkerSays, WorkerHears] = Control(
             sock, FOR_WORKER, self._on_message, self._on_lost
         )
@@ -255,8 +257,8 @@ class Host:
             return ""
 
     def _on_lost(self) -> None:
-        orphan_output.drain_forever(self.settings.output_fds)
         self.stopping.begin("supervisor lost")
+        self._output.take_over()
 
     async def _tell_of_changes(self, engine: Engine) -> None:
         """Beat out of turn when the supervisor is waiting for what has just changed."""

@@ -6,7 +6,9 @@ Every change of state goes through `change`, which knows the table and writes th
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 from lastcall.supervisor.errors import SpawnError, TransitionError
@@ -24,6 +26,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import (
+    MAX_LINE_BYTES,
     NUL,
     OF_WORKER,
     Beat,
@@ -43,9 +46,8 @@ E, S = SlotEvent, SlotState
 # Seconds that the last words of an exited worker are waited for, twice: a supervisor that was itself stopped
 # during the first wait reads them in the second. Ours: they are in the socket already.
 LAST_WORDS_WITHIN = 0.5
-# Rooms of other workers that a worker is told of. Ours: a room is three names of at most 1024 characters, and
-# the message has a bound (`wire.MAX_LINE_BYTES`).
-MAX_SERVED = 50
+# Bytes of JSON for the rooms of other workers that a worker is told of. Ours: some thousand rooms.
+MAX_SERVED_BYTES = MAX_LINE_BYTES // 2
 # Seconds from the end of file on the control channel until a worker that still lives counts as cut off. Ours:
 # the kernel closes the files of a process some milliseconds before the supervisor learns of the end.
 CUT_OFF_AFTER = 0.5
@@ -80,7 +82,7 @@ class Generation:
         # By when it has to be ready, while it starts.
         self.ready_by: float | None = None
         self.is_silent = False
-        # The worker lives and its control channel is closed: it drains by itself, and tells nothing more.
+        # The worker lives and its control channel is closed: it drains by itself, and reports nothing more.
         self.is_cut_off = False
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
@@ -183,7 +185,8 @@ class Generation:
         """Whether the stop waits for the worker to say that it accepts nothing more."""
         stopping = self.stopping
         waits = stopping.is_asked and not stopping.progress.is_fence_settled
-        return waits and self.state is S.DRAINING and self.was_ready and self.is_connected
+        is_told = self.is_connected or stopping.progress.fence_said_at is not None
+        return waits and is_told and self.state is S.DRAINING and self.was_ready
 
     @property
     def end_kind(self) -> str:
@@ -296,11 +299,13 @@ class Generation:
             self.kill()
 
     async def _see_cut_off(self, lost_at: float) -> None:
-        """Take a worker that lives without a control channel for one that leaves by itself, as it does.
+        """Have a worker that lives without a control channel drain by itself, and wait for its end.
 
-        The worker lays its stop out from the moment of the loss.
+        SIGTERM begins its stop, unless it has seen the end of file and begun before. A worker whose code has
+        closed the descriptor sees none: the kernel gives the number to the next file, or socket.
         """
         self.is_cut_off, self.is_silent = True, False
+        self.send(signal.SIGTERM)
         self.log.warning("worker is cut off: it drains by itself")
         if self.state in (S.STARTING, S.READY, S.STALLED):
             self.change(E.FENCE, reason=self.leaves_because)
@@ -442,9 +447,9 @@ class Generation:
         registered = beat is not None and beat.registered
         if isinstance(message, Ready) and self.ready_at is not None:
             # Not the first registration: the LiveKit server was away, and has its rooms dispatched anew.
-            served = self.shared.ledger.served_beside(self.slot, self.number)[:MAX_SERVED]
+            served = told_rooms(self.shared.ledger.served_beside(self.slot, self.number))
             if served:
-                self.say(Served(rooms=[NUL.join(room) for room in served]))
+                self.say(Served(rooms=served))
         if isinstance(message, Ready | Beat):
             self.is_silent = False
             if (
@@ -472,6 +477,19 @@ class Generation:
         if traceback and traceback != self.shared.tracebacks.get(self.slot):
             self.log.error("target failed", reason=self.reports.fault, traceback=traceback)
         self.shared.tracebacks[self.slot] = traceback
+
+
+def told_rooms(rooms: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Return the rooms as `Served` has them, without those that would make the message too long."""
+    told: list[str] = []
+    size = 0
+    for room in rooms:
+        text = NUL.join(room)
+        size += len(json.dumps(text)) + len(",")  # a character is up to 12 bytes of JSON
+        if size > MAX_SERVED_BYTES:
+            break
+        told.append(text)
+    return told
 
 
 def is_living(job: JobEntry) -> bool:

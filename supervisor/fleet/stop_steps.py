@@ -172,8 +172,9 @@ def _tell(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> S
 
 def _drain(seen: Seen, progress: Progress, deadlines: Deadlines, now: float) -> Step:
     if seen.was_ready:
-        # A worker that is cut off was told nothing, and drains by itself.
-        if not progress.is_fence_settled and seen.is_connected:
+        # A worker that was cut off before the stop was told nothing, and drains by itself.
+        is_told = seen.is_connected or progress.fence_said_at is not None
+        if is_told and not progress.is_fence_settled:
             settled = replace(progress, is_fence_settled=True)
             if seen.fenced_at is not None:
                 return Step(action=Action.NOTE_FENCED, progress=settled)

@@ -120,8 +120,9 @@ class Ledger:
     ) -> int:
         """Note that a worker is gone, and its running jobs with it; return how many calls were not finished.
 
-        `cut` are the jobs that were ended with the worker on purpose. How the others ended is not known,
-        unless the worker, which could tell nothing more, has seen all of them out (`is_vouched`).
+        `cut` are the jobs that were ended with the worker on purpose. Of the others nothing is known, unless
+        the worker has seen all of them out (`is_vouched`). Its exit code says that of all jobs together: one
+        that failed can't be told from one that ended well, and is `finished` too.
         """
         gone = self.of(slot, generation)
         for entry in gone:

@@ -7,12 +7,13 @@ The metadata is a JSON object. Each key may be left out:
                       "leaking_program", "program", "crash", "spawn", "fork", "thread", "to_thread",
                       "exit_handler" or "bad_exit"
     mb                megabytes of a leak
-    prints            lines that a job in mode "sleep" prints first
+    prints            lines that a job prints, in mode "sleep" first, in mode "hold" last
     request_sleep     seconds that request_fnc sleeps before it accepts the job
     request_block     seconds that request_fnc blocks the loop before it accepts the job
     request_linger    seconds that request_fnc goes on after it has accepted the job
     accepts           how often request_fnc accepts the job
     severs            descriptor of the worker whose connection request_fnc ends
+    closes            descriptor of the worker that request_fnc closes, and another socket gets
     busy              whether the loop of the worker is kept half busy from then on
 
 A job that holds ends when the file `JOB_LOG` with ".go" behind it exists.
@@ -31,6 +32,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from livekit.agents import JobContext, JobExecutorType, JobProcess, JobRequest, WorkerOptions, cli
 
@@ -44,6 +46,8 @@ print("up", flush=True)
 time.sleep(600)
 """
 
+# Sockets that a worker writes into, and that nobody reads.
+STRANGERS: list[socket.socket] = []
 
 # A program that takes 40 MB a second and never ends.
 LEAK = """
@@ -104,6 +108,7 @@ async def entrypoint(ctx: JobContext) -> None:
     elif mode == "hold":
         while not os.path.exists(os.environ["JOB_LOG"] + ".go"):
             await asyncio.sleep(0.02)
+        print_lines(spec)
     elif mode == "fork":
         child_pid = os.fork()  # it inherits whatever the job has open, livekit-agents' pipes among it
         if child_pid == 0:
@@ -143,11 +148,15 @@ async def entrypoint(ctx: JobContext) -> None:
         note(ctx, "program", code=code, collects_after=gc.get_threshold()[0])
         await asyncio.sleep(seconds)
     else:
-        for _ in range(int(spec.get("prints", 0))):
-            print("x" * 1000)
+        print_lines(spec)
         await asyncio.sleep(seconds)
     note(ctx, "ended")
     ctx.shutdown(reason="done")
+
+
+def print_lines(spec: dict[str, Any]) -> None:
+    for _ in range(int(spec.get("prints", 0))):
+        print("x" * 1000)
 
 
 def stay_busy(loop: asyncio.AbstractEventLoop) -> None:
@@ -170,6 +179,9 @@ async def request(offer: JobRequest) -> None:
         # Not os.close: the next file would get the number, and the worker would close that file.
         with socket.socket(fileno=os.dup(spec["severs"])) as connection:
             connection.shutdown(socket.SHUT_RDWR)
+    if "closes" in spec:
+        STRANGERS.extend(socket.socketpair())
+        os.dup2(STRANGERS[0].fileno(), spec["closes"], inheritable=False)
     if "request_linger" in spec:
         await asyncio.sleep(spec["request_linger"])
 
