@@ -1,12 +1,21 @@
-"""The steps that follow a termination, as a table. No clock and no process is needed."""
+"""The steps that follow a termination, as a table; and the jobs that they are taken with."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lastcall.worker.presence import RECONNECTED, STAYS, Presence
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.wire import JobCut
+from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.presence import AWAY, JOINS, RECONNECTED, STAYS, Presence
+from lastcall.worker.terminations import Terminations
 
 T, FINISH = 1000.0, 60.0
 
@@ -21,8 +30,11 @@ def presence(**known: Any) -> Presence:
         # Nothing is due before the server or the job says something.
         ({}, ("wait", None)),
         ({"joined_at": T - 60}, ("wait", None)),
-        # A job that has not joined was ended by the owner of the room.
-        ({"terminated_at": T}, ("ask", T)),
+        # A job that does not join was ended by the owner of the room.
+        ({"terminated_at": T}, ("ask", T + JOINS)),
+        # A second attempt to join ends the session of the first, and so does a second join.
+        ({"joined_at": T, "terminated_at": T}, ("wait", None)),
+        ({"joined_at": T + JOINS + 1, "terminated_at": T}, ("wait", None)),
         # Of one in its room the end comes by itself, or a server leaves it there.
         ({"joined_at": T - 60, "terminated_at": T}, ("ask", T + STAYS)),
         # A full reconnect explains a termination, from RECONNECTED before the look on.
@@ -35,6 +47,20 @@ def presence(**known: Any) -> Presence:
             {"joined_at": T - 60, "terminated_at": T, "reconnected_at": T - RECONNECTED},
             ("ask", T + STAYS),
         ),
+        # A reconnection whose attempt to resume the session has failed takes longer. It is told once.
+        (
+            {"joined_at": T - 60, "terminated_at": T, "reconnected_at": T - 12, "is_away": True},
+            ("ask", T - 12 + AWAY),
+        ),
+        (
+            {"joined_at": T - 60, "terminated_at": T, "reconnected_at": T + 1, "is_away": True},
+            ("ask", T + 1 + AWAY),
+        ),
+        (
+            {"joined_at": T - 900, "terminated_at": T, "reconnected_at": T - AWAY, "is_away": True},
+            ("ask", T + STAYS),
+        ),
+        ({"joined_at": T - 60, "reconnected_at": T - 12, "is_away": True}, ("wait", None)),
         # Work after the call has its time, whether or not the server has terminated the job.
         ({"joined_at": T - 60, "left_at": T + 1, "terminated_at": T}, ("kill", T + 1 + FINISH)),
         ({"joined_at": T - 60, "left_at": T}, ("kill", T + FINISH)),
@@ -55,6 +81,26 @@ def test_a_room_that_is_joined_again() -> None:
     assert known.next_step(T + 3, FINISH) == ("wait", None)
 
 
+def test_a_long_reconnection() -> None:
+    """A termination in the midst of a reconnection ends no job that comes back, and none that has left."""
+    for end, step in (("reconnected", ("wait", None)), ("left", ("kill", T + 100 + FINISH))):
+        known = presence()
+        known.take("joined", 0, "", T - 60)
+        known.take("reconnecting", 0, "", T)
+        known.terminated_at = T + 16
+        assert known.next_step(T + 60, FINISH) == ("ask", T + AWAY)
+        known.take(end, 0, "", T + 100)
+        assert not known.is_away and known.next_step(T + 101, FINISH) == step
+
+
+@pytest.mark.parametrize("end", ["joined", "left"])
+def test_no_reconnection_outlives_its_room(end: str) -> None:
+    """The end of a room, and a join of another, end the reconnection that was under way."""
+    known = presence(joined_at=T - 60, reconnected_at=T, is_away=True)
+    known.take(end, 0, "", T + 1)
+    assert not known.is_away
+
+
 @pytest.mark.parametrize(
     ("known", "is_so"),
     [
@@ -70,3 +116,50 @@ def test_a_room_that_is_joined_again() -> None:
 def test_who_ended_it(known: dict[str, Any], is_so: bool) -> None:
     """Only the owner of a room has the fate `ended_by_server`."""
     assert presence(**known).is_ended_by_server is is_so
+
+
+async def test_which_jobs_the_steps_are_taken_with() -> None:
+    """A job that was asked to end and joins then is cut, and a pid whose process is gone is not killed."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    changed, asked, killed = Condition(), asyncio.Event(), asyncio.Event()
+    told: list[Any] = []
+    jobs = Jobs(changed, told.append)
+
+    async def ask(job: Job, _end_at: float) -> None:
+        assert job.id == "late"
+        asked.set()
+
+    def kill(job: Job) -> None:
+        assert job.id == "works on"
+        killed.set()
+
+    for id, pid in (("gone", gone.pid), ("works on", os.getpid()), ("late", os.getpid())):
+        job = SimpleNamespace(id=id, room=SimpleNamespace(name="r"), dispatch_id="")
+        jobs.launch(id, SimpleNamespace(pid=pid), job)
+    long_ago = now() - FINISH - 1
+    for id in ("gone", "works on"):
+        jobs.in_room(id, "left", 0, "")
+    dead, works_on, late = jobs
+    dead.presence.left_at = works_on.presence.left_at = long_ago
+    late.presence.terminated_at = now() - JOINS
+    terminations = Terminations(
+        jobs,
+        changed,
+        finish=FINISH,
+        ask=ask,
+        kill=kill,
+        is_ending=lambda _job: False,
+        is_stopping=lambda: False,
+    )
+    running = asyncio.create_task(terminations.run())
+    async with asyncio.timeout(30):
+        await asked.wait()
+        await killed.wait()
+    assert not late.cut_short
+    jobs.in_room("late", "joined", 0, "PA_1 agent")
+    assert late.fate == "cut" and not late.is_ended_by_server
+    assert [message.id for message in told if isinstance(message, JobCut)] == ["works on", "late"]
+    assert not running.done() and not dead.was_killed
+    running.cancel()
+    await asyncio.wait([running])

@@ -207,6 +207,8 @@ class Jobs:
         record = self._jobs.get(id)
         if record is not None:
             record.presence.take(what, reason, detail, now())
+            if what == "joined" and record.presence.asked_at is not None:
+                self.cut_short(record)  # asked as one that has not joined
             if what == "left":
                 self._report(JobLeft(id=id))
             self._changed.notify()

@@ -3,13 +3,18 @@
 The server terminates a job whenever its agent leaves the room, and a full reconnect of the agent counts as
 that (pkg/rtc/room.go:1477 of livekit-server). So a termination says in general what the job knows better:
 
-    the job has not joined its room        the owner of the room has ended it: it is asked to shut down
     the room is gone, or comes to its end  the call is over by itself, and work after the call goes on
     within STAYS
-    the job reconnects, or has within      the termination was for the session before: nothing follows
-    RECONNECTED
+    the job joins, or reconnects, or has   the termination was for the session before: nothing follows
+    within RECONNECTED
+    a reconnection is under way            its end is awaited, for AWAY at most
+    the job has not joined after JOINS     the owner of the room has ended it: it is asked to shut down
     the room is there after STAYS          the server does not remove the agent by itself: the job is asked to
                                            shut down, and is cut
+
+A join has several attempts, and each replaces the session of the one before (`EngineInner::connect` in
+rtc_engine/mod.rs of livekit's rust-sdks). A job that was asked as one that has not joined, and joins then, is
+cut.
 
 A job whose room is gone has `finish` seconds for its work, and in a stop all of grace.
 """
@@ -25,6 +30,13 @@ STAYS = 5.0
 # Seconds before that moment, in which a reconnection explains the termination. The server notices the new
 # session before the old one where the network is bad. Ours: longer than STAYS, and short beside a call.
 RECONNECTED = 10.0
+# Seconds in which a job that is terminated may still join. An attempt to join has 15 s for its media
+# (ICE_CONNECT_TIMEOUT in rtc_engine/rtc_session.rs of rust-sdks). Ours: 5 s for the rest of it.
+JOINS = 20.0
+# Seconds that a reconnection may take. rust-sdks tells its begin once, makes 10 attempts of 5 to some 25 s
+# (`reconnect_task` in rtc_engine/mod.rs), and after a full reconnect that failed tells no end. Ours: longer
+# than the attempts.
+AWAY = 300.0
 # livekit.DisconnectReason of a participant whose room's owner has removed it: PARTICIPANT_REMOVED (also of
 # DeleteDispatch) and ROOM_DELETED.
 BY_OWNER = frozenset({4, 5})
@@ -57,12 +69,12 @@ class Presence:
             self.sid, _, self.identity = detail.partition(" ")
         match what:
             case "joined":
-                self.joined_at, self.left_at = now, None
+                self.joined_at, self.left_at, self.is_away = now, None, False
             case "reconnecting" | "reconnected":
                 self.reconnected_at = now
                 self.is_away = what == "reconnecting"
             case "left":
-                self.left_at, self.reason = now, reason
+                self.left_at, self.reason, self.is_away = now, reason, False
 
     @property
     def has_joined(self) -> bool:
@@ -91,8 +103,13 @@ class Presence:
         if self.terminated_at is None:
             return "wait", None
         if not self.has_joined:
-            return "ask", self.terminated_at
+            return "ask", self.terminated_at + JOINS
         look_at = self.terminated_at + STAYS
-        if self.reconnected_at is not None and self.reconnected_at >= look_at - RECONNECTED:
+        if self.joined_at is not None and self.joined_at >= self.terminated_at:
             return "wait", None
+        if self.reconnected_at is not None:
+            if self.is_away:
+                return "ask", max(look_at, self.reconnected_at + AWAY)
+            if self.reconnected_at >= look_at - RECONNECTED:
+                return "wait", None
         return "ask", look_at

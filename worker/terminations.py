@@ -64,7 +64,9 @@ class Terminations:
         """Return what is to be done with each job that has a process, and when."""
         steps: list[tuple[Job, str, float]] = []
         for job in self._jobs.running:
-            if job.is_over or job.was_killed or (job.was_told_to_end and job.presence.asked_at is None):
+            if job.is_over or job.was_killed or job.has_exited:
+                continue
+            if job.was_told_to_end and job.presence.asked_at is None:
                 continue
             step, at = job.presence.next_step(now(), self._finish)
             if at is not None and not (step == "kill" and self._is_stopping()):

@@ -12,9 +12,10 @@ from typing import Any
 from lastcall.worker.base import variables
 from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, installed_entrypoint_wait, plan
 
-# Seconds. livekit-agents gives `on_session_end`, the first of the work after a call, as long
-# (`session_end_timeout` in worker.py).
-DEFAULT_FINISH = 300.0
+# Seconds. Before the shutdown callbacks livekit-agents gives the entrypoint 15 s, the session 60 s, and
+# `on_session_end` 300 s (ipc/job_proc_lazy_main.py, and `session_end_timeout` in worker.py, both of 1.8).
+# Ours: 25 s for the callbacks.
+DEFAULT_FINISH = 400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -397,7 +397,7 @@ def kill(executor: Any) -> None:
         return  # the thread executor: its job ends with the worker
     if hasattr(executor, "_kill_sent"):
         executor._kill_sent = True  # else it logs an error for an exit that was meant
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the pid may be another program's by now
         os.kill(pid, signal.SIGKILL)
 
 
