@@ -11,13 +11,13 @@ from typing import Any
 import aiohttp
 import pytest
 from livekit import api, rtc
-from livekit.protocol import agent
+from livekit.protocol import agent, models
 
-from lastcall.worker.local import livekit_server
+from lastcall.worker.local import livekit_server, room_server
 from lastcall.worker.local.livekit_server import Delays, DispatchServer
 from lastcall.worker.local.participants import MAX_RPC
 from lastcall.worker.local.room import FULL_RECONNECT, Room
-from lastcall.worker.local.rooms import Kind, Reason
+from lastcall.worker.local.rooms import DEPARTURE_TIMEOUT, Kind, Reason, Rooms
 from lastcall.worker.local.ticks import AudioSource, AudioStream, LocalAudioTrack
 from lastcall.worker.local.twirp import MAX_METADATA
 from tests.support.fake_worker import FakeWorker, workers
@@ -422,3 +422,40 @@ async def test_a_room_closes_when_people_have_gone() -> None:
             caller.leave()
             await until(lambda: ("disconnected", Reason.ROOM_CLOSED) in events)
             assert server.rooms.state.get("r") is None
+
+
+def test_when_a_room_without_people_closes() -> None:
+    """Its time runs from the last removal of a participant, an agent's included."""
+    rooms = Rooms()
+    for name, kind in (("caller", Kind.STANDARD), ("a", Kind.AGENT), ("b", Kind.AGENT)):
+        rooms.join("r", models.ParticipantInfo(identity=name, kind=kind), 0.0)
+    room = rooms.get("r")
+    assert room is not None
+    for at, name in ((1.0, "caller"), (15.0, "a")):
+        rooms.leave(room.participants[name].sid, Reason.CLIENT_INITIATED, at)
+    rooms.join("r", models.ParticipantInfo(identity="b", kind=Kind.AGENT), 20.0)  # a full reconnect
+    rooms.expire(20.0 + DEPARTURE_TIMEOUT - 1)
+    assert rooms.get("r") is room
+    rooms.expire(20.0 + DEPARTURE_TIMEOUT)
+    assert rooms.get("r") is None
+
+
+async def test_a_slow_client_hears_why_its_session_ends() -> None:
+    """It misses older messages, and not the last one: it would take a removal for a lost connection."""
+    sent: list[str] = []
+
+    class Socket:
+        async def send_str(self, text: str) -> None:
+            sent.append(text)
+
+        async def close(self) -> None:
+            sent.append("closed")
+
+    connection = room_server._Connection(Socket())  # type: ignore[arg-type]  # a stand-in
+    for number in range(room_server.MAX_WAITING + 5):
+        connection.tell({"n": number})
+    connection.tell({"on": "disconnected"})
+    connection.hang_up()
+    async with asyncio.timeout(10):
+        await connection.write()
+    assert sent[-2:] == ['{"on": "disconnected"}', "closed"]

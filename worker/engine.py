@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from lastcall.worker import refused_key
@@ -32,7 +32,7 @@ from lastcall.worker.base.wire import (
 )
 from lastcall.worker.job_memory import MemoryWatch
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
-from lastcall.worker.room_service import RoomService, RoomServiceError
+from lastcall.worker.room_service import Requests, RoomService, RoomServiceError
 from lastcall.worker.sdk import agent_server, preflight, process_pool
 from lastcall.worker.sdk.agent_server import Answer
 from lastcall.worker.second_jobs import SecondJobs
@@ -73,7 +73,14 @@ class Engine:
     ) -> None:
         self.server = server
         self.jobs = Jobs(changed, report, self._on_ended)
-        self.second_jobs = SecondJobs(self.jobs, self._room_service)
+        self._requests = Requests()
+        self.second_jobs = SecondJobs(
+            self.jobs,
+            changed,
+            self._room_service,
+            ask=lambda job: self._requests.begin(self._ask_given_up(job)),
+            is_closing=lambda: self._requests.is_closing,
+        )
         self.memory = MemoryWatch(
             self.jobs,
             changed,
@@ -99,8 +106,7 @@ class Engine:
         self._calls_over = calls_over
         self._is_local = is_local
         self._max_running = max_running
-        self._requests: set[asyncio.Task[None]] = set()
-        self._is_closing = False
+        self._finish = finish
         self._told_full = False
         self._fenced = False
         self._held = False
@@ -310,9 +316,10 @@ class Engine:
 
         The queue for the server, above all the ends of jobs, is sent first.
         """
-        self._is_closing = True
+        self._requests.is_closing = True
+        self._changed.notify()
         await agent_server.flush(self.server)
-        await self._end_requests(deadline)
+        await self._requests.end(max(0.0, min(REQUESTS_WITHIN, deadline - now())))
         dropped = agent_server.drop_requests(self.server)
         if dropped:
             log.warning("request_fnc was still running and is cancelled", extra={"calls": dropped})
@@ -324,13 +331,6 @@ class Engine:
             self._run.cancel()
         await self._changed.until(lambda: self.ended, lambda: deadline)
         return {"idle_processes": {"killed": killed}}
-
-    async def _end_requests(self, deadline: float) -> None:
-        """Give requests to the LiveKit server a moment, and cancel the others."""
-        if self._requests:
-            await asyncio.wait(self._requests, timeout=max(0.0, min(REQUESTS_WITHIN, deadline - now())))
-        for task in self._requests:
-            task.cancel()
 
     def _is_ending(self, job: Job) -> bool:
         """Tell whether a job shuts down: by itself, or because this worker has told it to.
@@ -347,13 +347,22 @@ class Engine:
         except Exception as error:  # the job's pipe may break at any moment; the kill does not depend on it
             self._report(JobNotAsked(error=shortened(repr(error))))
 
+    async def _ask_given_up(self, job: Job) -> None:
+        """Ask a job to shut down whose agent comes back to a room that another agent has taken over."""
+        if self._is_ending(job):
+            return
+        job.presence.asked_at = now()
+        self.jobs.cut_short(job)
+        self._changed.notify()
+        await self._ask(job.executor, now() + self._finish)
+
     # -- what livekit-agents tells --------------------------------------------------------------------
 
     def _admit(self, job: Any) -> Answer:
         if self.is_full or self._must_refuse():
             return "no"
         if self.second_jobs.is_second(job):
-            self._begin(self.second_jobs.see_back(job))
+            self._requests.begin(self.second_jobs.see_back(job))
             return "never"
         self.jobs.accept(job)
         return "yes"
@@ -366,16 +375,7 @@ class Engine:
 
     def _on_ended(self, job: Job) -> None:
         if job.presence.is_in_room and job.presence.sid:
-            self._begin(self._remove_ghost(job))
-
-    def _begin(self, request: Coroutine[Any, Any, None]) -> None:
-        """Run a request to the LiveKit server beside everything else; `close` ends it."""
-        if self._run is None or self._is_closing:
-            request.close()
-            return
-        task = self._announcements.create_task(request)
-        self._requests.add(task)
-        task.add_done_callback(self._requests.discard)
+            self._requests.begin(self._remove_ghost(job))
 
     async def _remove_ghost(self, job: Job) -> None:
         """Take the agent of a job that has died out of its room; the server would show it for 20 s more."""

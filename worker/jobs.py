@@ -288,8 +288,8 @@ class Jobs:
             by_server=fate == "finished" and record.is_ended_by_server,
         )
         self._report(ended)
-        self._ended(record)
         self._changed.notify()
+        self._ended(record)
 
     def _tell_started(self, record: Job) -> None:
         self._report(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -17,14 +19,64 @@ from livekit import api
 
 from lastcall.worker.base.proxies import proxy_to
 
+log = logging.getLogger("lastcall.worker")
+
 # Seconds for one request. Ours: a server answers within 20 ms, and another region within half a second.
 ANSWERS_WITHIN = 3.0
 # Seconds that a token is valid. Ours: more than any request takes, and little for a clock that is wrong.
 TOKEN_SECONDS = 60
+# Kinds of participants that keep no room open (pkg/rtc/participant.go, IsDependent).
+DEPENDENT = frozenset({"AGENT", "EGRESS"})
 
 
 class RoomServiceError(Exception):
     """Raised when the server can't be asked, or says no; the text has the method and the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Participant:
+    """One participant of a room. `keeps_open`: the room stays for it, as for a caller.
+
+    The server itself writes the name of an agent into its attributes (pkg/agent/worker.go, AssignJob).
+    """
+
+    identity: str
+    keeps_open: bool
+    is_agent: bool
+    agent_name: str
+
+
+class Requests:
+    """Requests to the LiveKit server that run beside everything else. They can't end the worker.
+
+    While `is_closing` none begins.
+    """
+
+    def __init__(self) -> None:
+        self.is_closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, request: Coroutine[Any, Any, None]) -> None:
+        """Run a request, unless the worker closes."""
+        if self.is_closing:
+            request.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._run(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def end(self, within: float) -> None:
+        """Give the requests a moment, in seconds, and cancel the others."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=within)
+        for task in self._tasks:
+            task.cancel()
+
+    async def _run(self, request: Coroutine[Any, Any, None]) -> None:
+        try:
+            await request
+        except Exception:  # whatever the server answers, the calls of this worker go on
+            log.exception("a request to the LiveKit server has failed")
 
 
 class RoomService:
@@ -53,20 +105,33 @@ class RoomService:
             raise
         return True
 
-    async def has_agent(self, room: str, agent_name: str) -> bool:
-        """Tell whether an agent of this name is in a room. Raises RoomServiceError.
+    async def participants(self, room: str) -> list[Participant]:
+        """Return the participants of a room, avatars of agents left out; none if there is no such room.
 
-        The server itself writes the name into the agent's attributes (pkg/agent/worker.go, AssignJob).
+        Raises RoomServiceError. A field that has its default value may be missing in the answer.
         """
         found = await self._post("RoomService/ListParticipants", room, {"room": room})
-        return any(
-            each.get("kind") == "AGENT" and each.get("attributes", {}).get("lk.agent_name", "") == agent_name
-            for each in found.get("participants", ())
-        )
+        people = []
+        for each in found.get("participants") or ():
+            kind, attributes = each.get("kind", "STANDARD"), each.get("attributes") or {}
+            if each.get("state") != "DISCONNECTED" and "lk.publish_on_behalf" not in attributes:
+                person = Participant(
+                    identity=each.get("identity", ""),
+                    keeps_open=kind not in DEPENDENT,
+                    is_agent=kind == "AGENT",
+                    agent_name=attributes.get("lk.agent_name", ""),
+                )
+                people.append(person)
+        return people
 
-    async def create_dispatch(self, room: str, agent_name: str, metadata: str) -> None:
+    async def create_dispatch(
+        self, room: str, agent_name: str, metadata: str, deployment: str, attributes: Mapping[str, str]
+    ) -> None:
         """Have the server look for a worker for a room. Raises RoomServiceError."""
-        body = {"room": room, "agent_name": agent_name, "metadata": metadata}
+        body: dict[str, Any] = {"room": room, "agent_name": agent_name, "metadata": metadata}
+        if deployment:
+            body["deployment"] = deployment
+        body["attributes"] = dict(attributes)
         await self._post("AgentDispatchService/CreateDispatch", room, body)
 
     async def _post(self, method: str, room: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -79,16 +144,26 @@ class RoomService:
                 aiohttp.ClientSession() as session,
                 session.post(url, json=body, headers=headers, proxy=self._proxy) as answer,
             ):
-                document: dict[str, Any] = {}
+                document: Any = None
                 with contextlib.suppress(ValueError, aiohttp.ContentTypeError):
                     document = await answer.json()
+                is_object = isinstance(document, dict)
                 if answer.status != 200:
-                    raise RoomServiceError(f"{method}: {answer.status} {document.get('code', '')}")
-                return document
+                    code = document.get("code", "") if is_object else ""
+                    raise RoomServiceError(f"{method}: {answer.status} {code}")
+                if not is_object:
+                    raise RoomServiceError(f"{method}: 200 without a JSON object")
+                return dict(document)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise RoomServiceError(f"{method}: {error!r}") from error
+            raise RoomServiceError(f"{method}: {_reason(error)}") from None
 
     def _token(self, grants: api.VideoGrants) -> str:
         token = api.AccessToken(self._key, self._secret).with_grants(grants)
         text: str = token.with_ttl(datetime.timedelta(seconds=TOKEN_SECONDS)).to_jwt()
         return text
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error is. The text of one of aiohttp's may have the password of a proxy."""
+    detail = getattr(error, "status", None) or getattr(getattr(error, "os_error", error), "strerror", None)
+    return f"{type(error).__name__} {detail or ''}".strip()

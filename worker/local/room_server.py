@@ -255,14 +255,17 @@ class _Connection:
         self._waiting: asyncio.Queue[Message | None] = asyncio.Queue(maxsize=MAX_WAITING)
 
     def tell(self, message: Message) -> None:
-        # A client that reads nothing for so long misses messages, as it would with data over a network.
-        with contextlib.suppress(asyncio.QueueFull):
-            self._waiting.put_nowait(message)
+        self._put(message)
 
     def hang_up(self) -> None:
+        self._put(None)
+
+    def _put(self, message: Message | None) -> None:
+        # A client that reads nothing for so long misses messages, as it would with data over a network. The
+        # newest are kept, because the last one says why the session ends.
         while self._waiting.full():
             self._waiting.get_nowait()
-        self._waiting.put_nowait(None)
+        self._waiting.put_nowait(message)
 
     def drop(self) -> None:
         """Lose the connection."""

@@ -77,6 +77,7 @@ class Room:
     """One room. Times are readings of the monotonic clock.
 
     `agents`: the job of each agent, by identity. `ghosts`: since when a session has no connection.
+    `left_at`: of the last removal of a participant, an agent's included (pkg/rtc/room.go:1493).
     """
 
     info: models.Room
@@ -189,6 +190,8 @@ class Rooms:
     def join(self, name: str, info: models.ParticipantInfo, now: float) -> list[Effect]:
         """Let a session in. An older session of the identity is removed (pkg/service/roommanager.go:400)."""
         room, effects = self.open(name, now, automatic=True)
+        if info.identity in room.participants:
+            room.left_at = now
         effects += self._remove(room, info.identity, Reason.DUPLICATE_IDENTITY)
         info.sid = f"PA_{secrets.token_hex(6)}"
         info.state = models.ParticipantInfo.State.ACTIVE
@@ -196,7 +199,7 @@ class Rooms:
         room.participants[info.identity] = info
         room.info.num_participants = sum(each.kind not in DEPENDENT for each in room.participants.values())
         if info.kind not in DEPENDENT:
-            room.was_joined, room.left_at = True, None
+            room.was_joined = True
             effects += [
                 self._launch(room, id, JobType.JT_PARTICIPANT, info) for id in room.dispatches
             ]  # room.go:474
@@ -220,8 +223,7 @@ class Rooms:
             return []
         room, info = found
         effects = self._remove(room, info.identity, reason)
-        if room.is_idle and room.left_at is None:
-            room.left_at = now
+        room.left_at = now
         return effects
 
     def lose(self, sid: str, now: float) -> None:
