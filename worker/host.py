@@ -146,7 +146,8 @@ class Host:
                     group.create_task(engine.keep_told()),
                     group.create_task(self._tell_of_changes(engine)),
                 ]
-                await self.changed.until(lambda: self.stopping.is_set or engine.is_lost)
+                # Before the beats and all others: each that looks first makes the fence later.
+                await self.changed.until(lambda: self.stopping.is_set or engine.is_lost, is_first=True)
                 for task in telling:
                     task.cancel()
             code = await self._stop(engine)

@@ -16,33 +16,44 @@ class Condition:
     woken waiter reads the predicate and the deadline afresh, so a deadline may move during the wait.
     """
 
-    __slots__ = ("_waiters",)
+    __slots__ = ("_first", "_waiters")
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
+        # Woken before all others: the loop runs what is woken in this order.
+        self._first: set[asyncio.Future[None]] = set()
 
     def notify(self) -> None:
         """Have every waiter look again."""
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        for waiters in (self._first, self._waiters):
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
 
     async def until(
-        self, predicate: Callable[[], object], deadline: Callable[[], float | None] = never
+        self,
+        predicate: Callable[[], object],
+        deadline: Callable[[], float | None] = never,
+        *,
+        is_first: bool = False,
     ) -> bool:
-        """Wait until the predicate holds (True) or the deadline has passed (False); both are read afresh."""
+        """Wait until the predicate holds (True) or the deadline has passed (False); both are read afresh.
+
+        `is_first`: look before the waiters without it.
+        """
+        waiters = self._first if is_first else self._waiters
         while not predicate():
             at = deadline()
             left = None if at is None else at - now()
             if left is not None and left <= 0:
                 return False
             waiter = asyncio.get_running_loop().create_future()
-            self._waiters.add(waiter)
+            waiters.add(waiter)
             try:
                 async with asyncio.timeout(left):
                     await waiter
             except TimeoutError:
                 pass
             finally:
-                self._waiters.discard(waiter)
+                waiters.discard(waiter)
         return True
