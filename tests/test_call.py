@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import random
+import secrets
 import socket
 import time
 import weakref
@@ -248,6 +249,55 @@ async def test_the_end_of_a_job() -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+async def test_a_function_that_is_slow_to_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of the job waits for it for a bounded time, because connections are closed after it."""
+    monkeypatch.setattr(call_module, "CANCEL_WITHIN", 0.05)
+    let_go = asyncio.Event()
+
+    async def slow(_notice: Notice) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await let_go.wait()
+
+    async with worker() as calls:
+        async with joined(calls) as call:
+            call.on_stopping(slow)
+            calls.tell(limits(30))
+            await until(lambda: call._tasks)
+            await asyncio.sleep(0)
+        (task,) = call._tasks
+        assert not task.done() and call.is_inert
+        assert [record for record in caplog.records if "do not end" in record.message]
+        let_go.set()
+        await until(task.done)
+
+
+async def test_a_worker_without_a_socket(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The system refuses the socket: one line of the worker says so, one of the job, and calls are inert."""
+    monkeypatch.setattr(secrets, "token_hex", lambda _bytes: "taken")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(f"\0lastcall-{os.getpid()}-taken")
+        before = len(os.listdir("/proc/self/fd"))
+        async with worker() as calls:
+            ctx = context("AJ_1", calls)
+            call = lastcall.call(ctx)
+            assert call.is_inert
+            calls.tell(limits(30))
+            calls.forget("AJ_1")
+            assert calls.due_at("AJ_1") == 0.0
+            assert await call.extend(5) is None
+            await call_module.end(ctx.proc)
+        assert len(os.listdir("/proc/self/fd")) == before
+    (of_worker, of_job) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "no call can be told" in of_worker.message and "Address already in use" in of_worker.error  # type: ignore[attr-defined]
+    assert "has no socket" in of_job.message
+
+
 async def test_a_worker_that_is_gone() -> None:
     """Its calls are inert from then on, and a question has an answer."""
     async with worker() as calls, joined(calls) as call:
@@ -424,6 +474,8 @@ async def test_no_descriptor_is_left(
     monkeypatch.setattr(call_channels, "ACCEPT_AGAIN_AFTER", 0.05)
     async with worker() as calls:
         listener, lacks = calls._listener, 2
+        assert listener is not None
+        accept = listener.accept
 
         class Lacking:
             def accept(self) -> Any:
@@ -431,7 +483,7 @@ async def test_no_descriptor_is_left(
                 if lacks:
                     lacks -= 1
                     raise OSError(24, "Too many open files")
-                return listener.accept()
+                return accept()
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(listener, name)

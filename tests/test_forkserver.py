@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ sys.meta_path.insert(0, Noted())
 """
 # An agent whose module does what a module should not, and whose jobs tell how they find the process.
 ODD_AGENT = """
-import multiprocessing, os, random, signal, sys, threading
+import gc, multiprocessing, os, random, signal, sys, threading
 from livekit.agents import WorkerOptions, cli
 import calls
 
@@ -44,7 +45,7 @@ async def entrypoint(ctx):
     calls.note(
         ctx, "state", worker=os.environ["FROM_TARGET"], cwd=os.getcwd(), loads=loads, random=random.random(),
         parent=os.getppid(), main=sys.modules["__main__"].__file__, argv=sys.argv,
-        name=multiprocessing.current_process().name,
+        name=multiprocessing.current_process().name, collects=gc.get_threshold(),
     )
     await calls.entrypoint(ctx)
 
@@ -101,6 +102,7 @@ async def test_one_import_of_livekit(run: StartRun, tmp_path: Path) -> None:
             [str(agent), "start"],
             "job_proc",
         )
+        assert state["collects"] == list(gc.get_threshold())
     assert states[0]["random"] != states[1]["random"]
     # From the supervisor the worker has the control channel, and the read ends of its output.
     given = descriptors(worker.pid, {3, 4, 5})
@@ -148,8 +150,18 @@ async def test_worker_killed_before_its_forkserver_is_used(run: StartRun) -> Non
 
 # Forks with a module of the test in place of livekit-agents, changes something, and starts a process.
 PROGRAM = """
-import json, logging, multiprocessing, os, resource, signal, ssl, sys
+import gc, json, logging, multiprocessing, os, resource, signal, ssl, sys
+from lastcall.worker.base import garbage
 from lastcall.worker.sdk import forkserver
+
+def threshold_of_a_fork():
+    found = gc.get_threshold()
+    gc.set_threshold(0)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(gc.get_threshold()[0] != 0)
+    gc.set_threshold(*found)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def tell(connection):
     imported = sys.modules.get("imported")
@@ -158,18 +170,22 @@ def tell(connection):
         "variable": os.environ.get("READ_LATER"),
         "authorities": len(imported.context.get_ca_certs()) if imported else None,
         "own": len(ssl.create_default_context().get_ca_certs()),
+        "collects": gc.get_threshold(),
+        "shares": gc.get_freeze_count() > 0,
+        "keeps": threshold_of_a_fork() == 0,
     })
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(reason)s", stream=sys.stderr)
     sys.path.insert(0, sys.argv[1])
     forkserver.IMPORTED = ("imported",)
-    forkserver.fork()
+    with garbage.no_collections():
+        forkserver.fork()
     assert len(ssl.kept.get_ca_certs()) == len(ssl.create_default_context().get_ca_certs())
     os.environ["READ_LATER"] = "set"
     exec(sys.argv[2])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([])
+    context.set_forkserver_preload(json.loads(sys.argv[3]))
     near, far = context.Pipe(duplex=False)
     process = context.Process(target=tell, args=(far,))
     process.start()
@@ -184,15 +200,32 @@ context = ssl.kept = ssl.create_default_context()
 os.environ.get("READ_AT_IMPORT")
 """
 CERTIFICATES = "import certifi; os.environ['SSL_CERT_FILE'] = certifi.where()"
+# As on a network file system whose server has lost the working directory.
+NO_DIRECTORY = """
+import errno
+def open_file(path, *arguments, real=os.open, **more):
+    if path == ".":
+        raise OSError(errno.ESTALE, "stale")
+    return real(path, *arguments, **more)
+os.open = open_file
+"""
+PRELOADED = ("lastcall.worker.job.preload",)
 
 
-def start(tmp_path: Path, *, module: str = "", after: str = "", flags: tuple[str, ...] = ()) -> Any:
+def start(
+    tmp_path: Path,
+    *,
+    module: str = "",
+    after: str = "",
+    flags: tuple[str, ...] = (),
+    preload: tuple[str, ...] = PRELOADED,
+) -> Any:
     """Run PROGRAM; return what its process tells, and the lines that it has logged."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     (tmp_path / "imported.py").write_text(MODULE + module)
     found = subprocess.run(
-        [sys.executable, *flags, str(program), str(tmp_path), after],
+        [sys.executable, *flags, str(program), str(tmp_path), after, json.dumps(preload)],
         check=False,
         capture_output=True,
         text=True,
@@ -203,16 +236,22 @@ def start(tmp_path: Path, *, module: str = "", after: str = "", flags: tuple[str
     return json.loads(found.stdout), found.stderr.splitlines()
 
 
-@pytest.mark.parametrize("flags", [(), ("-W", "error")])
-def test_fork(tmp_path: Path, flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("flags", "preload"), [((), PRELOADED), (("-W", "error"), ())])
+def test_fork(tmp_path: Path, flags: tuple[str, ...], preload: tuple[str, ...]) -> None:
     """The process finds what was imported before, with the environment and the certificates of now.
 
-    A native library whose threads end in the fork does no harm: numpy brings OpenBLAS.
+    A native library whose threads end in the fork does no harm: numpy brings OpenBLAS. Nor does a process
+    without standard output. The process collects garbage. An agent that starts a forkserver before its server
+    runs has no preload of lastcall, and finds the same.
     """
-    told, logged = start(tmp_path, module="import numpy\n", after=CERTIFICATES, flags=flags)
+    module = "import numpy, sys\nsys.stdout = None\n"
+    after = f"{CERTIFICATES}; sys.stdout = sys.__stdout__"
+    told, logged = start(tmp_path, module=module, after=after, flags=flags, preload=preload)
     assert logged == []
     assert (told["imported_in"], told["variable"]) == (told["worker"], "set")
     assert told["authorities"] == told["own"] > 0
+    assert told["collects"] == list(gc.get_threshold())
+    assert told["shares"] and told["keeps"]
 
 
 @pytest.mark.parametrize(
@@ -231,6 +270,8 @@ def test_fork(tmp_path: Path, flags: tuple[str, ...]) -> None:
         ("", "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))", "Max core file size of the process"),
         ("", "signal.signal(signal.SIGHUP, signal.SIG_IGN)", "SigIgn of the process has changed"),
         ("", "import psutil; psutil.Process().children()[0].kill()", "gone or hangs"),
+        ("", NO_DIRECTORY, "the process can't be looked at: [Errno 116]"),
+        ("from lastcall.worker.sdk import forkserver; forkserver._place = None", "", "take over: TypeError"),
     ],
 )
 def test_new_interpreter(tmp_path: Path, module: str, after: str, reason: str) -> None:
@@ -238,4 +279,6 @@ def test_new_interpreter(tmp_path: Path, module: str, after: str, reason: str) -
     told, logged = start(tmp_path, module=module, after=after)
     assert told["variable"] == "set"
     assert told["imported_in"] is None
+    assert told["collects"] == list(gc.get_threshold())
+    assert told["shares"] and told["keeps"]
     assert len(logged) == 1 and reason in logged[0], logged

@@ -9,6 +9,7 @@ import multiprocessing.process
 import multiprocessing.util
 import os
 import re
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,14 @@ from livekit.agents.ipc import proc_pool, supervised_proc
 from lastcall.worker import scratch
 from lastcall.worker.base.errors import Incompatible
 from lastcall.worker.inworld.plugin import private_names
-from lastcall.worker.sdk import agent_server, child_processes, forkserver, preflight, process_pool
+from lastcall.worker.sdk import (
+    agent_server,
+    child_processes,
+    forkserver,
+    job_process,
+    preflight,
+    process_pool,
+)
 from lastcall.worker.sdk.names import INWORLD, NAMES, PrivateName
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.renaming import SITE, without
@@ -48,6 +56,7 @@ DOCUMENTED = {"os._exit", "sys._getframe", "sample._replace"}
 FOREIGN = {
     *("server", "executor", "pool", "info", "offer", "popen", "process", "connection", "context", "tts"),
     *("cli_log", "module", "supervised_proc", "http_context", "LogQueueListener", "Plugin", "plugin"),
+    "proc_client",
 }
 PUBLIC = {"on", "load_fnc", "job", "id", "accept", "package", "done", "current_process", "__init__"}
 OURS = {"call_is_over"}  # set by lastcall on an object of theirs
@@ -363,6 +372,16 @@ def reason(_patch: pytest.MonkeyPatch) -> None:
     assert told == [("the process could not be started", False)]
 
 
+def stacks(patch: pytest.MonkeyPatch) -> None:
+    """The handler that stands stays, and it does nothing."""
+    from livekit.agents.ipc import proc_client
+
+    patch.delattr(proc_client, "_dump_stack_traces")
+    before = signal.getsignal(signal.SIGUSR1)
+    job_process.dump_stacks_at(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 LESSER = {
     "_load_threshold": full_by_load,
     "_get_effective_load": full_by_load,
@@ -393,6 +412,7 @@ LESSER = {
     "_forkserver": shielded_forkserver,
     "_forkserver_pid": shielded_forkserver,
     "spawnv_passfds": new_interpreter,
+    "_dump_stack_traces": stacks,
 }
 
 

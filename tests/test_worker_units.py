@@ -6,6 +6,8 @@ import ast
 import asyncio
 import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -26,6 +28,7 @@ from lastcall.worker.base.resources import Resources
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SHIELDED, unshielded
 from lastcall.worker.base.wire import MAX_LINE_BYTES, Counts, Decoder, encode
+from lastcall.worker.job import setup
 
 Pair = tuple[wire.Vocabulary[Any], wire.Message]
 VOCABULARIES: tuple[tuple[wire.Vocabulary[Any], object], ...] = (
@@ -324,3 +327,30 @@ def test_no_collections_during_imports() -> None:
         assert gc.get_threshold() == (5000, 5, 5)
     finally:
         gc.set_threshold(*before)
+
+
+@pytest.mark.core
+def test_signals_of_a_job_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job ignores them, keeps a handler of the agent, and writes its stacks at livekit-agents' signal."""
+    from livekit.agents.ipc import proc_client
+
+    dumped: list[int] = []
+    monkeypatch.setattr(proc_client, "_dump_stack_traces", lambda number, _frame: dumped.append(number))
+    monkeypatch.setenv(variables.WORKER_PID, "1")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+    before = {number: signal.getsignal(number) for number in SHIELDED}
+    try:
+        for number in SHIELDED:
+            signal.signal(number, signal.SIG_DFL)
+        heard: list[int] = []
+        signal.signal(signal.SIGHUP, lambda number, _frame: heard.append(number))
+        setup.unmask()
+        for number in SHIELDED:
+            os.kill(os.getpid(), number)
+        assert (dumped, heard) == ([signal.SIGUSR1], [signal.SIGHUP])
+        assert not setup.has_handler()
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -51,13 +51,19 @@ class _Channel:
 
 
 class Calls:
-    """The calls that asked to be told. `close_needed`: seconds of the close that no extension takes."""
+    """The calls that asked to be told. `close_needed`: seconds of the close that no extension takes.
+
+    A security module may refuse the socket. `address` is then "", no call is told, and the worker runs on.
+    """
 
     def __init__(self, *, close_needed: float) -> None:
         self.address = f"\0lastcall-{os.getpid()}-{secrets.token_hex(8)}"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        self._listener.bind(self.address)
-        self._listener.listen(BACKLOG)
+        self._listener: socket.socket | None = None
+        self._refusal = ""
+        try:
+            self._listener = _listening(self.address)
+        except OSError as error:
+            self.address, self._refusal = "", repr(error)
         self._close_needed = close_needed
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accept_again: asyncio.TimerHandle | None = None
@@ -68,17 +74,21 @@ class Calls:
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the calls in."""
         self._loop = loop
+        if self._listener is None:
+            log.warning("no call can be told of a stop", extra={"error": self._refusal})
+            return
         loop.add_reader(self._listener.fileno(), self._accept)
 
     def close(self) -> None:
         """Close every connection, and let nobody in any more."""
         if self._accept_again is not None:
             self._accept_again.cancel()
-        if self._loop is not None and self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener.fileno())
         for channel in list(self._channels):
             self._drop(channel)
-        self._listener.close()
+        if self._listener is not None:
+            if self._loop is not None and self._listener.fileno() >= 0:
+                self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
 
     def tell(self, deadlines: Drain) -> None:
         """Tell every call until when it may go on, those that join later too.
@@ -104,7 +114,7 @@ class Calls:
     # -- one connection -------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        assert self._loop is not None
+        assert self._loop is not None and self._listener is not None
         for _ in range(BACKLOG):
             try:
                 sock, _address = self._listener.accept()
@@ -188,3 +198,15 @@ class Calls:
             self._loop.remove_reader(channel.sock.fileno())
             with contextlib.suppress(OSError):
                 channel.sock.close()
+
+
+def _listening(address: str) -> socket.socket:
+    """Return a socket that listens at the address. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener

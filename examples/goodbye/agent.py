@@ -34,15 +34,13 @@ async def entrypoint(ctx: JobContext) -> None:
             await asyncio.sleep(min(1.0, notice.seconds_left - LAST_MINUTE))
             notice = await call.stopping  # the newest one
         logger.info("good-bye", extra={"reason": notice.reason})
-        await session.say(GOODBYE, allow_interruptions=False)
-        ctx.shutdown(reason="good-bye")
+        try:
+            await session.say(GOODBYE, allow_interruptions=False)
+        finally:  # the call ends too if the sentence can't be said, as in an outage of the TTS
+            ctx.shutdown(reason="good-bye")
 
-    agent = Agent(instructions="You are a friendly assistant.")
-    if ctx.is_fake_job():  # on a local server of lastcall there is no room to speak in
-        await session.start(agent=agent)
-    else:
-        await session.start(agent=agent, room=ctx.room)
-        await ctx.connect()
+    await session.start(agent=Agent(instructions="You are a friendly assistant."), room=ctx.room)
+    await ctx.connect()
     logger.info("the call has begun")
 
 

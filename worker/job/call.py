@@ -39,6 +39,9 @@ log = logging.getLogger("lastcall")
 MOVED_BY = 0.5
 # Seconds for the answer of the worker. Ours: it takes a millisecond, and a worker that is stuck has none.
 ANSWER_WITHIN = 1.0
+# Seconds for functions of `on_stopping` that are cancelled at the end of the job. Ours: the Inworld close
+# follows within the same 4 s (`teardown.OWN_CLOSE_WITHIN`), and needs two round trips.
+CANCEL_WITHIN = 1.0
 # Seconds until the next try to connect to a worker that has not let in hundreds of calls before this one.
 CONNECT_AGAIN_AFTER = 0.25
 # Bytes of a message. Ours: a `Limit` has about a hundred.
@@ -128,10 +131,10 @@ class Call:
         if call.stopping.is_set(): ...
     """
 
-    def __init__(self, job: str, address: str) -> None:
+    def __init__(self, job: str, address: str | None) -> None:
         self.stopping = StoppingEvent()
         self._job = job
-        self._address = address
+        self._address = address or ""
         self._loop = asyncio.get_running_loop()
         self._sock: socket.socket | None = None
         self._connect_again: asyncio.TimerHandle | None = None
@@ -141,6 +144,8 @@ class Call:
         self._answers: dict[int, asyncio.Future[None]] = {}
         if address:
             self._connect()
+        elif address is not None:
+            log.warning("lastcall.call: the worker has no socket for calls, and this job is told of no stop")
         else:
             log.info("lastcall.call: this job does not run under lastcall, and is told of no stop")
 
@@ -156,7 +161,8 @@ class Call:
         worker takes no new job. It is called again when the deadline has moved by half a second or more, or
         the reason has changed; `notice.is_first` tells the two apart. Where the time is limited already, `fn`
         is called in the next turn of the event loop. An exception in `fn` is logged. An async `fn` that still
-        runs when the job has ended, after the shutdown callbacks, is cancelled. May be used as a decorator.
+        runs when the job has ended, after the shutdown callbacks, is cancelled, and has a second to end. May
+        be used as a decorator.
         """
         listening = _Listening(fn)
         self._listening.append(listening)
@@ -283,7 +289,10 @@ class Call:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks)
+            _, left = await asyncio.wait(tasks, timeout=CANCEL_WITHIN)
+            if left:
+                fields = {"functions": len(left), "seconds": CANCEL_WITHIN}
+                log.warning("lastcall.call: functions of on_stopping do not end", extra=fields)
 
 
 async def _awaited(result: Awaitable[object]) -> None:
@@ -300,7 +309,7 @@ _calls: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
 
 
 def begin(process: Any, address: str) -> None:
-    """Give a job process the address of its worker, before its job runs."""
+    """Give a job process the address of its worker, before its job runs; "" where the worker has none."""
     _addresses[process] = address
 
 
@@ -327,5 +336,5 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
         raise RuntimeError("lastcall.call(ctx) has to be called on the event loop of the job") from None
     made = _calls.get(ctx.proc)
     if made is None:
-        made = _calls[ctx.proc] = Call(ctx.job.id, _addresses.get(ctx.proc, ""))
+        made = _calls[ctx.proc] = Call(ctx.job.id, _addresses.get(ctx.proc))
     return made

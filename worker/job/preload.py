@@ -1,8 +1,8 @@
 """The first module that a forkserver imports: it stops automatic garbage collections there.
 
-A job process is forked without them, imports the agent's module, and collects again from `Setup` on.
+Each process that the forkserver forks collects garbage from its first instruction on.
 """
 
 from lastcall.worker.base import garbage
 
-garbage.stop_collecting()
+garbage.collect_in_forks_only()

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from lastcall.worker.base import calls_over, garbage, setup_errors
+from lastcall.worker.base import calls_over, setup_errors
 from lastcall.worker.base.memory import die_before, oom_adjustment
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
@@ -47,9 +47,11 @@ def unmask() -> None:
         return
     for number in SHIELDED:
         # Not add_signal_handler: there is no event loop here yet, and nothing to wake. A handler that is
-        # there already is livekit-agents' own, for stack dumps, and harmless.
+        # there already is livekit-agents' or the agent's, and harmless.
         if number in STOP_SIGNALS or signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _ignore)
+            if number == signal.SIGUSR1:
+                job_process.dump_stacks_at(number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
 
 
@@ -73,7 +75,6 @@ class Setup:
 
     def __call__(self, process: Any) -> Any:
         unmask()
-        garbage.collect_again()
         if os.environ.get(WORKER_PID) != str(os.getpid()):
             die_before(oom_adjustment() + JOBS_DIE_BEFORE)
         # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.

@@ -127,8 +127,9 @@ class Room(rtc.EventEmitter[Any]):  # type: ignore[misc]  # livekit.rtc is not t
             ) from error
         self._local = LocalParticipant(welcome["me"], self._send)
         self._take_in(welcome, tell=False)
-        self._state = State.CONN_CONNECTED
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        # A session that was started before the connection waits for the event, and is mute until then.
+        self._set_state(State.CONN_CONNECTED)
 
     async def disconnect(self, *, reason: Any = Reason.CLIENT_INITIATED) -> None:
         """Leave the room, and return when the server knows."""

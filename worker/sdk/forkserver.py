@@ -7,7 +7,7 @@ has imported. That takes 1.3 to 1.9 s of processor time, by the version of livek
     imports IMPORTED, has one thread, forks ────► closes what it inherited, waits
     loads the target, runs
     multiprocessing starts its forkserver
-    sends the command, and what exec passes on ─► takes it over, runs the command
+    sends the command, and what exec passes on ─► takes it over, says so, runs the command
 
 The command is the one that multiprocessing has for a new interpreter, and the child runs it in an empty
 `__main__`. So the wire, the status pipes and the resource tracker are multiprocessing's on each version.
@@ -49,6 +49,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lastcall.worker.base import garbage
 from lastcall.worker.base.memory import oom_adjustment
 from lastcall.worker.base.process import FORKSERVER, set_name
 from lastcall.worker.base.stopping import SHIELDED
@@ -82,6 +83,9 @@ TAKE_OVER_WITHIN = 5.0
 # a thread that has been joined may stand in /proc for some microseconds.
 THREADS_END_WITHIN = 0.2
 LENGTH = struct.Struct("!I")
+TAKEN_OVER = b"\0"
+# Bytes of the answer at most; one that is not TAKEN_OVER is the text of an error. Ours: a line.
+ANSWER_BYTES = 1024
 
 
 class Unlike(Exception):
@@ -149,7 +153,9 @@ def _fork_now(opened: set[int], reads: set[str], contexts: list[ssl.SSLContext])
     if threading.active_count() > 1:
         raise Unlike("an import has started a thread")
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        # The stream may be None or closed, and its disk may be full. The import has to write nothing.
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     try:
         passed_on = _passed_on()
         near, far = socket.socketpair()
@@ -199,21 +205,28 @@ class _Waiting:
 
         Raises Unlike if it would not do what a new interpreter does, and where it has ended or hangs.
         """
-        self._compare(path)
+        try:
+            self._compare(path)
+            # Not by its name: the directory may have been removed, or may be out of reach by now.
+            here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unlike(f"the process can't be looked at: {error}") from error
         environment = dict(os.environ)
         mask = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
         numbers = [int(number) for number in descriptors]
         request = json.dumps([command, environment, mask, numbers]).encode()
-        # Not by its name: the directory may have been removed, or may be out of reach by now.
-        here = os.open(".", os.O_PATH | os.O_CLOEXEC)
         try:
             self._sock.settimeout(TAKE_OVER_WITHIN)
             socket.send_fds(self._sock, [LENGTH.pack(len(request))], [here, *numbers])
             self._sock.sendall(request)
+            answer = self._sock.recv(ANSWER_BYTES)
         except OSError as error:
             raise Unlike(f"the child that was to be the forkserver is gone or hangs: {error}") from error
         finally:
             os.close(here)
+        if answer != TAKEN_OVER:
+            why = answer.decode(errors="replace") or "it has ended"
+            raise Unlike(f"the child that was to be the forkserver could not take over: {why}")
         self._sock.close()
         return self._pid
 
@@ -257,16 +270,27 @@ def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext])
         request += part
     if not header or len(request) < length:
         os._exit(0)
-    sock.close()
     command, environment, mask, numbers = json.loads(request)
-    here, *passed = received
-    os.fchdir(here)
-    os.close(here)
-    _place(passed, numbers)
-    os.environ.clear()
-    os.environ.update(environment)
-    _load_defaults(contexts)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    # Above the numbers that the command expects: `_place` closes what is there.
+    worker = socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1))
+    sock.close()
+    try:
+        here, *passed = received
+        os.fchdir(here)
+        os.close(here)
+        _place(passed, numbers)
+        os.environ.clear()
+        os.environ.update(environment)
+        _load_defaults(contexts)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        garbage.collect_again()
+        worker.sendall(TAKEN_OVER)
+    except Exception as error:
+        # The worker says why, and starts a new interpreter.
+        with suppress(OSError):
+            worker.sendall(repr(error).encode()[:ANSWER_BYTES])
+        os._exit(1)
+    worker.close()
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     sys.argv = ["-c"]

@@ -6,6 +6,7 @@ every job. `preflight` has looked for the names, in the worker.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -48,3 +49,15 @@ def at_job_end(end: Callable[[Any], Awaitable[None]]) -> None:
 
     close_http_ctx.is_job_end = True  # type: ignore[attr-defined]  # a mark on our own function
     http_context._close_http_ctx = close_http_ctx
+
+
+def dump_stacks_at(number: signal.Signals) -> None:
+    """Have the job write its stacks at this signal, which livekit-agents sends before it kills a stuck job.
+
+    livekit-agents sets the handler while a job process imports its module. A process that was forked with
+    the module imported has no handler. Nothing is written without `LK_DUMP_STACK_TRACES`.
+    """
+    from livekit.agents.ipc import proc_client
+
+    if hasattr(proc_client, "_dump_stack_traces"):
+        signal.signal(number, proc_client._dump_stack_traces)

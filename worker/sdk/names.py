@@ -367,6 +367,14 @@ NAMES = (
         signature="async ()",
         needed_by="the end of a job",
     ),
+    PrivateName(
+        owner="livekit.agents.ipc.proc_client",
+        name="_dump_stack_traces",
+        kind="function",
+        signature="(number, frame)",
+        needed_by="the stacks of a job that livekit-agents kills",
+        without="livekit-agents kills a stuck job without its stacks",
+    ),
     # -- multiprocessing -------------------------------------------------------------------------------
     PrivateName(owner=POPEN, name="poll", kind="method", signature="(self, flag)", needed_by=EXIT),
     PrivateName(owner=POPEN, name="sentinel", kind="attribute", needed_by=EXIT),
