@@ -7,6 +7,7 @@ The metadata is a JSON object. Each key may be left out:
                       "leaking_program", "program", "crash", "spawn", "fork", "thread", "to_thread",
                       "exit_handler" or "bad_exit"
     mb                megabytes of a leak
+    after             seconds of a shutdown callback
     prints            lines that a job prints, in mode "sleep" first, in mode "hold" last
     request_sleep     seconds that request_fnc sleeps before it accepts the job
     request_block     seconds that request_fnc blocks the loop before it accepts the job
@@ -81,6 +82,7 @@ async def entrypoint(ctx: JobContext) -> None:
 
     async def callback() -> None:
         note(ctx, "callback")
+        await asyncio.sleep(spec.get("after", 0))
 
     ctx.add_shutdown_callback(callback)
     if mode == "block":
