@@ -33,6 +33,7 @@ from lastcall.worker.base.wire import (
     WorkerSays,
 )
 from tests.support.harness import Run, StartRun, lives
+from tests.support.hearing import last_of
 
 pytestmark = pytest.mark.core
 
@@ -99,12 +100,7 @@ class Acting:
         self.changed.notify()
 
     async def hears(self, kind: type[Any]) -> Any:  # the message of that class; no narrower type fits all
-        def last() -> WorkerSays | None:
-            return next((message for message in reversed(self.heard) if isinstance(message, kind)), None)
-
-        at = now() + PATIENCE
-        assert await self.changed.until(lambda: last() is not None, lambda: at), self.heard
-        return last()
+        return await last_of(kind, self.heard, self.changed, patience=PATIENCE)
 
 
 @asynccontextmanager

@@ -43,6 +43,7 @@ from lastcall.worker.base.wire import (
 from lastcall.worker.engine import Engine
 from lastcall.worker.host import Host
 from lastcall.worker.orphan_output import OrphanOutput, peer_pid
+from tests.support.hearing import last_of
 
 PATIENCE = 20.0
 SETTINGS = WorkerSettings(grace=60.0, shares=Shares(close=10.0), beat=30.0)
@@ -117,12 +118,7 @@ class Pair:
     changed: Condition
 
     async def hears(self, kind: type[Any]) -> Any:  # the message of that class; no narrower type fits all
-        def last() -> WorkerSays | None:
-            return next((message for message in reversed(self.heard) if isinstance(message, kind)), None)
-
-        at = now() + PATIENCE
-        assert await self.changed.until(lambda: last() is not None, lambda: at), self.heard
-        return last()
+        return await last_of(kind, self.heard, self.changed, patience=PATIENCE)
 
     async def ends(self) -> int:
         async with asyncio.timeout(PATIENCE):

@@ -1,7 +1,7 @@
-"""What the local Inworld server can be told to do, and what it tells.
+"""The settings of the local Inworld server, its faults, and the events that it reports.
 
-What no published text says about the real service is a setting here, with a guess as its value: every code
-of `Codes`, `cancel`, `error_ends_context`, `idle_close_code`, `linger`.
+Some behaviour of the real service is in no published text. Each such behaviour is a setting, and the value is
+a guess: every code of `Codes`, `cancel`, `error_ends_context`, `idle_close_code`, `linger`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Codes:
 
 @dataclass(slots=True, kw_only=True)
 class Faults:
-    """What goes wrong; every field may be changed while the server serves. Times are seconds.
+    """The faults of the server. Each field may be changed while the server serves. Times are seconds.
 
     handshake_*       delay it, answer it with an HTTP status, never answer it, or cut it
     create_*          delay or withhold contextCreated; answer with a status error, or with a top-level error

@@ -98,7 +98,7 @@ class Event:
 
 @dataclass(slots=True, kw_only=True)
 class JobRecord:
-    """What the server knows of one job: RUNNING from the moment it is assigned."""
+    """The server's record of one job. The job is RUNNING from the moment it is assigned."""
 
     job: agent.Job
     worker_id: str

@@ -1,4 +1,4 @@
-"""What the local Inworld server says: silence or a tone, as long as its text would take to speak.
+"""The speech of the local Inworld server: silence or a tone, as long as the text would take to speak.
 
 Always 16-bit PCM, whichever encoding was asked for; for LINEAR16 a WAV header comes before it, once.
 """
