@@ -90,8 +90,9 @@ class Shutdown:
         `at` is when the reason came up, by the monotonic clock; now, if not given.
         """
         if self.stop is None:
-            config = self._fleet.config
             started_at = now() if at is None else at
+            self._fleet.fence(reason)  # before anything else: an offer may be on its way
+            config = self._fleet.config
             deadlines = plan(started_at, config.grace, config.shares)
             self.stop = Stop(reason=reason, deadlines=deadlines, started_at=started_at)
             self._fleet.begin_stop(self.stop)

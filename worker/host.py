@@ -164,11 +164,13 @@ class Host:
             reason = "lost" if engine.error is None else shortened(f"failed: {engine.error}")
             self.stopping.begin(reason)
             log.error("worker is going down", extra={"reason": reason})
-        if self._deadlines is None:
-            planned = self.settings.plan(now())
-            self._deadlines = Drain(drain_at=planned.drain_at, close_at=planned.close_at, cause=self._cause)
+        began = now()
         fenced_at = await self._fence(engine)
         await asyncio.sleep(0.0 if self._killed else REST_AFTER_FENCE)
+        # After the fence, which planning would delay. A supervisor has sent deadlines by now.
+        if self._deadlines is None:
+            planned = self.settings.plan(began)
+            self._deadlines = Drain(drain_at=planned.drain_at, close_at=planned.close_at, cause=self._cause)
         # Said also when the server could not be told: the gate has refused every offer since the stop began.
         self.control.say(Fenced(reason=self.stopping.reason, at=fenced_at))
         self._fenced = True

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lastcall.supervisor.config import Config
+from lastcall.supervisor.fleet import stopper
 from lastcall.supervisor.fleet.full_time import FullTime
 from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.histogram import Histogram
@@ -22,6 +23,7 @@ from lastcall.supervisor.receipt import Ledger, StopRecord
 from lastcall.worker.base.budget import plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.wire import Fence
 
 # Upper bounds of the histograms, in seconds. Ours: around the fences of docs/performance.md, and from a short
 # call to two hours for a drain.
@@ -236,11 +238,12 @@ class Fleet:
 
     # -- the stop -------------------------------------------------------------------------------------
 
-    def begin_stop(self, ending: Ending) -> None:
-        """Begin the stop of every worker with what is urgent: each is told at once to accept nothing more.
+    def fence(self, reason: str) -> None:
+        """Tell every worker at once to accept nothing more, because the supervisor stops."""
+        stopper.fence(self.generations, Fence(reason=reason, cause="stop"))
 
-        From now on no slot starts anything. `Slot.stop` does the rest.
-        """
+    def begin_stop(self, ending: Ending) -> None:
+        """Begin the stop of every worker. From now on no slot starts anything; `Slot.stop` does the rest."""
         self.shared.is_stopping = True
         for slot in self.slots:
             slot.begin_stop(ending)

@@ -314,7 +314,7 @@ class Slot:
     # -- the stop -------------------------------------------------------------------------------------
 
     def begin_stop(self, ending: Ending) -> None:
-        """Tell every worker to accept nothing more; `stop` does the rest."""
+        """Give every generation the reason to stop; `stop` does the rest."""
         self._stop_asked = True
         for generation in self.generations:
             stopper.begin(generation, ending)

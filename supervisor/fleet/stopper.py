@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import assert_never
 
@@ -14,6 +15,18 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.wire import Drain, Fence, StopCause, Terminate
 
 
+def fence(generations: Iterable[Generation], message: Fence) -> None:
+    """Tell the workers to accept nothing more, and note it only when the last one has been told."""
+    told = []
+    for generation in generations:
+        if generation.is_connected and generation.stopping.progress.fence_said_at is None:
+            generation.say(message)
+            told.append(generation.stopping)
+    said_at = now()
+    for stopping in told:
+        stopping.progress = replace(stopping.progress, fence_said_at=said_at)
+
+
 def begin(generation: Generation, ending: Ending) -> None:
     """Give a generation one more reason to stop, and tell its worker at once to accept nothing more.
 
@@ -22,9 +35,7 @@ def begin(generation: Generation, ending: Ending) -> None:
     stopping = generation.stopping
     if ending not in stopping.endings:
         stopping.endings.append(ending)
-    if generation.is_connected and stopping.progress.fence_said_at is None:
-        generation.say(Fence(reason=stopping.reason, cause=stopping.cause))
-        stopping.progress = replace(stopping.progress, fence_said_at=now())
+    fence([generation], Fence(reason=stopping.reason, cause=stopping.cause))
     generation.changed.notify()
 
 

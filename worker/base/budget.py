@@ -96,34 +96,39 @@ class Shares:
 
     def within(self, grace: float) -> Shares:
         """Return the shares as they are in a stop of this grace."""
-        least = self.minima
-        wanted, needed = self.reserved - self.close, least.reserved - least.close
-        rest = min(wanted, max(needed, REST_OF_GRACE * grace))
-        part = (rest - needed) / (wanted - needed) if wanted > needed else 0.0
-        less = min(1.0, REST_AT_MOST * grace / needed) if needed > 0 else 1.0
-        terminate, kill, companion = (
-            (low + part * (high - low)) * less
-            for low, high in (
-                (least.terminate, self.terminate),
-                (least.kill, self.kill),
-                (least.companion, self.companion),
-            )
-        )
-        left = grace - terminate - kill - companion
-        close = min(self.close, max(least.close, left - grace / 2))
-        close = max(0.0, min(close, left - min(grace / 2, CALLS_AT_LEAST)))
-        return replace(
-            self,
-            fence=min(self.fence, left - close),
-            close=close,
-            terminate=terminate,
-            kill=kill,
-            companion=companion,
-        )
+        return _within(self, grace)
 
     def calls(self, grace: float) -> float:
         """Return the seconds that calls have to end by themselves in a stop of this grace."""
         return grace - self.within(grace).reserved
+
+
+@functools.lru_cache(maxsize=16)  # a stop asks for the shares at its very beginning, when nothing may wait
+def _within(shares: Shares, grace: float) -> Shares:
+    least = shares.minima
+    wanted, needed = shares.reserved - shares.close, least.reserved - least.close
+    rest = min(wanted, max(needed, REST_OF_GRACE * grace))
+    part = (rest - needed) / (wanted - needed) if wanted > needed else 0.0
+    less = min(1.0, REST_AT_MOST * grace / needed) if needed > 0 else 1.0
+    terminate, kill, companion = (
+        (low + part * (high - low)) * less
+        for low, high in (
+            (least.terminate, shares.terminate),
+            (least.kill, shares.kill),
+            (least.companion, shares.companion),
+        )
+    )
+    left = grace - terminate - kill - companion
+    close = min(shares.close, max(least.close, left - grace / 2))
+    close = max(0.0, min(close, left - min(grace / 2, CALLS_AT_LEAST)))
+    return replace(
+        shares,
+        fence=min(shares.fence, left - close),
+        close=close,
+        terminate=terminate,
+        kill=kill,
+        companion=companion,
+    )
 
 
 def kept_for_reports(close: float) -> float:

@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lastcall.worker.base.errors import WireError
@@ -408,6 +408,8 @@ Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays
 M = TypeVar("M", bound=Message)
 Said = TypeVar("Said", bound=Message)
 Heard = TypeVar("Heard", bound=Message)
+Check = Callable[[object], bool]
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 # -- to and from lines ---------------------------------------------------------------------------------------
@@ -415,11 +417,10 @@ Heard = TypeVar("Heard", bound=Message)
 
 def encode(message: Message) -> bytes:
     """Return one line for a message. Raises WireError when it would be longer than a reader accepts."""
-    document = {"type": _type_of(type(message)), "v": VERSION}
-    document |= {each.name: getattr(message, each.name) for each in fields(message)}
-    line = json.dumps(document, separators=(",", ":")).encode() + b"\n"
+    name, keys = _WORDS[type(message)]
+    document = {"type": name, "v": VERSION, **{key: getattr(message, key) for key in keys}}
+    line = _ENCODER.encode(document).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
-        name = document["type"]
         raise WireError(
             f"control message {name!r} has {len(line)} bytes, at most {MAX_LINE_BYTES} are allowed"
         )
@@ -487,20 +488,20 @@ def _type_of(message: type) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
 
 
-def _fields_of(message: type[M]) -> dict[str, tuple[Any, bool]]:
-    """Return the type of each field, and whether a message must have it.
+def _fields_of(message: type[M]) -> dict[str, tuple[Check, bool]]:
+    """Return the check of each field, and whether a message must have it.
 
     The annotations are strings. Resolving them takes time, so that it is done once.
     """
     types = get_type_hints(message)
-    return {each.name: (types[each.name], each.default is MISSING) for each in fields(message)}
+    return {each.name: (_check_of(types[each.name]), each.default is MISSING) for each in fields(message)}
 
 
-def _values(document: Mapping[str, Any], known: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
+def _values(document: Mapping[str, Any], known: Mapping[str, tuple[Check, bool]]) -> dict[str, Any]:
     values = {}
-    for name, (hint, is_required) in known.items():
+    for name, (is_valid, is_required) in known.items():
         if name in document:
-            if not _is_a(document[name], hint):
+            if not is_valid(document[name]):
                 raise WireError(f"control message {document['type']!r} has a bad {name}")
             values[name] = document[name]
         elif is_required:
@@ -508,25 +509,36 @@ def _values(document: Mapping[str, Any], known: Mapping[str, tuple[Any, bool]]) 
     return values
 
 
-def _is_a(value: object, hint: Any) -> bool:  # a type as typing has it: there is no class for all of them
-    """Tell whether a value that came from JSON is of the type, for the types that messages have."""
+def _check_of(hint: Any) -> Check:  # a type as typing has it: there is no class for all of them
+    """Return the check of a value that came from JSON, for the types that messages have."""
     if isinstance(hint, UnionType):
-        return any(_is_a(value, each) for each in get_args(hint))
+        either = [_check_of(each) for each in get_args(hint)]
+        return lambda value: any(is_valid(value) for is_valid in either)
     if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
+        words = frozenset(get_args(hint))
+        return lambda value: isinstance(value, str) and value in words
     if get_origin(hint) is list:
-        return isinstance(value, list) and all(_is_a(each, get_args(hint)[0]) for each in value)
+        is_item = _check_of(get_args(hint)[0])
+        return lambda value: isinstance(value, list) and all(map(is_item, value))
     if get_origin(hint) is dict:
-        of = get_args(hint)[1]
-        return isinstance(value, dict) and all(_is_a(each, of) for each in value.values())
+        is_value = _check_of(get_args(hint)[1])
+        return lambda value: isinstance(value, dict) and all(map(is_value, value.values()))
     if hint is float:
-        # Python's JSON has NaN and infinity, and a deadline that is NaN would never pass.
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return _is_float
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, NoneType if hint is None else hint)
+        return lambda value: isinstance(value, int) and not isinstance(value, bool)
+    return lambda value: isinstance(value, hint)
 
 
+def _is_float(value: object) -> bool:
+    """Refuse NaN and infinity, which Python's JSON has: a deadline that is NaN would never pass."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# The type of each message, and its fields. Made here, because the first fence must not wait for it.
+_WORDS: dict[type, tuple[str, tuple[str, ...]]] = {
+    each: (_type_of(each), tuple(key.name for key in fields(each))) for each in get_args(Message)
+}
 OF_WORKER: Vocabulary[WorkerSays] = Vocabulary(*get_args(WorkerSays))
 FOR_WORKER: Vocabulary[WorkerHears] = Vocabulary(*get_args(WorkerHears))
 OF_BROKER: Vocabulary[BrokerSays] = Vocabulary(*get_args(BrokerSays))
