@@ -14,7 +14,7 @@ from lastcall.supervisor.signals import RECEIVED
 from scripts import links
 
 ROOT = Path(__file__).parent.parent
-# Lines of mkdocs.yml, which only mkdocs can load: a tag of Python is in it.
+# Lines of mkdocs.yml, which only the builder can load: a tag of Python is in it.
 NAV = re.compile(r"^ +- (?:\"[^\"]+\"|[^:\n]+): (\S+\.md)$", re.MULTILINE)
 FRAGMENT = re.compile(r"\+[a-z0-9-]+\.(added|changed|fixed|removed|security)\.md")
 
