@@ -1,7 +1,7 @@
 """The figures of docs/performance.md, in one run: lastcall beside `python agent.py start`.
 
 Every time is taken from outside, on CLOCK_MONOTONIC: the signal just before it is sent, FULL when the
-dispatch server has read it, an exit when the parent sees it. Medians and percentiles over all runs.
+LiveKit server has read it, an exit when the parent sees it. Medians and percentiles over all runs.
 """
 
 from __future__ import annotations

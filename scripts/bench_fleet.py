@@ -1,6 +1,6 @@
 """The fleet's figures: a reload under load, a stall, the control socket, and what fifty reloads leave behind.
 
-Time to accept is from the dispatch server's offer to the worker's yes, both as the server sees them.
+Time to accept is from the LiveKit server's offer to the worker's yes, both as the server sees them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Inworld pool's figures: beside the pool of livekit-plugins-inworld 1.8.8, and through the broker.
 
-`scripts/bench pool [--seconds S] [--rounds N]`. Both pools talk to the same local server, in a process of its
-own, in turns; a client process is one of N streams that each open a context, close it at once, and wait until
-the server has closed it. `created` is from asking for a context to contextCreated, as the client reads it.
+`scripts/bench pool [--seconds S] [--rounds N]`. Both pools talk in turns to one local server, which has a
+process for itself. A client process has N streams. Each stream opens a context, closes it at once, and waits
+until the server has closed it. `created` is from the wish for a context to contextCreated, for the client.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 def with_section(page: str, name: str, text: str) -> str:
     """Return a page with one section replaced. Raises ValueError when the page has none of that name."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     after, count = pattern.subn(lambda found: f"{found[1]}{text}\n{found[2]}", page)
     if count != 1:
         raise ValueError(f"expected one section {name!r}, found {count}")

@@ -1,4 +1,4 @@
-"""The companion `inworld-pool`: one broker for every job of the machine, up before the workers, closed last.
+"""The Inworld broker: one process for every job of the machine, up before the workers and closed last.
 
 `worker/inworld/broker/broker_process.py` has the contract with the broker. A broker that dies is replaced on
 the same endpoint (`inworld_endpoint`), and is told the API key over its control socket.
@@ -48,17 +48,17 @@ from lastcall.worker.base.wire import (
 
 E, S = SlotEvent, SlotState
 
-# Ours: what jobs say waits in the backlog meanwhile, so a new broker is started within a second, and however
-# often one has failed: the number is one that nobody reaches.
+# Ours: a broker that died is replaced within a second, because jobs wait in the backlog meanwhile. It is
+# replaced however often it has failed, so `intensity` is a number that no broker reaches.
 RESTART_POLICY = RestartPolicy(intensity=1_000_000, period=60.0, first=0.1, cap=0.8)
-# Seconds until the first broker has to serve. Ours: its imports take about one second; after ten the workers
-# are started all the same, because a job may not need the broker.
+# Seconds until the first broker has to serve. Ours: its imports take about one second. After ten seconds the
+# workers are started all the same, because a job may not need the broker.
 READY_TIMEOUT = 10.0
 # Seconds from SIGKILL, or from an exit, to its last consequence. Ours: the kernel needs milliseconds.
 EXIT_TIMEOUT = 1.0
-# Of the companion's share of a stop: what is kept for the exit after the close, and what the close gets at
-# least. Ours: an interpreter ends in a tenth of a second or two, and sockets are taken away at once without
-# any time.
+# Seconds of the broker's share of a stop that are kept for its exit after the close, and seconds that the
+# close gets at least. Ours: an interpreter ends in a tenth of a second or two, and sockets are taken away at
+# once without any time.
 EXIT_SECONDS = 0.25
 MIN_CLOSE_SECONDS = 0.05
 
@@ -142,7 +142,7 @@ class Companion:
         return self.state is S.READY
 
     def document(self) -> dict[str, Any]:
-        """Return the companion's part of the status, ready for JSON."""
+        """Return the broker's part of the status, ready for JSON."""
         return {
             "name": COMPANION_NAME,
             "state": self.state.value,

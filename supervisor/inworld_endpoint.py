@@ -1,8 +1,12 @@
 """Where jobs reach the Inworld broker, and with which key the broker reaches Inworld.
 
-A broker that dies is replaced. The endpoint outlives each of them, and hands the new broker three things:
-the listening socket, so that the port stays and new connections wait in the backlog meanwhile; the token
-that jobs may show; the lifeline, a pipe whose write end every worker holds. A broker is told the API key over
+A broker that dies is replaced. The endpoint outlives each broker, and hands three things to the next:
+
+    the listening socket    the port stays, and new connections wait in the backlog meanwhile
+    the token               jobs may show it
+    the lifeline            a pipe whose write end every worker holds
+
+A broker is told the API key over
 its control socket, and has it in no variable and no argument. Workers have INWORLD_API_KEY as the user has
 set it, and the key of `api_key_file` not at all.
 """

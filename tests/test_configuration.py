@@ -176,7 +176,7 @@ def test_env_file(tmp_path: Path) -> None:
 
 
 def test_the_pages_show_the_options() -> None:
-    """README and the page on configuration are rendered from the definitions of the options."""
+    """The page on configuration is rendered from the definitions of the options."""
     script = Path(__file__).parent.parent / "scripts" / "options"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()

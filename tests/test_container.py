@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from lastcall.worker.local.livekit_server import Dispatched, DispatchServer
-from tests.support.containers import Container, Podman
+from tests.support.containers import ROOT, Container, Podman
 
 pytestmark = pytest.mark.container
 
+DOCKER = ROOT / "examples" / "docker"
 # A hundred processes that leave their parent, end, and are then somebody's to reap.
 ORPHANS = """
 import os, time
@@ -107,6 +108,17 @@ async def test_stop_with_too_little_time(podman: Podman) -> None:
         job = await call(container, server, 60)
         assert await stop(container, 2) == 137
         assert server.jobs[job.job_id].status == "JS_RUNNING" or server.jobs[job.job_id].forgotten
+
+
+async def test_the_docker_example(podman: Podman) -> None:
+    """The agent of examples/docker serves in the image that its Dockerfile makes, and stops clean."""
+    async with DispatchServer() as server:
+        agent = f"{DOCKER / 'agent.py'}:/app/agent.py:ro"
+        container = podman.start("example", options=("-v", agent, *options(server, LASTCALL_GRACE="40")))
+        await container.until(lambda: container.events("ready"))
+        assert server.counts["registered"] == 1
+        assert await stop(container, 40) == 0, container.logs()
+        assert container.receipt()["outcome"] == "clean"
 
 
 async def test_grace_that_fits_below_the_kill_timer(podman: Podman) -> None:

@@ -89,7 +89,7 @@ def test_the_sdist_is_enough(wheel: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = tmp_path.glob("lastcall-*")
     assert contents(build(unpacked, "wheel", tmp_path / "wheel")) == contents(wheel)
-    for folder in ("tests", "scripts", "docs"):
+    for folder in ("tests", "scripts", "docs", "examples", "changes"):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
         missing = [path for path in files if not (unpacked / path.relative_to(ROOT)).is_file()]
         assert not missing
@@ -106,7 +106,7 @@ def test_a_tree_without_links_is_not_built(tmp_path: Path) -> None:
     """A zip loses links and leaves files in their place: the build says so in one line, and what to do."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "lastcall", tree / "lastcall", symlinks=True)
-    for name in ("pyproject.toml", "README.md", "scripts/build_hook.py", "scripts/entrypoint"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "scripts/build_hook.py", "scripts/entrypoint"):
         (tree / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
     link = tree / "lastcall" / "worker"

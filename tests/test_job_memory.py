@@ -186,7 +186,7 @@ def test_order_is_only_raised(holder: subprocess.Popen[str], now: int, asked: in
 def test_time_to_end() -> None:
     """A job that is asked for its memory has no less than in a stop, and the page says how long."""
     assert Shares().jobs_close < job_memory.ENDS_WITHIN
-    page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
     assert f"At the limit, or {job_memory.ENDS_WITHIN:g} s after it was" in page
 
 

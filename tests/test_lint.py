@@ -37,7 +37,8 @@ def lint(*command: str | Path) -> str:
 
 
 def shell_scripts() -> list[Path]:
-    candidates = [path for path in (*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run") if path.is_file()]
+    install = ROOT / "examples" / "systemd" / "install.sh"
+    candidates = [p for p in (*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run", install) if p.is_file()]
     return [path for path in candidates if path.read_text(errors="replace").startswith("#!/bin/sh")]
 
 
@@ -55,7 +56,20 @@ def test_dockerfile() -> None:
 
 def test_compose_file() -> None:
     """The compose specification knows every key."""
-    lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
+    files = (DEPLOY / "compose.yaml", ROOT / "examples" / "docker" / "compose.yaml")
+    lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *files)
+
+
+def test_workflows() -> None:
+    """The schemas of the hosting site know every key of workflows and of forms for issues."""
+    site = ROOT / ".github"
+    workflows = [*sorted((site / "workflows").glob("*.yml")), ROOT / "examples" / "ci" / "rehearse.yml"]
+    forms = [path for path in (site / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(workflows) == 3 and len(forms) == 2
+    lint("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    lint("check-jsonschema", "--builtin-schema", "vendor.github-issue-forms", *forms)
+    config = site / "ISSUE_TEMPLATE" / "config.yml"
+    lint("check-jsonschema", "--builtin-schema", "vendor.github-issue-config", config)
 
 
 def built(name: str) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def test_a_cut_job_is_a_cut_stop(fate: Any, outcome: str) -> None:
     assert judge(StopRecord(), ledger)[0] == outcome
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+@pytest.mark.parametrize("page", ["docs/signals.md"])
 def test_pages_say_when_a_stop_was_clean(page: str) -> None:
     """A job that failed, as for its memory, has not ended by itself, and the stop is clean all the same."""
     text = (Path(__file__).parents[1] / page).read_text()

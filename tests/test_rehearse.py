@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.rehearsal import drill_report, play, stage
@@ -38,6 +40,7 @@ from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import HERE, LASTCALL, SAMPLE
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
+CI = HERE.parent / "examples" / "ci"
 FRAGILE = str(HERE / "agents" / "fragile.py")
 
 
@@ -61,22 +64,31 @@ async def entrypoint(ctx: JobContext) -> None:
 """
 
 
-def rehearse(*arguments: str, timeout: float = 360.0) -> subprocess.CompletedProcess[str]:
+def rehearse(
+    *arguments: str, timeout: float = 360.0, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LASTCALL, "rehearse", *arguments], capture_output=True, text=True, timeout=timeout, check=False
+        [*LASTCALL, "rehearse", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
 @pytest.mark.timeout(380)
 def test_a_good_agent_passes(tmp_path: Path) -> None:
-    """The demo's agent passes every scene, with exit code 0, and JSON and JUnit say the same."""
-    junit = tmp_path / "r.xml"
-    done = rehearse(SAMPLE, "--json", "--junit", str(junit))
+    """The command of examples/ci passes every scene, with exit code 0, and JSON and JUnit say the same."""
+    shutil.copy(CI / "agent.py", tmp_path)
+    steps = yaml.safe_load((CI / "rehearse.yml").read_text())["jobs"]["rehearse"]["steps"]
+    (words,) = [step["run"].split() for step in steps if step.get("run", "").startswith("lastcall ")]
+    done = rehearse(*words[2:], "--json", cwd=tmp_path)
     document = json.loads(done.stdout)
     assert (done.returncode, document["ok"]) == (0, True), done.stdout
     assert [scene["name"] for scene in document["scenes"]] == [scene.name for scene in SCENES]
     assert [scene["exit_code"] for scene in document["scenes"]] == [0, 0, 0, 0, 0, 0, 75]
-    root = ElementTree.fromstring(junit.read_text())
+    root = ElementTree.fromstring((tmp_path / words[-1]).read_text())
     assert (root.get("tests"), root.get("failures")) == ("7", "0")
 
 

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.support.machine import LASTCALL, Machine, Unit
 pytestmark = pytest.mark.systemd
 
 AGENT = "/srv/agents/calls.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "systemd"
 START = 60.0
 
 
@@ -88,6 +90,25 @@ async def test_start_waits_and_stop_outlasts_its_timer(machine: Machine) -> None
         await stopping
         assert unit.show("Result") == "success", unit.journal()
         assert finished_well(unit, server, job), unit.receipt()
+
+
+async def test_the_example(machine: Machine) -> None:
+    """install.sh of examples/systemd starts the service, and a second time brings a new version."""
+    async with DispatchServer() as server:
+        for path in EXAMPLE.iterdir():
+            machine.write(f"/root/example/{path.name}", path.read_text())
+        lines = "".join(f'{key}="{value}"\n' for key, value in server.environment.items())
+        machine.write("/etc/lastcall/agent.env", lines, "600")
+        install = ("env", "-C", "/root/example", f"LASTCALL={LASTCALL}", "sh", "install.sh")
+        await asyncio.to_thread(lambda: machine.run(*install, timeout=START))
+        unit = Unit.installed(machine, "agent")
+        assert (unit.show("ActiveState"), server.counts["registered"]) == ("active", 1), unit.journal()
+        await asyncio.to_thread(lambda: machine.run(*install, timeout=START))
+        await unit.until(lambda: server.counts["registered"] == 2, START)
+        await unit.until(lambda: unit.show("StatusText").startswith("running: 1 of 1"), START)
+        await stop(unit)
+        assert unit.show("Result") == "success", unit.journal()
+        assert json.loads(unit.receipt())["outcome"] == "clean"
 
 
 async def test_default_kill_mode(machine: Machine) -> None:

@@ -62,10 +62,10 @@ log = logging.getLogger("lastcall.worker")
 # Ours: half a second, for round trips.
 TELLING = 0.25
 # Seconds that a worker rests after its fence. The other workers of the machine fence at the same moment, and
-# a worker that goes on takes processor time from them: by its own end, and by the supervisor that it wakes.
-# Measured as `scripts/bench` does, two workers on two cores that other programs kept busy, in turns with and
-# without the rest: from SIGTERM until the server saw both FULL, median 1.6 ms and worst 2.2 ms with the rest,
-# 12.6 ms and 15.9 ms without.
+# a worker that goes on takes processor time from them, because it ends and because it wakes the supervisor.
+# Measured as `scripts/bench` does, in turns with and without the rest: two workers on two cores that other
+# programs kept busy, from SIGTERM until the server saw both FULL. The median was 1.6 ms and the worst 2.2 ms
+# with the rest, 12.6 ms and 15.9 ms without.
 REST_AFTER_FENCE = 0.01
 
 

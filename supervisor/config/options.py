@@ -1,7 +1,7 @@
 """Every option of `lastcall run`, each written down once.
 
 The command line, its help, the checks of a value, the names of environment variables, the page
-docs/configuration.md and the table in README.md are all made from the definitions here. To add an option, add
+docs/configuration.md are all made from the definitions here. To add an option, add
 a field with a description; a `Flag` puts the option on the command line too.
 """
 

@@ -32,7 +32,7 @@ def ended_well(status: ExitStatus | None, *, is_opaque: bool) -> bool:
 def post_mortem(
     reports: WorkerView, last_lines: Iterable[bytes], *, oom_kills_before: int | None
 ) -> dict[str, Any]:
-    """Return what helps at three in the morning: the last sign of life and the last words."""
+    """Return the facts that explain an unexpected end: age of the last beat, kills for memory, last lines."""
     facts: dict[str, Any] = {}
     if reports.beat is not None:
         facts["last_beat_s"] = round(now() - reports.beat.at, 3)

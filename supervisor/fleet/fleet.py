@@ -70,7 +70,7 @@ class Fleet:
             drain_seconds=Histogram(DRAIN_BOUNDS),
         )
         self._rng = rng
-        # Of the known ones only those that are not ours to end: the others are never known again.
+        # The processes that lastcall does not end. Those that it does end are never known again.
         self._spared_pids = frozenset(known_pids)
         self._group: asyncio.TaskGroup | None = None
         self.slots = [self._make(number) for number in range(config.workers)]

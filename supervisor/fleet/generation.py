@@ -43,8 +43,8 @@ from lastcall.worker.base.wire import (
 
 E, S = SlotEvent, SlotState
 
-# Seconds that the last words of an exited worker are waited for, twice: a supervisor that was itself stopped
-# during the first wait reads them in the second. Ours: they are in the socket already.
+# Seconds to wait for the last messages of an exited worker, twice: a supervisor that was itself stopped
+# during the first wait reads them in the second. Ours: the messages are in the socket already.
 LAST_WORDS_WITHIN = 0.5
 # Bytes of JSON for the rooms of other workers that a worker is told of. Ours: some thousand rooms.
 MAX_SERVED_BYTES = MAX_LINE_BYTES // 2
@@ -238,7 +238,7 @@ class Generation:
     # -- life -----------------------------------------------------------------------------------------
 
     async def live(self) -> None:
-        """Start the program, see it through to its end, and clean up after it."""
+        """Start the program, stay until its end, and clean up after it."""
         if self.stopping.is_asked:  # between the decision to start it and now
             self._end()
             return
@@ -318,7 +318,7 @@ class Generation:
     async def _clean_up(self, launched: Launched) -> None:
         """The process has ended: nothing of it may stay."""
         child = launched.child
-        if self._channel is not None:  # its last words may still be unread; end of file comes behind them
+        if self._channel is not None:  # its last messages may be unread; end of file comes behind them
             for _ in range(2):
                 due = now() + LAST_WORDS_WITHIN
                 await self.changed.until(lambda: self._channel_lost, lambda due=due: due)  # type: ignore[misc]

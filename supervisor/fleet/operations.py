@@ -1,8 +1,8 @@
 """The work that an operator asks of a running supervisor beside a stop: reload, recycle, scale.
 
-Each runs in the background and has a record, which can be looked at until it is done. Replacements
-that are asked for, or due, share `max_surge`, so that no more workers start at a time than the host was
-meant to bear; those that make up for a lost or stalled worker do not wait for it.
+Each runs in the background and has a record, which can be looked at until it is done. Replacements that are
+asked for, or due, share `max_surge`: no more workers start at a time than the host was meant to bear. A
+replacement for a lost or stalled worker does not wait for `max_surge`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """When a failed program is started again: back-off with jitter, and Erlang's intensity limit.
 
-The first failure after a stable time is retried at once. Each further one waits twice as long as the one
-before, from the first step up to the cap, less up to a fifth at random so that slots which failed together
-do not start together. More than `intensity` failures within `period` seconds: no retry.
+The first failure after a stable time is retried at once. Each further retry waits twice as long as the one
+before, from the first step up to the cap. Up to a fifth is taken off at random, so that slots which failed
+together do not start together. More than `intensity` failures within `period` seconds: no retry.
 
 Programs that fail before they are loaded fail in a row, however long a load takes: the time since the failure
 before does not count towards `period`. An import of 12 s would otherwise never fail often enough. A first job
@@ -50,9 +50,9 @@ class Restarts:
         self._failures.clear()
 
     def delay(self, now: float, *, uptime: float, was_loaded: bool = True) -> float | None:
-        """Count a failure of a program that was ready for `uptime` seconds; None means: start it no more.
+        """Count a failure, and return the seconds until the next start; None where there is to be no other.
 
-        Stable is what stayed ready for a whole period.
+        The program was ready for `uptime` seconds. It was stable if it stayed ready for a whole period.
         """
         if uptime >= self._policy.period:
             self.forget()

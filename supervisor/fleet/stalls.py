@@ -1,9 +1,9 @@
-"""Watches the beats: whose loop is stuck, and whose time has come.
+"""Watches the beats, and replaces workers whose event loop is stuck.
 
-A worker beats every `[stall] beat` seconds. One that has missed `misses` of them is stalled: what can be
-seen of it is logged, a replacement is started, and it is let go once that has taken over, its jobs with time
-to end. A supervisor that was itself stopped, or starved, finds every beat late and none of the workers to
-blame: a look that comes late by more than a beat judges no worker, and the sockets are read before it does.
+A worker beats every `[stall] beat` seconds. A worker that has missed `misses` beats is stalled: its stack is
+logged, and a replacement is started. The stalled worker is stopped once the replacement has taken over, and
+its jobs have time to end. A supervisor that was itself stopped, or starved, finds every beat late. So a look
+that comes late by more than a beat judges no worker. Before a look judges, it lets the sockets be read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Watch:
                 due = self._next_look()
                 await asyncio.sleep(max(0.0, due - now()))
                 if now() - due > self._fleet.config.stall.beat:
-                    continue  # we are late ourselves
+                    continue  # the supervisor itself is late
                 for _ in range(READ_TURNS):
                     await asyncio.sleep(0)
                 self._look()

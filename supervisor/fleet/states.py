@@ -27,7 +27,7 @@ class SlotState(enum.Enum):
     fence or the end of the program ends the state."""
 
     STALLED = "stalled"
-    """The worker has missed `[stall] misses` beats; its jobs run on in their own processes. A beat, the
+    """The worker has missed `[stall] misses` beats; its jobs run on, each in a process. A beat, the
     fence that follows a replacement, or a kill where no replacement could be had ends the state."""
 
     DRAINING = "draining"
@@ -203,7 +203,7 @@ class Phase(enum.IntEnum):
         return self.name.lower()
 
 
-# The log event of each phase that a stop enters. The two phases before a stop have events of their own.
+# The log event of each phase that a stop enters. The two phases before a stop have other events.
 STOP_LOG_EVENT = MappingProxyType(
     {
         Phase.FENCING: "stop fencing",

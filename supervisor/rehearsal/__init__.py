@@ -1,1 +1,1 @@
-"""The fire drill: the user's own agent under the real supervisor, stopped as each platform would."""
+"""The rehearsal: the user's agent under the real supervisor, stopped as each platform would."""

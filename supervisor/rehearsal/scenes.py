@@ -20,7 +20,7 @@ RECONNECT_AFTER = 1.0
 RECONNECTED_JOB_SECONDS = 20.0
 # The grace of that scene. Of 60 s calls have 37 s (`worker.base.budget`).
 RECONNECTED_GRACE = 60.0
-# Seconds after grace until a stop is no longer waited for. Ours.
+# Seconds after grace until a stop is no longer waited for. Ours: five times the lateness that is allowed.
 GIVE_UP_AFTER = 10.0
 # Seconds by which a whole stop may be late. Ours: what a busy machine is late.
 LATE_BY_AT_MOST = 2.0
@@ -30,7 +30,7 @@ To = Literal["pid", "group", "everybody"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One way to be stopped. `sends`: to whom SIGTERM goes, and how many seconds after the one before.
+    """One way to be stopped. `sends`: the processes that get SIGTERM, and the seconds since the last SIGTERM.
 
     `reconnects`: the agents lose their connection during the stop and come back. `work_seconds`: for a
     shutdown callback of each job.
@@ -161,7 +161,7 @@ def _how_its_process_ended(process: str) -> str:
 
 
 def _what_happened(scene: Scene, seen: Seen, job: str, end: str) -> str:
-    """Return what is wrong with the end of a job; empty: nothing."""
+    """Return what is wrong with the end of a job; empty when nothing is."""
     if end == "JS_RUNNING":
         return "its end was never reported to the server"
     if job in seen.hung_up:

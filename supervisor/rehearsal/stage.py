@@ -1,4 +1,4 @@
-"""A supervisor with the user's agent and a local dispatch server, started for one scene and taken down.
+"""A supervisor with the user's agent and a local LiveKit server, started for one scene and taken down.
 
 Both are processes. The stage drives them by signals, the control socket, pipes and files, and hears from jobs
 over a datagram socket. Each wait has a deadline, and however a scene ends, no process of it stays.
@@ -46,7 +46,7 @@ class StageError(SupervisorError):
 
 
 class Stage:
-    """One supervisor and one dispatch server; use as a context manager."""
+    """One supervisor and one LiveKit server; use as a context manager."""
 
     def __init__(
         self,
@@ -232,7 +232,7 @@ class Stage:
                 os.kill(pid, number)
 
     def wait_end(self, timeout: float, between: Callable[[], None]) -> int | None:
-        """Wait for the supervisor's end, calling `between` now and then; its exit code, None: still there."""
+        """Wait for the supervisor's end, calling `between` now and then; return its exit code, if any."""
         deadline = time.monotonic() + timeout
         while self._supervisor.poll() is None:
             if time.monotonic() > deadline:

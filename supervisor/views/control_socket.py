@@ -4,7 +4,7 @@
     supervisor  {"v": 1, "ok": true, "result": {...}}\\n      or {"v": 1, "ok": false, "error": "..."}\\n
 
 One request, one answer, then the connection is closed. The socket has mode 0600 in a directory of the
-user's own (0700); peers of another user than ours or root are refused. Each client has a deadline, a bound on
+same user (0700). Peers of other users are refused, without root. Each client has a deadline, a bound on
 its request, and there is a bound on clients at once, so that none can keep the supervisor from its work.
 """
 

@@ -44,7 +44,7 @@ class Snapshot:
 
     @property
     def extends_to(self) -> float | None:
-        """Return how far the service manager's timer may be extended; None: it is left alone."""
+        """Return how far the service manager's timer may be extended; None where it is left alone."""
         if self.end_at is not None:
             return self.end_at if self.is_busy else None
         return self.up_at
@@ -86,7 +86,7 @@ class Notifications:
         return lines
 
     def due_at(self) -> float | None:
-        """Return when there is something to say although nothing changes; None: never."""
+        """Return when there is something to say although nothing changes; None where there never is."""
         dues = [] if self._watchdog_every is None else [self._feed_at]
         if self._was.end_at is not None:
             dues.append(self._status_at)
@@ -116,7 +116,7 @@ class NotifySocket:
                 self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             self._socket.sendto("\n".join(lines).encode(errors="replace"), self.address)
         except OSError:
-            return  # it restarts, or its queue is full; a watchdog that starves of it is its own remedy
+            return  # it restarts, or its queue is full; a watchdog that gets nothing has lastcall restarted
 
     def close(self) -> None:
         """Close the socket; what was sent is not lost."""
@@ -126,7 +126,7 @@ class NotifySocket:
 
 
 def _address(name: str) -> str:
-    """Return the socket's address; one that is no unix socket (vsock, of a virtual machine) is not ours."""
+    """Return the socket's address; empty for one that is no unix socket (vsock, of a virtual machine)."""
     if name.startswith("@") and len(name) > 1:
         return "\0" + name[1:]
     return name if name.startswith("/") else ""

@@ -179,6 +179,13 @@ class Unit:
             lines = "".join(f"{key}={value}\n" for key, value in settings.items())
             self.drop_in("test.conf", f"[Service]\n{lines}")
 
+    @classmethod
+    def installed(cls, machine: Machine, name: str) -> Unit:
+        """Return a service that the machine has already."""
+        unit = cls.__new__(cls)
+        unit.machine, unit.name = machine, name
+        return unit
+
     def drop_in(self, file: str, text: str) -> None:
         self.machine.write(f"/etc/systemd/system/{self.name}.service.d/{file}", text)
 

@@ -9,39 +9,58 @@ PREFIX = "LASTCALL_"
 
 # -- set by the user ----------------------------------------------------------------------------------------
 
-# The configuration file, and three options that are read apart from the others: by a worker without a
-# supervisor, by the verbs that ask a supervisor, and by the entrypoint of an image.
 CONFIG = "LASTCALL_CONFIG"
+"""The configuration file."""
+
 GRACE = "LASTCALL_GRACE"
+"""The option, which a worker without a supervisor reads too."""
+
 CONTROL = "LASTCALL_CONTROL"
-# Seconds after which the platform kills, where lastcall can't read them.
+"""The option, which the verbs read too that ask a supervisor."""
+
 PLATFORM_GRACE = "LASTCALL_PLATFORM_GRACE"
+"""Seconds after which the platform kills, for `lastcall doctor` in a container, where they can't be read."""
+
 INWORLD_API_KEY = "INWORLD_API_KEY"
+"""The key of the Inworld account."""
 
-# -- set by the supervisor for its children -----------------------------------------------------------------
+# -- set by the supervisor ----------------------------------------------------------------------------------
 
-# The settings of a worker, and of the Inworld broker, as JSON.
 WORKER = "LASTCALL_WORKER"
+"""The settings of a worker, as JSON."""
+
 COMPANION = "LASTCALL_COMPANION"
-# The mark: the supervisor, slot and generation from which a process descends.
+"""The settings of the Inworld broker, as JSON."""
+
 MARK = "LASTCALL_MARK"
-# Where a job reaches the Inworld broker, what it shows there if it has no API key, and the digests
-# (`inworld_keys`) of the keys that are the pool's, with spaces between them.
+"""The mark: the supervisor, slot and generation from which a process descends."""
+
 INWORLD_WS_URL = "LASTCALL_INWORLD_WS_URL"
+"""Where a job reaches the Inworld broker for streams."""
+
 INWORLD_URL = "LASTCALL_INWORLD_URL"
+"""Where a job reaches the Inworld broker for all else."""
+
 INWORLD_TOKEN = "LASTCALL_INWORLD_TOKEN"
+"""A job without an API key shows this to the broker. It is good for nothing beyond this machine."""
+
 INWORLD_KEYS = "LASTCALL_INWORLD_KEYS"
+"""Digests of the keys that are the pool's, with spaces between them."""
 
-# -- set by a worker for its jobs ---------------------------------------------------------------------------
+# -- set by a worker ----------------------------------------------------------------------------------------
 
-# The pid of the worker: a job whose own pid it is runs in a thread of the worker.
 WORKER_PID = "LASTCALL_WORKER_PID"
+"""The pid of the worker: a job whose own pid it is runs in a thread of the worker."""
 
-# -- set by a rehearsal for the supervisor that it starts ---------------------------------------------------
+# -- set by a rehearsal -------------------------------------------------------------------------------------
 
-# `Rehearsal` as JSON, and a token by which the rehearsal finds every process of it.
 REHEARSAL = "LASTCALL_WORKER_REHEARSAL"
+"""How the supervisor of a rehearsal starts its workers, as JSON."""
+
 REHEARSAL_TOKEN = "LASTCALL_WORKER_REHEARSAL_TOKEN"
+"""A token by which a rehearsal finds every process of it."""
+
+# -- no options ---------------------------------------------------------------------------------------------
 
 # Names that begin like an option and are none. Some are those above. Kubernetes sets the others for a Service
 # that is called `lastcall`:

@@ -1,11 +1,11 @@
-"""`python -m lastcall.worker.local.driven`: the local dispatch server, driven line by line from outside.
+"""`python -m lastcall.worker.local.driven`: the local LiveKit server, driven line by line from outside.
 
     out   {"url": …, "environment": {…}}                        first, when it serves
     out   {"at", "kind", "worker_id", "job_id", "detail"}       each event, as it happens
     in    {"reconnect": true}                                   have every agent reconnect from the start
     in    {"room": …, "agent_name": …}                          dispatch a job, with a caller in its room
 
-It ends with its standard input, so that it can't outlive whoever drives it.
+It ends with its standard input, so that it can't outlive the program that drives it.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     server -> client   contextCreated, audioChunk, flushCompleted, contextUpdated, contextClosed, errors
 
 JSON text frames, one payload key beside `contextId`, which may be left out while one context is open. Each
-context has a task of its own that takes its frames in order, so that a slow create or a long speech holds up
-no other; a cancel is acted on at once. A context is counted until contextClosed is sent.
+context has a task, which takes the frames of the context in order. So a slow create or a long speech holds up
+no other context. A cancel is acted on at once. A context is counted until contextClosed is sent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lastcall.worker.local.speech import Speech
 
 # Seconds between two looks of a connection that was told to stop reading. Ours: a test changes a plain value.
 READ_POLL_INTERVAL = 0.02
-# Frames of one context that wait for the context's task; beyond them the connection is not read. Ours.
+# Frames of one context that wait for the context's task; beyond them the connection is not read. Ours: more
+# than any test sends before it reads.
 MAX_QUEUED_FRAMES = 1000
 MALFORMED_FRAMES = {"text": "this is not JSON", "null": '{"result": null}', "list": '["contextCreated"]'}
 # Inworld's names of operations in an error text.

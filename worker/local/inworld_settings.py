@@ -30,8 +30,11 @@ EventKind = Literal[
 class Event:
     """One line of the server's log. `at` is CLOCK_MONOTONIC, comparable between processes of a machine.
 
-    refused: a handshake was answered with `detail["status"]`. connection_closed: with `code`, and `clean`: a
-    close frame of the client's came. context_cut: its connection went while it was open.
+    refused: a handshake was answered with `detail["status"]`.
+
+    connection_closed: `detail` has the code, and whether the close frame of the client came (`clean`).
+
+    context_cut: the connection ended while the context was open.
     """
 
     at: float
@@ -45,9 +48,10 @@ class Event:
 class Limits:
     """The service's limits, with the values that Inworld's documentation of the WebSocket gives.
 
-    `connections`: for the account (newer text: ten for each generation that the plan allows at once).
-    `contexts`: on one connection. `text`: characters in one send_text. `idle`: seconds without a frame, after
-    which the server closes the connection.
+    `connections`: for the account. A newer text has ten for each generation that the plan allows at once.
+    `contexts`: on one connection.
+    `text`: characters in one send_text.
+    `idle`: seconds without a frame, after which the server closes the connection.
     """
 
     connections: int = 20
