@@ -67,6 +67,9 @@ def test_the_wheel_holds_each_module_once(wheel: Path) -> None:
     assert set(files) == expected | {"lastcall/py.typed", script}
     digests = [digest for name, digest in files.items() if name.endswith(".py")]
     assert len(digests) == len(set(digests)), "two modules with the same text"
+    with zipfile.ZipFile(wheel) as archive:
+        licence = archive.read(f"lastcall-{version}.dist-info/licenses/LICENSE")
+    assert licence == (ROOT / "LICENSE").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["wheel", "wheel:editable"])
@@ -93,6 +96,7 @@ def test_the_sdist_is_enough(wheel: Path, tmp_path: Path) -> None:
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
         missing = [path for path in files if not (unpacked / path.relative_to(ROOT)).is_file()]
         assert not missing
+    assert (unpacked / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     # Python has the working directory first on its path, so these tests read and import the unpacked package.
     tests = ["tests/test_layers.py", "tests/test_states.py"]
     dependencies = Installation(tmp_path / "environment")
