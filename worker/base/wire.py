@@ -37,6 +37,12 @@ ResourceFate = Literal["closed", "forced", "leaked"]
 # Why the time of a call is limited: a reload or a recycle has replaced the worker, or the worker was stuck.
 # Every other stop of the worker or of the supervisor is `stop`.
 StopCause = Literal["stop", "reload", "recycle", "stall"]
+# The steps of one try to hand over a call, as the leaving agent tells them (`worker.job.leaving`).
+HandoverStep = Literal[
+    "prepared", "impossible", "seen", "stranger", "silent", "speaks", "lost", "refused", "cancelled", "back"
+]
+# How a handover ended that was asked for.
+HandoverResult = Literal["done", "refused", "failed"]
 Counts = dict[str, dict[str, int]]
 # Why a worker that is ready takes no job. An operator holds it, no job process gets ready, it has as many
 # jobs as `[jobs] max_running`, or livekit-agents measures a load above `load_threshold`.
@@ -389,7 +395,49 @@ class AskExtension:
     seconds: float
 
 
-CallSays = CallJoined | AskExtension
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallKeeps:
+    """The call has a capsule of so many bytes, 0 for a provider, since `kept_at`.
+
+    `lacks`: why the call can't be handed over, as far as its agent knows. Empty when it can.
+    """
+
+    size: int
+    kept_at: float
+    lacks: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallStep:
+    """A step of the handover of this epoch has been taken.
+
+    `job`: the successor's, of `seen`. `detail`: the reason, of `impossible`, `refused` and `lost`. Of
+    `stranger` it is the sid and the identity, with a space between them.
+    """
+
+    epoch: int
+    step: HandoverStep
+    job: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskHandover:
+    """The agent wants its call to go on in another job; answered by `HandoverOver` of this id."""
+
+    id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskRemoval:
+    """The predecessor of this call does not answer; answered by `Removed` of this id."""
+
+    id: int
+    sid: str
+
+
+CallSays = CallJoined | AskExtension | CallKeeps | CallStep | AskHandover | AskRemoval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,7 +452,60 @@ class Limit:
     answers: int = 0
 
 
-Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays | CallSays | Limit
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeginHandover:
+    """Get ready for a successor. It will have this epoch and identity, and will show the secret.
+
+    `wait`: seconds for the agent to be no longer busy.
+    """
+
+    call: str
+    epoch: int
+    identity: str
+    secret: str = field(repr=False)
+    wait: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelHandover:
+    """Refuse the successor of this epoch from now on, unless it may speak already."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeBack:
+    """The successor of this epoch is gone, and has not spoken: speak again."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveRoom:
+    """The successor of this epoch speaks: end the job."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverOver:
+    """The handover that the agent has asked for is over."""
+
+    id: int
+    result: HandoverResult
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """The answer to `AskRemoval`: whether the predecessor is out of the room."""
+
+    id: int
+    is_gone: bool
+
+
+CallHears = Limit | BeginHandover | CancelHandover | TakeBack | LeaveRoom | HandoverOver | Removed
+Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays | CallSays | CallHears
 M = TypeVar("M", bound=Message)
 Said = TypeVar("Said", bound=Message)
 Heard = TypeVar("Heard", bound=Message)
@@ -532,5 +633,5 @@ FOR_WORKER: Vocabulary[WorkerHears] = Vocabulary(*get_args(WorkerHears))
 OF_BROKER: Vocabulary[BrokerSays] = Vocabulary(*get_args(BrokerSays))
 FOR_BROKER: Vocabulary[BrokerHears] = Vocabulary(*get_args(BrokerHears))
 OF_CALL: Vocabulary[CallSays] = Vocabulary(*get_args(CallSays))
-FOR_CALL: Vocabulary[Limit] = Vocabulary(Limit)
+FOR_CALL: Vocabulary[CallHears] = Vocabulary(*get_args(CallHears))
 OF_REHEARSED_JOB: Vocabulary[RehearsedJobSays] = Vocabulary(*get_args(RehearsedJobSays))
