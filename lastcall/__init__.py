@@ -27,6 +27,10 @@ inworld.TTS(**arguments)
     use of `inworld.TTS` raises ImportError where livekit-plugins-inworld is not installed; the extra
     `lastcall[inworld]` installs the plugin. Since 0.2.0.
 
+resume_session(call, session, agents=[…])
+    Has an AgentSession go on in another job when its call is handed over, and returns its `Resumption`.
+    `is_resumed(agent)` tells `on_enter` of an agent whether it goes on with a call. Since 0.2.0.
+
 __version__
     The version of the installed distribution, a str such as "0.2.0". Its use raises
     importlib.metadata.PackageNotFoundError where lastcall is on the path but not installed. Since 0.2.0.
@@ -45,11 +49,24 @@ if TYPE_CHECKING:
     from lastcall.worker import inworld
     from lastcall.worker.job.arriving import Resumed, Withdrawn
     from lastcall.worker.job.call import Call, Notice, call
+    from lastcall.worker.job.session import Resumption, is_resumed, resume_session
     from lastcall.worker.job.teardown import closing
 
     __version__: str
 
-__all__ = ["Call", "Notice", "Resumed", "Withdrawn", "__version__", "call", "closing", "inworld"]
+__all__ = [
+    "Call",
+    "Notice",
+    "Resumed",
+    "Resumption",
+    "Withdrawn",
+    "__version__",
+    "call",
+    "closing",
+    "inworld",
+    "is_resumed",
+    "resume_session",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -66,6 +83,10 @@ def __getattr__(name: str) -> object:
         from lastcall.worker.job import arriving
 
         return getattr(arriving, name)
+    if name in ("Resumption", "is_resumed", "resume_session"):
+        from lastcall.worker.job import session
+
+        return getattr(session, name)
     if name == "inworld":
         from lastcall.worker import inworld
 

@@ -32,6 +32,9 @@ EDGES = {
         "lastcall.worker.job.arriving",
         "lastcall.worker.job.deletions",
         "lastcall.worker.job.leaving",
+        "lastcall.worker.job.session",
+        "lastcall.worker.job.session_state",
+        "lastcall.worker.job.session_voice",
         # In the process of the verb `doctor`, which supervises nothing.
         "lastcall.supervisor.doctor.probe",
     },

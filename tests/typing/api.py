@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, assert_type
 
-from livekit.agents import JobContext
+from livekit.agents import Agent, AgentSession, JobContext
 from livekit.plugins import inworld as plugin
 
 import lastcall
-from lastcall import Call, Notice, Resumed, Withdrawn, call, closing, inworld
+from lastcall import Call, Notice, Resumed, Resumption, Withdrawn, call, closing, inworld, resume_session
 
 assert_type(lastcall.__version__, str)
 
@@ -98,6 +98,22 @@ async def handover(ctx: JobContext) -> None:
     async with this.busy():
         assert_type(await this.hand_over("memory"), Literal["done", "refused", "failed"])
     this.on_takeover(File())  # type: ignore[type-var]  # this is the error that a user has to see
+
+
+async def resumed(ctx: JobContext, session: AgentSession) -> None:
+    """A session goes on."""
+    agent = Agent(instructions="Be kind.")
+    resumption = resume_session(
+        call(ctx),
+        session,
+        agents=[agent, Agent],
+        dump_userdata=lambda userdata: {"user": str(userdata)},
+        load_userdata=lambda state: state["user"],
+    )
+    assert_type(resumption, Resumption)
+    assert_type(await resumption.take_over(), bool)
+    assert_type(resumption.is_resumed, bool)
+    assert_type(lastcall.is_resumed(agent), bool)
 
 
 class Speaker(lastcall.inworld.TTS):
