@@ -18,7 +18,8 @@ from lastcall.worker.job import session as session_module
 from lastcall.worker.job.capsule import MAX_BYTES, TooLarge, encode
 from lastcall.worker.job.session import NEEDED, VERSION
 from lastcall.worker.job.session_state import NotKept, NotResumed, kept, restored, since
-from tests.support.talk import Loudspeaker, Parrot, Voice, talking
+from tests.support.talk import Loudspeaker, Parrot, Voice, read_by, talking, type_to_agents
+from tests.test_handover_sides import ORDER, Stage, stage, token
 
 pytestmark = pytest.mark.core
 
@@ -403,6 +404,69 @@ async def test_wrong_arguments(options: dict[str, Any], error: str) -> None:
     """Each is refused with its name and what was expected."""
     with pytest.raises((TypeError, ValueError), match=error):
         lastcall.resume_session(Line(), talking(), **options)  # type: ignore[arg-type]
+
+
+# -- both sides of a handover in a room -------------------------------------------------------------------
+
+
+class Side:
+    """The call of one agent on a stage, without a worker."""
+
+    def __init__(self, on: Stage, *, is_new: bool) -> None:
+        self._on = on
+        self._is_new = is_new
+        self.is_inert = False
+        self.resumed = on.resumed if is_new else None
+        self.busy = on.busy.during
+
+    def keep(self, provider: Callable[[], Any]) -> None:
+        if not self._is_new:
+            self._on.capsule.keep(provider)
+
+    def on_takeover(self, fn: Callable[[], Any]) -> None:
+        if not self._is_new:
+            self._on.leaving.on_takeover = fn
+
+    def on_take_back(self, fn: Callable[[], Any]) -> None:
+        if not self._is_new:
+            self._on.leaving.on_take_back = fn
+
+    async def take_over(self) -> Any:
+        return await self._on.arriving.take_over() if self._is_new else None
+
+
+@asynccontextmanager
+async def in_room(side: Side, room: Any) -> AsyncIterator[Any]:
+    """Run a session in a room as the entrypoint of an agent does."""
+    session = talking(tts=Voice())
+    resumption = lastcall.resume_session(side, session, agents=[Clerk, Boss])  # type: ignore[arg-type]
+    await session.start(resumption.agent, room=room)
+    try:
+        assert await resumption.take_over() is (side.resumed is not None)
+        yield session
+    finally:
+        async with asyncio.timeout(PATIENCE):
+            await session.aclose()
+
+
+@since_1_5
+async def test_a_conversation_goes_on_in_its_room() -> None:
+    """The caller types, and is answered by the first agent, then by its successor, which does not greet."""
+    async with stage() as on:
+        await on.old.connect(on.server.url, token(on.server, "bot", "agent"))
+        async with in_room(Side(on, is_new=False), on.old):
+            await until(lambda: read_by(on.caller) == [("bot", "hello")])
+            type_to_agents(on.caller, "one")
+            await until(lambda: len(read_by(on.caller)) == 2)
+            on.leaving.begin(ORDER)
+            await until(lambda: on.told("prepared", "impossible"))
+            await on.arrive()
+            async with in_room(Side(on, is_new=True), on.new):
+                type_to_agents(on.caller, "two")
+                await until(lambda: len(read_by(on.caller)) == 3)
+                await until(on.left.is_set)
+        answers = [("bot", "hello"), ("bot", "answer 1 to one"), ("bot~1", "answer 2 to two")]
+        assert read_by(on.caller) == answers
 
 
 # -- the state alone ------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from typing import Any
 
 from livekit import rtc
 from livekit.agents import DEFAULT_API_CONNECT_OPTIONS, AgentSession, io, llm, tts
+
+from lastcall.worker.local.room_server import Visitor
 
 RATE = 24000
 
@@ -118,3 +121,35 @@ class Loudspeaker(io.AudioOutput):  # type: ignore[misc]  # livekit-agents is no
 def talking(**options: Any) -> AgentSession:
     """Return a session with a parrot, and without what would load a model."""
     return AgentSession(llm=options.pop("llm", None) or Parrot(), vad=None, **options)
+
+
+def type_to_agents(visitor: Visitor, text: str) -> None:
+    """Have a visitor of a local room send a text to the agents."""
+    id = f"typed {len(visitor.heard)} {text}"
+    head = {
+        "kind": "text",
+        "stream_id": id,
+        "mime_type": "text/plain",
+        "topic": "lk.chat",
+        "timestamp": 0,
+        "size": None,
+        "attributes": {},
+    }
+    for what in ({"head": head}, {"part": base64.b64encode(text.encode()).decode()}, {"end": True}):
+        visitor.say(do="relay", to=[], what={"do": "stream", "stream": id, **what})
+
+
+def read_by(visitor: Visitor) -> list[tuple[str, str]]:
+    """Return the texts that the agents of a local room have shown to a visitor, each with its agent."""
+    texts: dict[str, str] = {}
+    agents: dict[str, str] = {}
+    for each in visitor.heard:
+        what = each.get("what", {})
+        if each["on"] != "relay" or what.get("do") != "stream":
+            continue
+        id = what["stream"]
+        if what.get("head", {}).get("topic") == "lk.transcription":
+            agents[id], texts[id] = each["from"], ""
+        elif "part" in what and id in texts:
+            texts[id] += base64.b64decode(what["part"]).decode()
+    return [(agents[id], text.strip()) for id, text in texts.items() if text]
