@@ -84,7 +84,7 @@ class Stage:
         await self.until(lambda: self.told("prepared", "impossible"))
 
     async def arrive(self, **shown: str) -> None:
-        self.arriving.attach(self.new)
+        self.arriving.attach(self.new, "r")
         await self.new.connect(self.server.url, token(self.server, "bot~1", "agent", **(FOUND.shown | shown)))
 
     def told(self, *steps: str) -> bool:
@@ -188,9 +188,8 @@ async def test_a_call_that_can_not_leave(lacks: str) -> None:
 
 
 @pytest.mark.core
-async def test_who_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_is_not_answered() -> None:
     """Another identity, a participant that is no agent, a wrong secret, another epoch, a cancelled one."""
-    monkeypatch.setattr(leaving_module, "KNOWN_WITHIN", 0.05)
     async with stage() as s:
         await s.begin()
 
@@ -225,6 +224,7 @@ async def test_who_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(Withdrawn):
             await s.arriving.take_over()
         assert not s.heard and s.withdrawn.is_set()
+        assert not deletions.may_delete("r"), "it would end the call"
 
 
 async def test_a_good_moment_is_waited_for() -> None:
@@ -244,6 +244,22 @@ async def test_a_good_moment_is_waited_for() -> None:
             with pytest.raises(Withdrawn, match="busy"):
                 await s.arriving.take_over()
         assert s.told("refused") and not s.heard
+
+
+async def test_a_successor_that_the_server_has_not_shown_yet() -> None:
+    """It gets the capsule for its secret. The old agent is silent once it sees the kind of participant."""
+    async with stage() as s:
+        await s.begin()
+        shown: dict[str, Any] = {}
+        s.old.on("participant_connected", lambda each: shown.update({each.identity: each}))
+        s.old.on("participant_connected", lambda each: s.old.remote_participants.pop(each.identity))
+        await s.arrive()
+        assert s.resumed.state == "state"
+        taking = asyncio.ensure_future(s.arriving.take_over())
+        await asyncio.sleep(0.3)
+        assert not taking.done() and not s.heard
+        s.old.remote_participants.update(shown)
+        assert await taking == ["bye"]
 
 
 async def test_an_agent_that_can_not_be_silent(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,6 +37,7 @@ from lastcall.worker.base.wire import (
     Drained,
     Fence,
     Fenced,
+    HandOver,
     Hold,
     Imported,
     JobEnded,
@@ -106,7 +107,10 @@ class Host:
             max_running=self.settings.max_running,
             job_memory_limit=self.settings.job_memory_limit,
             finish=self.settings.finish,
+            handover=self.settings.handover,
+            say=self.calls.say,
         )
+        self.calls.hear = self.engine.handovers.hear
         self.resources.join("livekit", self.engine.close)
 
     async def run(self) -> int:
@@ -238,6 +242,9 @@ class Host:
             case Served(rooms=rooms):
                 if self.engine is not None:
                     self.engine.second_jobs.beside(rooms)
+            case HandOver(id=id, reason=reason):
+                if self.engine is not None:
+                    self.engine.hand_over(id, reason)
             case AskMetrics(id=id):
                 self.control.say(MetricsText(id=id, text=self._metrics()))
             case _:
@@ -290,6 +297,7 @@ class Host:
     def _beat(self) -> None:
         engine = self.engine
         assert engine is not None
+        engine.handovers.tell_keeps()
         load = engine.load
         self.control.say(
             Beat(

@@ -148,6 +148,19 @@ def _recycle(
     _operate(_socket(control), wait, "recycle", slot=slot)
 
 
+def _handover(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="The id of the job, as in lastcall status.")],
+    control: Control = "auto",
+    wait: Wait = False,
+) -> None:
+    """Have a call go on in another job, with its state.
+
+    The agent has to keep its state by lastcall.call. The caller stays in the room, and one of the two agents
+    speaks at every moment. If nobody takes the call it stays where it is.
+    """
+    _operate(_socket(control), wait, "handover", job=job)
+
+
 def _scale(
     workers: Annotated[int, typer.Argument(metavar="N", help="How many workers there shall be.")],
     control: Control = "auto",
@@ -192,6 +205,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "release": _release,
     "reload": _reload,
     "recycle": _recycle,
+    "handover": _handover,
     "scale": _scale,
     "dump": _dump,
 }

@@ -16,27 +16,39 @@ from typing import Any, Literal
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import ConfigError, Refused
 from lastcall.supervisor.fleet.fleet import Fleet, pick_victims
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.processes.launch import Launcher
+from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.wire import StopCause
+from lastcall.worker.base.wire import HandOver, StopCause
 
 # Operations that can still be looked at. Ours: `--wait` asks several times a second.
 MAX_RECENT_OPERATIONS = 16
 
-OperationVerb = Literal["reload", "recycle", "scale"]
+OperationVerb = Literal["reload", "recycle", "scale", "handover"]
 # The log events of each verb, whole, so that `grep` finds them.
 BEGINS: dict[OperationVerb, str] = {
     "reload": "reload begins",
     "recycle": "recycle begins",
     "scale": "scale begins",
+    "handover": "handover begins",
 }
-DONE: dict[OperationVerb, str] = {"reload": "reload done", "recycle": "recycle done", "scale": "scale done"}
+DONE: dict[OperationVerb, str] = {
+    "reload": "reload done",
+    "recycle": "recycle done",
+    "scale": "scale done",
+    "handover": "handover done",
+}
 FAILED: dict[OperationVerb, str] = {
     "reload": "reload failed",
     "recycle": "recycle failed",
     "scale": "scale failed",
+    "handover": "handover failed",
 }
+# Seconds for the answer of a worker to a handover, beside `[handover] wait` and `patience`. Ours: a successor
+# that can't be removed takes 30 s.
+HANDOVER_WITHIN = 60.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,6 +139,18 @@ class Operations:
             raise Refused(f"there is no slot {number}; expected one of {known}")
         operation = self._begin("recycle", of=1)
         self._do(operation, self._recycle(operation, slot, reason))
+        return operation
+
+    def hand_over(self, job_id: str) -> Operation:
+        """Have a call go on in another job, of whatever worker takes it. Raises Refused."""
+        entry = self._fleet.ledger.find(job_id)
+        generation = None if entry is None else self._fleet.find(entry.slot, entry.generation)
+        if entry is None or generation is None:
+            raise Refused(f"there is no job {job_id!r}; lastcall status has the running ones")
+        if not generation.is_connected:
+            raise Refused(f"the worker of job {job_id!r} can't be told anything")
+        operation = self._begin("handover", of=1)
+        self._do(operation, self._hand_over(operation, generation, entry))
         return operation
 
     def scale(self, workers: int) -> Operation:
@@ -244,6 +268,19 @@ class Operations:
         if slot.is_stopping:
             return f"slot {slot.number} is being taken away"
         return await self._replace(operation, slot, self._fleet.launcher, reason)
+
+    async def _hand_over(self, operation: Operation, generation: Generation, entry: JobEntry) -> str:
+        before = entry.tries
+        generation.say(HandOver(id=entry.id, reason="lastcall handover"))
+        config = self._fleet.config.handover
+        due = now() + HANDOVER_WITHIN + config.wait + config.patience
+        await self._fleet.changed.until(
+            lambda: entry.tries > before or entry.fate is not None or self._fleet.is_stopping, lambda: due
+        )
+        operation.done = int(bool(entry.successor))
+        if entry.successor:
+            return ""
+        return entry.handover if entry.tries > before else "the job has ended, or its worker does not answer"
 
     async def _replace(self, operation: Operation, slot: Slot, launcher: Launcher, reason: str) -> str:
         async with self._surge:

@@ -24,7 +24,7 @@ ROOMS: dict[str, Room] = {
             "base",
             "sdk shield target scratch orphan_output exposition imported presence jobs job_memory"
             " call_channels local refused_key room_service",
-            "inworld warming terminations second_jobs",
+            "inworld warming terminations second_jobs handovers",
             "engine",
             "job host",
             "__main__",

@@ -136,11 +136,42 @@ class JobCut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobKeeps:
+    """A job has a capsule of so many bytes, 0 for a function that returns one, since `kept_at`.
+
+    `lacks`: why its agent can't hand it over. Empty when it can.
+    """
+
+    id: str
+    size: int
+    kept_at: float
+    lacks: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobHandover:
+    """A try to hand over a job is over. `successor`: the job that has the call now."""
+
+    id: str
+    result: HandoverResult
+    reason: str = ""
+    successor: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverOff:
+    """The worker hands over no call any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnded:
     """A job has ended, `seconds` after it was accepted.
 
     `process` says how the process ended, when that was not as its call did: `killed`, `exit code 3`.
-    `by_server`: a `finished` job that the owner of its room has ended.
+    `by_server`: a `finished` job that the owner of its room has ended. `successor`: a `finished` job whose
+    call goes on in that job. `callbacks`: `killed` where such a job was ended before its callbacks were done.
     """
 
     id: str
@@ -148,6 +179,8 @@ class JobEnded:
     seconds: float
     process: str = ""
     by_server: bool = False
+    successor: str = ""
+    callbacks: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +247,9 @@ WorkerSays = (
     | JobOver
     | JobLeft
     | JobCut
+    | JobKeeps
+    | JobHandover
+    | HandoverOff
     | JobEnded
     | Fenced
     | Drained
@@ -267,6 +303,14 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HandOver:
+    """Have a job go on elsewhere; answered by `JobHandover`. With an empty id: every job, once fenced."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Terminate:
     """Kill what is left, and exit."""
 
@@ -278,7 +322,7 @@ class AskMetrics:
     id: int
 
 
-WorkerHears = Hold | Fence | Drain | Served | Terminate | AskMetrics
+WorkerHears = Hold | Fence | Drain | Served | HandOver | Terminate | AskMetrics
 
 
 # -- what the Inworld broker says and hears ------------------------------------------------------------------

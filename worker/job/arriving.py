@@ -27,6 +27,7 @@ from livekit import rtc
 from lastcall.worker.base import succession
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.succession import Succession
+from lastcall.worker.job import deletions
 from lastcall.worker.job.leaving import AGENT, CAPSULE, DEPENDENT_KINDS, HELLO, TAKEOVER, TURNS
 
 log = logging.getLogger("lastcall")
@@ -110,6 +111,7 @@ class Arriving:
         self._remove = remove
         self._withdraw = withdraw
         self._room: Any = None
+        self._name = ""
         self._parts: dict[str, asyncio.Future[bytes]] = {}
         self._reading: set[asyncio.Task[None]] = set()
         self._left: asyncio.Event = asyncio.Event()
@@ -117,9 +119,14 @@ class Arriving:
         self._taking = asyncio.Lock()
         self._turns: Any = None
 
-    def attach(self, room: Any) -> None:
-        """Have the room's `connect` return with the capsule, and listen to the predecessor."""
-        self._room = room
+    def attach(self, room: Any, name: str) -> None:
+        """Have the `connect` of the room return with the capsule, and listen to the predecessor.
+
+        A successor that has to leave again may delete its room at its end, as agents do. That would end the
+        call of its predecessor.
+        """
+        self._room, self._name = room, name
+        deletions.forbid(name)
         loop = asyncio.get_running_loop()
         for topic in (CAPSULE, TURNS):
             self._parts[topic] = loop.create_future()
@@ -262,6 +269,7 @@ class Arriving:
         if not self._room.isconnected():
             raise Withdrawn("the room is gone")
         self.may_speak = True
+        deletions.permit(self._name)
         self._spawn(self._say_that_it_speaks())
         return turns
 

@@ -319,7 +319,7 @@ class Call:
         self._arriving = Arriving(
             found, resumed, job=self._job, remove=self._remove_predecessor, withdraw=self._withdraw
         )
-        self._arriving.attach(self._ctx.room)
+        self._arriving.attach(self._ctx.room, job.room.name)
 
     def _withdraw(self) -> None:
         if self._ctx is not None:

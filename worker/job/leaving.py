@@ -13,8 +13,12 @@
                      ◄───────  speaks; the job ends
 
 An RPC method can be called by every participant of the room. So it answers one identity alone, which the
-worker has named before the dispatch, of the kind AGENT, and only with the secret of the dispatch. From the
-answer to `takeover` on the agent is silent until its worker says that the successor is gone (`TakeBack`).
+worker has named before the dispatch, of the kind AGENT, and only with the secret of the dispatch. The server
+tells of a participant that publishes nothing up to 3 s late (subscriberUpdateInterval, pkg/rtc/room.go). A
+successor that is not known yet gets the capsule for its secret, and has to wait with the takeover.
+
+From the answer to `takeover` on the agent is silent until its worker says that the successor is gone
+(`TakeBack`).
 """
 
 from __future__ import annotations
@@ -43,8 +47,11 @@ HELLO, TAKEOVER = "lastcall.hello", "lastcall.takeover"
 CAPSULE, TURNS = "lastcall.capsule", "lastcall.turns"
 # Seconds for the function of `on_takeover`. Ours: an interruption of AgentSession takes 22 ms at most.
 SILENT_WITHIN = 1.0
-# Seconds for a participant to be known that calls already. Ours: a signal is as fast as a packet.
-KNOWN_WITHIN = 1.0
+# Seconds in which a participant that has left is back, if only this client has reconnected. Ours: the server
+# tells all participants in one message.
+BACK_WITHIN = 0.2
+# Seconds for a job that shuts down to leave its room. Ours: a session closes within a second.
+LEAVES_WITHIN = 2.0
 # Bytes of the last turns in the answer of an RPC. Livekit's clients refuse more than 15360; base64 of it.
 MAX_TURNS = 10_000
 # Seconds for which somebody may speak before the call is handed over all the same.
@@ -181,7 +188,7 @@ class Leaving:
             self._room.on("reconnected", self._on_reconnected)
 
     async def _on_hello(self, data: Any) -> str:
-        order, told = await self._check(data)
+        order, told, _ = self._check(data)
         if self.phase not in ("ready", "seen"):
             raise self._no(f"not now: {self.phase}")
         if self.phase == "ready":
@@ -192,10 +199,12 @@ class Leaving:
 
     async def _on_takeover(self, data: Any) -> str:
         """Be silent, and answer with the last turns; while it is no good moment, say that it is not."""
-        order, _ = await self._check(data)
+        order, _, is_known = self._check(data)
         began = now()
         if self.phase != "seen":
             raise self._no(f"not now: {self.phase}")
+        if not is_known:
+            return json.dumps({"wait": True})
         if self._asked_at is None:
             self._asked_at = began
         waited = began - self._asked_at
@@ -231,8 +240,11 @@ class Leaving:
             self._spawn(self._send(TURNS, turns))
         return json.dumps(answer)
 
-    async def _check(self, data: Any) -> tuple[BeginHandover, dict[str, Any]]:
-        """Return the order and the payload, if the caller is the successor that is waited for."""
+    def _check(self, data: Any) -> tuple[BeginHandover, dict[str, Any], bool]:
+        """Return the order, the payload, and whether the caller is seen in the room already.
+
+        Raises RpcError for every caller but the successor that is waited for.
+        """
         order = self._order
         if order is None or data.caller_identity != order.identity:
             raise self._no("nobody is waited for here")
@@ -241,13 +253,10 @@ class Leaving:
             is_right = hmac.compare_digest(str(told["secret"]), order.secret) and told["epoch"] == order.epoch
         except (ValueError, TypeError, KeyError):
             is_right = False
-        due = now() + KNOWN_WITHIN
-        while is_right and order.identity not in self._room.remote_participants and now() < due:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
         caller = self._room.remote_participants.get(order.identity)
-        if not is_right or caller is None or caller.kind != AGENT or self._order is not order:
+        if not is_right or (caller is not None and caller.kind != AGENT):
             raise self._no("nobody is waited for here")
-        return order, told
+        return order, told, caller is not None
 
     async def _send(self, topic: str, line: bytes) -> None:
         order = self._order
@@ -289,6 +298,13 @@ class Leaving:
         self._end(epoch)
         self.phase = "left"
         self._leave()
+        self._spawn(self._leave_room())
+
+    async def _leave_room(self) -> None:
+        """Leave the room where the entrypoint goes on: from 1.5.2 on livekit-agents lets it for 15 s."""
+        await asyncio.sleep(LEAVES_WITHIN)
+        if self._room.isconnected():
+            await self._room.disconnect()
 
     def _end(self, epoch: int) -> None:
         """Wait for nobody any more. A later try has a later epoch, so that this one is refused for good."""
@@ -312,6 +328,12 @@ class Leaving:
     def _on_disconnected(self, participant: Any) -> None:
         order = self._order
         if order is not None and participant.identity == order.identity:
+            self._spawn(self._tell_lost(order))
+
+    async def _tell_lost(self, order: BeginHandover) -> None:
+        """Say that the successor has left, unless it is back: a reconnection shows everybody leave."""
+        await asyncio.sleep(BACK_WITHIN)
+        if self._order is order and order.identity not in self._room.remote_participants:
             self._say(order.epoch, "lost", detail="the successor left the room")
 
     def _on_attributes(self, _changed: Any, _participant: Any) -> None:
