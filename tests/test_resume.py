@@ -262,9 +262,11 @@ async def test_the_voice_is_taken_back() -> None:
         await turn(old, "one")
         line.successor()
         await line.fall_silent()
+        assert old.resumption.has_left
         assert not old.session.input.audio_enabled and not old.session.output.audio_enabled
         assert not old.session.output.transcription_enabled
         await line.speak_again()
+        assert not old.resumption.has_left
         assert old.session.input.audio_enabled and old.session.output.audio_enabled
         assert old.session.output.transcription_enabled
         await turn(old, "two")

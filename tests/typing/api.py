@@ -112,7 +112,7 @@ async def resumed(ctx: JobContext, session: AgentSession) -> None:
     )
     assert_type(resumption, Resumption)
     assert_type(await resumption.take_over(), bool)
-    assert_type(resumption.is_resumed, bool)
+    assert_type((resumption.is_resumed, resumption.has_left), tuple[bool, bool])
     assert_type(lastcall.is_resumed(agent), bool)
 
 

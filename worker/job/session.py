@@ -56,7 +56,8 @@ class Resumption:
     """A session whose call can go on in another job, as `resume_session` returns it. Since 0.2.0.
 
     `agent`: the agent to start the session with.
-    `is_resumed`: whether the call was handed over to this job.
+    `is_resumed`: whether the call was handed over to this job, with its state.
+    `has_left`: whether the call goes on in another job, and this one only has to end.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Resumption:
         self._heard = Heard(session)
         self._tools = Tools(call, session)
         self._may_enter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.has_left = False
         # Until the takeover of a successor, the agent before has the call.
         self._is_arriving = call.resumed is not None
         self._state: State | None = None if call.resumed is None else call.resumed.state
@@ -168,11 +170,13 @@ class Resumption:
         speech = session.current_speech
         is_cut = speech is not None and not speech.done()
         await self._voice.fall_silent()
+        self.has_left = True
         state = session_state.since(self._told, self._state_now())
         return {**state, "heard": heard, "owes": (is_cut or bool(heard)) and not is_speaking}
 
     async def _speak_again(self) -> None:
         """Open the session's voice: the successor has failed."""
+        self.has_left = False
         self._voice.open()
 
     # -- the arriving agent ---------------------------------------------------------------------------
