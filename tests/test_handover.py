@@ -9,13 +9,18 @@ import asyncio
 import base64
 import itertools
 import json
+import os
+import signal
 import subprocess
+import time
 from typing import Any
 
 import pytest
 
 from lastcall.supervisor.errors import Refused
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.base import variables
+from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.local.livekit_server import Dispatched
 from lastcall.worker.local.room_server import Visitor
 from lastcall.worker.local.rooms import Kind
@@ -111,6 +116,11 @@ async def begun(r: Run, room: str = "room", **spec: Any) -> Call:
     await call.note("speaks")
     await call.hears_more()
     return call
+
+
+def local(r: Run) -> dict[str, str]:
+    """Return the variables with which the jobs of another supervisor have rooms of this one's server."""
+    return {variables.REHEARSAL: WorkerSettings(local_url=r.livekit.url).to_json()}
 
 
 def hand_over(r: Run, job: str) -> dict[str, Any]:
@@ -215,6 +225,91 @@ async def test_what_a_call_lacks(run: StartRun) -> None:
     assert (job["fate"], job["handover"]) == ("finished", "nobody took it")
 
 
+async def test_a_successor_that_dies(run: StartRun) -> None:
+    """Before it is ready, and after the old agent's answer: the old agent speaks on, or again."""
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
+    await r.ready(2)
+    call = await begun(r, holds=True, slow=0.8)
+    operation = hand_over(r, call.id)
+    first = await call.note("connected", 2)
+    assert first["identity"] == "bot~1"
+    os.kill(first["pid"], signal.SIGKILL)
+    answer = await over(r, operation)
+    assert answer["state"] == "failed" and "left the room" in answer["reason"], answer
+    await call.hears_more()
+    assert call.turns == ["bot"] and not call.notes("is to be silent")
+    await r.until(lambda: call.room_has("bot") and not call.room_has("bot~1"), PATIENCE)
+
+    operation = hand_over(r, call.id)
+    second = await call.note("connected", 3)
+    assert second["identity"] == "bot~2"
+    r.job_log.with_name(r.job_log.name + ".ready").touch()
+    await call.note("is to be silent")
+    os.kill(second["pid"], signal.SIGKILL)
+    killed_at = time.monotonic()
+    again = await call.note("speaks", 2)
+    assert again["again"] and again["job"] == call.id
+    print("silence after the death of a successor", again["at"] - killed_at)
+    answer = await over(r, operation)
+    assert (answer["state"], answer["reason"]) == ("failed", "the successor did not speak")
+    await call.hears_more()
+    assert call.turns == ["bot"]
+    call.never_two()
+
+    answer = await over(r, hand_over(r, call.id))
+    assert answer["state"] == "done", answer
+    await call.hears_more()
+    assert call.turns == ["bot", "bot~3"]
+    call.never_two()
+
+
+async def test_a_worker_that_dies(run: StartRun) -> None:
+    """That of the old agent, when a successor is there: it goes on with the state, and is the only one."""
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
+    await r.ready(2)
+    call = await begun(r, holds=True)
+    old = r.livekit.jobs[call.id].worker_id
+    choose = r.livekit._choose
+    r.livekit._choose = lambda job, tried, only: choose(job, tried | {old}, only)  # type: ignore[method-assign]
+    hand_over(r, call.id)
+    successor = await call.note("connected", 2)
+    assert r.livekit.jobs[successor["job"]].worker_id != old
+    pids = {worker["worker_id"]: worker["pid"] for worker in control_socket.ask(r.control, "status")["slots"]}
+    os.kill(pids[old], signal.SIGKILL)
+    r.job_log.with_name(r.job_log.name + ".ready").touch()
+    speaks = await call.note("speaks", 2)
+    assert speaks["job"] == successor["job"] and speaks["state"] == {"job": call.id}
+    await r.until(lambda: not call.room_has("bot"), PATIENCE)
+    await call.hears_more()
+    assert call.turns == ["bot", "bot~1"]
+
+
+async def test_an_old_agent_that_hangs(run: StartRun) -> None:
+    """It is removed from the room, and the successor speaks; when it wakes it does not speak."""
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
+    await r.ready(2)
+    call = await begun(r, holds=True)
+    operation = hand_over(r, call.id)
+    await call.note("connected", 2)
+    pid = call.notes("speaks")[0]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        r.job_log.with_name(r.job_log.name + ".ready").touch()
+        speaks = await call.note("speaks", 2)
+        assert speaks["turns"] is None and speaks["state"] == {"job": call.id}
+        await call.hears_more()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    answer = await over(r, operation)
+    assert answer["state"] == "done", answer
+    await call.hears_more()
+    assert call.turns == ["bot", "bot~1"] and not call.room_has("bot")
+    r.kill()
+    call.say("hang up")
+    assert await r.exit(PATIENCE) == 0
+    assert r.receipt()["totals"]["handed_over"] == 1
+
+
 async def test_a_key_that_may_not_dispatch(run: StartRun) -> None:
     """One line says so, handover is off, and the call goes on."""
     r = await run("run", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
@@ -249,3 +344,42 @@ async def test_a_worker_without_lastcall_takes_the_dispatch(run: StartRun) -> No
     assert call.turns == ["bot"]
     room = r.livekit.rooms.state.get("room")
     assert room is not None and len(room.dispatches) == 1
+
+
+async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:
+    """Two supervisors on one server: the calls of the one that stops go on in the other.
+
+    A call that keeps nothing is cut. A reload hands calls over at once where that is asked for.
+    """
+    environment = PATIENT | {"LASTCALL_HANDOVER__WAIT": "0.3"}
+    r = await run("run", "--grace", "30", AGENT, rooms=True, environment=environment)
+    await r.ready()
+    calls = [await begun(r, f"room-{n}") for n in range(2)]
+    other_call = await begun(r, "keeps nothing", keeps_nothing=True)
+    other = await run(
+        *("run", "--grace", "60", AGENT),
+        livekit=False,
+        environment=environment | r.livekit.environment | local(r) | {"JOB_LOG": str(r.job_log)},
+    )
+    await r.ready(2)
+    r.kill()
+    assert await r.exit(PATIENCE * 2) == 75
+    assert r.fates() == {calls[0].id: "handed_over", calls[1].id: "handed_over", other_call.id: "cut"}
+    for call in calls:
+        await call.hears_more()
+        assert call.turns == ["bot", "bot~1"]
+        assert call.notes("speaks")[1]["reason"] == "the end of grace"
+        call.never_two()
+    operation = control_socket.ask(other.control, "reload", handover=True)
+    for call in calls:
+        await call.note("speaks", 3)
+        await call.hears_more()
+        assert call.turns == ["bot", "bot~1", "bot~2"]
+        assert call.notes("speaks")[2]["reason"] == "reload"
+        call.never_two()
+    assert (await over(other, operation))["state"] == "done"
+    for call in calls:
+        call.say("hang up")
+    other.kill()
+    assert await other.exit(PATIENCE) == 0
+    await r.nothing_left()

@@ -55,6 +55,11 @@ TELL_WITHIN = 1.0
 REQUESTS_WITHIN = 0.5
 
 
+# Seconds for the calls of a worker that is replaced, where their handover was asked for. Ours: hundreds of
+# calls take a minute. The others then have grace, as ever.
+ALL_WITHIN = 120.0
+
+
 class Engine:
     """Run `server` until it is told to end.
 
@@ -96,6 +101,7 @@ class Engine:
             say=say,
             report=report,
             begin=self._requests.begin,
+            is_closing=lambda: self._requests.is_closing,
         )
         self.memory = MemoryWatch(
             self.jobs,
@@ -373,12 +379,23 @@ class Engine:
         await self._ask(job.executor, now() + self._finish)
 
     def hand_over(self, id: str, reason: str) -> None:
-        """Have a job go on elsewhere."""
+        """Have a job go on elsewhere; with an empty id every job, once the worker takes no more."""
         job = self.jobs.get(id)
-        if job is None:
+        if not id:
+            self._requests.begin(self._hand_over_all(reason))
+        elif job is None:
             self._report(JobHandover(id=id, result="refused", reason="not possible: the job has ended"))
         else:
             self._requests.begin(self._hand_over(job, reason))
+
+    def hand_over_before(self, drain_at: Callable[[], float | None]) -> None:
+        """Have the calls go on elsewhere that a drain would cut at its end."""
+        self._requests.begin(self.handovers.before(drain_at))
+
+    async def _hand_over_all(self, reason: str) -> None:
+        until = now() + ALL_WITHIN
+        await self._changed.until(lambda: self._fenced or self._requests.is_closing, lambda: until)
+        await self.handovers.hand_over_all(reason, lambda: until)
 
     async def _hand_over(self, job: Job, reason: str) -> None:
         await self.handovers.hand_over(job, reason)

@@ -19,6 +19,7 @@ then two agents talk.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Callable
@@ -68,6 +69,11 @@ LOOK_AGAIN_AFTER = 0.25
 REMOVED_WITHIN = 30.0
 # Seconds for a room to show that the new agent speaks, where the old one has gone meanwhile.
 SHOWN_WITHIN = 3.0
+# Calls that one worker hands over at a time, and seconds that each round takes. Ours: a successor needs a
+# warm process, and a worker keeps a few. A handover takes 0.6 s, and on a busy machine twice that.
+PARALLEL, SECONDS_EACH = 4, 1.5
+# Seconds after a round in which nobody took a call.
+TRY_AGAIN_AFTER = 1.0
 # Dispatches that are remembered, so that none is taken twice.
 MAX_TAKEN = 10_000
 # livekit.protocol's JT_ROOM: jobs of other types are made for each participant of a room.
@@ -125,6 +131,7 @@ class Handovers:
         say: Callable[[str, CallHears], bool],
         report: Callable[[JobHandover | JobKeeps | HandoverOff], None],
         begin: Callable[[Any], None],
+        is_closing: Callable[[], bool],
     ) -> None:
         self.off = ""
         self._jobs = jobs
@@ -135,6 +142,7 @@ class Handovers:
         self._say = say
         self._report = report
         self._begin = begin
+        self._is_closing = is_closing
         self._tries: dict[str, Try] = {}
         self._keeps: dict[str, CallKeeps] = {}
         self._untold: set[str] = set()
@@ -154,6 +162,9 @@ class Handovers:
                     attempt.steps[message.step] = message
                     if message.step == "speaks" and job is not None:
                         self._done(job, attempt)  # here, because the end of the job may follow at once
+                elif message.step == "silent":
+                    # The agent had hung, and its try is over: the successor was removed.
+                    self._say(job_id, TakeBack(epoch=message.epoch))
             case AskHandover(id=id, reason=reason):
                 self._begin(self._answer(job_id, id, reason or "the agent asked for it"))
             case AskRemoval(id=id, sid=sid):
@@ -229,10 +240,57 @@ class Handovers:
             self._tries[job.id] = attempt
             try:
                 outcome = await self._try(job, attempt, reason)
+            except BaseException:
+                self._say(job.id, CancelHandover(epoch=attempt.epoch))
+                raise
             finally:
                 del self._tries[job.id]
         self._note(job, outcome, reason)
         return outcome
+
+    async def hand_over_all(self, reason: str, until: Callable[[], float | None]) -> None:
+        """Hand over every call that can be, a few at a time, and once more those that nobody has taken.
+
+        Ends when no such call is left, or the time is over.
+        """
+        width, given_up = PARALLEL, set[str]()
+        while True:
+            calls = [job for job in self._jobs.running if job.id not in given_up and not self.lacks(job)]
+            at = until()
+            if not calls or self._is_closing() or (at is not None and now() >= at):
+                return
+            outcomes = await asyncio.gather(*(self.hand_over(job, reason) for job in calls[:width]))
+            given_up |= {
+                job.id
+                for job, outcome in zip(calls[:width], outcomes, strict=True)
+                if outcome.result == "refused"
+            }
+            taken = sum(outcome.result == "done" for outcome in outcomes)
+            width = min(PARALLEL, width * 2) if taken == len(outcomes) else max(1, taken)
+            if not taken:
+                await self._sleep(TRY_AGAIN_AFTER)
+
+    async def before(self, drain_at: Callable[[], float | None]) -> None:
+        """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
+
+        def due_at() -> float | None:
+            at, calls = drain_at(), len([job for job in self._jobs.running if not self.lacks(job)])
+            if at is None or not calls:
+                return at
+            settings = self._settings
+            rounds = -(-calls // PARALLEL)
+            return at - settings.wait - settings.patience - rounds * SECONDS_EACH
+
+        while (at := drain_at()) is None or now() < at:
+            await self._changed.until(self._is_closing, due_at)
+            if self._is_closing():
+                return
+            await self.hand_over_all("the end of grace", drain_at)
+            await self._sleep(TRY_AGAIN_AFTER)
+
+    def due_at(self, job_id: str) -> float:
+        """Return until when a job is not asked to shut down: for a moment, while it is handed over."""
+        return now() + LOOK_AGAIN_AFTER if job_id in self._tries else 0.0
 
     # -- one try --------------------------------------------------------------------------------------
 
@@ -430,7 +488,7 @@ class Handovers:
 
     async def _sleep(self, seconds: float) -> None:
         at = now() + seconds
-        await self._changed.until(lambda: False, lambda: at)
+        await self._changed.until(self._is_closing, lambda: at)
 
     async def _look(self, job: Job, attempt: Try) -> Participant | None:
         """Return the successor, if it is in the room. Raises RoomServiceError."""

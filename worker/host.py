@@ -177,6 +177,7 @@ class Host:
         self.control.say(Fenced(reason=self.stopping.reason, at=fenced_at))
         self._fenced = True
         self._tell_calls()
+        engine.hand_over_before(self._drain_at)
         await self.changed.until(lambda: not len(engine.jobs), self._drain_at)
         self.control.say(Drained())
         began = now()
@@ -186,7 +187,7 @@ class Host:
         kill_at = close_at - kept
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
-            await engine.end_jobs(self._or_now(kill_at), close_at - TELLING * kept, self.calls.due_at)
+            await engine.end_jobs(self._or_now(kill_at), close_at - TELLING * kept, self._job_due_at)
         if plugin_connections.is_needed:
             self.resources.join("inworld", plugin_connections.aclose)
         census = await self.resources.aclose(close_at)
@@ -214,6 +215,11 @@ class Host:
 
     def _drain_at(self) -> float | None:
         return None if self._deadlines is None else self._deadlines.drain_at
+
+    def _job_due_at(self, job_id: str) -> float:
+        """Return until when a job may go on: it has asked for more time, or is handed over at this moment."""
+        handed_over_at = 0.0 if self.engine is None else self.engine.handovers.due_at(job_id)
+        return max(self.calls.due_at(job_id), handed_over_at)
 
     def _or_now(self, at: float) -> float:
         return now() if self._killed else at

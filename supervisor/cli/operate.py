@@ -23,6 +23,9 @@ POLL_INTERVAL = 0.1
 
 Control = Annotated[str, typer.Option("--control", metavar="PATH", help="Control socket of the supervisor.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Return when it is done; non-zero if it failed.")]
+HandOver = Annotated[
+    bool, typer.Option("--handover", help="Have the calls of old workers go on in new ones, where possible.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -130,22 +133,24 @@ def _release(control: Control = "auto") -> None:
     control_socket.ask(_socket(control), "release")
 
 
-def _reload(control: Control = "auto", wait: Wait = False) -> None:
+def _reload(control: Control = "auto", wait: Wait = False, handover: HandOver = False) -> None:
     """Roll to the code and configuration that are there now.
 
     A new worker is started beside each old one, which drains only when the new one has registered and is
     warm. One that does not become ready is taken down, and the old one keeps serving.
     """
-    _operate(_socket(control), wait, "reload")
+    _operate(_socket(control), wait, "reload", **({"handover": True} if handover else {}))
 
 
 def _recycle(
     slot: Annotated[int, typer.Argument(metavar="SLOT", help="The number of the slot.")],
     control: Control = "auto",
     wait: Wait = False,
+    handover: HandOver = False,
 ) -> None:
     """Replace the worker of one slot, without a gap."""
-    _operate(_socket(control), wait, "recycle", slot=slot)
+    more = {"handover": True} if handover else {}
+    _operate(_socket(control), wait, "recycle", slot=slot, **more)
 
 
 def _handover(

@@ -113,6 +113,8 @@ class Operations:
         self._reloading = asyncio.Lock()
         self._scaling = asyncio.Lock()
         self._queued_reload: Operation | None = None
+        # The operations after which the old workers hand their calls over.
+        self._hands_over: set[int] = set()
         self._surge = asyncio.Semaphore(fleet.config.reload.max_surge)
 
     async def run(self) -> None:
@@ -122,22 +124,32 @@ class Operations:
 
     # -- what may be asked for ------------------------------------------------------------------------
 
-    def reload(self) -> Operation:
-        """Replace every worker by one of the code and configuration that are there now. Raises Refused."""
+    def reload(self, *, hands_over: bool = False) -> Operation:
+        """Replace every worker by one of the code and configuration that are there now. Raises Refused.
+
+        `hands_over`: the calls of the old workers go on elsewhere at once, where that is possible.
+        """
         if self._queued_reload is not None:
-            return self._queued_reload  # it has not begun, and will read everything afresh when it does
+            # It has not begun, and will read everything afresh when it does.
+            self._hands_over |= {self._queued_reload.id} if hands_over else set()
+            return self._queued_reload
         operation = self._begin("reload", of=len(self._fleet.slots))
+        self._hands_over |= {operation.id} if hands_over else set()
         self._queued_reload = operation
         self._do(operation, self._reload(operation))
         return operation
 
-    def recycle(self, number: int, reason: str = "recycle") -> Operation:
-        """Replace the worker of one slot by one of the same program. Raises Refused."""
+    def recycle(self, number: int, reason: str = "recycle", *, hands_over: bool = False) -> Operation:
+        """Replace the worker of one slot by one of the same program. Raises Refused.
+
+        `hands_over` is as in a reload.
+        """
         slot = self._fleet.slot(number)
         if slot is None:
             known = ", ".join(str(slot.number) for slot in self._fleet.slots)
             raise Refused(f"there is no slot {number}; expected one of {known}")
         operation = self._begin("recycle", of=1)
+        self._hands_over |= {operation.id} if hands_over else set()
         self._do(operation, self._recycle(operation, slot, reason))
         return operation
 
@@ -196,6 +208,7 @@ class Operations:
             operation.reason = f"fault in lastcall: {error!r}"
             self._log.error("fault in lastcall", operation=operation.id, exc_info=True)
         operation.state = "failed" if operation.reason else "done"
+        self._hands_over.discard(operation.id)
         self.counts[operation.verb, operation.state] += 1
         seconds = round(now() - began, 3)
         if operation.reason:
@@ -287,7 +300,12 @@ class Operations:
             if slot.is_stopping:
                 return ""  # scaled away meanwhile
             cause: StopCause = "reload" if operation.verb == "reload" else "recycle"
+            before = list(slot.leaving)
             why = await slot.replace(reason, launcher, cause=cause)
+            if not why and operation.id in self._hands_over:
+                for old in slot.leaving:
+                    if old not in before:
+                        old.say(HandOver(id="", reason=cause))
         operation.done += not why
         return f"slot {slot.number}: {why}" if why else ""
 

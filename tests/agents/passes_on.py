@@ -7,6 +7,7 @@ a JSON object, which `request_fnc` reads strictly:
     slow         seconds that the agent takes to become silent
     holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists
     after        seconds of a shutdown callback
+    keeps_nothing   whether the agent calls no `keep`
     deletes      whether a shutdown callback deletes the room
 """
 
@@ -86,7 +87,8 @@ async def entrypoint(ctx: JobContext) -> None:
     track = rtc.LocalAudioTrack.create_audio_track("voice", voice.source)
     await ctx.room.local_participant.publish_track(track)
     note(ctx, "connected", identity=ctx.room.local_participant.identity)
-    call.keep(spec.get("keeps", {"job": ctx.job.id}))
+    if not spec.get("keeps_nothing"):
+        call.keep(spec.get("keeps", {"job": ctx.job.id}))
     if resumed is not None and spec.get("holds"):
         while not os.path.exists(os.environ["JOB_LOG"] + ".ready"):
             await asyncio.sleep(0.02)

@@ -103,6 +103,7 @@ class Arriving:
         job: str,
         remove: Callable[[str], Awaitable[bool]],
         withdraw: Callable[[], None],
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.succession = found
         self.resumed = resumed
@@ -110,6 +111,7 @@ class Arriving:
         self._job = job
         self._remove = remove
         self._withdraw = withdraw
+        self._is_stopping = is_stopping
         self._room: Any = None
         self._name = ""
         self._parts: dict[str, asyncio.Future[bytes]] = {}
@@ -245,6 +247,8 @@ class Arriving:
         asked_at = now()
         turns: Any = None
         while self._predecessor is not None:
+            if self._is_stopping():
+                raise Withdrawn("the worker of the successor is being stopped")
             asked_at = now()
             answer = await self._ask(TAKEOVER)
             if answer is None:

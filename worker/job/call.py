@@ -317,7 +317,12 @@ class Call:
             epoch=found.epoch, reason=found.reason, metadata=job.metadata, attributes=job.attributes
         )
         self._arriving = Arriving(
-            found, resumed, job=self._job, remove=self._remove_predecessor, withdraw=self._withdraw
+            found,
+            resumed,
+            job=self._job,
+            remove=self._remove_predecessor,
+            withdraw=self._withdraw,
+            is_stopping=self.stopping.is_set,
         )
         self._arriving.attach(self._ctx.room, job.room.name)
 
