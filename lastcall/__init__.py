@@ -7,8 +7,16 @@ call(ctx)
     The `Call` of the job of `ctx`. An agent hears through it that its worker stops, and until when the call
     should have ended: `notice = await call.stopping`, or `call.on_stopping(fn)`. Since 0.2.0.
 
-Call, Notice
-    The classes of `call(ctx)` and of what a call is told, for annotations. Since 0.2.0.
+    Where the agent keeps its state, by `call.keep`, the call can go on in another job. `call.on_takeover`,
+    `call.on_take_back`, `call.busy` and `call.hand_over` are for the agent that leaves. `call.resumed` and
+    `call.take_over` are for the one that goes on. Since 0.2.0.
+
+Call, Notice, Resumed
+    The classes of `call(ctx)`, of what a call is told, and of `call.resumed`, for annotations. Since 0.2.0.
+
+Withdrawn
+    Raised by `call.take_over()`, and by `ctx.connect()` of a successor, if the call stays where it is. Since
+    0.2.0.
 
 closing(ctx, closable)
     Closes `closable` when the job of `ctx` ends, and returns `closable`. Since 0.2.0.
@@ -18,6 +26,10 @@ inworld.TTS(**arguments)
     one. `from lastcall import inworld` takes the place of `from livekit.plugins import inworld`. The first
     use of `inworld.TTS` raises ImportError where livekit-plugins-inworld is not installed; the extra
     `lastcall[inworld]` installs the plugin. Since 0.2.0.
+
+resume_session(call, session, agents=[…])
+    Has an AgentSession go on in another job when its call is handed over, and returns its `Resumption`.
+    `is_resumed(agent)` tells `on_enter` of an agent whether it goes on with a call. Since 0.2.0.
 
 __version__
     The version of the installed distribution, a str such as "0.2.0". Its use raises
@@ -35,12 +47,26 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lastcall.worker import inworld
+    from lastcall.worker.job.arriving import Resumed, Withdrawn
     from lastcall.worker.job.call import Call, Notice, call
+    from lastcall.worker.job.session import Resumption, is_resumed, resume_session
     from lastcall.worker.job.teardown import closing
 
     __version__: str
 
-__all__ = ["Call", "Notice", "__version__", "call", "closing", "inworld"]
+__all__ = [
+    "Call",
+    "Notice",
+    "Resumed",
+    "Resumption",
+    "Withdrawn",
+    "__version__",
+    "call",
+    "closing",
+    "inworld",
+    "is_resumed",
+    "resume_session",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -53,6 +79,14 @@ def __getattr__(name: str) -> object:
         from lastcall.worker.job import call
 
         return getattr(call, name)
+    if name in ("Resumed", "Withdrawn"):
+        from lastcall.worker.job import arriving
+
+        return getattr(arriving, name)
+    if name in ("Resumption", "is_resumed", "resume_session"):
+        from lastcall.worker.job import session
+
+        return getattr(session, name)
     if name == "inworld":
         from lastcall.worker import inworld
 

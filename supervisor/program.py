@@ -71,6 +71,7 @@ class Program:
             max_running=config.jobs.max_running,
             job_memory_limit=config.jobs.memory_mb << 20,
             finish=config.jobs.finish,
+            handover=config.handover.settings,
             coloured=self.coloured,
         )
         return Launcher(

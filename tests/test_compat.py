@@ -150,7 +150,7 @@ async def test_the_gate(admitted: agent_server.Answer) -> None:
     turns: list[int] = []
     seen: list[Any] = []
 
-    def admit(job: Any) -> agent_server.Answer:
+    def admit(job: Any, _found: object) -> agent_server.Answer:
         seen.append(("admit", job.id, len(turns)))
         return admitted
 

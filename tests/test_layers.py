@@ -28,6 +28,13 @@ EDGES = {
         "lastcall.worker.local.twirp",
         "lastcall.worker.local.sample",
         "lastcall.worker.room_service",
+        # The public names of livekit alone, in a job.
+        "lastcall.worker.job.arriving",
+        "lastcall.worker.job.deletions",
+        "lastcall.worker.job.leaving",
+        "lastcall.worker.job.session",
+        "lastcall.worker.job.session_state",
+        "lastcall.worker.job.session_voice",
         # In the process of the verb `doctor`, which supervises nothing.
         "lastcall.supervisor.doctor.probe",
     },

@@ -44,7 +44,8 @@ def test_the_receipt_has_the_jobs_of_the_stop() -> None:
         ("late", None, 0.0),
     ]
     assert document["totals"] == {
-        "started": 3, "finished": 2, "failed": 0, "cut": 0, "ended_by_server": 0, "lost": 0, "unassigned": 0,
+        "started": 3, "finished": 2, "failed": 0, "cut": 0, "ended_by_server": 0, "handed_over": 0,
+        "lost": 0, "unassigned": 0,
     }  # fmt: skip
 
 

@@ -6,6 +6,8 @@
     AskExtension                ───────►
                                 ◄───────  Limit, with the id of the question
 
+Every other message is about a handover, and goes to `hear` (`worker.handovers`).
+
 A listening socket in the abstract namespace (unix(7)) is the one way in. No file has to be kept, no
 descriptor has to be inherited, and a job whose code does not ask for its call costs nothing. Jobs in threads
 of the worker connect as processes do. SOCK_SEQPACKET keeps messages apart, and a send is whole or fails. No
@@ -21,6 +23,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -28,7 +31,22 @@ from lastcall.worker.base import budget
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.errors import WireError
 from lastcall.worker.base.peers import is_of_this_user
-from lastcall.worker.base.wire import OF_CALL, AskExtension, CallJoined, Drain, Limit, encode
+from lastcall.worker.base.wire import (
+    OF_CALL,
+    AskExtension,
+    AskHandover,
+    AskRemoval,
+    CallHears,
+    CallJoined,
+    CallKeeps,
+    CallStep,
+    Drain,
+    Limit,
+    encode,
+)
+
+# The messages of a call about its handover.
+AboutHandover = CallKeeps | CallStep | AskHandover | AskRemoval
 
 log = logging.getLogger("lastcall.worker")
 
@@ -70,6 +88,8 @@ class Calls:
         self._channels: set[_Channel] = set()
         self._deadlines: Drain | None = None
         self._extended: dict[str, float] = {}
+        # Gets the id of a job, and what its call says about a handover.
+        self.hear: Callable[[str, AboutHandover], None] = lambda _job, _message: None
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the calls in."""
@@ -104,6 +124,11 @@ class Calls:
     def due_at(self, job: str) -> float:
         """Return until when a job may go on that has asked for more; a time that is past for every other."""
         return self._extended.get(job, 0.0)
+
+    def say(self, job: str, message: CallHears) -> bool:
+        """Say something to the call of a job; False if it has not asked to be told, or is gone."""
+        channels = [each for each in self._channels if each.job == job]
+        return bool(channels) and self._send(channels[0], message)
 
     def forget(self, job: str) -> None:
         """Close what a job that has ended left open, as a program that it forked does."""
@@ -155,6 +180,9 @@ class Calls:
                 self._say_limit(channel)
             case AskExtension():
                 self._extend(channel, message)
+            case CallKeeps() | CallStep() | AskHandover() | AskRemoval():
+                if channel.job:
+                    self.hear(channel.job, message)
             case None:  # of a newer version
                 pass
             case _:
@@ -183,13 +211,19 @@ class Calls:
         if deadlines is None or not channel.job:
             return
         due_at = max(deadlines.drain_at, self.due_at(channel.job))
+        self._send(channel, Limit(cause=deadlines.cause, due_at=due_at, answers=answers))
+
+    def _send(self, channel: _Channel, message: CallHears) -> bool:
         try:
-            channel.sock.send(encode(Limit(cause=deadlines.cause, due_at=due_at, answers=answers)))
+            channel.sock.send(encode(message))
         except BlockingIOError:
             log.warning("a call does not listen, and is told no more", extra={"job_id": channel.job})
             self._drop(channel)
+            return False
         except OSError:
             self._drop(channel)  # the job has ended
+            return False
+        return True
 
     def _drop(self, channel: _Channel) -> None:
         if channel in self._channels:

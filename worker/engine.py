@@ -18,18 +18,22 @@ from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.errors import Incompatible, StartError
-from lastcall.worker.base.settings import DEFAULT_FINISH
+from lastcall.worker.base.settings import DEFAULT_FINISH, HandoverSettings
 from lastcall.worker.base.stopping import unshielded
+from lastcall.worker.base.succession import Succession
 from lastcall.worker.base.wire import (
+    CallHears,
     Counts,
     FullReason,
     JobFate,
+    JobHandover,
     JobNotAsked,
     Ready,
     ShieldOpen,
     WorkerSays,
     shortened,
 )
+from lastcall.worker.handovers import Handovers
 from lastcall.worker.job_memory import MemoryWatch
 from lastcall.worker.jobs import EXIT_WITHIN, Job, Jobs
 from lastcall.worker.room_service import Requests, RoomService, RoomServiceError
@@ -51,6 +55,11 @@ TELL_WITHIN = 1.0
 REQUESTS_WITHIN = 0.5
 
 
+# Seconds for the calls of a worker that is replaced, where their handover was asked for. Ours: hundreds of
+# calls take a minute. The others then have grace, as ever.
+ALL_WITHIN = 120.0
+
+
 class Engine:
     """Run `server` until it is told to end.
 
@@ -70,6 +79,8 @@ class Engine:
         max_running: int = 0,
         job_memory_limit: int = 0,
         finish: float = DEFAULT_FINISH,
+        handover: HandoverSettings | None = None,
+        say: Callable[[str, CallHears], bool] = lambda _job, _message: False,
     ) -> None:
         self.server = server
         self.jobs = Jobs(changed, report, self._on_ended)
@@ -79,6 +90,17 @@ class Engine:
             changed,
             self._room_service,
             ask=lambda job: self._requests.begin(self._ask_given_up(job)),
+            is_closing=lambda: self._requests.is_closing,
+        )
+        self.handovers = Handovers(
+            self.jobs,
+            changed,
+            self._room_service,
+            settings=handover or HandoverSettings(),
+            url=lambda: agent_server.url_of(server),
+            say=say,
+            report=report,
+            begin=self._requests.begin,
             is_closing=lambda: self._requests.is_closing,
         )
         self.memory = MemoryWatch(
@@ -356,15 +378,40 @@ class Engine:
         self._changed.notify()
         await self._ask(job.executor, now() + self._finish)
 
+    def hand_over(self, id: str, reason: str) -> None:
+        """Have a job go on elsewhere; with an empty id every job, once the worker takes no more."""
+        job = self.jobs.get(id)
+        if not id:
+            self._requests.begin(self._hand_over_all(reason))
+        elif job is None:
+            self._report(JobHandover(id=id, result="refused", reason="not possible: the job has ended"))
+        else:
+            self._requests.begin(self._hand_over(job, reason))
+
+    def hand_over_before(self, drain_at: Callable[[], float | None]) -> None:
+        """Have the calls go on elsewhere that a drain would cut at its end."""
+        self._requests.begin(self.handovers.before(drain_at))
+
+    async def _hand_over_all(self, reason: str) -> None:
+        until = now() + ALL_WITHIN
+        await self._changed.until(lambda: self._fenced or self._requests.is_closing, lambda: until)
+        await self.handovers.hand_over_all(reason, lambda: until)
+
+    async def _hand_over(self, job: Job, reason: str) -> None:
+        await self.handovers.hand_over(job, reason)
+
     # -- what livekit-agents tells --------------------------------------------------------------------
 
-    def _admit(self, job: Any) -> Answer:
+    def _admit(self, job: Any, found: Succession | None) -> Answer:
         if self.is_full or self._must_refuse():
             return "no"
-        if self.second_jobs.is_second(job):
+        if found is not None:
+            if self.handovers.is_taken(found):
+                return "never"
+        elif self.second_jobs.is_second(job):
             self._requests.begin(self.second_jobs.see_back(job))
             return "never"
-        self.jobs.accept(job)
+        self.jobs.accept(job, found)
         return "yes"
 
     def _room_service(self) -> RoomService | None:
@@ -374,6 +421,7 @@ class Engine:
         return RoomService(url, key, secret, os.environ) if url and key and secret else None
 
     def _on_ended(self, job: Job) -> None:
+        self.handovers.forget(job.id)
         if job.presence.is_in_room and job.presence.sid:
             self._requests.begin(self._remove_ghost(job))
 

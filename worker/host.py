@@ -37,6 +37,7 @@ from lastcall.worker.base.wire import (
     Drained,
     Fence,
     Fenced,
+    HandOver,
     Hold,
     Imported,
     JobEnded,
@@ -106,7 +107,10 @@ class Host:
             max_running=self.settings.max_running,
             job_memory_limit=self.settings.job_memory_limit,
             finish=self.settings.finish,
+            handover=self.settings.handover,
+            say=self.calls.say,
         )
+        self.calls.hear = self.engine.handovers.hear
         self.resources.join("livekit", self.engine.close)
 
     async def run(self) -> int:
@@ -175,6 +179,7 @@ class Host:
         self.control.say(Fenced(reason=self.stopping.reason, at=fenced_at))
         self._fenced = True
         self._tell_calls()
+        engine.hand_over_before(self._drain_at)
         await self.changed.until(lambda: not len(engine.jobs), self._drain_at)
         self.control.say(Drained())
         began = now()
@@ -184,7 +189,7 @@ class Host:
         kill_at = close_at - kept
         if len(engine.jobs):
             log.warning("asking jobs to shut down", extra={"jobs": len(engine.jobs)})
-            await engine.end_jobs(self._or_now(kill_at), close_at - TELLING * kept, self.calls.due_at)
+            await engine.end_jobs(self._or_now(kill_at), close_at - TELLING * kept, self._job_due_at)
         if plugin_connections.is_needed:
             self.resources.join("inworld", plugin_connections.aclose)
         census = await self.resources.aclose(close_at)
@@ -213,6 +218,11 @@ class Host:
     def _drain_at(self) -> float | None:
         return None if self._deadlines is None else self._deadlines.drain_at
 
+    def _job_due_at(self, job_id: str) -> float:
+        """Return until when a job may go on: it has asked for more time, or is handed over at this moment."""
+        handed_over_at = 0.0 if self.engine is None else self.engine.handovers.due_at(job_id)
+        return max(self.calls.due_at(job_id), handed_over_at)
+
     def _or_now(self, at: float) -> float:
         return now() if self._killed else at
 
@@ -240,6 +250,9 @@ class Host:
             case Served(rooms=rooms):
                 if self.engine is not None:
                     self.engine.second_jobs.beside(rooms)
+            case HandOver(id=id, reason=reason):
+                if self.engine is not None:
+                    self.engine.hand_over(id, reason)
             case AskMetrics(id=id):
                 self.control.say(MetricsText(id=id, text=self._metrics()))
             case _:
@@ -292,6 +305,7 @@ class Host:
     def _beat(self) -> None:
         engine = self.engine
         assert engine is not None
+        engine.handovers.tell_keeps()
         load = engine.load
         self.control.say(
             Beat(

@@ -13,6 +13,9 @@ A call is over when its job says so (`base.calls_over`), after the last callback
 EXIT_WITHIN. The fate is the call's: a process that is kept by a thread, or crashes at its exit, changes
 nothing about a call that had ended by itself, and is only noted (`process`).
 
+A job whose call goes on in another one (`worker.handovers`) is `finished`, and told with its successor,
+however it ends then.
+
 A job that the owner of its room ends is `finished`, and told as ended by the server (`worker.presence`).
 
 A job that is ended for its memory (`worker.job_memory`) is `failed`, as one is that the kernel kills for it.
@@ -35,6 +38,7 @@ from typing import Any
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.succession import Succession
 from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobLeft, JobOver, JobStarted
 from lastcall.worker.presence import Presence
 
@@ -50,7 +54,10 @@ EXIT_WITHIN = 10.0
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One accepted dispatch. Times are readings of the monotonic clock."""
+    """One accepted dispatch. Times are readings of the monotonic clock.
+
+    `epoch`: of the last try to hand over the call. `successor`: the job in which the call goes on.
+    """
 
     id: str
     room: str
@@ -58,6 +65,10 @@ class Job:
     accepted_at: float
     room_sid: str = ""
     agent_name: str = ""
+    succession: Succession | None = None
+    epoch: int = 0
+    successor: str = ""
+    type: int = 0
     pid: int | None = None
     executor: Any = None
     answers: int = 0
@@ -88,7 +99,24 @@ class Job:
         return self.pid != os.getpid() and self.has_ended
 
     @property
+    def has_process(self) -> bool:
+        """Whether the job has a process, and does not run in a thread of the worker."""
+        return self.pid is not None and self.pid != os.getpid()
+
+    @property
+    def asked(self) -> Any:
+        """The job as the LiveKit server has described it, while it runs."""
+        return self.executor.running_job.job
+
+    @property
+    def callbacks(self) -> str:
+        """Whether the job was ended after its call had gone on elsewhere, before its callbacks were done."""
+        return "killed" if self.successor and self.was_told_to_end and not self.is_over else ""
+
+    @property
     def fate(self) -> JobFate:
+        if self.successor:
+            return "finished"
         if self.over_memory:
             return "failed"
         if self.cut_short:
@@ -147,12 +175,18 @@ class Jobs:
     def __iter__(self) -> Any:
         return iter(list(self._jobs.values()))
 
+    def get(self, id: str) -> Job | None:
+        return self._jobs.get(id)
+
+    def __contains__(self, job: object) -> bool:
+        return isinstance(job, Job) and self._jobs.get(job.id) is job
+
     @property
     def running(self) -> list[Job]:
         return [job for job in self._jobs.values() if job.launched]
 
-    def accept(self, job: Any) -> None:
-        """Count a job from before the yes is sent."""
+    def accept(self, job: Any, found: Succession | None = None) -> None:
+        """Count a job from before the yes is sent. `found`: the handover that it was dispatched for."""
         record = self._jobs.get(job.id)
         if record is None:
             record = Job(
@@ -162,6 +196,9 @@ class Jobs:
                 accepted_at=now(),
                 room_sid=getattr(job.room, "sid", "")[:MAX_NAME_LENGTH],
                 agent_name=getattr(job, "agent_name", "")[:MAX_NAME_LENGTH],
+                succession=found,
+                epoch=0 if found is None else found.epoch,
+                type=getattr(job, "type", 0),
             )
             self._jobs[job.id] = record
             self._tell_started(record)
@@ -221,7 +258,8 @@ class Jobs:
         """
         if not record.was_told_to_end:
             record.cut_short = True
-            self._report(JobCut(id=record.id))
+            if not record.successor:
+                self._report(JobCut(id=record.id))
 
     @property
     def outliving(self) -> list[Job]:
@@ -248,7 +286,8 @@ class Jobs:
         """Write off what is still accepted or running: this worker is about to end."""
         for record in list(self._jobs.values()):
             has_ended = record.is_over or (record.launched and record.has_ended)
-            self._end(record, record.fate if has_ended or record.was_told_to_end else "cut")
+            is_known = has_ended or record.was_told_to_end or record.successor
+            self._end(record, record.fate if is_known else "cut")
 
     def _watch(self, record: Job) -> None:
         assert record.pid is not None
@@ -285,7 +324,9 @@ class Jobs:
             fate=fate,
             seconds=seconds,
             process=record.process,
-            by_server=fate == "finished" and record.is_ended_by_server,
+            by_server=fate == "finished" and record.is_ended_by_server and not record.successor,
+            successor=record.successor,
+            callbacks=record.callbacks,
         )
         self._report(ended)
         self._changed.notify()

@@ -11,13 +11,14 @@ import datetime
 import logging
 import re
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 from livekit import api
 
 from lastcall.worker.base.proxies import proxy_to
+from lastcall.worker.base.succession import SPEAKS
 
 log = logging.getLogger("lastcall.worker")
 
@@ -30,7 +31,14 @@ DEPENDENT = frozenset({"AGENT", "EGRESS"})
 
 
 class RoomServiceError(Exception):
-    """Raised when the server can't be asked, or says no; the text has the method and the reason."""
+    """Raised when the server can't be asked, or says no; the text has the method and the reason.
+
+    `status` is that of the HTTP answer, 0 where there was none.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +46,15 @@ class Participant:
     """One participant of a room. `keeps_open`: the room stays for it, as for a caller.
 
     The server itself writes the name of an agent into its attributes (pkg/agent/worker.go, AssignJob).
+    `speaks`: the epoch that a successor shows (`base.succession`).
     """
 
     identity: str
     keeps_open: bool
     is_agent: bool
     agent_name: str
+    sid: str = field(default="", compare=False)
+    speaks: str = ""
 
 
 class Requests:
@@ -120,19 +131,39 @@ class RoomService:
                     keeps_open=kind not in DEPENDENT,
                     is_agent=kind == "AGENT",
                     agent_name=attributes.get("lk.agent_name", ""),
+                    sid=each.get("sid", ""),
+                    speaks=attributes.get(SPEAKS, ""),
                 )
                 people.append(person)
         return people
 
     async def create_dispatch(
-        self, room: str, agent_name: str, metadata: str, deployment: str, attributes: Mapping[str, str]
-    ) -> None:
-        """Have the server look for a worker for a room. Raises RoomServiceError."""
+        self,
+        room: str,
+        agent_name: str,
+        metadata: str,
+        deployment: str,
+        attributes: Mapping[str, str],
+        *,
+        restarts: bool = True,
+    ) -> str:
+        """Have the server look for a worker for a room, and return the id. Raises RoomServiceError.
+
+        `restarts`: whether the server may dispatch a job anew that has failed, as LiveKit Cloud does.
+        """
         body: dict[str, Any] = {"room": room, "agent_name": agent_name, "metadata": metadata}
         if deployment:
             body["deployment"] = deployment
+        if not restarts:
+            body["restart_policy"] = "JRP_NEVER"
         body["attributes"] = dict(attributes)
-        await self._post("AgentDispatchService/CreateDispatch", room, body)
+        made = await self._post("AgentDispatchService/CreateDispatch", room, body)
+        return str(made.get("id", ""))
+
+    async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
+        """Have the server end a dispatch and its jobs. Raises RoomServiceError."""
+        wanted = {"room": room, "dispatch_id": dispatch_id}
+        await self._post("AgentDispatchService/DeleteDispatch", room, wanted)
 
     async def _post(self, method: str, room: str, body: dict[str, Any]) -> dict[str, Any]:
         grants = api.VideoGrants(room_admin=True, room=room)
@@ -150,7 +181,7 @@ class RoomService:
                 is_object = isinstance(document, dict)
                 if answer.status != 200:
                     code = document.get("code", "") if is_object else ""
-                    raise RoomServiceError(f"{method}: {answer.status} {code}")
+                    raise RoomServiceError(f"{method}: {answer.status} {code}", answer.status)
                 if not is_object:
                     raise RoomServiceError(f"{method}: 200 without a JSON object")
                 return dict(document)

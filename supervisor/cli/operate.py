@@ -23,6 +23,9 @@ POLL_INTERVAL = 0.1
 
 Control = Annotated[str, typer.Option("--control", metavar="PATH", help="Control socket of the supervisor.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Return when it is done; non-zero if it failed.")]
+HandOver = Annotated[
+    bool, typer.Option("--handover", help="Have the calls of old workers go on in new ones, where possible.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -130,22 +133,37 @@ def _release(control: Control = "auto") -> None:
     control_socket.ask(_socket(control), "release")
 
 
-def _reload(control: Control = "auto", wait: Wait = False) -> None:
+def _reload(control: Control = "auto", wait: Wait = False, handover: HandOver = False) -> None:
     """Roll to the code and configuration that are there now.
 
     A new worker is started beside each old one, which drains only when the new one has registered and is
     warm. One that does not become ready is taken down, and the old one keeps serving.
     """
-    _operate(_socket(control), wait, "reload")
+    _operate(_socket(control), wait, "reload", **({"handover": True} if handover else {}))
 
 
 def _recycle(
     slot: Annotated[int, typer.Argument(metavar="SLOT", help="The number of the slot.")],
     control: Control = "auto",
     wait: Wait = False,
+    handover: HandOver = False,
 ) -> None:
     """Replace the worker of one slot, without a gap."""
-    _operate(_socket(control), wait, "recycle", slot=slot)
+    more = {"handover": True} if handover else {}
+    _operate(_socket(control), wait, "recycle", slot=slot, **more)
+
+
+def _handover(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="The id of the job, as in lastcall status.")],
+    control: Control = "auto",
+    wait: Wait = False,
+) -> None:
+    """Have a call go on in another job, with its state.
+
+    The agent has to keep its state by lastcall.call. The caller stays in the room, and one of the two agents
+    speaks at every moment. If nobody takes the call it stays where it is.
+    """
+    _operate(_socket(control), wait, "handover", job=job)
 
 
 def _scale(
@@ -192,6 +210,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "release": _release,
     "reload": _reload,
     "recycle": _recycle,
+    "handover": _handover,
     "scale": _scale,
     "dump": _dump,
 }

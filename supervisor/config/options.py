@@ -25,7 +25,7 @@ from lastcall.supervisor.config.values import (
     check_text,
 )
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, installed_entrypoint_wait
-from lastcall.worker.base.settings import DEFAULT_FINISH
+from lastcall.worker.base.settings import DEFAULT_FINISH, HandoverSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +156,32 @@ class JobLimits(Section):
     ] = DEFAULT_FINISH
 
 
+class Handover(Section):
+    """Calls that go on in another job; agents have to keep their state for that."""
+
+    enabled: Annotated[bool, Field(description="On hosts of LiveKit Cloud only where it is set to true.")] = (
+        True
+    )
+    wait: Annotated[SecondsOrZero, Field(description="Seconds for an agent to be no longer busy.")] = 5
+    patience: Annotated[
+        Seconds, Field(description="Seconds from the dispatch until a successor is in the room.")
+    ] = 5
+    limit: Annotated[
+        int, Field(ge=0, le=1000, description="Handovers of one call, so that none wanders.")
+    ] = 3
+
+    @property
+    def settings(self) -> HandoverSettings:
+        """The options as a worker gets them."""
+        return HandoverSettings(
+            enabled=self.enabled,
+            on_cloud=self.enabled and "enabled" in self.model_fields_set,
+            wait=self.wait,
+            patience=self.patience,
+            limit=self.limit,
+        )
+
+
 class Inworld(Section):
     """The pool of Inworld connections that all jobs of the machine share."""
 
@@ -218,6 +244,7 @@ class Config(Section):
     reload: Reload = Reload()
     recycle: Recycle = Recycle()
     jobs: JobLimits = JobLimits()
+    handover: Handover = Handover()
     inworld: Inworld = Inworld()
 
     @property

@@ -85,6 +85,10 @@ class Fleet:
     def generations(self) -> Iterator[Generation]:
         return (generation for slot in self.slots for generation in slot.generations)
 
+    def find(self, slot: int, number: int) -> Generation | None:
+        """Return a generation of a slot, if there is something to say of it."""
+        return next((each for each in self.generations if (each.slot, each.number) == (slot, number)), None)
+
     @property
     def is_quarantined(self) -> bool:
         return all(slot.state is SlotState.QUARANTINED for slot in self.slots)

@@ -32,6 +32,7 @@ from lastcall.worker.base.wire import (
     Beat,
     Fault,
     Fenced,
+    HandoverOff,
     Hold,
     ProcessFailed,
     Ready,
@@ -207,7 +208,7 @@ class Generation:
         """The jobs that are cut unless they end before `drain_at`; none without a stop of this generation."""
         if not self.stopping.is_asked:
             return []
-        return [job for job in self.jobs if not (job.is_over or job.is_cut)]
+        return [job for job in self.jobs if not (job.is_over or job.is_cut or job.successor)]
 
     def has_living_jobs(self) -> bool:
         """Look at the processes of the jobs, for a worker that can't tell any more."""
@@ -437,6 +438,9 @@ class Generation:
         self._follow(message)
         if isinstance(message, Fault):
             self._tell_fault(message.traceback)
+        elif isinstance(message, HandoverOff) and not self.shared.handover_off:
+            self.shared.handover_off = message.reason
+            self.log.warning("handover is switched off", reason=message.reason)
         self.changed.notify()
         self.shared.on_change()
 

@@ -16,27 +16,39 @@ from typing import Any, Literal
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.errors import ConfigError, Refused
 from lastcall.supervisor.fleet.fleet import Fleet, pick_victims
+from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.processes.launch import Launcher
+from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.clock import now
-from lastcall.worker.base.wire import StopCause
+from lastcall.worker.base.wire import HandOver, StopCause
 
 # Operations that can still be looked at. Ours: `--wait` asks several times a second.
 MAX_RECENT_OPERATIONS = 16
 
-OperationVerb = Literal["reload", "recycle", "scale"]
+OperationVerb = Literal["reload", "recycle", "scale", "handover"]
 # The log events of each verb, whole, so that `grep` finds them.
 BEGINS: dict[OperationVerb, str] = {
     "reload": "reload begins",
     "recycle": "recycle begins",
     "scale": "scale begins",
+    "handover": "handover begins",
 }
-DONE: dict[OperationVerb, str] = {"reload": "reload done", "recycle": "recycle done", "scale": "scale done"}
+DONE: dict[OperationVerb, str] = {
+    "reload": "reload done",
+    "recycle": "recycle done",
+    "scale": "scale done",
+    "handover": "handover done",
+}
 FAILED: dict[OperationVerb, str] = {
     "reload": "reload failed",
     "recycle": "recycle failed",
     "scale": "scale failed",
+    "handover": "handover failed",
 }
+# Seconds for the answer of a worker to a handover, beside `[handover] wait` and `patience`. Ours: a successor
+# that can't be removed takes 30 s.
+HANDOVER_WITHIN = 60.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +113,8 @@ class Operations:
         self._reloading = asyncio.Lock()
         self._scaling = asyncio.Lock()
         self._queued_reload: Operation | None = None
+        # The operations after which the old workers hand their calls over.
+        self._hands_over: set[int] = set()
         self._surge = asyncio.Semaphore(fleet.config.reload.max_surge)
 
     async def run(self) -> None:
@@ -110,23 +124,45 @@ class Operations:
 
     # -- what may be asked for ------------------------------------------------------------------------
 
-    def reload(self) -> Operation:
-        """Replace every worker by one of the code and configuration that are there now. Raises Refused."""
+    def reload(self, *, hands_over: bool = False) -> Operation:
+        """Replace every worker by one of the code and configuration that are there now. Raises Refused.
+
+        `hands_over`: the calls of the old workers go on elsewhere at once, where that is possible.
+        """
         if self._queued_reload is not None:
-            return self._queued_reload  # it has not begun, and will read everything afresh when it does
+            # It has not begun, and will read everything afresh when it does.
+            self._hands_over |= {self._queued_reload.id} if hands_over else set()
+            return self._queued_reload
         operation = self._begin("reload", of=len(self._fleet.slots))
+        self._hands_over |= {operation.id} if hands_over else set()
         self._queued_reload = operation
         self._do(operation, self._reload(operation))
         return operation
 
-    def recycle(self, number: int, reason: str = "recycle") -> Operation:
-        """Replace the worker of one slot by one of the same program. Raises Refused."""
+    def recycle(self, number: int, reason: str = "recycle", *, hands_over: bool = False) -> Operation:
+        """Replace the worker of one slot by one of the same program. Raises Refused.
+
+        `hands_over` is as in a reload.
+        """
         slot = self._fleet.slot(number)
         if slot is None:
             known = ", ".join(str(slot.number) for slot in self._fleet.slots)
             raise Refused(f"there is no slot {number}; expected one of {known}")
         operation = self._begin("recycle", of=1)
+        self._hands_over |= {operation.id} if hands_over else set()
         self._do(operation, self._recycle(operation, slot, reason))
+        return operation
+
+    def hand_over(self, job_id: str) -> Operation:
+        """Have a call go on in another job, of whatever worker takes it. Raises Refused."""
+        entry = self._fleet.ledger.find(job_id)
+        generation = None if entry is None else self._fleet.find(entry.slot, entry.generation)
+        if entry is None or generation is None:
+            raise Refused(f"there is no job {job_id!r}; lastcall status has the running ones")
+        if not generation.is_connected:
+            raise Refused(f"the worker of job {job_id!r} can't be told anything")
+        operation = self._begin("handover", of=1)
+        self._do(operation, self._hand_over(operation, generation, entry))
         return operation
 
     def scale(self, workers: int) -> Operation:
@@ -172,6 +208,7 @@ class Operations:
             operation.reason = f"fault in lastcall: {error!r}"
             self._log.error("fault in lastcall", operation=operation.id, exc_info=True)
         operation.state = "failed" if operation.reason else "done"
+        self._hands_over.discard(operation.id)
         self.counts[operation.verb, operation.state] += 1
         seconds = round(now() - began, 3)
         if operation.reason:
@@ -245,12 +282,30 @@ class Operations:
             return f"slot {slot.number} is being taken away"
         return await self._replace(operation, slot, self._fleet.launcher, reason)
 
+    async def _hand_over(self, operation: Operation, generation: Generation, entry: JobEntry) -> str:
+        before = entry.tries
+        generation.say(HandOver(id=entry.id, reason="lastcall handover"))
+        config = self._fleet.config.handover
+        due = now() + HANDOVER_WITHIN + config.wait + config.patience
+        await self._fleet.changed.until(
+            lambda: entry.tries > before or entry.fate is not None or self._fleet.is_stopping, lambda: due
+        )
+        operation.done = int(bool(entry.successor))
+        if entry.successor:
+            return ""
+        return entry.handover if entry.tries > before else "the job has ended, or its worker does not answer"
+
     async def _replace(self, operation: Operation, slot: Slot, launcher: Launcher, reason: str) -> str:
         async with self._surge:
             if slot.is_stopping:
                 return ""  # scaled away meanwhile
             cause: StopCause = "reload" if operation.verb == "reload" else "recycle"
+            before = list(slot.leaving)
             why = await slot.replace(reason, launcher, cause=cause)
+            if not why and operation.id in self._hands_over:
+                for old in slot.leaving:
+                    if old not in before:
+                        old.say(HandOver(id="", reason=cause))
         operation.done += not why
         return f"slot {slot.number}: {why}" if why else ""
 

@@ -36,5 +36,7 @@ class Shared:
     is_held: bool = False
     # After a fault of lastcall: the workers see the supervisor end and drain by themselves, unkilled.
     is_abandoned: bool = False
+    # Why calls are not handed over any more, as a worker has found.
+    handover_off: str = ""
     # The last traceback of the user's own code that was shown, by slot.
     tracebacks: dict[int, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from lastcall.supervisor.receipt import JobEntry, Ledger, ResourceEntry, StopRecord
+from lastcall.supervisor.receipt import EntryFate, JobEntry, Ledger, ResourceEntry, StopRecord
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.wire import (
@@ -13,9 +13,13 @@ from lastcall.worker.base.wire import (
     Drained,
     Fault,
     Fenced,
+    HandoverOff,
     Imported,
     JobCut,
     JobEnded,
+    JobFate,
+    JobHandover,
+    JobKeeps,
     JobLeft,
     JobNotAsked,
     JobOver,
@@ -106,6 +110,12 @@ class WorkerView:
                 self._ledger.left(self._slot, self._generation, id)
             case JobCut(id=id):
                 self._ledger.cut(self._slot, self._generation, id)
+            case JobKeeps(id=id, size=size, kept_at=kept_at, lacks=lacks):
+                self._ledger.keeps(self._slot, self._generation, id, size, kept_at, lacks)
+            case JobHandover():
+                self._handover(message)
+            case HandoverOff():  # the generation writes the log
+                pass
             case JobEnded():
                 self._end(message)
             case Fenced(reason=reason, at=at):
@@ -146,11 +156,20 @@ class WorkerView:
         )
         self.jobs_started += self._ledger.start(entry)
 
+    def _handover(self, job: JobHandover) -> None:
+        where = (self._slot, self._generation, job.id)
+        self._ledger.handover(*where, job.result, job.reason, job.successor)
+        if job.result == "done":
+            self._log.info("call handed over", job_id=job.id, successor=job.successor)
+        else:
+            self._log.warning("call not handed over", job_id=job.id, reason=job.reason)
+
     def _end(self, job: JobEnded) -> None:
         where = (self._slot, self._generation, job.id)
-        self._ledger.end(
-            *where, "ended_by_server" if job.by_server else job.fate, job.seconds, process=job.process
-        )
+        fate: EntryFate | JobFate = "ended_by_server" if job.by_server else job.fate
+        if job.successor:
+            fate = "handed_over"
+        self._ledger.end(*where, fate, job.seconds, process=job.process, callbacks=job.callbacks)
         if job.process:
             self._log.warning("process outlived its call", job_id=job.id, process=job.process)
         if job.fate == "cut":

@@ -4,11 +4,12 @@ Pure: nothing in here reads a clock or a process.
 """
 
 from lastcall.supervisor.receipt.document import judge, versions, write
-from lastcall.supervisor.receipt.ledger import JobEntry, Ledger
+from lastcall.supervisor.receipt.ledger import EntryFate, JobEntry, Ledger
 from lastcall.supervisor.receipt.record import ResourceEntry, StopRecord
 from lastcall.worker.base.wire import ResourceFate
 
 __all__ = [
+    "EntryFate",
     "JobEntry",
     "Ledger",
     "ResourceEntry",

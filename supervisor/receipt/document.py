@@ -56,7 +56,11 @@ def write(record: StopRecord, ledger: Ledger, *, grace: float, pid: int) -> dict
                 "generation": entry.generation,
                 "seconds": entry.seconds,
                 "fate": entry.fate,
-                **({"process": entry.process} if entry.process else {}),
+                **{
+                    name: value
+                    for name in ("process", "successor", "handover", "callbacks")
+                    if (value := getattr(entry, name))
+                },
             }
             for entry in ledger.at_stop
         ],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from lastcall.worker.base.wire import JobFate
+from lastcall.worker.base.wire import HandoverResult, JobFate
 
 # How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its
 # worker ended without a word about the job.
-EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "lost"]
+EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "handed_over", "lost"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,6 +21,10 @@ class JobEntry:
     `is_over`: the call has ended by itself, and only its process is left. `process` says how that ended when
     it did not end well by itself. `has_left`: its agent is not in its room any more. `is_cut`: the job was
     asked to shut down, so its fate is certain.
+
+    `capsule_bytes` and `kept_at` are those of `call.keep`, None without. `lacks`: why the agent can't hand
+    the call over. `tries`: how often that was tried, and `handover` how the last try failed. `successor`: the
+    job in which the call goes on. `callbacks`: how those of such a job ended, when not by themselves.
     """
 
     id: str
@@ -37,6 +42,13 @@ class JobEntry:
     has_left: bool = False
     is_cut: bool = False
     process: str = ""
+    capsule_bytes: int | None = None
+    kept_at: float = 0.0
+    lacks: str = ""
+    tries: int = 0
+    handover: str = ""
+    successor: str = ""
+    callbacks: str = ""
 
 
 class Ledger:
@@ -46,8 +58,10 @@ class Ledger:
         self.running: dict[tuple[int, int, str], JobEntry] = {}
         self.started = 0
         self.totals: dict[JobFate | EntryFate, int] = {
-            "finished": 0, "failed": 0, "cut": 0, "lost": 0, "ended_by_server": 0, "unassigned": 0,
+            "finished": 0, "failed": 0, "cut": 0, "lost": 0, "ended_by_server": 0, "handed_over": 0,
+            "unassigned": 0,
         }  # fmt: skip
+        self.handovers: Counter[HandoverResult] = Counter()
         self._at_stop: list[JobEntry] | None = None
 
     def start(self, entry: JobEntry) -> bool:
@@ -81,6 +95,26 @@ class Ledger:
         if entry is not None:
             entry.is_cut = True
 
+    def keeps(self, slot: int, generation: int, id: str, size: int, kept_at: float, lacks: str) -> None:
+        """Note that a job has a capsule."""
+        entry = self.running.get((slot, generation, id))
+        if entry is not None:
+            entry.capsule_bytes, entry.kept_at, entry.lacks = size, kept_at, lacks
+
+    def handover(
+        self, slot: int, generation: int, id: str, result: HandoverResult, reason: str, successor: str
+    ) -> None:
+        """Note how a try to hand over a job ended."""
+        self.handovers[result] += 1
+        entry = self.running.get((slot, generation, id))
+        if entry is not None:
+            entry.tries += 1
+            entry.handover, entry.successor = reason, successor
+
+    def find(self, id: str) -> JobEntry | None:
+        """Return a running job."""
+        return next((each for each in self.running.values() if each.id == id), None)
+
     def count(self, fate: EntryFate) -> int:
         """Return how many jobs have a fate, those included whose fate is certain while they still run."""
         return self.totals[fate] + sum(1 for each in self.running.values() if fate == "cut" and each.is_cut)
@@ -94,11 +128,17 @@ class Ledger:
         seconds: float,
         *,
         process: str = "",
+        callbacks: str = "",
     ) -> None:
-        """Note how a job ended. A job that the server never assigned counts as never started."""
+        """Note how a job ended. A job that the server never assigned counts as never started.
+
+        A job whose call goes on in another one is `handed_over`, however it ended then.
+        """
         entry = self.running.pop((slot, generation, id), None)
         if entry is None:
             return
+        if entry.successor:
+            fate, entry.callbacks = "handed_over", callbacks
         self.totals[fate] += 1
         if fate == "unassigned":
             self.started -= 1
@@ -132,8 +172,10 @@ class Ledger:
             elif entry.is_cut or entry.id in cut:
                 fate = "cut"
             process = "killed" if entry.is_over and not is_vouched else ""
-            self.end(slot, generation, entry.id, fate, now - entry.accepted_at, process=process)
-        return sum(1 for entry in gone if entry.fate != "finished")
+            callbacks = "" if entry.is_over or is_vouched else "killed"
+            seconds = now - entry.accepted_at
+            self.end(slot, generation, entry.id, fate, seconds, process=process, callbacks=callbacks)
+        return sum(1 for entry in gone if entry.fate not in ("finished", "handed_over"))
 
     def of(self, slot: int, generation: int) -> list[JobEntry]:
         """Return the running jobs of one worker."""

@@ -15,7 +15,7 @@ from prometheus_client.exposition import generate_latest
 
 # Added to the path of the receipt. node_exporter reads the files of its directory that end so.
 SUFFIX = ".prom"
-FATES = ("finished", "failed", "cut", "ended_by_server", "lost")
+FATES = ("finished", "failed", "cut", "ended_by_server", "handed_over", "lost")
 OUTCOMES = ("clean", "cut", "forced", "gave_up", "fault")
 PROCESSES = ("killed", "swept", "left")
 

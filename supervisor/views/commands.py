@@ -58,8 +58,11 @@ class Commands:
         return {
             "status": lambda _request: self._status.document(),
             "operation": lambda request: operations.find(_integer(request, "id")).document(),
-            "reload": lambda _request: operations.reload().document(),
-            "recycle": lambda request: operations.recycle(_integer(request, "slot")).document(),
+            "reload": lambda request: operations.reload(hands_over=_flag(request, "handover")).document(),
+            "recycle": lambda request: operations.recycle(
+                _integer(request, "slot"), hands_over=_flag(request, "handover")
+            ).document(),
+            "handover": lambda request: operations.hand_over(_text(request, "job")).document(),
             "scale": lambda request: operations.scale(_integer(request, "workers")).document(),
             "hold": self._hold,
             "release": self._release,
@@ -90,4 +93,18 @@ def _integer(request: dict[str, Any], name: str) -> int:
     value = request.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise Refused(f"{name}: got {value!r}, expected a whole number")
+    return value
+
+
+def _flag(request: dict[str, Any], name: str) -> bool:
+    value = request.get(name, False)
+    if not isinstance(value, bool):
+        raise Refused(f"{name}: got {value!r}, expected true or false")
+    return value
+
+
+def _text(request: dict[str, Any], name: str) -> str:
+    value = request.get(name)
+    if not isinstance(value, str) or not value:
+        raise Refused(f"{name}: got {value!r}, expected a text")
     return value

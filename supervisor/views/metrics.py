@@ -9,16 +9,19 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
+from lastcall.supervisor.fleet.operations import OperationVerb
 from lastcall.supervisor.fleet.states import SlotState
 from lastcall.supervisor.receipt.ledger import EntryFate
 from lastcall.supervisor.views.status import Status
 from lastcall.supervisor.views.worker_metrics import WorkerMetrics
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.process import rss_bytes
-from lastcall.worker.base.wire import AskMetrics
+from lastcall.worker.base.wire import AskMetrics, HandoverResult
 
 LABELS = ["slot", "generation"]
-FATES: tuple[EntryFate, ...] = ("finished", "failed", "cut", "ended_by_server", "lost")
+FATES: tuple[EntryFate, ...] = ("finished", "failed", "cut", "ended_by_server", "handed_over", "lost")
+RESULTS: tuple[HandoverResult, ...] = ("done", "refused", "failed")
+VERBS: tuple[OperationVerb, ...] = ("reload", "recycle", "scale", "handover")
 # Seconds that a scrape waits for the workers. Ours: Prometheus waits 10 s, a loop answers in a few ms.
 WAIT_FOR_WORKERS = 0.3
 POOL_GAUGES = {
@@ -142,6 +145,12 @@ class Collector:
         for fate in FATES:
             help = f"Jobs that ended as {fate}."
             yield CounterMetricFamily(f"lastcall_jobs_{fate}", help, value=fleet.ledger.count(fate))
+        handovers = CounterMetricFamily(
+            "lastcall_handovers", "Tries to hand over a call by result.", labels=["result"]
+        )
+        for result in RESULTS:
+            handovers.add_metric([result], fleet.ledger.handovers[result])
+        yield handovers
         yield from self._cuts()
         for name, histogram, help in (
             ("lastcall_fence_seconds", fleet.shared.fence_seconds, "From fence to its acknowledgement."),
@@ -186,10 +195,12 @@ class Collector:
 
     def _operations(self) -> Iterator[Metric]:
         operations = CounterMetricFamily(
-            "lastcall_operations", "Reloads, recycles and scalings by result.", labels=["verb", "result"]
+            "lastcall_operations",
+            "Reloads, recycles, scalings and handovers by result.",
+            labels=["verb", "result"],
         )
         counts = self._status.operations.counts
-        for verb in ("reload", "recycle", "scale"):
+        for verb in VERBS:
             for result in ("done", "failed"):
                 operations.add_metric([verb, result], counts[verb, result])
         yield operations

@@ -14,6 +14,7 @@ from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.fleet.stalls import Watch
 from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.outputs import Outputs
+from lastcall.supervisor.receipt import JobEntry
 from lastcall.supervisor.shutdown import Shutdown
 from lastcall.worker.base.clock import now
 
@@ -74,6 +75,7 @@ class Status:
                 for slot in self.fleet.slots
                 for generation in sorted(slot.generations, key=lambda each: each.number)
             ],
+            "handover_off": self.fleet.shared.handover_off or None,
             "companions": [] if self.companion is None else [self.companion.document()],
             "operations": [operation.document() for operation in self.operations.recent],
         }
@@ -111,7 +113,18 @@ def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
                 "dispatch_id": job.dispatch_id,
                 "pid": job.pid,
                 "age_s": round(now() - job.accepted_at, 1),
+                "capsule": _capsule(job),
+                "handover": job.handover or None,
+                "successor": job.successor or None,
             }
             for job in generation.jobs
         ],
     }
+
+
+def _capsule(job: JobEntry) -> dict[str, Any] | None:
+    """Return how much a job keeps for a successor, and since when; not what. 0 bytes stand for a function."""
+    if job.capsule_bytes is None:
+        return None
+    age_s = round(now() - job.kept_at, 1)
+    return {"bytes": job.capsule_bytes, "age_s": age_s, "lacks": job.lacks or None}

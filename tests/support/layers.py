@@ -24,7 +24,7 @@ ROOMS: dict[str, Room] = {
             "base",
             "sdk shield target scratch orphan_output exposition imported presence jobs job_memory"
             " call_channels local refused_key room_service",
-            "inworld warming terminations second_jobs",
+            "inworld warming terminations second_jobs handovers",
             "engine",
             "job host",
             "__main__",
@@ -33,7 +33,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
         floors=(
-            "errors clock exit_codes variables process memory backoff budget target_form garbage peers",
+            "errors clock exit_codes variables process memory backoff budget target_form garbage peers"
+            " succession",
             "inworld_keys proxies setup_errors",
             "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",
@@ -50,7 +51,16 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.worker.job": Room(
         idea="what runs inside a job process",
-        floors=("teardown room_watch preload call", "setup", "rehearsed"),
+        floors=(
+            "teardown preload capsule deletions",
+            "leaving",
+            "arriving",
+            "call",
+            "session_state session_voice room_watch",
+            "session",
+            "setup",
+            "rehearsed",
+        ),
     ),
     "lastcall.worker.inworld": Room(
         idea="the Inworld pool, the broker that shares it, and the plugin's side",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, assert_type
 
-from livekit.agents import JobContext
+from livekit.agents import Agent, AgentSession, JobContext
 from livekit.plugins import inworld as plugin
 
 import lastcall
-from lastcall import Call, Notice, call, closing, inworld
+from lastcall import Call, Notice, Resumed, Resumption, Withdrawn, call, closing, inworld, resume_session
 
 assert_type(lastcall.__version__, str)
 
@@ -68,6 +68,52 @@ async def goodbye(ctx: JobContext) -> None:
     assert_type(this.stopping.notice, Notice | None)
     assert_type(await this.extend(10), float | None)
     this.on_stopping(File())  # type: ignore[type-var]  # this is the error that a user has to see
+
+
+async def handover(ctx: JobContext) -> None:
+    """A call keeps its state, leaves, and goes on."""
+    this = call(ctx)
+    this.keep({"turns": ["hello"]})
+    this.keep(lambda: [1, 2])
+
+    @this.on_takeover
+    async def be_silent() -> list[str]:
+        """Return the last turns."""
+        return ["bye"]
+
+    @this.on_take_back
+    def speak_again() -> None:
+        """Speak."""
+
+    assert_type(await be_silent(), list[str])
+    if this.resumed is not None:
+        assert_type(this.resumed, Resumed)
+        assert_type((this.resumed.epoch, this.resumed.reason), tuple[int, str])
+        assert_type((this.resumed.metadata, this.resumed.attributes), tuple[str, dict[str, str]])
+        assert_type(this.resumed.state, Any)
+    try:
+        assert_type(await this.take_over(), Any)
+    except Withdrawn:
+        return
+    async with this.busy():
+        assert_type(await this.hand_over("memory"), Literal["done", "refused", "failed"])
+    this.on_takeover(File())  # type: ignore[type-var]  # this is the error that a user has to see
+
+
+async def resumed(ctx: JobContext, session: AgentSession) -> None:
+    """A session goes on."""
+    agent = Agent(instructions="Be kind.")
+    resumption = resume_session(
+        call(ctx),
+        session,
+        agents=[agent, Agent],
+        dump_userdata=lambda userdata: {"user": str(userdata)},
+        load_userdata=lambda state: state["user"],
+    )
+    assert_type(resumption, Resumption)
+    assert_type(await resumption.take_over(), bool)
+    assert_type((resumption.is_resumed, resumption.has_left), tuple[bool, bool])
+    assert_type(lastcall.is_resumed(agent), bool)
 
 
 class Speaker(lastcall.inworld.TTS):

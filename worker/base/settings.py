@@ -33,6 +33,21 @@ class Rehearsal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverSettings:
+    """`[handover]` of the configuration; times are in seconds.
+
+    `wait`: for an agent to be no longer busy. `patience`: from a dispatch until a successor is in the room.
+    `limit`: how often one call is handed over. `on_cloud`: for hosts of LiveKit Cloud too.
+    """
+
+    enabled: bool = True
+    on_cloud: bool = False
+    wait: float = 5.0
+    patience: float = 5.0
+    limit: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
     """Budget, limits, descriptors and place of one worker; times are in seconds.
 
@@ -53,6 +68,7 @@ class WorkerSettings:
     max_running: int = 0
     job_memory_limit: int = 0
     finish: float = DEFAULT_FINISH
+    handover: HandoverSettings = field(default_factory=HandoverSettings)
     coloured: bool = False
     local_url: str = ""
     tells_imports: bool = False
@@ -82,6 +98,7 @@ class WorkerSettings:
         values = json.loads(text)
         known = _known(cls, values)
         known["shares"] = Shares(**_known(Shares, known.get("shares", {})))
+        known["handover"] = HandoverSettings(**_known(HandoverSettings, known.get("handover", {})))
         known["output_fds"] = tuple(known.get("output_fds", ()))
         if known.get("rehearsal") is not None:
             known["rehearsal"] = Rehearsal(**_known(Rehearsal, known["rehearsal"]))
@@ -101,7 +118,9 @@ class WorkerSettings:
         return cls(grace=grace, shares=shares, coloured=os.isatty(1))
 
 
-def _known(kind: type[WorkerSettings | Shares | Rehearsal], values: dict[str, Any]) -> dict[str, Any]:
+def _known(
+    kind: type[WorkerSettings | Shares | Rehearsal | HandoverSettings], values: dict[str, Any]
+) -> dict[str, Any]:
     """Return the values that a type has fields for. They are JSON, so they may be anything."""
     return {each.name: values[each.name] for each in fields(kind) if each.name in values}
 

@@ -37,6 +37,12 @@ ResourceFate = Literal["closed", "forced", "leaked"]
 # Why the time of a call is limited: a reload or a recycle has replaced the worker, or the worker was stuck.
 # Every other stop of the worker or of the supervisor is `stop`.
 StopCause = Literal["stop", "reload", "recycle", "stall"]
+# The steps of one try to hand over a call, as the leaving agent tells them (`worker.job.leaving`).
+HandoverStep = Literal[
+    "prepared", "impossible", "seen", "stranger", "silent", "speaks", "lost", "refused", "cancelled", "back"
+]
+# How a handover ended that was asked for.
+HandoverResult = Literal["done", "refused", "failed"]
 Counts = dict[str, dict[str, int]]
 # Why a worker that is ready takes no job. An operator holds it, no job process gets ready, it has as many
 # jobs as `[jobs] max_running`, or livekit-agents measures a load above `load_threshold`.
@@ -130,11 +136,42 @@ class JobCut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobKeeps:
+    """A job has a capsule of so many bytes, 0 for a function that returns one, since `kept_at`.
+
+    `lacks`: why its agent can't hand it over. Empty when it can.
+    """
+
+    id: str
+    size: int
+    kept_at: float
+    lacks: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobHandover:
+    """A try to hand over a job is over. `successor`: the job that has the call now."""
+
+    id: str
+    result: HandoverResult
+    reason: str = ""
+    successor: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverOff:
+    """The worker hands over no call any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnded:
     """A job has ended, `seconds` after it was accepted.
 
     `process` says how the process ended, when that was not as its call did: `killed`, `exit code 3`.
-    `by_server`: a `finished` job that the owner of its room has ended.
+    `by_server`: a `finished` job that the owner of its room has ended. `successor`: a `finished` job whose
+    call goes on in that job. `callbacks`: `killed` where such a job was ended before its callbacks were done.
     """
 
     id: str
@@ -142,6 +179,8 @@ class JobEnded:
     seconds: float
     process: str = ""
     by_server: bool = False
+    successor: str = ""
+    callbacks: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +247,9 @@ WorkerSays = (
     | JobOver
     | JobLeft
     | JobCut
+    | JobKeeps
+    | JobHandover
+    | HandoverOff
     | JobEnded
     | Fenced
     | Drained
@@ -261,6 +303,14 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HandOver:
+    """Have a job go on elsewhere; answered by `JobHandover`. With an empty id: every job, once fenced."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Terminate:
     """Kill what is left, and exit."""
 
@@ -272,7 +322,7 @@ class AskMetrics:
     id: int
 
 
-WorkerHears = Hold | Fence | Drain | Served | Terminate | AskMetrics
+WorkerHears = Hold | Fence | Drain | Served | HandOver | Terminate | AskMetrics
 
 
 # -- what the Inworld broker says and hears ------------------------------------------------------------------
@@ -389,7 +439,49 @@ class AskExtension:
     seconds: float
 
 
-CallSays = CallJoined | AskExtension
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallKeeps:
+    """The call has a capsule of so many bytes, 0 for a provider, since `kept_at`.
+
+    `lacks`: why the call can't be handed over, as far as its agent knows. Empty when it can.
+    """
+
+    size: int
+    kept_at: float
+    lacks: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallStep:
+    """A step of the handover of this epoch has been taken.
+
+    `job`: the successor's, of `seen`. `detail`: the reason, of `impossible`, `refused` and `lost`. Of
+    `stranger` it is the sid and the identity, with a space between them.
+    """
+
+    epoch: int
+    step: HandoverStep
+    job: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskHandover:
+    """The agent wants its call to go on in another job; answered by `HandoverOver` of this id."""
+
+    id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskRemoval:
+    """The predecessor of this call does not answer; answered by `Removed` of this id."""
+
+    id: int
+    sid: str
+
+
+CallSays = CallJoined | AskExtension | CallKeeps | CallStep | AskHandover | AskRemoval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,7 +496,60 @@ class Limit:
     answers: int = 0
 
 
-Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays | CallSays | Limit
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeginHandover:
+    """Get ready for a successor. It will have this epoch and identity, and will show the secret.
+
+    `wait`: seconds for the agent to be no longer busy.
+    """
+
+    call: str
+    epoch: int
+    identity: str
+    secret: str = field(repr=False)
+    wait: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelHandover:
+    """Refuse the successor of this epoch from now on, unless it may speak already."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeBack:
+    """The successor of this epoch is gone, and has not spoken: speak again."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveRoom:
+    """The successor of this epoch speaks: end the job."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoverOver:
+    """The handover that the agent has asked for is over."""
+
+    id: int
+    result: HandoverResult
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """The answer to `AskRemoval`: whether the predecessor is out of the room."""
+
+    id: int
+    is_gone: bool
+
+
+CallHears = Limit | BeginHandover | CancelHandover | TakeBack | LeaveRoom | HandoverOver | Removed
+Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays | CallSays | CallHears
 M = TypeVar("M", bound=Message)
 Said = TypeVar("Said", bound=Message)
 Heard = TypeVar("Heard", bound=Message)
@@ -544,5 +689,5 @@ FOR_WORKER: Vocabulary[WorkerHears] = Vocabulary(*get_args(WorkerHears))
 OF_BROKER: Vocabulary[BrokerSays] = Vocabulary(*get_args(BrokerSays))
 FOR_BROKER: Vocabulary[BrokerHears] = Vocabulary(*get_args(BrokerHears))
 OF_CALL: Vocabulary[CallSays] = Vocabulary(*get_args(CallSays))
-FOR_CALL: Vocabulary[Limit] = Vocabulary(Limit)
+FOR_CALL: Vocabulary[CallHears] = Vocabulary(*get_args(CallHears))
 OF_REHEARSED_JOB: Vocabulary[RehearsedJobSays] = Vocabulary(*get_args(RehearsedJobSays))

@@ -1,7 +1,8 @@
-"""`lastcall.call`: a call hears that its time is limited, and may ask for more.
+"""`lastcall.call`: a call hears that its time is limited, may ask for more, and may go on in another job.
 
 The first use connects the job to its worker; `worker.call_channels` draws the way. Everything here happens on
-the event loop of the job, in callbacks of its reader, so there is no task and no thread that waits.
+the event loop of the job, in callbacks of its reader, so there is no task and no thread that waits. `leaving`
+and `arriving` have the two sides of a handover.
 """
 
 from __future__ import annotations
@@ -14,23 +15,41 @@ import logging
 import math
 import socket
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, assert_never
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.errors import WireError
 from lastcall.worker.base.peers import is_of_this_user
+from lastcall.worker.base.succession import Succession
 from lastcall.worker.base.wire import (
     FOR_CALL,
     AskExtension,
+    AskHandover,
+    AskRemoval,
+    BeginHandover,
+    CallHears,
     CallJoined,
+    CallKeeps,
     CallSays,
+    CancelHandover,
     Counts,
+    HandoverOver,
+    HandoverResult,
+    LeaveRoom,
     Limit,
+    Removed,
     StopCause,
+    TakeBack,
     encode,
 )
+from lastcall.worker.job.capsule import Busy, Capsule
+
+if TYPE_CHECKING:
+    from lastcall.worker.job.arriving import Arriving, Resumed
+    from lastcall.worker.job.leaving import Leaving
 
 log = logging.getLogger("lastcall")
 
@@ -46,6 +65,12 @@ CANCEL_WITHIN = 1.0
 CONNECT_AGAIN_AFTER = 0.25
 # Bytes of a message. Ours: a `Limit` has about a hundred.
 MAX_MESSAGE_BYTES = 8192
+# Seconds between two reports of the size of a capsule. Ours: an agent keeps one at each turn of its call.
+TELL_AGAIN_AFTER = 1.0
+# Seconds for the worker to have removed a predecessor. Ours: as `room_service.ANSWERS_WITHIN`, twice.
+REMOVED_WITHIN = 6.0
+# Characters of a reason that are told.
+MAX_REASON = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +96,7 @@ class Notice:
 
 Listener = Callable[[Notice], Awaitable[object] | object]
 F = TypeVar("F", bound=Listener)
+G = TypeVar("G", bound=Callable[[], Awaitable[object] | object])
 
 
 class StoppingEvent:
@@ -131,9 +157,13 @@ class Call:
         if call.stopping.is_set(): ...
     """
 
-    def __init__(self, job: str, address: str | None) -> None:
+    def __init__(
+        self, ctx: Any, address: str | None, found: Succession | None = None
+    ) -> None:  # Any: livekit-agents' JobContext, which is not type-checked here
         self.stopping = StoppingEvent()
-        self._job = job
+        # Until the job ends. Without lastcall the end is not told, and nothing here needs it.
+        self._ctx: Any = None if address is None else ctx
+        self._job: str = ctx.job.id
         self._address = address or ""
         self._loop = asyncio.get_running_loop()
         self._sock: socket.socket | None = None
@@ -141,7 +171,13 @@ class Call:
         self._listening: list[_Listening] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._answers: dict[int, asyncio.Future[CallHears | None]] = {}
+        self._capsule = Capsule()
+        self._busy = Busy()
+        self._succession = found
+        self._leaving: Leaving | None = None
+        self._arriving: Arriving | None = None
+        self._told_keeps: tuple[float, str] = (0.0, "")
         if address:
             self._connect()
         elif address is not None:
@@ -182,17 +218,173 @@ class Call:
             raise ValueError(f"call.extend({seconds!r}): expected a number of seconds, 0 or more")
         if self.stopping.is_set() and self._sock is not None:
             id = next(self._ids)
-            answer = self._answers[id] = self._loop.create_future()
-            try:
-                self._say(AskExtension(id=id, seconds=float(seconds)))
-                async with asyncio.timeout(ANSWER_WITHIN):
-                    await answer
-            except TimeoutError:
-                log.warning("lastcall.call: the worker has not answered", extra={"seconds": ANSWER_WITHIN})
-            finally:
-                del self._answers[id]
+            await self._ask(AskExtension(id=id, seconds=float(seconds)), ANSWER_WITHIN)
         notice = self.stopping.notice
         return None if notice is None else notice.deadline
+
+    # -- a call that goes on in another job -----------------------------------------------------------
+
+    @property
+    def resumed(self) -> Resumed | None:
+        """The state that the predecessor of this call has left; None for a call that begins here."""
+        return None if self._arriving is None else self._arriving.resumed
+
+    def keep(self, state: object) -> None:
+        """Keep what a successor needs to go on with this call: any JSON value, or a function that returns it.
+
+        The value has at most 262,144 bytes as UTF-8. It is taken as it is now, and stays in the process of
+        this job until a successor is there. A function, also an async one, is called when the value is
+        needed, and has a second. The last call of `keep` counts.
+
+        Raises `TypeError` for a value that JSON does not have, and `ValueError` for one that is too large;
+        the errors show nothing of it.
+        """
+        self._capsule.keep(state)
+        self._tell_keeps()
+
+    def on_takeover(self, fn: G) -> G:
+        """Have `fn()` called at the moment from which the successor speaks, and return `fn`.
+
+        The agent has to be silent when `fn` returns, and has to stay so. `fn` is a function or an async
+        function, has a second, and returns the last turns of the call, any JSON value or None: `take_over`
+        of the successor returns them. The job ends when the successor has said that it speaks. May be used
+        as a decorator; the last function counts.
+        """
+        leaving = self._side()
+        leaving.on_takeover = fn
+        self._tell_keeps()
+        return fn
+
+    def on_take_back(self, fn: G) -> G:
+        """Have `fn()` called when the agent has the call again after `on_takeover`, and return `fn`.
+
+        That is so when the successor died before it spoke. The agent may speak from then on. A call without
+        such a function is not handed over. May be used as a decorator; the last function counts.
+        """
+        self._side().on_take_back = fn
+        self._tell_keeps()
+        return fn
+
+    async def take_over(self) -> Any:  # any JSON value
+        """Return when this agent may speak, with the last turns of its predecessor.
+
+        In a call that begins here the answer is None, at once. In a successor the predecessor has become
+        silent before. Call it after `ctx.connect()`, when everything is restored and the agent could speak
+        in the next moment.
+
+        Raises `lastcall.Withdrawn` if the call stays with the predecessor. The job is then shut down.
+        """
+        return None if self._arriving is None else await self._arriving.take_over()
+
+    @asynccontextmanager
+    async def busy(self) -> AsyncIterator[None]:
+        """Have the call stay in this job inside of the block: `async with call.busy():`.
+
+        For a tool that runs, or a transfer of the caller. A handover waits for the end of the block, for
+        `[handover] wait` seconds, and is then refused. Blocks may lie in one another.
+        """
+        async with self._busy.during():
+            yield
+
+    async def hand_over(self, reason: str = "") -> HandoverResult:
+        """Have the call go on in another job, for a reason of the agent's own; return how that ended.
+
+        After "done" the successor speaks, and this job shuts down. The answer is "refused" if the call can't
+        be handed over, or another handover of the call is under way. It is "failed" if nobody took the call,
+        or the successor died. This agent then goes on, and the log says why.
+        """
+        if self._sock is None:
+            log.warning("lastcall.call: no handover, because there is no worker that could do it")
+            return "refused"
+        id = next(self._ids)
+        answer = await self._ask(AskHandover(id=id, reason=reason[:MAX_REASON]), None)
+        if not isinstance(answer, HandoverOver):
+            return "failed"
+        if answer.result != "done":
+            log.warning(
+                "lastcall.call: the call is not handed over",
+                extra={"result": answer.result, "reason": answer.reason},
+            )
+        return answer.result
+
+    def be_successor(self, found: Succession) -> None:
+        """Be the successor that a dispatch has asked for, before the entrypoint runs."""
+        from lastcall.worker.job.arriving import Arriving, Resumed
+
+        assert self._ctx is not None
+        job = self._ctx.job
+        resumed = Resumed(
+            epoch=found.epoch, reason=found.reason, metadata=job.metadata, attributes=job.attributes
+        )
+        self._arriving = Arriving(
+            found,
+            resumed,
+            job=self._job,
+            remove=self._remove_predecessor,
+            withdraw=self._withdraw,
+            is_stopping=self.stopping.is_set,
+        )
+        self._arriving.attach(self._ctx.room, job.room.name)
+
+    def _withdraw(self) -> None:
+        if self._ctx is not None:
+            self._ctx.shutdown(reason="the handover is withdrawn")
+
+    async def _remove_predecessor(self, sid: str) -> bool:
+        id = next(self._ids)
+        answer = await self._ask(AskRemoval(id=id, sid=sid), REMOVED_WITHIN)
+        return isinstance(answer, Removed) and answer.is_gone
+
+    def _side(self) -> Leaving:
+        """Return the leaving side of this call, made when the agent first says that it can leave."""
+        if self._leaving is None:
+            from lastcall.worker.job.leaving import Leaving
+
+            found = self._succession
+            ctx = self._ctx
+            self._leaving = Leaving(
+                room=None if ctx is None else ctx.room,
+                agent_name=getattr(None if ctx is None else ctx.job, "agent_name", ""),
+                capsule=self._capsule,
+                busy=self._busy,
+                say=self._say,
+                leave=self._leave,
+                call=self._job if found is None else found.call,
+                epoch=0 if found is None else found.epoch,
+            )
+        return self._leaving
+
+    def _leave(self) -> None:
+        if self._ctx is not None:
+            self._ctx.shutdown(reason="the call goes on in another job")
+
+    def _tell_keeps(self) -> None:
+        about = self._capsule.about
+        if about is None:
+            return
+        lacks = "no function of on_takeover" if self._leaving is None else self._leaving.lacks
+        told_at, told_lacks = self._told_keeps
+        if now() - told_at >= TELL_AGAIN_AFTER or lacks != told_lacks:
+            self._told_keeps = (now(), lacks)
+            self._say(CallKeeps(size=about[0], kept_at=about[1], lacks=lacks))
+
+    async def _ask(
+        self, question: AskExtension | AskHandover | AskRemoval, within: float | None
+    ) -> CallHears | None:
+        """Return the answer of the worker; None if there is none within so many seconds, or no worker."""
+        if self._sock is None:
+            return None
+        answer: asyncio.Future[CallHears | None] = self._loop.create_future()
+        self._answers[question.id] = answer
+        try:
+            self._say(question)
+            async with asyncio.timeout(within):
+                return await answer
+        except TimeoutError:
+            log.warning("lastcall.call: the worker has not answered", extra={"seconds": within})
+            return None
+        finally:
+            del self._answers[question.id]
 
     # -- the way to the worker ------------------------------------------------------------------------
 
@@ -240,13 +432,30 @@ class Call:
         elif message is not None:
             self._hear(message)
 
-    def _hear(self, limit: Limit) -> None:
-        self.stopping.set(Notice(reason=limit.cause, deadline=limit.due_at))
-        answer = self._answers.get(limit.answers)
+    def _hear(self, message: CallHears) -> None:
+        match message:
+            case Limit():
+                self.stopping.set(Notice(reason=message.cause, deadline=message.due_at))
+                self._answer(message.answers, message)
+                for listening in list(self._listening):
+                    self._tell(listening)
+            case HandoverOver(id=id) | Removed(id=id):
+                self._answer(id, message)
+            case BeginHandover():
+                self._side().begin(message)
+            case CancelHandover(epoch=epoch):
+                self._side().cancel(epoch)
+            case TakeBack(epoch=epoch):
+                self._side().take_back(epoch)
+            case LeaveRoom(epoch=epoch):
+                self._side().leave(epoch)
+            case _:
+                assert_never(message)
+
+    def _answer(self, id: int, message: CallHears | None) -> None:
+        answer = self._answers.get(id)
         if answer is not None and not answer.done():
-            answer.set_result(None)
-        for listening in list(self._listening):
-            self._tell(listening)
+            answer.set_result(message)
 
     def _disconnect(self) -> None:
         if self._connect_again is not None:
@@ -256,9 +465,8 @@ class Call:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_result(None)
+        for id in list(self._answers):
+            self._answer(id, None)
 
     # -- the functions of the agent -------------------------------------------------------------------
 
@@ -283,7 +491,11 @@ class Call:
 
     async def aclose(self) -> None:
         """End with the job: nothing is told any more. For lastcall."""
+        for side in (self._leaving, self._arriving):
+            if side is not None:
+                await side.aclose()
         self._disconnect()
+        self._ctx = None
         self._listening.clear()
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
@@ -336,5 +548,11 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
         raise RuntimeError("lastcall.call(ctx) has to be called on the event loop of the job") from None
     made = _calls.get(ctx.proc)
     if made is None:
-        made = _calls[ctx.proc] = Call(ctx.job.id, _addresses.get(ctx.proc))
+        made = _calls[ctx.proc] = Call(ctx, _addresses.get(ctx.proc))
     return made
+
+
+def arrive(ctx: Any, found: Succession) -> None:
+    """Have the job of `ctx` be a successor, before its entrypoint runs. For lastcall."""
+    made = _calls[ctx.proc] = Call(ctx, _addresses.get(ctx.proc), found)
+    made.be_successor(found)

@@ -1,4 +1,6 @@
-"""The look of a job at its room: the worker is told when the job joins, reconnects and leaves.
+"""The entrypoint of every job, around that of the agent: it looks at the room, and begins a handover.
+
+The worker is told when the job joins, reconnects and leaves.
 
 The LiveKit server terminates jobs that go on (`worker.presence`), and only the job itself knows whether it is
 in its room. The look begins before the entrypoint of the agent, and uses the public side of `rtc.Room`.
@@ -11,7 +13,9 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from lastcall.worker.base import succession
 from lastcall.worker.base.calls_over import What
+from lastcall.worker.job import call
 
 Tell = Callable[[str, What, int, str], None]
 
@@ -34,7 +38,22 @@ class WatchedEntrypoint:
         tell = _tells.get(context.proc)
         if tell is not None:
             watch(context.room, functools.partial(tell, context.job.id))
-        await self.user(context)
+        # An older livekit-protocol has no attributes of a job.
+        found = succession.taken_from(getattr(context.job, "attributes", {}))
+        if found is None or tell is None:
+            await self.user(context)
+        else:
+            await self._succeed(context, found)
+
+    async def _succeed(self, context: Any, found: succession.Succession) -> None:
+        """Run the entrypoint of an agent that goes on with a call. A successor that has to leave does so."""
+        from lastcall.worker.job.arriving import Withdrawn
+
+        call.arrive(context, found)
+        try:
+            await self.user(context)
+        except Withdrawn:
+            return  # the job is being shut down, and the log has the reason
 
 
 def watch(room: Any, tell: Callable[[What, int, str], None]) -> None:

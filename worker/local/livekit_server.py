@@ -182,6 +182,8 @@ class DispatchServer:
         self.counts: Counter[str] = Counter()
         self.refuse_connections = False
         self.hold_assignments = 0.0
+        # Whether a key may administer rooms. Some are made without that right.
+        self.may_dispatch = True
         self._on_event = on_event
         self._random = random.Random(seed)
         self._changed = Condition()

@@ -132,6 +132,8 @@ class Twirp:
         self, wanted: dispatching.CreateAgentDispatchRequest, claims: api.Claims
     ) -> Message:
         admin(claims, wanted.room)
+        if not self._owner.may_dispatch:
+            raise Refusal("unauthenticated", "permissions denied")
         if len(wanted.metadata.encode()) > MAX_METADATA:
             raise Refusal("invalid_argument", "metadata size exceeds limits")
         if sum(len(k.encode()) + len(v.encode()) for k, v in wanted.attributes.items()) > MAX_ATTRIBUTES:

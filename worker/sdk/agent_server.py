@@ -25,6 +25,8 @@ from livekit.agents import AgentServer, JobRequest, WorkerOptions
 from livekit.agents.utils.aio import ChanClosed
 from livekit.protocol import agent
 
+from lastcall.worker.base import succession
+from lastcall.worker.base.succession import Succession
 from lastcall.worker.sdk import child_processes
 
 log = logging.getLogger("lastcall.worker")
@@ -143,21 +145,26 @@ def use_private_metrics_dir(server: AgentServer, suffix: str) -> None:
 
 # The answer to an offer. After `no` the server asks the next worker, after `never` it asks none.
 Answer = Literal["yes", "no", "never"]
-Admit = Callable[[Any], Answer]
+Admit = Callable[[Any, Succession | None], Answer]
 Settle = Callable[[str, BaseException | None], None]
 
 
 def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
-    """Have every `accept()` pass `admit(job)` at the last moment, and report how it went.
+    """Have every `accept()` pass `admit(job, succession)` at the last moment, and report how it went.
 
     `settle(id, error)` is called once the accept has returned or raised. The first answer to an offer is the
     answer: livekit-agents would send a second one too, and a second accept would wait for an assignment that
     never comes while the job runs.
+
+    An offer for a call that is handed over is shown to `request_fnc` as that of the call's first job. The new
+    agent has the identity that the dispatch names, whatever `request_fnc` wants.
     """
     user: Callable[[JobRequest], Awaitable[None]] | None = server._request_fnc
 
     async def request(offer: JobRequest) -> None:
         accept, reject = offer._on_accept, offer._on_reject
+        # An older livekit-protocol has no attributes of a job.
+        found = succession.taken_from(getattr(offer.job, "attributes", {}))
         answered = False
 
         def is_second() -> bool:
@@ -176,10 +183,14 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
                 return
             for _ in range(GATE_TURNS):
                 await asyncio.sleep(0)
-            answer = admit(offer.job)
+            answer = admit(offer.job, found)
             if answer != "yes":
                 await reject(answer == "never")
                 return
+            if found is not None:
+                offer.job.attributes.update(found.attributes())  # for the job, which takes them out again
+                arguments.identity = found.identity
+                arguments.attributes = {**(arguments.attributes or {}), **found.shown}
             # From here to the send inside accept() nothing of ours awaits.
             error: BaseException | None = None
             try:

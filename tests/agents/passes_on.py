@@ -1,0 +1,143 @@
+"""An agent that speaks without a pause and can be handed over. Data of the caller says what it does.
+
+The data is "hang up", "busy", "idle", or "hand over" (the agent asks for a successor itself). The metadata is
+a JSON object, which `request_fnc` reads strictly:
+
+    keeps        what the agent gives to `call.keep`; without it a counter of turns
+    slow         seconds that the agent takes to become silent
+    holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists
+    after        seconds of a shutdown callback
+    keeps_nothing   whether the agent calls no `keep`
+    deletes      whether a shutdown callback deletes the room
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from typing import Any
+
+from calls import half_busy, note  # type: ignore[import-not-found]  # beside this file, as an agent's own modules are
+from livekit import rtc
+from livekit.agents import JobContext, JobExecutorType, JobRequest, WorkerOptions, cli
+
+import lastcall
+
+# Seconds of one frame.
+FRAME = 0.02
+
+
+class Voice:
+    """Speaks, one frame after the other. Each frame is a turn of the call."""
+
+    def __init__(self) -> None:
+        self.source = rtc.AudioSource(48000, 1, queue_size_ms=40)
+        self.speaking: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self.speaking = asyncio.create_task(self._speak())
+
+    def stop(self) -> None:
+        if self.speaking is not None:
+            self.speaking.cancel()
+        self.source.clear_queue()
+
+    async def _speak(self) -> None:
+        samples = int(48000 * FRAME)
+        frame = rtc.AudioFrame(bytes(2 * samples), 48000, 1, samples)
+        while True:
+            await self.source.capture_frame(frame)
+
+
+async def entrypoint(ctx: JobContext) -> None:
+    spec = json.loads(ctx.job.metadata)
+    call = lastcall.call(ctx)
+    voice = Voice()
+    wanted: asyncio.Queue[str] = asyncio.Queue()
+    attributes = dict(ctx.job.attributes)
+    note(ctx, "started", resumed=call.resumed is not None, attributes=attributes)
+
+    @call.on_takeover
+    async def be_silent() -> Any:
+        note(ctx, "is to be silent")
+        await asyncio.sleep(spec.get("slow", 0))
+        voice.stop()
+        note(ctx, "silent")
+        return {"bye": ctx.job.id}
+
+    @call.on_take_back
+    def speak_again() -> None:
+        note(ctx, "speaks", again=True)
+        voice.begin()
+
+    async def after() -> None:
+        if spec.get("deletes"):
+            await ctx.delete_room()
+        await asyncio.sleep(spec.get("after", 0))
+        note(ctx, "stored")
+
+    ctx.add_shutdown_callback(after)
+    ctx.room.on("data_received", lambda packet: wanted.put_nowait(packet.data.decode()))
+    ctx.room.on("disconnected", lambda reason: note(ctx, "disconnected", reason=int(reason)))
+    await ctx.connect()
+    resumed = call.resumed
+    track = rtc.LocalAudioTrack.create_audio_track("voice", voice.source)
+    await ctx.room.local_participant.publish_track(track)
+    note(ctx, "connected", identity=ctx.room.local_participant.identity)
+    if not spec.get("keeps_nothing"):
+        call.keep(spec.get("keeps", {"job": ctx.job.id}))
+    if resumed is not None and spec.get("holds"):
+        while not os.path.exists(os.environ["JOB_LOG"] + ".ready"):
+            await asyncio.sleep(0.02)
+    turns = await call.take_over()
+    note(
+        ctx,
+        "speaks",
+        turns=turns,
+        state=None if resumed is None else resumed.state,
+        epoch=0 if resumed is None else resumed.epoch,
+        reason="" if resumed is None else resumed.reason,
+        metadata=None if resumed is None else resumed.metadata,
+    )
+    voice.begin()
+    async with contextlib.AsyncExitStack() as stack:
+        while (what := await wanted.get()) != "hang up":
+            if what == "busy":
+                await stack.enter_async_context(call.busy())
+            elif what == "idle":
+                await stack.aclose()
+            elif what == "hand over":
+                note(ctx, "answered", result=await call.hand_over("memory"))
+            note(ctx, what)
+    note(ctx, "ended")
+    ctx.shutdown(reason="done")
+
+
+async def request(offer: JobRequest) -> None:
+    json.loads(offer.job.metadata)
+    line = {
+        "job": offer.job.id,
+        "what": "asked",
+        "at": time.monotonic(),
+        "attributes": dict(offer.job.attributes),
+    }
+    with open(os.environ["JOB_LOG"], "a") as file:
+        file.write(json.dumps(line) + "\n")
+    await offer.accept(identity="bot")
+
+
+if __name__ == "__main__":
+    cli.run_app(
+        WorkerOptions(
+            entrypoint_fnc=entrypoint,
+            request_fnc=request,
+            load_fnc=half_busy,
+            load_threshold=float("inf"),
+            num_idle_processes=1,
+            agent_name=os.environ.get("AGENT_NAME", ""),
+            job_executor_type=JobExecutorType[os.environ.get("EXECUTOR", "PROCESS")],
+        )
+    )

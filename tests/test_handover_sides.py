@@ -1,0 +1,372 @@
+"""The two sides of a handover in one process, each in a room of the local server. The test is the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from livekit import api, rtc
+
+from lastcall.worker.base.succession import Succession, epoch_of, successor_identity, taken_from
+from lastcall.worker.base.wire import BeginHandover, CallStep
+from lastcall.worker.job import arriving as arriving_module
+from lastcall.worker.job import deletions
+from lastcall.worker.job import leaving as leaving_module
+from lastcall.worker.job.arriving import Arriving, Resumed, Withdrawn
+from lastcall.worker.job.capsule import MAX_BYTES, Busy, Capsule
+from lastcall.worker.job.leaving import Leaving
+from lastcall.worker.local.livekit_server import DispatchServer
+from lastcall.worker.local.room import Room
+
+# Seconds; a condition ends each wait.
+PATIENCE = 20.0
+CALL, SECRET = "AJ_0", "0123456789abcdef"
+FOUND = Succession(
+    call=CALL, epoch=1, count=1, predecessor="bot", identity="bot~1", secret=SECRET, reason="reload"
+)
+ORDER = BeginHandover(call=CALL, epoch=1, identity="bot~1", secret=SECRET, wait=0.3)
+
+
+def token(server: DispatchServer, identity: str, kind: str, **attributes: str) -> str:
+    grants = api.VideoGrants(room_join=True, room="r", agent=kind == "agent")
+    made = api.AccessToken(server.api_key, server.api_secret).with_identity(identity).with_kind(kind)
+    text: str = made.with_attributes(attributes).with_grants(grants).to_jwt()
+    return text
+
+
+class Stage:
+    """A caller, the leaving agent and its successor. `steps` are what the leaving agent told its worker."""
+
+    def __init__(self, server: DispatchServer) -> None:
+        self.server = server
+        self.caller = server.rooms.visit("r", "caller")
+        self.steps: list[CallStep] = []
+        self.heard: list[str] = []
+        self.left = asyncio.Event()
+        self.withdrawn = asyncio.Event()
+        self.old, self.new = Room(), Room()
+        self.busy, self.capsule = Busy(), Capsule()
+        self.turns: Any = ["bye"]
+        self.leaving = Leaving(
+            room=self.old,
+            agent_name="",
+            capsule=self.capsule,
+            busy=self.busy,
+            say=self.steps.append,
+            leave=self.left.set,
+            call=CALL,
+            epoch=0,
+        )
+        self.leaving.on_takeover = self.be_silent
+        self.leaving.on_take_back = lambda: self.heard.append("speaks again")
+        self.resumed = Resumed(epoch=1, reason="reload", metadata="m", attributes={"k": "v"})
+        self.arriving = Arriving(
+            FOUND, self.resumed, job="AJ_1", remove=self.remove, withdraw=self.withdrawn.set
+        )
+
+    async def be_silent(self) -> Any:
+        self.heard.append("silent")
+        return self.turns
+
+    async def remove(self, sid: str) -> bool:
+        self.server.rooms.remove_session(sid)
+        return True
+
+    async def begin(self, state: object = "state", order: BeginHandover = ORDER) -> None:
+        await self.old.connect(self.server.url, token(self.server, "bot", "agent"))
+        self.capsule.keep(state)
+        self.leaving.begin(order)
+        await self.until(lambda: self.told("prepared", "impossible"))
+
+    async def arrive(self, **shown: str) -> None:
+        self.arriving.attach(self.new, "r")
+        await self.new.connect(self.server.url, token(self.server, "bot~1", "agent", **(FOUND.shown | shown)))
+
+    def told(self, *steps: str) -> bool:
+        return any(each.step in steps for each in self.steps)
+
+    async def until(self, holds: Callable[[], object]) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not holds():
+                await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def stage() -> AsyncIterator[Stage]:
+    async with DispatchServer() as server:
+        made = Stage(server)
+        try:
+            yield made
+        finally:
+            deletions.permit("r")
+            await made.leaving.aclose()
+            await made.arriving.aclose()
+            for room in (made.old, made.new):
+                await room.disconnect()
+
+
+def test_the_attributes_of_a_dispatch() -> None:
+    """They come back as they were, and nothing of them is left; other attributes are no handover."""
+    attributes = {"k": "v", **FOUND.attributes()}
+    assert taken_from(attributes) == FOUND and attributes == {"k": "v"}
+    assert SECRET not in repr(FOUND)
+    for wrong in ({}, {"lastcall.call": "AJ_1"}, FOUND.attributes() | {"lastcall.epoch": "x"}):
+        before = dict(wrong)
+        assert taken_from(wrong) is None and wrong == before
+    assert epoch_of(FOUND.shown, CALL) == 1
+    assert epoch_of(FOUND.shown, "AJ_9") == epoch_of({}, CALL) == -1
+
+
+@pytest.mark.parametrize(
+    ("identity", "epoch", "expected"),
+    [
+        ("bot", 1, "bot~1"),
+        ("bot~1", 2, "bot~2"),
+        ("a~b", 1, "a~b~1"),
+        ("~", 3, "~~3"),
+        ("bot~9~1", 2, "bot~9~2"),
+    ],
+)
+def test_the_identity_of_a_successor(identity: str, epoch: int, expected: str) -> None:
+    """That of the first agent, and the epoch; never that of another epoch."""
+    assert successor_identity(identity, epoch) == expected
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("state", "turns"),
+    [(1, None), ("ü" * (MAX_BYTES // 2 - 2), "x" * 100_000), ({"turns": ["hello"]}, {"turn": "bye"})],
+    ids=["1 byte", "256 kB", "an object"],
+)
+async def test_a_call_changes_hands(state: object, turns: object) -> None:
+    """Capsule and last turns arrive as they were; the old agent is silent before the new one may speak."""
+    async with stage() as s:
+        s.turns = turns
+        await s.begin(state)
+        with pytest.raises(RuntimeError, match="there once"):
+            _ = s.resumed.state
+        await s.arrive()
+        assert s.resumed.state == state and not s.heard
+        assert await s.arriving.take_over() == turns
+        assert s.heard == ["silent"]
+        assert await s.arriving.take_over() == turns, "asked again"
+        async with asyncio.timeout(PATIENCE):
+            await s.left.wait()
+        assert [each.step for each in s.steps] == ["prepared", "seen", "silent", "speaks"]
+        assert [each.job for each in s.steps if each.step == "seen"] == ["AJ_1"]
+        assert s.leaving.phase == "left" and not s.withdrawn.is_set()
+
+
+@pytest.mark.parametrize("lacks", ["keep", "takeover", "take back", "busy", "provider"])
+async def test_a_call_that_can_not_leave(lacks: str) -> None:
+    """The reason is told, and it shows nothing of what the agent has kept."""
+    async with stage() as s, contextlib.AsyncExitStack() as stack:
+        expected = {"busy": "busy for 0.3 s", "provider": "call.keep raised ValueError"}.get(lacks, "no ")
+        if lacks == "takeover":
+            s.leaving.on_takeover = None
+        elif lacks == "take back":
+            s.leaving.on_take_back = None
+        elif lacks == "busy":
+            await stack.enter_async_context(s.busy.during())
+
+        def provide() -> object:
+            raise ValueError("my card is 4111")
+
+        if lacks == "keep":
+            await s.old.connect(s.server.url, token(s.server, "bot", "agent"))
+            s.leaving.begin(ORDER)
+        else:
+            await s.begin(provide if lacks == "provider" else "state")
+        (step,) = s.steps
+        assert step.step == "impossible" and expected in step.detail and "4111" not in step.detail
+        assert s.leaving.phase == "none"
+
+
+@pytest.mark.core
+async def test_who_is_not_answered() -> None:
+    """Another identity, a participant that is no agent, a wrong secret, another epoch, a cancelled one."""
+    async with stage() as s:
+        await s.begin()
+
+        async def ask(identity: str, kind: str, method: str, payload: str) -> str:
+            room = Room()
+            await room.connect(s.server.url, token(s.server, identity, kind, **FOUND.shown))
+            try:
+                answer: str = await room.local_participant.perform_rpc(
+                    destination_identity="bot", method=method, payload=payload
+                )
+            finally:
+                await room.disconnect()
+            return answer
+
+        right = f'{{"secret": "{SECRET}", "epoch": 1}}'
+        for identity, kind, payload in (
+            ("bot~2", "agent", right),
+            ("bot~1", "", right),
+            ("bot~1", "agent", right.replace("0123", "9123")),
+            ("bot~1", "agent", right.replace("1}", "2}")),
+            ("bot~1", "agent", "[]"),
+            ("bot~1", "agent", "{"),
+        ):
+            for method in (leaving_module.HELLO, leaving_module.TAKEOVER):
+                with pytest.raises(rtc.RpcError, match="nobody is waited for"):
+                    await ask(identity, kind, method, payload)
+        assert s.steps[0].step == "prepared" and not s.heard
+        assert {each.step for each in s.steps[1:]} <= {"lost"}
+        await s.arrive()
+        s.leaving.cancel(1)
+        assert s.told("cancelled")
+        with pytest.raises(Withdrawn):
+            await s.arriving.take_over()
+        assert not s.heard and s.withdrawn.is_set()
+        assert not deletions.may_delete("r"), "it would end the call"
+
+
+async def test_a_good_moment_is_waited_for() -> None:
+    """While a tool runs there is no answer; after its time the old agent keeps the call."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        async with s.busy.during():
+            taking = asyncio.ensure_future(s.arriving.take_over())
+            await asyncio.sleep(0.1)
+            assert not taking.done() and not s.heard
+        assert await taking == ["bye"]
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        async with s.busy.during():
+            with pytest.raises(Withdrawn, match="busy"):
+                await s.arriving.take_over()
+        assert s.told("refused") and not s.heard
+
+
+async def test_a_successor_that_the_server_has_not_shown_yet() -> None:
+    """It gets the capsule for its secret. The old agent is silent once it sees the kind of participant."""
+    async with stage() as s:
+        await s.begin()
+        shown: dict[str, Any] = {}
+        s.old.on("participant_connected", lambda each: shown.update({each.identity: each}))
+        s.old.on("participant_connected", lambda each: s.old.remote_participants.pop(each.identity))
+        await s.arrive()
+        assert s.resumed.state == "state"
+        taking = asyncio.ensure_future(s.arriving.take_over())
+        await asyncio.sleep(0.3)
+        assert not taking.done() and not s.heard
+        s.old.remote_participants.update(shown)
+        assert await taking == ["bye"]
+
+
+async def test_an_agent_that_can_not_be_silent(caplog: pytest.LogCaptureFixture) -> None:
+    """Its successor is refused, and it speaks on; the log shows nothing of the error's text."""
+    async with stage() as s:
+
+        def fail() -> None:
+            raise ValueError("my card is 4111")
+
+        s.leaving.on_takeover = fail
+        await s.begin()
+        await s.arrive()
+        with pytest.raises(Withdrawn):
+            await s.arriving.take_over()
+        await s.until(lambda: s.told("refused"))
+        assert s.heard == ["speaks again"]
+        assert "4111" not in caplog.text + repr([vars(record) for record in caplog.records])
+
+
+async def test_a_silent_agent_takes_its_voice_back() -> None:
+    """A cancel does not end the silence; the worker's word that the successor is gone does."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER)
+        s.leaving.cancel(1)
+        assert s.leaving.phase == "silent" and not s.told("cancelled")
+        s.server.rooms.remove("r", "bot~1")
+        await s.until(lambda: s.told("lost"))
+        s.leaving.take_back(1)
+        await s.until(lambda: s.told("back"))
+        assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
+
+
+async def test_an_answer_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives no right to speak: the predecessor may be speaking again."""
+    monkeypatch.setattr(arriving_module, "LEASE", -10.0)
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        with pytest.raises(Withdrawn, match="too late"):
+            await s.arriving.take_over()
+        assert not s.arriving.may_speak and s.withdrawn.is_set()
+
+
+@pytest.mark.parametrize("when", ["before", "hello", "capsule", "takeover", "frozen"])
+async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The successor goes on, with the capsule if it has come; one that only hangs is removed first."""
+    monkeypatch.setattr(arriving_module, "ANSWERS_WITHIN", 0.3)
+    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 0.05)
+    async with stage() as s:
+        if when != "before":
+            await s.begin()
+        if when == "hello":
+            s.old.local_participant.take_relayed = lambda *_: None  # type: ignore[method-assign]  # it hangs
+        await s.arrive()
+        if when == "takeover":
+            s.server.rooms.remove("r", "bot")
+            await s.until(lambda: not s.old.isconnected())
+        elif when in ("capsule", "frozen"):
+            s.old.local_participant.take_relayed = lambda *_: None  # type: ignore[method-assign]
+        assert await s.arriving.take_over() is None
+        assert s.arriving.may_speak and s.heard == []
+        assert s.resumed.state == (None if when in ("before", "hello") else "state")
+        await s.until(lambda: "bot" not in s.new.remote_participants)
+        if when == "frozen":  # it comes back, with its token that is still good
+            again = Room()
+            await again.connect(s.server.url, token(s.server, "bot", "agent"))
+            await s.until(lambda: not again.isconnected())
+
+
+async def test_a_room_without_a_caller_and_one_with_another_successor() -> None:
+    """The successor leaves; egress and agents are no callers."""
+    async with stage() as s:
+        s.caller.leave()
+        with pytest.raises(Withdrawn, match="nobody"):
+            await s.arrive()
+        assert s.withdrawn.is_set()
+    async with stage() as s:
+        other = Room()
+        await other.connect(s.server.url, token(s.server, "bot~2", "agent", **FOUND.shown))
+        with pytest.raises(Withdrawn, match="another successor"):
+            await s.arrive()
+        await other.disconnect()
+
+
+async def test_an_agent_that_was_not_told_of_its_removal() -> None:
+    """It looks around when it is back, and leaves in silence if a successor speaks."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive(**{"lastcall.speaks": "1"})
+        s.leaving.phase, s.leaving._order = "none", None
+        s.server.rooms.reconnect("r", "bot")
+        async with asyncio.timeout(PATIENCE):
+            await s.left.wait()
+        assert s.heard == ["silent"]
+
+
+async def test_a_room_that_goes_on_is_not_deleted(caplog: pytest.LogCaptureFixture) -> None:
+    """By no client of livekit's API in the process; another room is, and this one too after a take-back."""
+    async with stage() as s:
+        deletions.forbid("r")
+        async with api.LiveKitAPI(s.server.url, s.server.api_key, s.server.api_secret) as client:
+            with caplog.at_level(logging.INFO):
+                await client.room.delete_room(api.DeleteRoomRequest(room="r"))
+            assert s.caller.is_connected and "not deleted" in caplog.text
+            deletions.forbid("r")
+            deletions.permit("r")
+            await client.room.delete_room(api.DeleteRoomRequest(room="r"))
+            assert not s.caller.is_connected

@@ -1,0 +1,275 @@
+"""The decisions of a worker that hands over calls, without a server and without a job."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lastcall.worker import handovers as module
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.settings import HandoverSettings
+from lastcall.worker.base.succession import Succession, taken_from
+from lastcall.worker.base.wire import (
+    BeginHandover,
+    CallHears,
+    CallKeeps,
+    CallStep,
+    CancelHandover,
+    HandoverOff,
+    JobHandover,
+    LeaveRoom,
+    TakeBack,
+)
+from lastcall.worker.handovers import Handovers
+from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.room_service import Participant, RoomServiceError
+
+KEEPS = CallKeeps(size=5, kept_at=1.0)
+
+
+class Worker:
+    """A worker with one job. `answers` are the steps of its call, by the message that they follow."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.changed = Condition()
+        self.told: list[Any] = []
+        self.jobs = Jobs(self.changed, self.told.append)
+        room = SimpleNamespace(name="r", sid="RM_1")
+        asked = SimpleNamespace(
+            id="AJ_1", room=room, agent_name="a", dispatch_id="", metadata="m", attributes={"k": "v"}, type=0
+        )
+        executor = SimpleNamespace(pid=None, running_job=SimpleNamespace(job=asked))
+        self.jobs.launch("AJ_1", executor, asked)
+        (self.job,) = self.jobs
+        self.job.pid, self.job.gone = os.getppid(), False
+        self.jobs.in_room("AJ_1", "joined", 0, "PA_1 bot")
+        self.said: list[CallHears] = []
+        self.answers: dict[type, list[CallStep]] = {}
+        self.people: list[Participant] = []
+        self.removed: list[str] = []
+        self.dispatches: list[dict[str, str]] = []
+        self.deleted: list[str] = []
+        self.error: RoomServiceError | None = None
+        self.url = "wss://sfu.example"
+        self.is_closing = False
+        self.handovers = Handovers(
+            self.jobs,
+            self.changed,
+            lambda: self,  # type: ignore[arg-type, return-value]  # it stands for the service too
+            settings=HandoverSettings(**({"wait": 0.01, "patience": 0.05} | settings)),
+            url=lambda: self.url,
+            say=self.say,
+            report=self.told.append,
+            begin=lambda work: work.close(),
+            is_closing=lambda: self.is_closing,
+        )
+        self.handovers.hear("AJ_1", KEEPS)
+
+    def say(self, job: str, message: CallHears) -> bool:
+        assert job == "AJ_1"
+        self.said.append(message)
+        for step in self.answers.get(type(message), []):
+            asyncio.get_running_loop().call_soon(self.handovers.hear, job, step)
+        return True
+
+    async def create_dispatch(
+        self,
+        room: str,
+        agent_name: str,
+        metadata: str,
+        deployment: str,
+        attributes: dict[str, str],
+        *,
+        restarts: bool,
+    ) -> str:
+        assert (room, agent_name, metadata, deployment, restarts) == ("r", "a", "m", "", False)
+        self.dispatches.append(attributes)
+        if self.error is not None:
+            raise self.error
+        for step in self.answers.get(str, []):
+            asyncio.get_running_loop().call_soon(self.handovers.hear, "AJ_1", step)
+        return "AD_1"
+
+    async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
+        self.deleted.append(dispatch_id)
+
+    async def participants(self, room: str) -> list[Participant]:
+        return self.people
+
+    async def remove(self, room: str, identity: str, sid: str) -> bool:
+        self.removed.append(identity)
+        self.people = []
+        return True
+
+    def kinds(self) -> list[type]:
+        return [type(message) for message in self.said]
+
+
+def step(name: Any, epoch: int = 1, **more: str) -> CallStep:
+    return CallStep(epoch=epoch, step=name, **more)
+
+
+def successor(speaks: str = "") -> Participant:
+    return Participant(
+        identity="bot~1", keeps_open=False, is_agent=True, agent_name="a", sid="PA_2", speaks=speaks
+    )
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREPARED_WITHIN", "READY_WITHIN", "SPEAKS_WITHIN", "ANSWERS_WITHIN", "SHOWN_WITHIN"):
+        monkeypatch.setattr(module, name, 0.05)
+    monkeypatch.setattr(module, "LOOK_AGAIN_AFTER", 0.01)
+    monkeypatch.setattr(module, "TRY_AGAIN_AFTER", 0.01)
+
+
+async def test_why_a_call_is_not_handed_over() -> None:
+    """Each reason has its words, and nothing is tried."""
+    worker = Worker(limit=2)
+    assert worker.handovers.lacks(worker.job) == ""
+
+    def lacks(**changes: Any) -> str:
+        made = Worker(**changes.pop("settings", {}))
+        for name, value in changes.items():
+            setattr(made.job, name, value)
+        return made.handovers.lacks(made.job)
+
+    found = Succession(call="AJ_0", epoch=7, count=3, predecessor="p", identity="i", secret="s")
+    assert "enabled is false" in lacks(settings={"enabled": False})
+    assert "JT_ROOM" in lacks(type=1) or "not one of a room" in lacks(type=1)
+    assert "thread" in lacks(pid=os.getpid())
+    assert "3 times already" in lacks(succession=found)
+    assert "ending" in lacks(successor="AJ_2") and "ending" in lacks(cut_short=True)
+    worker.handovers.hear("AJ_1", CallKeeps(size=5, kept_at=1.0, lacks="no function of on_takeover"))
+    assert worker.handovers.lacks(worker.job) == "no function of on_takeover"
+    worker.handovers.forget("AJ_1")
+    assert worker.handovers.lacks(worker.job) == "no call.keep"
+    away = Worker()
+    away.jobs.in_room("AJ_1", "left", 1, "")
+    assert "not in its room" in away.handovers.lacks(away.job)
+    cloud, allowed = Worker(), Worker(on_cloud=True)
+    cloud.url = allowed.url = "wss://x.livekit.cloud"
+    assert "Cloud" in cloud.handovers.lacks(cloud.job) and not allowed.handovers.lacks(allowed.job)
+    outcome = await cloud.handovers.hand_over(cloud.job, "test")
+    assert (outcome.result, cloud.said) == ("refused", []) and isinstance(cloud.told[-1], JobHandover)
+
+
+async def test_a_call_is_handed_over() -> None:
+    """The dispatch has the metadata and attributes of the first, and the job its successor at once."""
+    worker = Worker()
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("seen", job="AJ_2"), step("silent"), step("speaks")],
+    }
+    outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert (outcome.result, outcome.successor, worker.job.successor) == ("done", "AJ_2", "AJ_2")
+    (attributes,) = worker.dispatches
+    found = taken_from(attributes)
+    assert attributes == {"k": "v"} and found is not None
+    assert (found.call, found.epoch, found.count, found.reason) == ("AJ_1", 1, 1, "test")
+    assert (found.predecessor, found.identity, len(found.secret)) == ("bot", "bot~1", 32)
+    assert worker.kinds() == [BeginHandover] and not worker.removed and not worker.deleted
+    assert not worker.handovers.is_taken(found) and worker.handovers.is_taken(found)
+
+
+@pytest.mark.parametrize(
+    ("after", "people", "expected", "messages"),
+    [
+        ([], [], "nobody took it", [CancelHandover]),
+        ([step("seen"), step("lost", detail="gone")], [], "gone", [CancelHandover]),
+        ([step("seen"), step("refused", detail="busy")], [successor()], "busy", [CancelHandover]),
+        ([step("seen")], [successor()], "the successor was not ready within", [CancelHandover]),
+        ([step("seen"), step("silent")], [], "the successor did not speak", [TakeBack]),
+        ([step("seen"), step("silent")], [successor()], "the successor did not speak", [TakeBack]),
+        ([step("seen", job="AJ_2"), step("silent")], [successor("1")], "", [LeaveRoom]),
+        ([step("seen"), step("silent"), step("lost")], [], "the successor did not speak", [TakeBack]),
+    ],
+)
+async def test_tries_that_fail(
+    after: list[CallStep], people: list[Participant], expected: str, messages: list[type]
+) -> None:
+    """The old agent is told first; a silent one speaks again only when its successor is out of the room."""
+    worker = Worker()
+    worker.people = people
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: after,
+        CancelHandover: [step("cancelled")],
+        TakeBack: [step("back")],
+    }
+    outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert expected in outcome.reason and worker.kinds()[1:] == messages
+    assert (outcome.result == "done") is (not expected)
+    assert worker.deleted == (["AD_1"] if expected else [])
+    assert worker.removed == (["bot~1"] if expected and people else [])
+    assert worker.handovers.lacks(worker.job) == ("" if expected else "the call is ending")
+
+
+async def test_a_cancel_that_comes_too_late() -> None:
+    """The agent was silent already: the successor is removed, and then the agent speaks again."""
+    worker = Worker()
+    worker.people = [successor()]
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("seen")],
+        CancelHandover: [step("silent")],
+        TakeBack: [step("back")],
+    }
+    outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert worker.kinds() == [BeginHandover, CancelHandover, TakeBack]
+    assert worker.removed == ["bot~1"] and outcome.reason == "the successor did not speak"
+
+
+async def test_an_agent_that_hung_and_wakes_silent() -> None:
+    """Its try is over, so it is told to speak; a try that is under way decides for itself."""
+    worker = Worker()
+    worker.handovers.hear("AJ_1", step("silent", 4))
+    assert worker.said == [TakeBack(epoch=4)]
+
+
+async def test_a_key_without_the_right() -> None:
+    """Handover is off after it, and told once; another error is no reason for that."""
+    worker = Worker()
+    worker.answers = {BeginHandover: [step("prepared")]}
+    worker.error = RoomServiceError("CreateDispatch: TimeoutError")
+    assert (await worker.handovers.hand_over(worker.job, "test")).result == "failed"
+    assert not worker.handovers.off
+    worker.answers = {BeginHandover: [step("prepared", 2)]}
+    worker.error = RoomServiceError("CreateDispatch: 401 unauthenticated", 401)
+    await worker.handovers.hand_over(worker.job, "test")
+    assert "401" in worker.handovers.off
+    assert (await worker.handovers.hand_over(worker.job, "test")).result == "refused"
+    assert len([each for each in worker.told if isinstance(each, HandoverOff)]) == 1
+
+
+async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few at a time, fewer where nobody takes them, and none twice that can't be handed over."""
+    worker = Worker()
+    tried: list[str] = []
+    until = now() + 0.2
+
+    async def fail(job: Job, _reason: str) -> module.Outcome:
+        tried.append(job.id)
+        return module.failed("nobody took it")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", fail)
+    async with asyncio.timeout(10):
+        await worker.handovers.before(lambda: until)
+    assert len(tried) > 2
+
+    async def refuse(job: Job, _reason: str) -> module.Outcome:
+        tried.append(job.id)
+        return module.refused("busy")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", refuse)
+    tried.clear()
+    await worker.handovers.hand_over_all("test", lambda: None)
+    assert tried == ["AJ_1"]
+    worker.is_closing = True
+    await worker.handovers.before(lambda: now() + 60)
+    assert tried == ["AJ_1"]

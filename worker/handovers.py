@@ -1,0 +1,538 @@
+"""The handover of calls: the worker of the leaving agent has another job go on with a call.
+
+    1. the old agent gets ready (`prepared`)
+    2. the worker asks the LiveKit server for a dispatch to the same room, with the next epoch of the call,
+       the identity of the new agent and a secret
+    3. the new agent joins, and gets the capsule from the old one (`seen`); nobody has taken the dispatch if
+       that takes longer than `patience`
+    4. the new agent is ready, and the old one is silent (`silent`)
+    5. the new agent speaks and says so (`speaks`), and the old job ends
+
+Until step 4 the old agent goes on. After a failure the old agent refuses this epoch for good, and the
+dispatch is deleted. From step 4 on the old agent is silent until the new one is out of the room, and then
+speaks again. So two agents never speak, and one does in the end.
+
+A worker stops to hand over when its key may not dispatch. It does so too when a dispatch was taken by a
+worker without lastcall: an agent of the same name that is not the successor. That agent is removed, and until
+then two agents talk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from lastcall.worker.base import succession
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.settings import HandoverSettings
+from lastcall.worker.base.succession import Succession, successor_identity
+from lastcall.worker.base.wire import (
+    AskHandover,
+    AskRemoval,
+    BeginHandover,
+    CallHears,
+    CallKeeps,
+    CallStep,
+    CancelHandover,
+    HandoverOff,
+    HandoverOver,
+    HandoverResult,
+    JobHandover,
+    JobKeeps,
+    LeaveRoom,
+    Removed,
+    TakeBack,
+)
+from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.room_service import Participant, RoomService, RoomServiceError
+
+log = logging.getLogger("lastcall.worker")
+
+# Seconds for the capsule of an agent that is not busy. Ours: a function of `call.keep` has one.
+PREPARED_WITHIN = 3.0
+# Seconds for a new agent that has the capsule to be ready to speak. Ours: a session starts within a second.
+READY_WITHIN = 10.0
+# Seconds from the old agent's silence until the new one has to speak. Ours: an agent may speak for a second
+# after the answer (`arriving.LEASE`), and half a second on top for a busy machine.
+SPEAKS_WITHIN = 1.5
+# Seconds for an old agent to answer. Ours: it takes a millisecond.
+ANSWERS_WITHIN = 1.5
+# Seconds between two tries to remove a successor, or to look at the room.
+LOOK_AGAIN_AFTER = 0.25
+# Seconds for which a removal is tried. Ours: an outage of a server takes longer, and the caller hangs up.
+REMOVED_WITHIN = 30.0
+# Seconds for a room to show that the new agent speaks, where the old one has gone meanwhile.
+SHOWN_WITHIN = 3.0
+# Calls that one worker hands over at a time, and seconds that each round takes. Ours: a successor needs a
+# warm process, and a worker keeps a few. A handover takes 0.6 s, and on a busy machine twice that.
+PARALLEL, SECONDS_EACH = 4, 1.5
+# Seconds after a round in which nobody took a call.
+TRY_AGAIN_AFTER = 1.0
+# Dispatches that are remembered, so that none is taken twice.
+MAX_TAKEN = 10_000
+# livekit.protocol's JT_ROOM: jobs of other types are made for each participant of a room.
+ROOM_JOB = 0
+# livekit.DisconnectReason of a participant that was removed, as by a successor which had no answer.
+PARTICIPANT_REMOVED = 4
+CLOUD = ".livekit.cloud"
+
+
+@dataclass(slots=True, kw_only=True)
+class Try:
+    """One try to hand over a call. `steps` are those that the old agent has told of this epoch."""
+
+    epoch: int
+    identity: str
+    secret: str = field(repr=False)
+    steps: dict[str, CallStep] = field(default_factory=dict)
+    dispatch_id: str = ""
+
+    def has(self, *steps: str) -> bool:
+        return any(step in self.steps for step in steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a try ended. `successor` is the job that has the call now."""
+
+    result: HandoverResult
+    reason: str = ""
+    successor: str = ""
+
+
+def refused(reason: str) -> Outcome:
+    return Outcome(result="refused", reason=f"not possible: {reason}")
+
+
+def failed(reason: str) -> Outcome:
+    return Outcome(result="failed", reason=reason)
+
+
+class Handovers:
+    """Hands over the calls of one worker. `service` returns None where the server can't be asked.
+
+    `say` tells a call something, and returns whether there is a call that hears.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        changed: Condition,
+        service: Callable[[], RoomService | None],
+        *,
+        settings: HandoverSettings,
+        url: Callable[[], str],
+        say: Callable[[str, CallHears], bool],
+        report: Callable[[JobHandover | JobKeeps | HandoverOff], None],
+        begin: Callable[[Any], None],
+        is_closing: Callable[[], bool],
+    ) -> None:
+        self.off = ""
+        self._jobs = jobs
+        self._changed = changed
+        self._service = service
+        self._settings = settings
+        self._url = url
+        self._say = say
+        self._report = report
+        self._begin = begin
+        self._is_closing = is_closing
+        self._tries: dict[str, Try] = {}
+        self._keeps: dict[str, CallKeeps] = {}
+        self._untold: set[str] = set()
+        self._taken: dict[tuple[str, int], None] = {}
+
+    # -- what others ask ------------------------------------------------------------------------------
+
+    def hear(self, job_id: str, message: CallKeeps | CallStep | AskHandover | AskRemoval) -> None:
+        """Take what a call says."""
+        match message:
+            case CallKeeps():
+                self._keeps[job_id] = message
+                self._untold.add(job_id)
+            case CallStep():
+                attempt, job = self._tries.get(job_id), self._jobs.get(job_id)
+                if attempt is not None and attempt.epoch == message.epoch:
+                    attempt.steps[message.step] = message
+                    if message.step == "speaks" and job is not None:
+                        self._done(job, attempt)  # here, because the end of the job may follow at once
+                elif message.step == "silent":
+                    # The agent had hung, and its try is over: the successor was removed.
+                    self._say(job_id, TakeBack(epoch=message.epoch))
+            case AskHandover(id=id, reason=reason):
+                self._begin(self._answer(job_id, id, reason or "the agent asked for it"))
+            case AskRemoval(id=id, sid=sid):
+                self._begin(self._remove_predecessor(job_id, id, sid))
+        self._changed.notify()
+
+    def tell_keeps(self) -> None:
+        """Report the capsules that have changed since the last time."""
+        for job_id in self._untold:
+            keeps = self._keeps.get(job_id)
+            if keeps is not None:
+                self._report(JobKeeps(id=job_id, size=keeps.size, kept_at=keeps.kept_at, lacks=keeps.lacks))
+        self._untold.clear()
+
+    def forget(self, job_id: str) -> None:
+        """Forget a job that has ended."""
+        self._keeps.pop(job_id, None)
+        self._untold.discard(job_id)
+
+    def is_taken(self, found: Succession) -> bool:
+        """Tell whether a dispatch was taken here before, and remember it: the server may repeat one."""
+        key = (found.call, found.epoch)
+        if key in self._taken:
+            return True
+        self._taken[key] = None
+        if len(self._taken) > MAX_TAKEN:
+            del self._taken[next(iter(self._taken))]
+        return False
+
+    def lacks(self, job: Job) -> str:
+        """Return why a call can't be handed over; empty when it can."""
+        settings, keeps = self._settings, self._keeps.get(job.id)
+        host = urlsplit(self._url()).hostname or ""
+        count = 0 if job.succession is None else job.succession.count
+        if self.off:
+            return self.off
+        if not settings.enabled:
+            return "handover.enabled is false"
+        if host.endswith(CLOUD) and not settings.on_cloud:
+            return "not tried on LiveKit Cloud; handover.enabled = true switches it on"
+        if job.type != ROOM_JOB:
+            return "the job is not one of a room"
+        if not job.has_process:
+            return "the job is in a thread"
+        if keeps is None:
+            return "no call.keep"
+        if keeps.lacks:
+            return keeps.lacks
+        if count >= settings.limit:
+            return f"handed over {count} times already, and handover.limit is {settings.limit}"
+        if not job.presence.is_in_room or job.presence.is_away:
+            return "the agent is not in its room"
+        if job.successor or job.was_told_to_end or job.is_over or job.has_ended:
+            return "the call is ending"
+        if job.id in self._tries:
+            return "another handover is under way"
+        if self._service() is None:
+            return "no URL or key of the LiveKit server"
+        return ""
+
+    async def hand_over(self, job: Job, reason: str) -> Outcome:
+        """Hand over one call, and report how that ended."""
+        lack = self.lacks(job)
+        if lack:
+            outcome = refused(lack)
+        else:
+            job.epoch += 1
+            attempt = Try(
+                epoch=job.epoch,
+                identity=successor_identity(job.presence.identity, job.epoch),
+                secret=secrets.token_hex(16),
+            )
+            self._tries[job.id] = attempt
+            try:
+                outcome = await self._try(job, attempt, reason)
+            except BaseException:
+                self._say(job.id, CancelHandover(epoch=attempt.epoch))
+                raise
+            finally:
+                del self._tries[job.id]
+        self._note(job, outcome, reason)
+        return outcome
+
+    async def hand_over_all(self, reason: str, until: Callable[[], float | None]) -> None:
+        """Hand over every call that can be, a few at a time, and once more those that nobody has taken.
+
+        Ends when no such call is left, or the time is over.
+        """
+        width, given_up = PARALLEL, set[str]()
+        while True:
+            calls = [job for job in self._jobs.running if job.id not in given_up and not self.lacks(job)]
+            at = until()
+            if not calls or self._is_closing() or (at is not None and now() >= at):
+                return
+            outcomes = await asyncio.gather(*(self.hand_over(job, reason) for job in calls[:width]))
+            given_up |= {
+                job.id
+                for job, outcome in zip(calls[:width], outcomes, strict=True)
+                if outcome.result == "refused"
+            }
+            taken = sum(outcome.result == "done" for outcome in outcomes)
+            width = min(PARALLEL, width * 2) if taken == len(outcomes) else max(1, taken)
+            if not taken:
+                await self._sleep(TRY_AGAIN_AFTER)
+
+    async def before(self, drain_at: Callable[[], float | None]) -> None:
+        """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
+
+        def due_at() -> float | None:
+            at, calls = drain_at(), len([job for job in self._jobs.running if not self.lacks(job)])
+            if at is None or not calls:
+                return at
+            settings = self._settings
+            rounds = -(-calls // PARALLEL)
+            return at - settings.wait - settings.patience - rounds * SECONDS_EACH
+
+        while (at := drain_at()) is None or now() < at:
+            await self._changed.until(self._is_closing, due_at)
+            if self._is_closing():
+                return
+            await self.hand_over_all("the end of grace", drain_at)
+            await self._sleep(TRY_AGAIN_AFTER)
+
+    def due_at(self, job_id: str) -> float:
+        """Return until when a job is not asked to shut down: for a moment, while it is handed over."""
+        return now() + LOOK_AGAIN_AFTER if job_id in self._tries else 0.0
+
+    # -- one try --------------------------------------------------------------------------------------
+
+    def _note(self, job: Job, outcome: Outcome, reason: str) -> None:
+        extra = {"job_id": job.id, "room": job.room, "reason": reason}
+        if outcome.result == "done":
+            log.info("a call is handed over", extra={**extra, "successor": outcome.successor})
+        else:
+            log.warning("a call is not handed over", extra={**extra, "because": outcome.reason})
+        self._report(
+            JobHandover(id=job.id, result=outcome.result, reason=outcome.reason, successor=outcome.successor)
+        )
+
+    async def _try(self, job: Job, attempt: Try, reason: str) -> Outcome:
+        call = job.id if job.succession is None else job.succession.call
+        order = BeginHandover(
+            call=call,
+            epoch=attempt.epoch,
+            identity=attempt.identity,
+            secret=attempt.secret,
+            wait=self._settings.wait,
+        )
+        if not self._say(job.id, order):
+            return refused("the job does not listen")
+        await self._until(job, attempt, self._settings.wait + PREPARED_WITHIN, "prepared", "impossible")
+        if attempt.has("impossible"):
+            return refused(attempt.steps["impossible"].detail)
+        if not attempt.has("prepared"):
+            self._say(job.id, CancelHandover(epoch=attempt.epoch))
+            return refused("the agent does not answer")
+        try:
+            attempt.dispatch_id = await self._dispatch(job, attempt, call, reason)
+        except RoomServiceError as error:
+            # A request without an answer may have been heard. The agent refuses a successor.
+            self._say(job.id, CancelHandover(epoch=attempt.epoch))
+            if error.status in (401, 403):
+                self._switch_off(f"the key may not dispatch: {error}")
+            return failed(str(error))
+        await self._until(job, attempt, self._settings.patience, "seen", "stranger")
+        if attempt.has("stranger"):
+            return await self._remove_stranger(job, attempt)
+        if not attempt.has("seen"):
+            return await self._withdraw(job, attempt, "nobody took it")
+        await self._until(
+            job, attempt, READY_WITHIN + self._settings.wait, "silent", "refused", "lost", "speaks"
+        )
+        if not attempt.has("silent", "speaks"):
+            why = next(
+                (attempt.steps[step].detail for step in ("refused", "lost") if step in attempt.steps),
+                f"the successor was not ready within {READY_WITHIN:g} s",
+            )
+            return await self._withdraw(job, attempt, why)
+        return await self._confirm(job, attempt)
+
+    async def _dispatch(self, job: Job, attempt: Try, call: str, reason: str) -> str:
+        service = self._service()
+        if service is None:
+            raise RoomServiceError("no URL or key of the LiveKit server")
+        asked: Any = job.asked
+        attributes = dict(asked.attributes)
+        succession.taken_from(attributes)
+        count = 0 if job.succession is None else job.succession.count
+        found = Succession(
+            call=call,
+            epoch=attempt.epoch,
+            count=count + 1,
+            predecessor=job.presence.identity,
+            identity=attempt.identity,
+            secret=attempt.secret,
+            reason=reason,
+        )
+        return await service.create_dispatch(
+            asked.room.name,
+            asked.agent_name,
+            asked.metadata,
+            getattr(asked, "deployment", ""),
+            {**attributes, **found.attributes()},
+            restarts=False,
+        )
+
+    async def _confirm(self, job: Job, attempt: Try) -> Outcome:
+        """The old agent is silent. Return once one of the two speaks."""
+        await self._until(job, attempt, SPEAKS_WITHIN, "speaks", "lost")
+        if attempt.has("speaks"):
+            return self._done(job, attempt)
+        until, is_gone = now() + REMOVED_WITHIN, False
+        while not is_gone and not attempt.has("speaks") and now() < until:
+            try:
+                successor = await self._look(job, attempt)
+                if successor is not None and successor.speaks == str(attempt.epoch):
+                    self._say(job.id, LeaveRoom(epoch=attempt.epoch))
+                    return self._done(job, attempt)
+                is_gone = successor is None or await self._remove(job, successor)
+            except RoomServiceError as error:
+                is_gone = attempt.has("lost")  # the old agent does not see it any more
+                log.warning(
+                    "a successor that does not speak can't be removed",
+                    extra={"job_id": job.id, "error": str(error)},
+                )
+            if not is_gone:
+                await self._sleep(LOOK_AGAIN_AFTER)
+        if not is_gone or attempt.has("speaks"):
+            # The server removes a client that hangs after 20 s. So one that is there for longer has got the
+            # answer, and speaks: a successor that may not leaves by itself.
+            self._say(job.id, LeaveRoom(epoch=attempt.epoch))
+            return self._done(job, attempt)
+        self._say(job.id, TakeBack(epoch=attempt.epoch))
+        await self._delete_dispatch(job, attempt)
+        await self._until(job, attempt, ANSWERS_WITHIN, "back")
+        return failed("the successor did not speak")
+
+    def _done(self, job: Job, attempt: Try) -> Outcome:
+        job.successor = attempt.steps["seen"].job if attempt.has("seen") else attempt.identity
+        return Outcome(result="done", successor=job.successor)
+
+    async def _withdraw(self, job: Job, attempt: Try, why: str) -> Outcome:
+        """End a try before the old agent is silent. It is told first, and then the dispatch is deleted."""
+        self._say(job.id, CancelHandover(epoch=attempt.epoch))
+        await self._until(job, attempt, ANSWERS_WITHIN, "cancelled", "silent", "speaks", "refused")
+        if attempt.has("silent", "speaks"):  # it was silent before the cancel arrived
+            return await self._confirm(job, attempt)
+        if not attempt.has("cancelled", "refused"):
+            return await self._without_the_old_agent(job, attempt, why)
+        await self._end_successor(job, attempt)
+        return failed(why)
+
+    async def _without_the_old_agent(self, job: Job, attempt: Try, why: str) -> Outcome:
+        """End a try whose old agent does not answer: it hangs, has left, or is dead.
+
+        A new agent goes on alone then, after it has removed an old one that hangs. If the call has ended in
+        order, there is nothing to go on with.
+        """
+        has_ended_well = await self._has_ended_well(job)
+        until = now() + SHOWN_WITHIN
+        while not has_ended_well and attempt.has("seen") and now() < until:
+            try:
+                successor = await self._look(job, attempt)
+                if successor is None:
+                    break
+                if successor.speaks == str(attempt.epoch):
+                    return self._done(job, attempt)
+            except RoomServiceError:
+                break
+            await self._sleep(LOOK_AGAIN_AFTER)
+        if self._has_ended(job) and not has_ended_well:
+            return failed("the agent died")  # a new agent may still come, and then goes on
+        await self._end_successor(job, attempt)
+        return failed("the call has ended" if has_ended_well else why)
+
+    async def _has_ended_well(self, job: Job) -> bool:
+        """Tell whether the call has ended in order: the room is gone, or the agent has left it."""
+        due = now() + ANSWERS_WITHIN
+        if job.has_ended:  # by the kernel; how it ended is known a little later
+            await self._changed.until(lambda: job not in self._jobs, lambda: due)
+            return job.fate == "finished"
+        return job.presence.left_at is not None and job.presence.reason != PARTICIPANT_REMOVED
+
+    async def _end_successor(self, job: Job, attempt: Try) -> None:
+        await self._delete_dispatch(job, attempt)
+        try:
+            successor = await self._look(job, attempt)
+            if successor is not None:
+                await self._remove(job, successor)
+        except RoomServiceError as error:
+            log.warning(
+                "a successor can't be removed", extra={"job_id": job.id, "error": str(error)}
+            )  # the old agent refuses it
+
+    async def _remove_stranger(self, job: Job, attempt: Try) -> Outcome:
+        sid, _, identity = attempt.steps["stranger"].detail.partition(" ")
+        self._switch_off("a worker without lastcall, or of an older version, serves the same agent name")
+        service = self._service()
+        try:
+            if service is not None:
+                await service.remove(job.room, identity, sid)
+        except RoomServiceError as error:
+            log.warning("an agent can't be removed", extra={"job_id": job.id, "error": str(error)})
+        await self._withdraw(job, attempt, "")
+        return refused(self.off)
+
+    def _switch_off(self, reason: str) -> None:
+        if not self.off:
+            self.off = reason
+            self._report(HandoverOff(reason=reason))
+
+    # -- small things ---------------------------------------------------------------------------------
+
+    async def _until(self, job: Job, attempt: Try, within: float, *steps: str) -> None:
+        """Wait for one of the steps, or for the end of the job."""
+        due = now() + within
+        await self._changed.until(lambda: attempt.has(*steps) or self._has_ended(job), lambda: due)
+
+    def _has_ended(self, job: Job) -> bool:
+        return job.has_ended or job.is_over or job.presence.left_at is not None or job not in self._jobs
+
+    async def _sleep(self, seconds: float) -> None:
+        at = now() + seconds
+        await self._changed.until(self._is_closing, lambda: at)
+
+    async def _look(self, job: Job, attempt: Try) -> Participant | None:
+        """Return the successor, if it is in the room. Raises RoomServiceError."""
+        service = self._service()
+        if service is None:
+            raise RoomServiceError("no URL or key of the LiveKit server")
+        people = await service.participants(job.room)
+        return next((each for each in people if each.is_agent and each.identity == attempt.identity), None)
+
+    async def _remove(self, job: Job, successor: Participant) -> bool:
+        """Remove a successor; tell whether it is gone. Raises RoomServiceError."""
+        service = self._service()
+        return service is not None and await service.remove(job.room, successor.identity, successor.sid)
+
+    async def _delete_dispatch(self, job: Job, attempt: Try) -> None:
+        service = self._service()
+        if service is None or not attempt.dispatch_id:
+            return
+        try:
+            await service.delete_dispatch(job.room, attempt.dispatch_id)
+        except RoomServiceError as error:
+            if "not_found" not in str(error):
+                log.warning(
+                    "a dispatch can't be deleted", extra={"job_id": job.id, "error": str(error)}
+                )  # the old agent refuses a successor
+
+    async def _answer(self, job_id: str, id: int, reason: str) -> None:
+        job = self._jobs.get(job_id)
+        outcome = refused("the job is unknown") if job is None else await self.hand_over(job, reason)
+        self._say(job_id, HandoverOver(id=id, result=outcome.result, reason=outcome.reason))
+
+    async def _remove_predecessor(self, job_id: str, id: int, sid: str) -> None:
+        """Remove the predecessor of a successor, which does not answer it, and no other participant."""
+        job, service, is_gone = self._jobs.get(job_id), self._service(), False
+        if job is not None and job.succession is not None and service is not None:
+            predecessor = job.succession.predecessor
+            try:
+                is_gone = await service.remove(job.room, predecessor, sid)
+                if not is_gone:
+                    people = await service.participants(job.room)
+                    is_gone = all(each.identity != predecessor for each in people)
+            except RoomServiceError as error:
+                log.warning(
+                    "a predecessor that does not answer can't be removed",
+                    extra={"job_id": job_id, "error": str(error)},
+                )
+        self._say(job_id, Removed(id=id, is_gone=is_gone))

@@ -1,0 +1,363 @@
+"""The arriving agent of a handover: it gets the capsule, and may speak once its predecessor is silent.
+
+`leaving` draws the way of both. The agent joins as any other. Its `connect` returns when the capsule is
+there, and `take_over` when it may speak:
+
+    the predecessor answers `takeover`       it is silent from then on, and waits for `speaks` for a second
+    the predecessor refuses, or has          the call stays where it is: `Withdrawn`, and the job ends
+    cancelled this epoch
+    the predecessor does not answer, or is   it is removed from the room, and the call goes on without its
+    gone                                     last turns, perhaps without its capsule
+
+An answer that is older than its second gives no right to speak: the predecessor may be speaking again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from livekit import rtc
+
+from lastcall.worker.base import succession
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.succession import Succession
+from lastcall.worker.job import deletions
+from lastcall.worker.job.leaving import AGENT, CAPSULE, DEPENDENT_KINDS, HELLO, TAKEOVER, TURNS
+
+log = logging.getLogger("lastcall")
+
+# Seconds for an answer of the predecessor. Ours: an RPC takes 50 ms, and `on_takeover` has a second.
+ANSWERS_WITHIN = 2.0
+# livekit's clients take 7 s for the acknowledgement off this time; what is left is for the handler.
+RESPONSE_TIMEOUT = 10.0
+# Seconds for the capsule. Ours: 200 kB take 0.2 s.
+CAPSULE_WITHIN = 5.0
+# Seconds between two questions whether it is a good moment.
+ASK_AGAIN_AFTER = 0.05
+# Seconds for which an answer gives the right to speak; the predecessor waits for so long.
+LEASE = 1.0
+# Seconds from the predecessor's end until the successor goes on alone. Ours: a call that ends by itself ends
+# with the agent's leave, and the caller's follows.
+ALONE_AFTER = 0.5
+# Seconds until each audio track of a caller is subscribed to. Ours: 0.1 s on a server of the same region.
+HEARS_WITHIN = 1.0
+# Seconds for the predecessor to be gone once the server has removed it, and how often that is tried.
+GONE_WITHIN, REMOVALS = 1.0, 3
+# Errors of an RPC which say that the other side lives, and does not want.
+Code = rtc.RpcError.ErrorCode
+REFUSALS = frozenset({Code.APPLICATION_ERROR, Code.UNSUPPORTED_METHOD})
+CLIENT_INITIATED = 1
+
+
+class Withdrawn(Exception):
+    """Raised by `connect` and `take_over` in a successor that must not speak: the call stays where it is.
+
+    The job is shut down, and needs to do nothing about that. Since 0.2.0.
+    """
+
+
+class Resumed:
+    """The state that the predecessor of this call has left. Since 0.2.0.
+
+    `epoch`: 1 and more. Each try to hand over the call has the next number. `reason`: why the call was handed
+    over. `metadata` and `attributes`: those of the dispatch with which the call began, as `ctx.job` has them.
+    """
+
+    def __init__(self, *, epoch: int, reason: str, metadata: str, attributes: Mapping[str, str]) -> None:
+        self.epoch = epoch
+        self.reason = reason
+        self.metadata = metadata
+        self.attributes = dict(attributes)
+        self._state: Any = None
+        self._has_state = False
+
+    @property
+    def state(self) -> Any:  # any JSON value
+        """The value that the predecessor gave to `call.keep`; None if the predecessor died before.
+
+        Raises RuntimeError before `ctx.connect()` has returned.
+        """
+        if not self._has_state:
+            raise RuntimeError("call.resumed.state is there once ctx.connect() has returned")
+        return self._state
+
+    def restore(self, state: Any) -> None:
+        """Note the state. For lastcall."""
+        self._state, self._has_state = state, True
+
+
+class Arriving:
+    """The arriving side of one call. `remove` has the server remove the predecessor; it returns success."""
+
+    def __init__(
+        self,
+        found: Succession,
+        resumed: Resumed,
+        *,
+        job: str,
+        remove: Callable[[str], Awaitable[bool]],
+        withdraw: Callable[[], None],
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.succession = found
+        self.resumed = resumed
+        self.may_speak = False
+        self._job = job
+        self._remove = remove
+        self._withdraw = withdraw
+        self._is_stopping = is_stopping
+        self._room: Any = None
+        self._name = ""
+        self._parts: dict[str, asyncio.Future[bytes]] = {}
+        self._reading: set[asyncio.Task[None]] = set()
+        self._left: asyncio.Event = asyncio.Event()
+        self._is_removing = False
+        self._taking = asyncio.Lock()
+        self._turns: Any = None
+
+    def attach(self, room: Any, name: str) -> None:
+        """Have the `connect` of the room return with the capsule, and listen to the predecessor.
+
+        A successor that has to leave again may delete its room at its end, as agents do. That would end the
+        call of its predecessor.
+        """
+        self._room, self._name = room, name
+        deletions.forbid(name)
+        loop = asyncio.get_running_loop()
+        for topic in (CAPSULE, TURNS):
+            self._parts[topic] = loop.create_future()
+            room.register_byte_stream_handler(topic, functools.partial(self._on_stream, topic))
+        room.on("participant_disconnected", self._on_disconnected)
+        room.on("participant_connected", self._on_connected)
+        connect = room.connect
+
+        @functools.wraps(connect)
+        async def connected(*arguments: Any, **options: Any) -> Any:
+            result = await connect(*arguments, **options)
+            await self._ended_if_withdrawn(self._arrive())
+            return result
+
+        room.connect = connected
+
+    async def take_over(self) -> Any:
+        """Return the last turns once the agent may speak. Raises Withdrawn."""
+        async with self._taking:
+            if not self.may_speak:
+                self._turns = await self._ended_if_withdrawn(self._take_over())
+            return self._turns
+
+    async def aclose(self) -> None:
+        """End with the job."""
+        for task in self._reading:
+            task.cancel()
+        await asyncio.gather(*self._reading, return_exceptions=True)
+
+    async def _ended_if_withdrawn(self, work: Awaitable[Any]) -> Any:
+        try:
+            return await work
+        except Withdrawn as error:
+            log.info("lastcall.call: a successor leaves again", extra={"reason": str(error)})
+            self._withdraw()
+            raise
+
+    # -- until the capsule is there -------------------------------------------------------------------
+
+    async def _arrive(self) -> None:
+        found = self.succession
+        self._look_for_others()
+        state: Any = None
+        if self._predecessor is not None:
+            hello = await self._ask(HELLO)
+            if hello is not None:
+                line = await self._part(CAPSULE, CAPSULE_WITHIN)
+                if line is None and not self._left.is_set():
+                    raise Withdrawn("the capsule did not come")
+                state = None if line is None else json.loads(line)
+        self.resumed.restore(state)
+        log.info(
+            "lastcall.call: a call has come from another job",
+            extra={"epoch": found.epoch, "reason": found.reason, "has_predecessor": not self._left.is_set()},
+        )
+
+    def _look_for_others(self) -> None:
+        """Raise Withdrawn where another successor is in the room already, or no caller."""
+        people = list(self._room.remote_participants.values())
+        if not any(each.kind not in DEPENDENT_KINDS for each in people):
+            raise Withdrawn("nobody is in the room")
+        found = self.succession
+        for each in people:
+            is_other = each.kind == AGENT and each.identity != found.predecessor
+            if is_other and succession.epoch_of(each.attributes, found.call) >= found.epoch:
+                raise Withdrawn("another successor is in the room")
+
+    @property
+    def _predecessor(self) -> Any:
+        return self._room.remote_participants.get(self.succession.predecessor)
+
+    async def _ask(self, method: str) -> dict[str, Any] | None:
+        """Return the predecessor's answer, or None if it does not answer. Raises Withdrawn if it refuses."""
+        found = self.succession
+        payload = {"epoch": found.epoch, "secret": found.secret, "job": self._job}
+        asking = asyncio.ensure_future(
+            self._room.local_participant.perform_rpc(
+                destination_identity=found.predecessor,
+                method=method,
+                payload=json.dumps(payload),
+                response_timeout=RESPONSE_TIMEOUT,
+            )
+        )
+        leaving = asyncio.ensure_future(self._left.wait())
+        try:
+            await asyncio.wait((asking, leaving), timeout=ANSWERS_WITHIN, return_when="FIRST_COMPLETED")
+            if not asking.done():
+                return None
+            answer = json.loads(asking.result())
+            return answer if isinstance(answer, dict) else None
+        except rtc.RpcError as error:
+            if error.code in REFUSALS:
+                raise Withdrawn(f"refused: {error.message}") from None
+            return None
+        finally:
+            leaving.cancel()
+            asking.cancel()
+            await asyncio.gather(asking, leaving, return_exceptions=True)
+
+    async def _part(self, topic: str, within: float) -> bytes | None:
+        """Return what the predecessor sends; None if it does not come."""
+        leaving = asyncio.ensure_future(self._left.wait())
+        part = self._parts[topic]
+        try:
+            await asyncio.wait((part, leaving), timeout=within, return_when="FIRST_COMPLETED")
+        finally:
+            leaving.cancel()
+        return part.result() if part.done() else None
+
+    # -- until it may speak ---------------------------------------------------------------------------
+
+    async def _take_over(self) -> Any:
+        if self._room is None or not self._room.isconnected():
+            raise RuntimeError("call.take_over() has to be called after ctx.connect()")
+        await self._until_it_hears()
+        asked_at = now()
+        turns: Any = None
+        while self._predecessor is not None:
+            if self._is_stopping():
+                raise Withdrawn("the worker of the successor is being stopped")
+            asked_at = now()
+            answer = await self._ask(TAKEOVER)
+            if answer is None:
+                break
+            if not answer.get("wait"):
+                turns = await self._turns_of(answer)
+                if now() - asked_at > LEASE + float(answer.get("took", 0.0)):
+                    raise Withdrawn("too late")
+                return self._speak(turns)
+            await asyncio.sleep(ASK_AGAIN_AFTER)
+        await self._go_on_alone()
+        return self._speak(turns)
+
+    async def _turns_of(self, answer: dict[str, Any]) -> Any:
+        if "turns" in answer:
+            return json.loads(base64.b64decode(answer["turns"]))
+        line = await self._part(TURNS, LEASE)
+        return None if line is None else json.loads(line)
+
+    def _speak(self, turns: Any) -> Any:
+        """Say that this agent speaks. Nothing here awaits: the predecessor's second runs."""
+        if not self._room.isconnected():
+            raise Withdrawn("the room is gone")
+        self.may_speak = True
+        deletions.permit(self._name)
+        self._spawn(self._say_that_it_speaks())
+        return turns
+
+    async def _say_that_it_speaks(self) -> None:
+        try:
+            me = self._room.local_participant
+            await me.set_attributes({succession.SPEAKS: str(self.succession.epoch)})
+        except (
+            Exception
+        ) as error:  # of livekit's client; the worker of the predecessor removes this agent then
+            log.warning(
+                "lastcall.call: a successor can't say that it speaks", extra={"error": type(error).__name__}
+            )
+
+    async def _go_on_alone(self) -> None:
+        """Make sure that the predecessor is out of the room. Raises Withdrawn if that can't be had."""
+        if self._predecessor is None:
+            await asyncio.sleep(ALONE_AFTER)
+        for _ in range(REMOVALS):
+            predecessor = self._predecessor
+            if predecessor is None:
+                break
+            self._is_removing = True
+            if await self._remove(predecessor.sid):
+                try:
+                    async with asyncio.timeout(GONE_WITHIN):
+                        await self._left.wait()
+                except TimeoutError:
+                    continue
+        if self._predecessor is not None:
+            raise Withdrawn("the predecessor does not answer, and can't be removed")
+        self._look_for_others()
+        log.warning("lastcall.call: a call goes on without a word of its predecessor")
+
+    async def _until_it_hears(self) -> None:
+        """Wait for the subscription to each audio track of a caller that is not muted; for a moment only."""
+
+        def is_deaf() -> bool:
+            return any(
+                publication.track is None and not publication.muted
+                for each in self._room.remote_participants.values()
+                if each.kind not in DEPENDENT_KINDS
+                for publication in each.track_publications.values()
+                if publication.kind == rtc.TrackKind.KIND_AUDIO
+            )
+
+        due = now() + HEARS_WITHIN
+        while is_deaf() and now() < due:  # noqa: ASYNC110  # several events may change it
+            await asyncio.sleep(0.01)
+
+    # -- what happens in the room ---------------------------------------------------------------------
+
+    def _on_stream(self, topic: str, reader: Any, sender: str) -> None:
+        is_meant = sender == self.succession.predecessor
+        epoch = (reader.info.attributes or {}).get("epoch")
+        if is_meant and epoch == str(self.succession.epoch) and not self._parts[topic].done():
+            self._spawn(self._read(topic, reader))
+
+    async def _read(self, topic: str, reader: Any) -> None:
+        try:
+            line = b"".join([bytes(part) async for part in reader])
+        except Exception as error:  # of livekit's client
+            log.warning("lastcall.call: a capsule can't be read", extra={"error": type(error).__name__})
+            return
+        if not self._parts[topic].done() and (not reader.info.size or len(line) == reader.info.size):
+            self._parts[topic].set_result(line)
+
+    def _on_disconnected(self, participant: Any) -> None:
+        if participant.identity == self.succession.predecessor:
+            self._left.set()
+
+    def _on_connected(self, participant: Any) -> None:
+        """Remove a predecessor that comes back although it was removed, because it was not told."""
+        if participant.identity != self.succession.predecessor:
+            return
+        self._left.clear()
+        if self._is_removing or self.may_speak:
+            self._spawn(self._remove_again(participant.sid))
+
+    async def _remove_again(self, sid: str) -> None:
+        if not await self._remove(sid):
+            log.warning("lastcall.call: a predecessor that came back can't be removed")
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
