@@ -125,7 +125,7 @@ def test_the_last_stop_as_a_textfile() -> None:
     path = '/a "strange"\\ path\n.json'
     seen = Samples.of(textfile.text_of(document, path, 1000.5))
     assert all(labels["receipt"] == path for samples in seen.values() for labels, _ in samples)
-    assert [seen.value("lastcall_last_stop_jobs", fate=fate) for fate in textfile.FATES] == [1, 0, 1, 0, 0]
+    assert [seen.value("lastcall_last_stop_jobs", fate=fate) for fate in textfile.FATES] == [1, 0, 1, 0, 0, 0]
     assert (
         seen.value("lastcall_last_stop_outcome", outcome="cut")
         == seen.value("lastcall_last_stop_outcome")

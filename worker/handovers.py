@@ -259,7 +259,7 @@ class Handovers:
             at = until()
             if not calls or self._is_closing() or (at is not None and now() >= at):
                 return
-            outcomes = await asyncio.gather(*(self.hand_over(job, reason) for job in calls[:width]))
+            outcomes = await asyncio.gather(*(self._safely(job, reason) for job in calls[:width]))
             given_up |= {
                 job.id
                 for job, outcome in zip(calls[:width], outcomes, strict=True)
@@ -269,6 +269,14 @@ class Handovers:
             width = min(PARALLEL, width * 2) if taken == len(outcomes) else max(1, taken)
             if not taken:
                 await self._sleep(TRY_AGAIN_AFTER)
+
+    async def _safely(self, job: Job, reason: str) -> Outcome:
+        """Hand over one call; a fault of lastcall in it does not end the handovers of others."""
+        try:
+            return await self.hand_over(job, reason)
+        except Exception:
+            log.exception("a handover has failed")
+            return refused("fault in lastcall")
 
     async def before(self, drain_at: Callable[[], float | None]) -> None:
         """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""

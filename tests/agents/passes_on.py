@@ -4,7 +4,6 @@ The data is "hang up", "busy", "idle", or "hand over" (the agent asks for a succ
 a JSON object, which `request_fnc` reads strictly:
 
     keeps        what the agent gives to `call.keep`; without it a counter of turns
-    slow         seconds that the agent takes to become silent
     holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists
     after        seconds of a shutdown callback
     keeps_nothing   whether the agent calls no `keep`
@@ -63,7 +62,6 @@ async def entrypoint(ctx: JobContext) -> None:
     @call.on_takeover
     async def be_silent() -> Any:
         note(ctx, "is to be silent")
-        await asyncio.sleep(spec.get("slow", 0))
         voice.stop()
         note(ctx, "silent")
         return {"bye": ctx.job.id}

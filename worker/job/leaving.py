@@ -54,8 +54,6 @@ BACK_WITHIN = 0.2
 LEAVES_WITHIN = 2.0
 # Bytes of the last turns in the answer of an RPC. Livekit's clients refuse more than 15360; base64 of it.
 MAX_TURNS = 10_000
-# Seconds for which somebody may speak before the call is handed over all the same.
-SPEAKS_FOR = 5.0
 # As `ParticipantKind` of livekit's protocol has them.
 AGENT, DEPENDENT_KINDS = 4, frozenset({1, 2, 4})
 
@@ -214,7 +212,7 @@ class Leaving:
                 self._say(order.epoch, "refused", detail=f"busy for {order.wait:g} s")
                 raise self._no("busy")
             return json.dumps({"wait": True})
-        if self._speaking and waited < min(order.wait, SPEAKS_FOR):
+        if self._speaking and waited < order.wait:
             return json.dumps({"wait": True})
         self.phase = "silencing"
         deletions.forbid(self._room.name)
