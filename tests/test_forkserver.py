@@ -271,7 +271,7 @@ def test_fork(tmp_path: Path, flags: tuple[str, ...], preload: tuple[str, ...]) 
         ("", "signal.signal(signal.SIGHUP, signal.SIG_IGN)", "SigIgn of the process has changed"),
         ("", "import psutil; psutil.Process().children()[0].kill()", "gone or hangs"),
         ("", NO_DIRECTORY, "the process can't be looked at: [Errno 116]"),
-        ("from lastcall.worker.sdk import forkserver; forkserver._place = None", "", "take over: TypeError"),
+        ("from lastcall.worker.sdk import forkserver; forkserver.place = None", "", "take over: TypeError"),
     ],
 )
 def test_new_interpreter(tmp_path: Path, module: str, after: str, reason: str) -> None:
