@@ -224,6 +224,9 @@ def _become(
     os.setsid()
     # Each interpreter makes one by itself. Two workers with the same one could use each other's managers.
     multiprocessing.process.current_process().authkey = os.urandom(32)
+    numbers = sys.modules.get("numpy.random")
+    if numbers is not None:
+        numbers.seed()  # numpy's own generator; `random` and OpenSSL see the fork by themselves
     place(received, request.numbers)
     for number in range(3, GO_FD + 1):
         if number in request.numbers:
