@@ -94,6 +94,8 @@ class App:
             write_output=_discard if quiet else self._outputs.write_stdout,
             write_errors=_discard if quiet else self._outputs.write_stderr,
             companion=self.companion,
+            known_pids=self._known_pids,
+            is_stopping=lambda: self.fleet.is_stopping,
             log=self.log,
         )
         self.fleet = Fleet(
@@ -297,6 +299,7 @@ class App:
     async def _see_workers_out(self, stop: Stop, workers: asyncio.Task[None]) -> None:
         if not self.fleet.launcher.is_opaque and stop.deadlines.terminate_at > now():
             await asyncio.sleep(FENCE_FIRST)
+        self.fleet.end_images()
         try:
             await self.shutdown.run(stop, self._id, inherits_orphans=self._reaper.is_subreaper)
         except Exception:

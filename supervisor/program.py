@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lastcall.supervisor import config as configuration
@@ -15,7 +16,8 @@ from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.operations import Reread
 from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.inworld_endpoint import check_way_out, key_of
-from lastcall.supervisor.processes.launch import Launcher
+from lastcall.supervisor.processes.image import Image
+from lastcall.supervisor.processes.launch import Launcher, image_environment, worker_command
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.worker.base.settings import WorkerSettings
 
@@ -41,7 +43,7 @@ class Program:
     """Makes launchers. `reread` returns the configuration as it is now, may block, and may raise ConfigError.
 
     `settings` are those of the workers that no option sets; `write_output` and `write_errors` take the lines
-    of the workers.
+    of the workers. `known_pids` and `is_stopping` are for the images; `images` numbers them.
     """
 
     supervisor_id: str
@@ -54,7 +56,10 @@ class Program:
     write_output: Callable[[bytes], None]
     write_errors: Callable[[bytes], None]
     companion: Companion | None
+    known_pids: set[int]
+    is_stopping: Callable[[], bool]
     log: Any
+    images: Iterator[int] = field(default_factory=itertools.count)
 
     def launcher(self, config: Config, environment: Mapping[str, str], key: str) -> Launcher:
         """Return the launcher of workers for a configuration and the environment with its env_file.
@@ -74,6 +79,18 @@ class Program:
             handover=config.handover.settings,
             coloured=self.coloured,
         )
+        image = None
+        if config.start.image and not config.is_opaque:
+            image = Image(
+                worker_command(config.target, config.args),
+                environment=image_environment(environment, self.supervisor_id, next(self.images)),
+                reaper=self.reaper,
+                write_output=self.write_output,
+                write_errors=self.write_errors,
+                known_pids=self.known_pids,
+                is_stopping=self.is_stopping,
+                log=self.log,
+            )
         return Launcher(
             target=config.target,
             arguments=tuple(config.args),
@@ -86,6 +103,7 @@ class Program:
             lifeline=None if self.companion is None else self.companion.lifeline,
             write_output=self.write_output,
             write_errors=self.write_errors,
+            image=image,
         )
 
     def read(self, current: Config) -> asyncio.Future[Reread]:

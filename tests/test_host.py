@@ -242,6 +242,7 @@ def waiting(fd: int) -> int:
 async def test_output_is_left_to_a_supervisor_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that is cut off reads its output only once the supervisor is gone, and never another file."""
     monkeypatch.setattr(orphan_output, "LOOK_AGAIN_AFTER", 0.01)
+    monkeypatch.setattr(os, "pidfd_open", lambda _pid: os.open(os.devnull, os.O_RDONLY))
     near, far = socket.socketpair()
     assert peer_pid(near) == peer_pid(far) == os.getpid()
     pipes = [os.pipe() for _ in range(3)]
@@ -250,7 +251,7 @@ async def test_output_is_left_to_a_supervisor_that_lives(monkeypatch: pytest.Mon
     os.dup2(stranger, reused)
     os.write(write, b"line\n")
     os.write(write_stranger, b"line\n")
-    output.take_over()
+    output.watch()
     await asyncio.sleep(0.1)  # some looks
     assert waiting(own) == waiting(stranger) == 5
     monkeypatch.setattr(os, "getppid", lambda: 1)
@@ -258,7 +259,6 @@ async def test_output_is_left_to_a_supervisor_that_lives(monkeypatch: pytest.Mon
         while waiting(own):
             await asyncio.sleep(0.01)
     assert waiting(stranger) == 5
-    asyncio.get_running_loop().remove_reader(own)
     for fd in (fd for pipe in pipes for fd in pipe):
         os.close(fd)
     near.close()

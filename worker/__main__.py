@@ -31,7 +31,7 @@ from lastcall.worker.base.process import leave
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SUPERVISOR_SIGNALS, Stopping
 from lastcall.worker.base.wire import FOR_WORKER, Fault, Loaded, WorkerHears, WorkerSays, shortened
-from lastcall.worker.sdk import forkserver
+from lastcall.worker.sdk import forkserver, image_process
 
 if TYPE_CHECKING:
     from lastcall.worker.host import Host
@@ -47,6 +47,11 @@ def main() -> NoReturn:
         print("usage: python -m lastcall.worker TARGET [--args ARG...]", file=sys.stderr)
         raise SystemExit(Exit.USAGE)
     settings = WorkerSettings.take(os.environ)
+    imports = None
+    if settings.is_image:
+        # Returns in each worker that the image forks; the image itself ends there.
+        with garbage.no_collections():
+            settings, imports = image_process.serve(settings)
     for fd in (*settings.output_fds, settings.control_fd, settings.lifeline_fd):
         if fd is not None:
             os.set_inheritable(fd, False)
@@ -55,7 +60,7 @@ def main() -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SUPERVISOR_SIGNALS)
     with garbage.no_collections():
         # While there is one thread, and before anything of the agent is imported.
-        forkserver.fork()
+        forkserver.fork(imports)
     os.environ[variables.WORKER_PID] = str(os.getpid())
     if settings.scratch:
         scratch.use(settings.scratch)

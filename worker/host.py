@@ -120,6 +120,7 @@ class Host:
 
     async def _run(self) -> int:
         self.calls.open(asyncio.get_running_loop())
+        self._output.watch()
         try:
             return await self._live()
         finally:
@@ -274,7 +275,6 @@ class Host:
 
     def _on_lost(self) -> None:
         self.stopping.begin("supervisor lost")
-        self._output.take_over()
 
     async def _tell_of_changes(self, engine: Engine) -> None:
         """Beat out of turn when the supervisor is waiting for what has just changed."""

@@ -6,18 +6,26 @@ reader. So the worker holds the read ends too. A pipe that nothing reads would b
 the worker begins to read when the supervisor is gone. The worker throws the output away: the destination
 belongs to the dead supervisor, and a write there could block in turn.
 
+A thread reads. The loop can't: the worker's own log goes into the same pipe, and a job that prints a lot may
+fill the pipe first. The loop would then wait for itself to read.
+
 The end of the control channel alone does not say that the supervisor is gone: code of the agent may have
 closed it. A supervisor that lives reads the pipes, and what the worker read would be missing from the log.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
+import select
+import signal
 import socket
 import struct
+import threading
+import time
 from collections.abc import Iterable
+
+from lastcall.worker.base.stopping import SHIELDED
 
 # As much as a pipe of Linux holds (pipe(7)).
 PIPE_BYTES = 1 << 16
@@ -43,18 +51,37 @@ class OrphanOutput:
         self._supervisor = supervisor
         self._pipes = {fd: _identity(fd) for fd in fds}
 
-    def take_over(self) -> None:
-        """Read the pipes empty from the end of the supervisor on. Returns at once."""
-        loop = asyncio.get_running_loop()
-        if os.getppid() == self._supervisor:  # the kernel gives an orphan another parent
-            loop.call_later(LOOK_AGAIN_AFTER, self.take_over)
-            return
-        for fd, pipe in self._pipes.items():
-            # Code of the agent may have closed it, and then the number may belong to another file.
-            if pipe is not None and _identity(fd) == pipe:
-                with contextlib.suppress(OSError):
-                    os.set_blocking(fd, False)
-                    loop.add_reader(fd, _discard, fd)
+    def watch(self) -> None:
+        """Have a thread read the pipes empty from the end of the supervisor on, however busy the loop is."""
+        if self._pipes:
+            threading.Thread(target=self._take_over, name="orphan-output", daemon=True).start()
+
+    def _take_over(self) -> None:
+        # The loop's handlers are not there for the whole life of the process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+        self._until_orphaned()
+        # Code of the agent may have closed one, and then the number may belong to another file.
+        left = {fd for fd, pipe in self._pipes.items() if pipe is not None and _identity(fd) == pipe}
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            for fd in left:
+                os.set_blocking(fd, False)
+            while left:
+                for fd in select.select(left, [], [])[0]:
+                    if not _discard(fd):
+                        left.discard(fd)
+
+    def _until_orphaned(self) -> None:
+        """Wait for the end of the supervisor, and until the kernel has given its orphan another parent."""
+        with contextlib.suppress(OSError):  # it has ended, or the kernel has no pidfds
+            pidfd = os.pidfd_open(self._supervisor)
+            try:
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                poll.poll()
+            finally:
+                os.close(pidfd)
+        while os.getppid() == self._supervisor:
+            time.sleep(LOOK_AGAIN_AFTER)
 
 
 def _identity(fd: int) -> tuple[int, int] | None:
@@ -66,12 +93,9 @@ def _identity(fd: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _discard(fd: int) -> None:
+def _discard(fd: int) -> bool:
+    """Read what is there; return whether more may follow."""
     try:
-        ended = not os.read(fd, PIPE_BYTES)
+        return bool(os.read(fd, PIPE_BYTES))
     except BlockingIOError:
-        return
-    except OSError:  # closed meanwhile
-        ended = True
-    if ended:
-        asyncio.get_running_loop().remove_reader(fd)
+        return True

@@ -89,6 +89,10 @@ class Start(Section):
         SecondsOrZero,
         Field(description="Between the starts of livekit workers; opaque ones start at once."),
     ] = 0.5
+    image: Annotated[
+        bool,
+        Field(description="Fork livekit workers from one process that has imported livekit-agents."),
+    ] = False
 
 
 class Restart(Section):

@@ -85,6 +85,8 @@ class Generation:
         self.is_silent = False
         # The worker lives and its control channel is closed: it drains by itself, and reports nothing more.
         self.is_cut_off = False
+        # Its process is being started, which takes as long as an image does.
+        self.is_launching = False
         # A candidate takes no job before it has proved that it could do one.
         self.is_candidate = False
         self.reports = WorkerView(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
@@ -240,15 +242,23 @@ class Generation:
 
     async def live(self) -> None:
         """Start the program, stay until its end, and clean up after it."""
-        if self.stopping.is_asked:  # between the decision to start it and now
-            self._end()
-            return
+        launched = None
         try:
-            launched = self.launcher.start(self.slot, self.number, self._on_exit)
+            if not self.stopping.is_asked:  # between the decision to start it and now
+                launched = await self.launcher.start(
+                    self.slot,
+                    self.number,
+                    self._on_exit,
+                    changed=self.changed,
+                    is_wanted=lambda: not (self.stopping.is_asked or self.shared.is_stopping),
+                )
         except SpawnError as error:
             self.last_exit = str(error)
             self.config_error = str(error)
             self.change(E.FAIL, reason=str(error))
+        finally:
+            self.is_launching = False
+        if launched is None:
             self._end()
             return
         self._launched = launched

@@ -251,6 +251,8 @@ class Operations:
             if not why:
                 self._fleet.commit(read.config, read.launcher)
         finally:
+            if why:
+                read.launcher.end_image()
             read.settle(not why)
         if why:
             return why

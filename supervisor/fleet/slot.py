@@ -177,6 +177,7 @@ class Slot:
     def _start(self, generation: Generation) -> None:
         assert self._group is not None
         self._last_started = generation
+        generation.is_launching = True
         self._group.create_task(self._live(generation), name=f"slot-{self.number}-{generation.number}")
 
     async def _live(self, generation: Generation) -> None:
@@ -216,6 +217,10 @@ class Slot:
                 return "the slot is being stopped"
             if not is_wanted():
                 return "no longer needed"
+            # While its image is made, the worker is neither there to be replaced nor has it failed to start.
+            await self.changed.until(lambda: not self.current.is_launching or self._stop_asked)
+            if self._stop_asked:
+                return "the slot is being stopped"
             old = self.current
             new = self._begin_beside(launcher) if old.is_alive else await self._begin_instead(launcher)
             if new is None:

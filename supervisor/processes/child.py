@@ -60,15 +60,18 @@ def pipe() -> tuple[int, int]:
 class Child:
     """A running or ended child. `status` is None while it runs."""
 
-    def __init__(self, pid: int, reaper: Reaper, on_exit: Callable[[ExitStatus], None]) -> None:
+    def __init__(
+        self, pid: int, reaper: Reaper, on_exit: Callable[[ExitStatus], None], *, pidfd: int | None = None
+    ) -> None:
         self.pid = pid
         self.status: ExitStatus | None = None
         self._reaper = reaper
         self._on_exit = on_exit
-        self._pidfd: int | None = None
+        self._pidfd = pidfd
         reaper.own(pid, self._ended)
-        with contextlib.suppress(OSError):  # a kernel without pidfds: SIGCHLD alone has to do
-            self._pidfd = os.pidfd_open(pid)
+        if pidfd is None:
+            with contextlib.suppress(OSError):  # a kernel without pidfds: SIGCHLD alone has to do
+                self._pidfd = os.pidfd_open(pid)
         if self._pidfd is not None:
             asyncio.get_running_loop().add_reader(self._pidfd, reaper.collect_one, pid)
 

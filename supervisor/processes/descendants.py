@@ -14,13 +14,21 @@ from pathlib import Path
 
 import psutil
 
-from lastcall.worker.base.process import FORKSERVER
+from lastcall.worker.base.process import FORKSERVER, IMAGE
 from lastcall.worker.base.variables import MARK
 
 
 def mark_of(supervisor: str, slot: int, generation: int) -> str:
-    """Return the value of the marker for one generation of one slot."""
-    return f"{supervisor}:{slot}:{generation}"
+    """Return the value of the marker for one generation of one slot.
+
+    All have one width for each supervisor: a fork of an image writes its mark over that of the image.
+    """
+    return f"{supervisor}:{slot:03d}:{generation:09d}"
+
+
+def image_mark_of(supervisor: str, number: int) -> str:
+    """Return the value of the marker for an image: no generation has it, and its width is theirs."""
+    return f"{supervisor}:img:{number:09d}"
 
 
 def adopted(known: Iterable[int]) -> set[int]:
@@ -108,9 +116,10 @@ def look_at(pid: int) -> tuple[str, str]:
 def is_multiprocessing(name: str, command: str) -> bool:
     """Tell by its name and command line whether a process is one of multiprocessing's, or a fork of one.
 
-    A forkserver that was forked from its worker has the command line of the worker.
+    A forkserver that was forked from its worker has the command line of the worker. So has a fork of an image
+    that nobody has made a worker yet.
     """
-    return name == FORKSERVER.decode() or "from multiprocessing." in command
+    return name in (FORKSERVER.decode(), IMAGE.decode()) or "from multiprocessing." in command
 
 
 def is_framework(process: psutil.Process) -> bool:

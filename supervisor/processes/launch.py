@@ -21,11 +21,13 @@ from dataclasses import dataclass, replace
 
 from lastcall.supervisor.errors import SpawnError
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
-from lastcall.supervisor.processes.descendants import mark_of
+from lastcall.supervisor.processes.descendants import image_mark_of, mark_of
+from lastcall.supervisor.processes.image import CHANNEL_FD, Image
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.supervisor.processes.socket_directory import make as make_scratch
 from lastcall.worker.base import target_form, variables
+from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SHIELDED
 
@@ -84,27 +86,46 @@ class Launcher:
     lifeline: int | None
     write_output: Callable[[bytes], None]
     write_errors: Callable[[bytes], None]
+    # The process that workers are forked from, if they are not to be started by exec.
+    image: Image | None = None
 
     @property
     def is_opaque(self) -> bool:
         return bool(self.command)
 
-    def start(self, slot: int, generation: int, on_exit: Callable[[ExitStatus], None]) -> Launched:
-        """Start one worker. Raises SpawnError."""
+    def end_image(self) -> None:
+        """Have no image any more: no worker of this program is to be started."""
+        if self.image is not None:
+            self.image.close()
+
+    async def start(
+        self,
+        slot: int,
+        generation: int,
+        on_exit: Callable[[ExitStatus], None],
+        *,
+        changed: Condition,
+        is_wanted: Callable[[], bool],
+    ) -> Launched | None:
+        """Start one worker: forked from the image, or by exec. Raises SpawnError.
+
+        Returns None when the worker is not wanted any more. That can be so only while an image is asked, and
+        `changed` is notified then.
+        """
         mark = mark_of(self.supervisor_id, slot, generation)
-        environment = {k: v for k, v in self.environment.items() if k not in NOT_INHERITED}
-        environment[variables.MARK] = mark
+        settings = self.settings
         ours: list[int] = []
         theirs: dict[int, int] = {}
         control = None
         scratch = ""
+        child = None
+        go = None
         try:
             null = high(os.open(os.devnull, os.O_RDONLY))
             out, out_write = pipe()
             err, err_write = pipe()
             ours += [out, err]
             theirs = {0: null, 1: out_write, 2: err_write}
-            argv = self.command
             if not self.is_opaque:
                 scratch = make_scratch()
                 control, far = socket.socketpair()
@@ -120,34 +141,70 @@ class Launcher:
                     generation=generation,
                     scratch=scratch,
                 )
-                environment[variables.WORKER] = settings.to_json()
-                environment.setdefault("PYTHONUNBUFFERED", "1")
-                argv = [sys.executable, "-P", "-m", "lastcall.worker"]
-                argv += target_form.words(self.target, self.arguments)
-            child = spawn(
-                argv,
-                environment=environment,
-                descriptors=theirs if self.is_opaque else theirs | dict(zip(OUTPUT_FDS, ours, strict=True)),
-                blocked=() if self.is_opaque else SHIELDED,
-                reaper=self.reaper,
-                on_exit=on_exit,
-            )
+            descriptors = theirs if self.is_opaque else theirs | dict(zip(OUTPUT_FDS, ours, strict=True))
+            if self.image is not None:
+                forked = await self.image.fork(
+                    settings.to_json(), mark, descriptors, on_exit, changed=changed, is_wanted=is_wanted
+                )
+                if forked is not None:
+                    child, go = forked.child, forked.go
+            if child is None and is_wanted():
+                environment = _environment(self.environment, mark)
+                argv = self.command
+                if not self.is_opaque:
+                    environment |= _for_python(environment, settings)
+                    argv = worker_command(self.target, self.arguments)
+                child = spawn(
+                    argv,
+                    environment=environment,
+                    descriptors=descriptors,
+                    blocked=() if self.is_opaque else SHIELDED,
+                    reaper=self.reaper,
+                    on_exit=on_exit,
+                )
         except (OSError, SpawnError) as error:
-            for fd in ours:
-                os.close(fd)
-            if control is not None:
-                control.close()
-            if scratch:
-                os.rmdir(scratch)
             if isinstance(error, SpawnError):
                 raise
             raise SpawnError(f"no room for another worker: {error.strerror}") from error
         finally:
             for fd in theirs.values():
                 os.close(fd)
+            if child is None:
+                for fd in ours:
+                    os.close(fd)
+                if control is not None:
+                    control.close()
+                if scratch:
+                    os.rmdir(scratch)
+        if child is None:
+            return None
         prefix = _prefix(slot, generation) if self.prefixes else b""
         relays = (OutputReader(out, self.write_output, prefix), OutputReader(err, self.write_errors, prefix))
+        if go is not None:
+            go()
         return Launched(child=child, control=control, relays=relays, mark=mark, scratch=scratch)
+
+
+def worker_command(target: str, arguments: Sequence[str]) -> list[str]:
+    """Return the command line of a worker, and of an image, whose forks keep the command line."""
+    return [sys.executable, "-P", "-m", "lastcall.worker", *target_form.words(target, arguments)]
+
+
+def image_environment(environment: Mapping[str, str], supervisor_id: str, number: int) -> dict[str, str]:
+    """Return the environment of an image: that of its workers."""
+    settings = WorkerSettings(control_fd=CHANNEL_FD, is_image=True)
+    kept = _environment(environment, image_mark_of(supervisor_id, number))
+    return kept | _for_python(kept, settings)
+
+
+def _environment(environment: Mapping[str, str], mark: str) -> dict[str, str]:
+    kept = {name: value for name, value in environment.items() if name not in NOT_INHERITED}
+    return kept | {variables.MARK: mark}
+
+
+def _for_python(environment: Mapping[str, str], settings: WorkerSettings) -> dict[str, str]:
+    unbuffered = environment.get("PYTHONUNBUFFERED", "1")
+    return {variables.WORKER: settings.to_json(), "PYTHONUNBUFFERED": unbuffered}
 
 
 def _prefix(slot: int, generation: int) -> bytes:

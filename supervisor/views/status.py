@@ -69,6 +69,7 @@ class Status:
             "held": self.fleet.is_held,
             "full": self._full(),
             "workers": self.operations.wanted,
+            "image": self._image(),
             "totals": {"started": self.fleet.ledger.started, **self.fleet.ledger.totals},
             "slots": [
                 _row(slot, generation)
@@ -79,6 +80,12 @@ class Status:
             "companions": [] if self.companion is None else [self.companion.document()],
             "operations": [operation.document() for operation in self.operations.recent],
         }
+
+    def _image(self) -> dict[str, Any] | None:
+        image = self.fleet.launcher.image
+        if image is None:
+            return None
+        return {"state": image.state, "pid": image.pid, "reason": image.why_off or None}
 
     def _full(self) -> dict[str, Any] | None:
         why, full_time = self.full(), self.fleet.full_time

@@ -275,7 +275,8 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         """Return the living worker processes, children of the supervisor."""
         children = psutil.Process(self.pid).children()
-        return [p for p in children if "lastcall.worker" in _command(p) and p.name() != "forkserver"]
+        others = ("forkserver", "lastcall-image")
+        return [p for p in children if "lastcall.worker" in _command(p) and p.name() not in others]
 
     def family(self) -> list[psutil.Process]:
         process = psutil.Process(self.pid)

@@ -34,7 +34,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process memory backoff budget target_form garbage peers"
-            " succession",
+            " image_wire succession",
             "inworld_keys proxies setup_errors",
             "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",
@@ -45,7 +45,7 @@ ROOMS: dict[str, Room] = {
         floors=(
             "names",
             "preflight child_processes forkserver",
-            "agent_server job_process process_pool",
+            "agent_server job_process process_pool image_process",
             "__main__",
         ),
     ),
@@ -127,6 +127,7 @@ ROOMS: dict[str, Room] = {
         floors=(
             "reaper cgroup descendants output_reader output_writer worker_channel socket_directory",
             "child",
+            "image",
             "launch",
         ),
     ),

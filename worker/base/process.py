@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 # linux/prctl.h
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
 # The name of a forkserver that was forked from its worker, and of the job processes that it forks: they have
 # the command line of the worker. A program that a job starts by exec has another name.
 FORKSERVER = b"forkserver"
+# The name of an image, which has the command line of a worker too, and of its forks until they are workers.
+IMAGE = b"lastcall-image"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -30,9 +35,39 @@ def forbid_dumps() -> bool:
     return bool(ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process at the end of its parent, stopped or not. No fork inherits that."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def set_name(name: bytes) -> None:
     """Name the calling thread, and the process if it has no other: /proc/PID/comm, at most 15 bytes."""
     ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
+
+
+def name() -> bytes:
+    """Return the name of this process, as `set_name` sets it."""
+    return Path("/proc/self/comm").read_bytes().rstrip(b"\n")
+
+
+def rewrite_variable(name: str, value: str) -> None:
+    """Change a variable of this process where other processes read it, in /proc/PID/environ, and for exec.
+
+    The kernel shows the memory that held the environment at exec, and a fork copies that memory. Raises
+    OSError where the variable is not there, or its value has another length.
+    """
+    # The fields 50 and 51 of proc_pid_stat(5). The third one follows the name, which may contain anything.
+    stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(stat[50 - 3]), int(stat[51 - 3])
+    text = ctypes.string_at(start, end - start) if start else b""
+    head = b"\0" + os.fsencode(name) + b"="
+    at = (b"\0" + text).find(head)
+    new = os.fsencode(value)
+    first = at + len(head) - 1
+    if at < 0 or text.find(b"\0", first) - first != len(new):
+        raise OSError(f"{name} can't be changed in place")
+    ctypes.memmove(start + first, new, len(new))
+    os.environ[name] = value
 
 
 def leave(code: int) -> NoReturn:

@@ -51,7 +51,7 @@ class HandoverSettings:
 class WorkerSettings:
     """Budget, limits, descriptors and place of one worker; times are in seconds.
 
-    The supervisor builds one value for all workers (`supervisor.program`), replaces the last six fields for
+    The supervisor builds one value for all workers (`supervisor.program`), replaces the last seven fields for
     each worker (`processes.launch`), and hands the value over as JSON in one variable.
 
     `max_running`: the most jobs at a time, 0 for no limit. `job_memory_limit`: bytes, 0 for no limit.
@@ -59,7 +59,8 @@ class WorkerSettings:
     `local_url`: the local server. The worker may register with no other, and its jobs have rooms of it.
     `output_fds`: the read ends of the standard output and error of the worker. `lifeline_fd`: only held, for
     as long as the worker lives. `scratch`: the directory for the sockets of multiprocessing. `tells_imports`:
-    whether the worker says which files its target has imported.
+    whether the worker says which files its target has imported. `is_image`: whether the process is to be the
+    image, which forks workers (`sdk.image_process`).
     """
 
     grace: float = DEFAULT_GRACE
@@ -79,6 +80,7 @@ class WorkerSettings:
     slot: int = 0
     generation: int = 1
     scratch: str = ""
+    is_image: bool = False
 
     def plan(self, started_at: float) -> Deadlines:
         """Return the deadlines of a stop that no supervisor has planned: the same as the supervisor's."""

@@ -44,8 +44,9 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +96,39 @@ class Unlike(Exception):
 # -- the fork -----------------------------------------------------------------------------------------------
 
 
-def fork() -> None:
+@dataclass(slots=True)
+class Imports:
+    """The traces of imports: descriptors, the variables that they read, and TLS contexts without defaults.
+
+    `why` says why a fork would be unlike; empty if the imports do not hinder one.
+    """
+
+    opened: set[int] = field(default_factory=set)
+    reads: set[str] = field(default_factory=set)
+    contexts: list[ssl.SSLContext] = field(default_factory=list)
+    why: str = ""
+
+
+def fork(imports: Imports | None = None) -> None:
     """Import IMPORTED and fork the forkserver; have multiprocessing use it, unless that would be unlike.
 
-    For a process with one thread that is to become a worker. In the child the function raises SystemExit at
-    the end of the forkserver, so that exit handlers of what it has imported run, as in a new interpreter.
+    For a process with one thread that is to become a worker. `imports` are those of the image from which the
+    process was forked. In the child the function raises SystemExit at the end of the forkserver, so that exit
+    handlers of what it has imported run, as in a new interpreter.
     """
     start_interpreter = getattr(multiprocessing.util, "spawnv_passfds", None)
     if start_interpreter is None:
         return
     waiting: _Waiting | None = None
     why = ""
+    if imports is None:
+        imports = import_all(IMPORTED)
     try:
-        waiting = _fork()
+        waiting = _fork(imports)
     except Unlike as error:
         why = str(error)
+    finally:
+        _load_defaults(imports.contexts)
 
     def spawnv_passfds(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
         nonlocal waiting, why
@@ -130,28 +149,30 @@ def fork() -> None:
     multiprocessing.util.spawnv_passfds = spawnv_passfds  # type: ignore[assignment]  # no public hook
 
 
-def _fork() -> _Waiting:
-    before = _descriptors()
-    contexts: list[ssl.SSLContext] = []
-    try:
-        with _defaults_loaded_later(contexts), _reads_noted() as reads:
-            for module in IMPORTED:
-                try:
-                    importlib.import_module(module)
-                except Exception as error:
-                    # The worker imports it again, and says there what is missing.
-                    raise Unlike(f"an import failed: {error!r}") from error
-        return _fork_now(_descriptors() - before, reads, contexts)
-    finally:
-        _load_defaults(contexts)
-
-
-def _fork_now(opened: set[int], reads: set[str], contexts: list[ssl.SSLContext]) -> _Waiting:
-    for fd in opened:
+def import_all(modules: Iterable[str]) -> Imports:
+    """Import the modules, and note what that leaves. To be called before there is a second thread."""
+    found = Imports()
+    before = open_descriptors()
+    with _defaults_loaded_later(found.contexts), _reads_noted() as found.reads:
+        for module in modules:
+            try:
+                importlib.import_module(module)
+            except Exception as error:
+                # The worker imports it again, and says there what is missing.
+                found.why = f"an import failed: {error!r}"
+                return found
+    found.opened = open_descriptors() - before
+    for fd in found.opened:
         if not _is_file(fd):
-            raise Unlike(f"an import has opened {os.readlink(f'/proc/self/fd/{fd}')}")
+            found.why = f"an import has opened {os.readlink(f'/proc/self/fd/{fd}')}"
     if threading.active_count() > 1:
-        raise Unlike("an import has started a thread")
+        found.why = "an import has started a thread"
+    return found
+
+
+def _fork(imports: Imports) -> _Waiting:
+    if imports.why:
+        raise Unlike(imports.why)
     for stream in (sys.stdout, sys.stderr):
         # The stream may be None or closed, and its disk may be full. The import has to write nothing.
         with suppress(OSError, ValueError, AttributeError):
@@ -176,17 +197,27 @@ def _fork_now(opened: set[int], reads: set[str], contexts: list[ssl.SSLContext])
         raise Unlike(f"no fork: {error}") from error
     if pid == 0:
         near.close()
-        _wait(far, opened, contexts)
+        _wait(far, imports.opened, imports.contexts)
         raise SystemExit(0)
     far.close()
-    child = _Waiting(pid, near, {name: os.environ.get(name) for name in reads}, passed_on)
+    child = _Waiting(pid, near, {name: os.environ.get(name) for name in imports.reads}, passed_on)
+    if not is_single_threaded():
+        child.end()
+        raise Unlike("an import has started a thread")
+    return child
+
+
+def is_single_threaded() -> bool:
+    """Tell whether the process has one thread, native ones included that do not end in a fork.
+
+    To be called after a fork. Waits up to THREADS_END_WITHIN for a thread that is just ending.
+    """
     until = time.monotonic() + THREADS_END_WITHIN
     while len(os.listdir("/proc/self/task")) > 1:
         if time.monotonic() > until:
-            child.end()
-            raise Unlike("an import has started a thread")
+            return False
         time.sleep(0.001)
-    return child
+    return True
 
 
 class _Waiting:
@@ -258,7 +289,7 @@ def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext])
     """Wait for the request and do it. At end of file the worker has gone, and this process ends."""
     set_name(FORKSERVER)
     _reset_signals()
-    for fd in _descriptors() - opened - {0, 1, 2, sock.fileno()}:
+    for fd in open_descriptors() - opened - {0, 1, 2, sock.fileno()}:
         os.close(fd)
     header, received, *_ = socket.recv_fds(sock, LENGTH.size, 16)
     request = b""
@@ -271,14 +302,14 @@ def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext])
     if not header or len(request) < length:
         os._exit(0)
     command, environment, mask, numbers = json.loads(request)
-    # Above the numbers that the command expects: `_place` closes what is there.
+    # Above the numbers that the command expects: `place` closes what is there.
     worker = socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1))
     sock.close()
     try:
         here, *passed = received
         os.fchdir(here)
         os.close(here)
-        _place(passed, numbers)
+        place(passed, numbers)
         os.environ.clear()
         os.environ.update(environment)
         _load_defaults(contexts)
@@ -307,11 +338,11 @@ def _reset_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _place(descriptors: Sequence[int], numbers: Sequence[int]) -> None:
-    """Give each descriptor the number that the command expects, and close it at the old one."""
+def place(received: Sequence[int], numbers: Sequence[int]) -> None:
+    """Give each descriptor its number in this process, and close it at the old one."""
     free = max(numbers) + 1
-    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in descriptors]
-    for fd in descriptors:
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in received]
+    for fd in received:
         os.close(fd)
     for fd, number in zip(moved, numbers, strict=True):
         os.dup2(fd, number)
@@ -378,7 +409,7 @@ def _passed_on() -> dict[str, str]:
     return found
 
 
-def _descriptors() -> set[int]:
+def open_descriptors() -> set[int]:
     """Return the numbers of the open descriptors; not that of the directory that lists them."""
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
 

@@ -1,0 +1,355 @@
+"""The image of one program: a process that has imported what its workers import, and forks them.
+
+    idle ──first worker──► making ──ready──► ready ──ends by itself──► making again, after a pause
+                             │                 │
+                             └─ ends, unfit ─► off             close ──► closed
+
+While the image is made for the first time, workers wait for it: a worker that imported by itself meanwhile
+would take as long. Whenever else there is no image that is ready, a worker is started by exec.
+
+An image that does not answer is killed. It can't fork a second worker into a slot when it wakes: nobody gives
+GO to a worker of a request that was given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.processes.child import Child, high, pipe, spawn
+from lastcall.supervisor.processes.output_reader import OutputReader
+from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
+from lastcall.worker.base.backoff import Backoff
+from lastcall.worker.base.clock import now
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.image_wire import GO, GO_FD, MAX_BYTES, Answer, Request
+from lastcall.worker.base.stopping import SHIELDED
+
+# Seconds for the imports. Ours: they take one or two, and a worker may take as long for the same.
+MADE_WITHIN = 60.0
+# Seconds for the answer to a request. Ours: a fork takes tens of milliseconds. An image that takes longer is
+# of less use than a worker that is started by exec.
+ANSWERS_WITHIN = 1.0
+# Seconds until an image that has ended is made again, doubling. Ours: imports that end again and again should
+# not take a whole processor.
+AGAIN_AFTER = 1.0
+AGAIN_AFTER_AT_MOST = 60.0
+# The image's number of its channel, as the one of a worker's control channel.
+CHANNEL_FD = 3
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """One request: its answer, and what is awaited of it."""
+
+    answer: Answer | None = None
+    pidfd: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A worker that waits: `go` has it begin. Without a call it ends by itself."""
+
+    child: Child
+    go: Callable[[], None]
+
+
+class Image:
+    """The image of one launcher; there is a process from the first request on.
+
+    `why_off` says why workers are started by exec from now on; empty while the image is in use. `known_pids`
+    are the children that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made
+    in one.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        reaper: Reaper,
+        write_output: Callable[[bytes], None],
+        write_errors: Callable[[bytes], None],
+        known_pids: set[int],
+        is_stopping: Callable[[], bool],
+        log: Any,
+    ) -> None:
+        self.why_off = ""
+        self.is_ready = False
+        self._argv = list(argv)
+        self._environment = dict(environment)
+        self._reaper = reaper
+        self._writes = (write_output, write_errors)
+        self._known_pids = known_pids
+        self._is_stopping = is_stopping
+        self._log = log
+        self._was_ready = False
+        self._ready_at = 0.0
+        self._is_closed = False
+        self._child: Child | None = None
+        self._channel: socket.socket | None = None
+        self._relays: tuple[OutputReader, ...] = ()
+        self._numbers = 0
+        self._asked: dict[int, _Asked] = {}
+        self._waiters: set[Condition] = set()
+        self._turn = asyncio.Lock()
+        self._again = Backoff(AGAIN_AFTER, AGAIN_AFTER_AT_MOST, jitter=0.1, random=random.Random())
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    @property
+    def state(self) -> str:
+        if self.why_off:
+            return "off"
+        if self._child is None:
+            return "idle"
+        return "ready" if self.is_ready else "making"
+
+    # -- what a launcher asks -------------------------------------------------------------------------
+
+    async def fork(
+        self,
+        settings: str,
+        mark: str,
+        descriptors: Mapping[int, int],
+        on_exit: Callable[[ExitStatus], None],
+        *,
+        changed: Condition,
+        is_wanted: Callable[[], bool],
+    ) -> Forked | None:
+        """Return a worker that waits for its go, or None if it has to be started by exec.
+
+        `changed` is notified when `is_wanted` may have another answer.
+        """
+        if self._child is None and not self._was_ready:
+            self._make()
+        self._waiters.add(changed)
+        try:
+            await changed.until(lambda: not is_wanted() or not self._is_first_awaited())
+            async with self._turn:
+                if not self.is_ready or not is_wanted():
+                    return None
+                return await self._ask(settings, mark, descriptors, on_exit, changed, is_wanted)
+        finally:
+            self._waiters.discard(changed)
+
+    def _is_first_awaited(self) -> bool:
+        return self._child is not None and not self.is_ready and not self._was_ready
+
+    async def _ask(
+        self,
+        settings: str,
+        mark: str,
+        descriptors: Mapping[int, int],
+        on_exit: Callable[[ExitStatus], None],
+        changed: Condition,
+        is_wanted: Callable[[], bool],
+    ) -> Forked | None:
+        assert self._channel is not None
+        self._numbers += 1
+        number, asked = self._numbers, _Asked()
+        go_read, go_write = pipe()
+        self._asked[number] = asked
+        given = {**descriptors, GO_FD: go_read}
+        request = Request(number=number, settings=settings, mark=mark, numbers=list(given))
+        try:
+            try:
+                socket.send_fds(self._channel, [request.encode()], list(given.values()))
+            except OSError as error:
+                self._give_up(f"does not read: {error.strerror}")
+                return None
+            finally:
+                os.close(go_read)
+            due = now() + ANSWERS_WITHIN
+            answered = await changed.until(
+                lambda: asked.answer is not None or not self.is_ready or not is_wanted(), lambda: due
+            )
+            if not answered:
+                self._give_up(f"silent for {ANSWERS_WITHIN:g} s")
+            answer, pidfd = asked.answer, asked.pidfd
+            if answer is None or pidfd is None or not is_wanted():
+                if answer is not None and answer.error:
+                    self._log.warning("image could not fork", reason=answer.error)
+                if pidfd is not None:
+                    os.close(pidfd)
+                return None
+            child = Child(answer.pid, self._reaper, on_exit, pidfd=pidfd)
+            writer, go_write = go_write, -1
+            return Forked(child, lambda: _give_go(writer))
+        finally:
+            del self._asked[number]
+            if go_write >= 0:
+                os.close(go_write)  # the end of file ends a worker that has been forked all the same
+
+    # -- the process ----------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        self._timer = None
+        if self._is_closed or self.why_off or self._is_stopping():
+            return
+        if not self._reaper.is_subreaper:
+            self._turn_off("the supervisor can't adopt processes (PR_SET_CHILD_SUBREAPER)")
+            return
+        theirs: list[int] = []
+        ours: list[int] = []
+        try:
+            null = high(os.open(os.devnull, os.O_RDONLY))
+            theirs.append(null)
+            out, out_write = pipe()
+            ours.append(out)
+            theirs.append(out_write)
+            err, err_write = pipe()
+            ours.append(err)
+            theirs.append(err_write)
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            channel = high(near.detach())
+            ours.append(channel)
+            theirs.append(high(far.detach()))
+            self._child = spawn(
+                self._argv,
+                environment=self._environment,
+                descriptors=dict(zip((0, 1, 2, CHANNEL_FD), theirs, strict=True)),
+                blocked=SHIELDED,
+                reaper=self._reaper,
+                on_exit=self._on_exit,
+            )
+        except (OSError, SpawnError) as error:
+            for fd in ours:
+                os.close(fd)
+            self._turn_off(f"can't be started: {error}")
+            return
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        self._known_pids.add(self._child.pid)
+        self._channel = socket.socket(fileno=channel)
+        self._channel.setblocking(False)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(channel, self._read)
+        self._relays = tuple(
+            OutputReader(fd, write) for fd, write in zip((out, err), self._writes, strict=True)
+        )
+        self._timer = loop.call_later(MADE_WITHIN, self._give_up, f"not ready within {MADE_WITHIN:g} s")
+        self._log.info("image starts", pid=self._child.pid)
+
+    def _read(self) -> None:
+        assert self._channel is not None
+        try:
+            packet, fds, *_ = socket.recv_fds(self._channel, MAX_BYTES, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet, fds = b"", []
+        if not packet:  # its end is seen by the pidfd
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            return
+        fds = [high(fd) for fd in fds]  # which no child inherits
+        try:
+            answer = Answer.decode(packet)
+        except (ValueError, TypeError) as error:
+            for fd in fds:
+                os.close(fd)
+            self._give_up(f"says nonsense: {error}")
+            return
+        if answer.ready is not None:
+            self._on_ready(answer.ready)
+        asked = self._asked.get(answer.number)
+        if asked is None or asked.answer is not None:
+            for fd in fds:  # of a worker that was given up: it gets no GO
+                os.close(fd)
+        else:
+            asked.answer = answer
+            asked.pidfd = fds[0] if fds else None
+        self._notify()
+
+    def _on_ready(self, why_unfit: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if why_unfit:
+            self._turn_off(why_unfit)
+            return
+        self.is_ready = self._was_ready = True
+        self._ready_at = now()
+        self._log.info("image ready", pid=self.pid)
+
+    def _give_up(self, why: str) -> None:
+        """Kill the process, because it does not do what it is for. `_on_exit` does the rest."""
+        self.is_ready = False
+        self._log.warning("image is killed", pid=self.pid, reason=why)
+        self._kill()
+        self._notify()
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.send(signal.SIGKILL)
+            self._child.send(signal.SIGCONT)
+
+    def _turn_off(self, why: str) -> None:
+        self.why_off = why
+        self.is_ready = False
+        self._log.warning("workers start without an image", reason=why)
+        self._kill()
+        self._notify()
+
+    def _on_exit(self, status: ExitStatus) -> None:
+        assert self._child is not None
+        self._known_pids.discard(self._child.pid)
+        pid, was_ready = self._child.pid, self._was_ready
+        words = b"\n".join(self._relays[1].last).decode(errors="replace")
+        self._clear()
+        if self._is_closed or self.why_off or self._is_stopping():
+            self._notify()
+            return
+        if not was_ready:
+            self._turn_off(f"ended before it was ready: {status}" + (f": {words}" if words else ""))
+            return
+        if now() - self._ready_at > AGAIN_AFTER_AT_MOST:
+            self._again.succeed()
+        pause = self._again.fail()
+        self._log.warning("image has ended", pid=pid, exit=str(status), again_in=round(pause, 3))
+        self._timer = asyncio.get_running_loop().call_later(pause, self._make)
+        self._notify()
+
+    def _clear(self) -> None:
+        self.is_ready = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._channel is not None:
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._channel.close()
+        for relay in self._relays:
+            relay.close()
+        self._child, self._channel, self._relays = None, None, ()
+
+    def close(self) -> None:
+        """Kill the process: no worker of this program is to be started any more. May be called again."""
+        self._is_closed = True
+        self.is_ready = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._kill()
+        self._notify()
+
+    def _notify(self) -> None:
+        for changed in self._waiters:
+            changed.notify()
+
+
+def _give_go(writer: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has been killed meanwhile
+        os.write(writer, GO)
+    os.close(writer)

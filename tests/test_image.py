@@ -1,0 +1,384 @@
+"""The image: workers that are forked from one process, which has imported for all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lastcall.worker.base import variables
+from lastcall.worker.base.process import FORKSERVER, IMAGE
+from tests.support.harness import AGENT, Run, StartRun, lives
+from tests.support.program import status, verb
+
+ON = {"LASTCALL_START__IMAGE": "true"}
+# Notes each process that imports livekit-agents, and does what the test wants of that import.
+IMPORTS = """
+import os, sys, threading, time
+
+class Noted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "livekit.agents":
+            with open(os.environ["IMPORTS"], "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            if open("/proc/self/comm").read() == "lastcall-image\\n":
+                ODD
+
+sys.meta_path.insert(0, Noted())
+"""
+
+
+def note_imports(directory: Path, odd: str = "pass") -> dict[str, str]:
+    """Return the environment that has each process note that it imports livekit-agents."""
+    (directory / "sitecustomize.py").write_text(IMPORTS.replace("ODD", odd))
+    return {**ON, "PYTHONPATH": str(directory), "IMPORTS": str(directory / "imports")}
+
+
+def importers(directory: Path) -> list[int]:
+    return [int(pid) for pid in (directory / "imports").read_text().split()]
+
+
+def images(r: Run) -> list[psutil.Process]:
+    return [p for p in psutil.Process(r.pid).children() if p.name() == IMAGE.decode()]
+
+
+def channels(pid: int) -> set[str]:
+    """Return the pipes and sockets that a process has open."""
+    found = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+    return {each for each in found if each.startswith(("pipe:", "socket:"))}
+
+
+def mark(process: psutil.Process) -> str:
+    return process.environ()[variables.MARK]
+
+
+async def test_workers_of_one_image(run: StartRun, tmp_path: Path) -> None:
+    """One import serves two workers, whose processes are as those of workers that import by themselves.
+
+    A worker, and then the image, are killed, and the image is stopped: no other worker and no job is
+    concerned, and each slot has one worker again.
+    """
+    r: Run = await run("run", "--grace", "40", "-w", "2", AGENT, environment=note_imports(tmp_path))
+    await r.ready(2)
+    (image,) = images(r)
+    assert importers(tmp_path) == [image.pid]
+    assert (await status(r))["image"] == {"state": "ready", "pid": image.pid, "reason": None}
+    first, second = r.workers()
+    for worker in (first, second):
+        assert (worker.ppid(), os.getsid(worker.pid)) == (r.pid, worker.pid)
+        assert worker.name() != IMAGE.decode() and worker.cmdline()[-1] == AGENT
+        tree = [worker, *worker.children(recursive=True)]
+        assert FORKSERVER.decode() in {p.name() for p in worker.children()}
+        assert {mark(p) for p in tree} == {mark(worker)}
+        assert all(p.environ()["JOB_LOG"] == str(r.job_log) for p in tree)
+    assert mark(first) != mark(second) != mark(image)
+    mine = channels(first.pid)
+    of_others = [second.pid, *(p.pid for p in second.children(recursive=True)), image.pid]
+    assert not any(mine & channels(pid) for pid in of_others)
+    jobs = [await r.dispatch(room, mode="hold") for room in ("a", "b")]
+    notes = [await r.job_says(job.job_id, "started") for job in jobs]
+    by_worker = {psutil.Process(psutil.Process(note["pid"]).ppid()).ppid(): note["pid"] for note in notes}
+
+    async def replaced(worker: psutil.Process) -> psutil.Process:
+        before = {p.pid for p in r.workers()}
+        worker.kill()
+        await r.until(lambda: len({p.pid for p in r.workers()} - before) == 1, 30)
+        await r.until(lambda: len(r.livekit.available()) == 2, 30)
+        (new,) = [p for p in r.workers() if p.pid not in before]
+        return new
+
+    # A worker is killed: the next one is a fork, and what belongs to the other worker lives.
+    lasting = by_worker.get(second.pid)
+    new = await replaced(first)
+    assert importers(tmp_path) == [image.pid]
+    assert lasting is None or lives(lasting)
+    assert all(lives(p.pid) for p in second.children())
+
+    # The image is killed: nobody else notices, and a worker that is needed meanwhile imports by itself.
+    image.kill()
+    await r.until(lambda: not lives(image.pid))
+    alone = await replaced(new)
+    assert alone.pid in importers(tmp_path)
+    await r.until(lambda: bool(images(r)), 30)
+    (image,) = images(r)
+    await r.until(lambda: r.log("image ready")[-1]["pid"] == image.pid, 30)
+
+    # The image hangs: it is killed, and the worker starts without it.
+    image.suspend()
+    later = await replaced(alone)
+    assert later.pid in importers(tmp_path)
+    assert "silent" in r.log("image is killed")[-1]["reason"]
+    assert len(r.workers()) == 2
+    assert lasting is None or lives(lasting)
+
+    r.kill_all()
+    await r.until(lambda: r.log("stop draining"))
+    r.let_go()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_reload_and_stop(run: StartRun, tmp_path: Path) -> None:
+    """A reload makes another image. The old one ends after it, or the new one if the reload has failed.
+
+    A stop that reaches every process, as soon as the new worker works, ends all of them.
+    """
+    agent = tmp_path / "agent.py"
+    agent.write_text(Path(AGENT).read_text())
+    r: Run = await run("run", "--grace", "40", str(agent), environment=ON)
+    await r.ready()
+    (old,) = images(r)
+    agent.write_text("import nothing_of_that_name")
+    await verb(r, "reload")
+    await r.until(lambda: r.log("reload failed"), 40)
+    await r.until(lambda: images(r) == [old])
+    assert len(r.livekit.available()) == 1
+    agent.write_text(Path(AGENT).read_text())
+    job = await r.dispatch(mode="hold")
+    await r.job_says(job.job_id, "started")
+    await verb(r, "reload")
+    await r.until(lambda: r.log("reload done"), 40)
+    await r.until(lambda: not lives(old.pid))
+    (new,) = images(r)
+    assert new != old
+    r.kill_all()
+    await r.until(lambda: not lives(new.pid))
+    r.let_go()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_stop_while_the_image_is_made(run: StartRun, tmp_path: Path) -> None:
+    """The stop waits for no image; and a hold-up of the image ends with a supervisor that is killed."""
+    hangs = note_imports(tmp_path, odd="time.sleep(600)")
+    r: Run = await run("run", "--grace", "40", AGENT, environment=hangs)
+    await r.until((tmp_path / "imports").exists, 20)
+    r.kill_all()
+    assert await r.exit(5) == 0
+    await r.nothing_left()
+    (tmp_path / "imports").unlink()
+    killed: Run = await run("run", "--grace", "40", AGENT, environment=hangs)
+    await killed.until((tmp_path / "imports").exists, 20)
+    (image,) = images(killed)
+    image.suspend()
+    killed.kill(signal.SIGKILL)
+    await killed.until(lambda: not lives(image.pid))
+
+
+async def test_image_that_could_not_be_forked(run: StartRun, tmp_path: Path) -> None:
+    """Where an import has left a thread, workers are started as without an image, and the log says why."""
+    odd = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    r: Run = await run("run", "--grace", "40", AGENT, environment=note_imports(tmp_path, odd))
+    await r.ready()
+    (said,) = r.log("workers start without an image")
+    assert said["reason"] == "an import has started a thread"
+    assert (await status(r))["image"] == {"state": "off", "pid": None, "reason": said["reason"]}
+    (worker,) = r.workers()
+    assert importers(tmp_path)[1:] == [worker.pid]
+    assert not images(r)
+    r.kill()
+    assert await r.exit() == 0
+    await r.nothing_left()
+
+
+# -- without livekit-agents ---------------------------------------------------------------------------------
+
+# An image that imports nothing. Its workers write their environment.
+BARE_IMAGE = """
+import json, multiprocessing, os, random, sys, time
+import numpy.random
+from lastcall.worker.base.settings import WorkerSettings
+from lastcall.worker.sdk import image_process as image, preflight
+image.IMPORTED = image.WORKER_MODULES = image.WARM_UP = ()
+preflight.check = lambda: []
+exec(sys.argv[1])
+settings, _ = image.serve(WorkerSettings.take(os.environ))
+told = {
+    "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "slot": settings.slot,
+    "mark": os.environ["LASTCALL_MARK"], "random": [random.random(), numpy.random.random()],
+    "open": [int(fd) for fd in os.listdir("/proc/self/fd")],
+    "key": multiprocessing.current_process().authkey.hex(),
+}
+os.write(1, json.dumps(told).encode() + b"\\n")
+"""
+# A supervisor of images alone. `sys.argv[3]` is what it does with one.
+SUPERVISOR = """
+import asyncio, json, os, signal, sys
+from lastcall.supervisor.processes import image as images
+from lastcall.supervisor.processes.child import pipe, high
+from lastcall.supervisor.processes.descendants import image_mark_of, mark_of
+from lastcall.supervisor.processes.launch import image_environment
+from lastcall.supervisor.processes.reaper import Reaper
+from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.settings import WorkerSettings
+
+class Log:
+    lines = []
+    def info(self, event, **more): self.lines.append((event, more))
+    warning = error = info
+
+async def main():
+    reaper, log, known, is_stopping = Reaper(), Log(), set(), False
+    reaper.start()
+    image = images.Image(
+        [sys.executable, "-c", sys.argv[1], sys.argv[2]],
+        environment=image_environment(os.environ, "supervisor", 0), reaper=reaper,
+        write_output=lambda lines: None, write_errors=lambda lines: sys.stderr.buffer.write(lines),
+        known_pids=known, is_stopping=lambda: is_stopping, log=log,
+    )
+
+    async def fork(n, *, go=True, wanted=lambda: True):
+        ended, changed = asyncio.Event(), Condition()
+        out, out_write = pipe()
+        null = high(os.open(os.devnull, os.O_RDONLY))
+        settings = WorkerSettings(slot=n).to_json()
+        given = {0: null, 1: out_write, 2: high(os.dup(2)), 3: high(os.dup(null)), 5: high(os.dup(null))}
+        forked = await image.fork(
+            settings, mark_of("supervisor", n, 1), given, lambda status: ended.set(), changed=changed,
+            is_wanted=wanted,
+        )
+        for fd in given.values():
+            os.close(fd)
+        told = None
+        if forked is not None:
+            if go:
+                forked.go()
+            await asyncio.wait_for(ended.wait(), 20)
+            text = os.read(out, 1 << 16)
+            told = json.loads(text) if text else str(forked.child.status)
+        os.close(out)
+        return told
+
+    result = {}
+    exec("async def do():\\n" + sys.argv[3], {**globals(), **locals()}, scope := {})
+    result["did"] = await scope["do"]()
+    image.close()
+    while image.pid is not None:
+        await asyncio.sleep(0.01)
+    result["log"] = [event for event, _ in log.lines]
+    result["reasons"] = [more.get("reason") for _, more in log.lines if more.get("reason")]
+    result["left"] = sorted(known)
+    print(json.dumps(result))
+
+asyncio.run(main())
+"""
+
+
+def do(steps: str, *, odd: str = "") -> Any:
+    """Run SUPERVISOR; return what it tells."""
+    body = "".join(f"    {line}\n" for line in steps.strip().splitlines())
+    found = subprocess.run(
+        [sys.executable, "-c", SUPERVISOR, BARE_IMAGE, odd, body],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert found.returncode == 0, found.stderr
+    told = json.loads(found.stdout)
+    assert told["left"] == []
+    return told
+
+
+def test_what_a_fork_is() -> None:
+    """No fork shares its session, mark, settings or secrets; what it was given is all that it has open."""
+    told = do("return [os.getpid(), image.pid, await fork(7), image.pid, await fork(8)]")
+    pid, none, first, image, second = told["did"]
+    assert none is None
+    for number, worker in ((7, first), (8, second)):
+        assert worker["parent"] == pid and worker["session"] == worker["pid"] != image
+        assert (worker["slot"], worker["mark"]) == (number, f"supervisor:{number:03d}:{1:09d}")
+        assert set(worker["open"]) == {0, 1, 2, 3, 5} | {4}, "4 is the directory that lists them"
+    assert not set(first["random"]) & set(second["random"])
+    assert first["key"] != second["key"]
+
+
+def test_many_forks() -> None:
+    """Nothing grows in the image, and no zombie is left, however many workers it forks."""
+    steps = """
+def held():
+    fds = len(os.listdir(f"/proc/{image.pid}/fd"))
+    here = len(os.listdir("/proc/self/fd"))
+    memory = [int(l.split()[1]) for l in open(f"/proc/{image.pid}/status") if l.startswith("VmRSS")]
+    children = open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
+    return [fds, here, children, memory[0]]
+for n in range(10):
+    await fork(n)
+before = held()
+for n in range(100):
+    await fork(n)
+return [before, held()]
+"""
+    before, after = do(steps)["did"]
+    assert before[:3] == after[:3]
+    assert after[3] - before[3] < 256, "kilobytes"
+
+
+def test_fork_that_gets_no_go() -> None:
+    """A worker that was forked and is given up ends by itself, and the next one is another."""
+    told = do("return [await fork(1, go=False), (await fork(2))['slot']]")
+    assert told["did"] == ["exit code 0", 2]
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ("fork = image._fork; image._fork = lambda *_: time.sleep(60)", "silent for 1 s"),
+        ("image._fork = lambda *_: os._exit(3)", None),
+        ("image.rewrite_variable = lambda *_: os.stat('/nothing')", "no fork: [Errno 2]"),
+        ("image._fork = lambda channel, _: channel.send(b'x')", "says nonsense"),
+    ],
+)
+def test_image_that_fails(odd: str, said: str | None) -> None:
+    """A request that fails is answered with no worker, and an image that can't answer is made again."""
+    told = do("return [await fork(1), await fork(2)]", odd=odd)
+    assert told["did"] == [None, None]
+    assert said is None or any(said in reason for reason in told["reasons"]), told
+
+
+def test_image_that_wakes() -> None:
+    """An image that was stopped is killed after a second; the request that it wakes with gets no worker."""
+    steps = """
+await fork(1)
+old = image.pid
+os.kill(old, signal.SIGSTOP)
+late = await fork(2)
+while image.pid in (None, old) or not image.is_ready:
+    await asyncio.sleep(0.01)
+return [late, (await fork(3))["slot"]]
+"""
+    told = do(steps)
+    assert told["did"] == [None, 3]
+    assert told["log"].count("image ready") == 2
+
+
+def test_no_image_in_a_stop() -> None:
+    """A worker that is not wanted any more does not wait until the image has been made."""
+    steps = """
+wanted = [True]
+waits = asyncio.create_task(fork(1, wanted=lambda: wanted[0]))
+await asyncio.sleep(0)
+wanted[0] = False
+for changed in image._waiters:
+    changed.notify()
+return await waits
+"""
+    told = do(steps, odd="time.sleep(60)")
+    assert told["did"] is None
+    assert told["log"] == ["image starts"]
+
+
+def test_imports_that_fail() -> None:
+    """An image whose imports end it is not tried again; the log has the last lines."""
+    told = do("return [await fork(1), await fork(2), image.state]", odd="sys.exit('no such thing')")
+    assert told["did"] == [None, None, "off"]
+    assert told["log"] == ["image starts", "workers start without an image"]
+    assert "exit code 1: no such thing" in told["reasons"][0]

@@ -1,0 +1,61 @@
+"""The packets between the supervisor and an image: JSON, with descriptors beside it.
+
+    supervisor → image    {"number": 1, "settings": "…", "mark": "…", "numbers": [0, 1, 2, 3, 4, 5, 7]}
+                          and a descriptor for each of the numbers
+    image → supervisor    {"ready": ""}, or the reason why it can fork no workers
+                          {"number": 1, "error": "…"}: there is no worker
+    worker → supervisor   {"number": 1, "pid": 4711}, and a pidfd of the worker
+    supervisor → worker   GO, in the pipe that the last descriptor reads
+
+A number is answered once. A worker that gets no GO in GO_WITHIN, or end of file, ends without a trace: the
+supervisor has given the request up.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+# Bytes of a packet, and descriptors beside it. Ours: settings are below 2 kB, and a worker has eight.
+MAX_BYTES = 1 << 16
+MAX_DESCRIPTORS = 16
+# The number of the pipe for GO in the worker, behind those that a worker keeps.
+GO_FD = 7
+GO = b"g"
+# Seconds. Ours: a fork takes tens of milliseconds, and the supervisor answers in its next turn.
+GO_WITHIN = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One worker to fork. `settings` are `WorkerSettings` as JSON."""
+
+    number: int
+    settings: str
+    mark: str
+    numbers: list[int]
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, packet: bytes) -> Request:
+        return cls(**json.loads(packet))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A packet of an image, or of a worker that it has forked. `ready` is None in an answer to a request."""
+
+    ready: str | None = None
+    number: int = 0
+    pid: int = 0
+    error: str = ""
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, packet: bytes) -> Answer:
+        """Raises ValueError or TypeError for nonsense."""
+        return cls(**json.loads(packet))

@@ -1,0 +1,259 @@
+"""The image: a process that has imported what every worker imports, and forks workers when it is asked to.
+
+Problem: each worker imports livekit-agents and what livekit-agents preloads. That takes 1.5 s and more of
+processor time, and each worker has a copy in memory.
+
+    supervisor                         image                            worker
+    starts it ───────────────────────► imports, looks at itself
+                                       says that it is ready
+    asks for a worker ───────────────► forks twice ───────────────────► has its mark, session, descriptors
+    owns its pid and pidfd  ◄───────────────────────────────────────── announces itself, waits
+    gives GO  ────────────────────────────────────────────────────────► forks its forkserver, loads the target
+
+The first fork ends at once, so the kernel gives the worker to the supervisor, the subreaper. Each worker is
+otherwise like one that was started by exec: `serve` returns in it, and the worker goes on where it would have
+begun to import.
+
+Nothing of the agent is imported here. The image has the environment of the workers of one program, so its
+imports read there what those of a worker would read.
+
+The image takes no signal but SIGKILL. It ends with the supervisor: the kernel kills it then, and where its
+parent has ended before it could ask for that, it reads end of file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import multiprocessing.process
+import os
+import select
+import socket
+import ssl
+import sys
+import time
+import warnings
+import weakref
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import NoReturn
+
+from lastcall.worker.base.errors import Incompatible
+from lastcall.worker.base.image_wire import GO, GO_FD, GO_WITHIN, MAX_BYTES, MAX_DESCRIPTORS, Answer, Request
+from lastcall.worker.base.process import IMAGE, end_with_parent, name, rewrite_variable, set_name
+from lastcall.worker.base.settings import WorkerSettings
+from lastcall.worker.base.variables import MARK
+from lastcall.worker.sdk import preflight
+from lastcall.worker.sdk.forkserver import (
+    IMPORTED,
+    Imports,
+    import_all,
+    is_single_threaded,
+    place,
+)
+
+# Imported after IMPORTED: the rest of a worker, and the warm-up that livekit-agents has in its forkserver
+# (worker.py). 1.8 has a module for that; 1.5 imports `av` there, and 1.3 imports it anyway.
+WORKER_MODULES = (
+    "lastcall.worker.host",
+    "lastcall.worker.job.rehearsed",
+    "lastcall.worker.job.room_watch",
+    "lastcall.worker.sdk.agent_server",
+    "lastcall.worker.sdk.child_processes",
+    "lastcall.worker.shield",
+    "livekit.agents.cli.log",
+)
+WARM_UP = ("livekit.agents.ipc._preload", "av")
+# Read by the warm-up, which keeps nothing of them: each TLS context that is made later reads them again.
+READ_AGAIN = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
+# Seconds between two looks whether the first fork has ended. Ours: it ends within a millisecond.
+LOOK_AGAIN_AFTER = 0.0005
+
+
+def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
+    """Import, and fork a worker for each request. Return in each worker, with its settings.
+
+    The image itself ends here.
+    """
+    assert settings.control_fd is not None
+    supervisor = os.getppid()
+    end_with_parent()
+    channel = _move_up(settings.control_fd)
+    own_name = name()
+    set_name(IMAGE)
+    imports = _import()
+    if imports.why:
+        _say(channel, Answer(ready=imports.why))
+        os._exit(0)
+    _forget_unused(imports.contexts)
+    gc.freeze()
+    for stream in (sys.stdout, sys.stderr):
+        # The stream may be None or closed. Each worker would write once more what it has kept.
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    _say(channel, Answer(ready=""))
+    while True:
+        packet, received = _next(channel)
+        if not packet:
+            os._exit(0)
+        request = Request.decode(packet)
+        worker = _fork(channel, request)
+        if worker is not None:
+            set_name(own_name)
+            _become(channel, request, received, parent=worker, supervisor=supervisor)
+            return WorkerSettings.from_json(request.settings), imports
+        for fd in received:
+            os.close(fd)
+
+
+def _move_up(fd: int) -> socket.socket:
+    """Return the channel at a number above those of a worker, and fill these: an import may open files."""
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, MAX_DESCRIPTORS * 4)
+    os.close(fd)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    for number in range(3, GO_FD + 1):
+        if number != null:
+            os.dup2(null, number, inheritable=False)
+    if null > GO_FD:
+        os.close(null)
+    return socket.socket(fileno=high)
+
+
+def _say(channel: socket.socket, answer: Answer) -> None:
+    """Send a packet; end where the supervisor has gone."""
+    try:
+        channel.send(answer.encode())
+    except OSError:
+        os._exit(0)
+
+
+def _next(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """Return the next packet and its descriptors; an empty packet at the end of the supervisor."""
+    try:
+        packet, received, *_ = socket.recv_fds(channel, MAX_BYTES, MAX_DESCRIPTORS)
+    except OSError:
+        return b"", []
+    return packet, received
+
+
+def _import() -> Imports:
+    """Import, and tell whether a fork of this process would be like a worker that has imported by itself."""
+    imports = import_all(IMPORTED)
+    if imports.why:
+        return imports
+    try:
+        preflight.check()
+    except Incompatible as error:  # the worker says so, and names what is missing
+        imports.why = str(error)
+        return imports
+    more = import_all([*WORKER_MODULES, *(module for module in WARM_UP if _is_there(module))])
+    imports.opened |= more.opened
+    imports.reads |= more.reads - READ_AGAIN
+    imports.contexts += more.contexts
+    imports.why = more.why
+    if not imports.why and not _forks_alone():
+        imports.why = "an import has started a thread"
+    return imports
+
+
+def _forget_unused(contexts: list[ssl.SSLContext]) -> None:
+    """Collect garbage, and leave out contexts that nothing else holds. Each worker would load for them."""
+    held = [weakref.ref(context) for context in contexts]
+    contexts.clear()
+    gc.collect()
+    contexts += [context for context in (each() for each in held) if context is not None]
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _forks_alone() -> bool:
+    """Fork once, in vain: some native threads end in the first fork (pthread_atfork(3))."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return is_single_threaded()
+
+
+# -- a fork -------------------------------------------------------------------------------------------------
+
+
+def _fork(channel: socket.socket, request: Request) -> int | None:
+    """Fork a worker, whose parent is the subreaper: return in the worker the pid of the fork between.
+
+    Returns None in the image.
+    """
+    with warnings.catch_warnings():
+        # CPython 3.12 warns of threads; there are none.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            between = os.fork()
+        except OSError as error:
+            _say(channel, Answer(number=request.number, error=f"no fork: {error}"))
+            return None
+        if between == 0:
+            return _fork_again(channel, request)
+    os.waitpid(between, 0)
+    return None
+
+
+def _fork_again(channel: socket.socket, request: Request) -> int:
+    """Fork the worker, and end; return in the worker. The worker has its mark from its first instant on."""
+    try:
+        rewrite_variable(MARK, request.mark)
+        between = os.getpid()
+        if os.fork() != 0:
+            os._exit(0)
+        return between
+    except OSError as error:
+        _say(channel, Answer(number=request.number, error=f"no fork: {error}"))
+        os._exit(1)
+
+
+def _become(
+    channel: socket.socket, request: Request, received: list[int], *, parent: int, supervisor: int
+) -> None:
+    """Become what a process is that was started as a worker. Returns once the supervisor owns it."""
+    os.setsid()
+    # Each interpreter makes one by itself. Two workers with the same one could use each other's managers.
+    multiprocessing.process.current_process().authkey = os.urandom(32)
+    numbers = sys.modules.get("numpy.random")
+    if numbers is not None:
+        numbers.seed()  # numpy's own generator; `random` and OpenSSL see the fork by themselves
+    place(received, request.numbers)
+    for number in range(3, GO_FD + 1):
+        if number in request.numbers:
+            os.set_inheritable(number, False)
+        else:
+            os.close(number)  # what has filled it
+    until = time.monotonic() + GO_WITHIN
+    while os.getppid() == parent:
+        if time.monotonic() > until:
+            _end()
+        time.sleep(LOOK_AGAIN_AFTER)
+    if os.getppid() != supervisor:
+        _end()
+    pid = os.getpid()
+    pidfd = os.pidfd_open(pid)
+    try:
+        socket.send_fds(channel, [Answer(number=request.number, pid=pid).encode()], [pidfd])
+    except OSError:
+        _end()
+    os.close(pidfd)
+    channel.close()
+    ready, _, _ = select.select([GO_FD], [], [], GO_WITHIN)
+    if not ready or os.read(GO_FD, len(GO)) != GO:
+        _end()
+    os.close(GO_FD)
+
+
+def _end() -> NoReturn:
+    """End without a trace: nobody wants this worker."""
+    os._exit(0)
