@@ -105,7 +105,7 @@ class WorkerView:
             case JobLeft(id=id):
                 self._ledger.left(self._slot, self._generation, id)
             case JobCut(id=id):
-                self._ledger.cut(self._slot, self._generation, id)
+                self._ledger.cut(self._slot, self._generation, id, now())
             case JobEnded():
                 self._end(message)
             case Fenced(reason=reason, at=at):
