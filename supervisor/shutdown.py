@@ -96,19 +96,23 @@ class Shutdown:
             deadlines = plan(started_at, config.grace, config.shares)
             self.stop = Stop(reason=reason, deadlines=deadlines, started_at=started_at)
             self._fleet.begin_stop(self.stop)
-            self._record.reason = reason
+            self._record.begin(reason, started_at, deadlines)
             if self._companion is not None:
                 self._companion.wake()
         return self.stop
 
     def hurry(self, stop: Stop) -> None:
         """End the drain now; jobs that still run are asked to shut down."""
-        stop.deadlines = stop.deadlines.hurried(now())
+        at = now()
+        self._record.ask("hurry", at)
+        stop.deadlines = stop.deadlines.hurried(at)
         self._fleet.wake()
 
     def kill(self, stop: Stop) -> None:
         """Wait for nothing any more."""
-        stop.deadlines = stop.deadlines.killed(now())
+        at = now()
+        self._record.ask("kill", at)
+        stop.deadlines = stop.deadlines.killed(at)
         self._fleet.wake()
 
     async def run(self, stop: Stop, supervisor_id: str, *, inherits_orphans: bool) -> None:

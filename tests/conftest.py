@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "promtool: rules and queries under promtool, which scripts/fixtures gets"
     )
+    config.addinivalue_line("markers", "browser: pages in Debian's Chromium, which scripts/fixtures installs")
     # Undo a nohup, or the `&` of a script, around the tests: a program that a test starts inherits an ignored
     # signal, and SIGHUP or SIGINT from the test would not reach it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

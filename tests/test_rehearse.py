@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from lastcall.supervisor.cli import drill_page
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.rehearsal import drill_report, play, stage
 from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, SceneResult, Seen, judge
@@ -38,6 +39,7 @@ from lastcall.worker.base.wire import (
 from lastcall.worker.job.rehearsed import RehearsedEntrypoint
 from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import HERE, LASTCALL, SAMPLE
+from tests.support.receipts import cut_stop
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
 CI = HERE.parent / "examples" / "ci"
@@ -79,17 +81,19 @@ def rehearse(
 
 @pytest.mark.timeout(380)
 def test_a_good_agent_passes(tmp_path: Path) -> None:
-    """The command of examples/ci passes every scene, with exit code 0, and JSON and JUnit say the same."""
+    """The command of examples/ci passes every scene; JSON, JUnit and the page say the same."""
     shutil.copy(CI / "agent.py", tmp_path)
     steps = yaml.safe_load((CI / "rehearse.yml").read_text())["jobs"]["rehearse"]["steps"]
     (words,) = [step["run"].split() for step in steps if step.get("run", "").startswith("lastcall ")]
-    done = rehearse(*words[2:], "--json", cwd=tmp_path)
+    done = rehearse(*words[2:], "--json", "--html", "r.html", cwd=tmp_path)
     document = json.loads(done.stdout)
     assert (done.returncode, document["ok"]) == (0, True), done.stdout
     assert [scene["name"] for scene in document["scenes"]] == [scene.name for scene in SCENES]
     assert [scene["exit_code"] for scene in document["scenes"]] == [0, 0, 0, 0, 0, 0, 75]
     root = ElementTree.fromstring((tmp_path / words[-1]).read_text())
     assert (root.get("tests"), root.get("failures")) == ("7", "0")
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("<svg") == len(SCENES) == text.count(": ok</h2>")
 
 
 JOINS = """
@@ -265,6 +269,7 @@ def test_ctrl_c_while_it_starts(verb: str, after: float) -> None:
     [
         (["nobody.py"], 78, "no file 'nobody.py'"),
         ([SAMPLE, "--workers", "0"], 2, "--workers: got 0"),
+        ([SAMPLE, "--json", "--html", "-"], 2, "both --json and --html - write to standard output"),
         ([SAMPLE, "--junit", "/no/such/place/r.xml"], 2, "--junit: no directory '/no/such/place'"),
     ],
 )
@@ -448,3 +453,14 @@ def test_junit_takes_whatever_workers_write() -> None:
     assert failure.get("message") == "it was cut <&>"
     assert "FAIL" in drill_report.line(verdict) and "it was cut" in drill_report.line(verdict)
     assert os.linesep not in drill_report.line(SceneResult(scene=PID, seconds=1.0, problems=()))
+
+
+def test_a_scene_on_the_page() -> None:
+    """The verdict and its problems, with a picture of the stop where the scene left a receipt of one."""
+    played = SceneResult(scene=PID, seconds=1.0, problems=("it was cut",), receipt=cut_stop())
+    section = drill_page.section(played)
+    assert (section.title, section.is_good, section.notes) == ("pid: failed", False, ("it was cut",))
+    assert section.timeline is not None and section.timeline.receipt.outcome == "cut"
+    for receipt in ({}, {"outcome": "clean"}):
+        without = SceneResult(scene=PID, seconds=1.0, problems=(), receipt=receipt)
+        assert drill_page.section(without).timeline is None

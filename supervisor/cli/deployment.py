@@ -19,6 +19,7 @@ from typing import Annotated
 
 import typer
 
+from lastcall.supervisor.cli import drill_page, page_file
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -33,8 +34,6 @@ from lastcall.supervisor.cli.parameters import (
 from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import working_directory
-from lastcall.supervisor.config.user_files import words_of
-from lastcall.supervisor.config.values import check_writable
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base.target_form import tail, words
 from lastcall.worker.base.variables import CONFIG
@@ -209,6 +208,7 @@ def _rehearse(
     workers: Annotated[int, typer.Option("--workers", "-w", metavar="N", help="Workers to stop.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
     junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML as well.")] = None,
+    html: page_file.PageFile = None,
 ) -> int:
     """Stop your agent as each platform would while jobs run. Exit 1 when a job was cut or anything is left.
 
@@ -221,27 +221,25 @@ def _rehearse(
     target = needed_target(target, module)
     if not 1 <= workers <= 16:
         raise UsageError(f"--workers: got {workers}, expected 1 to 16")
-    if junit is not None:
-        place = working_directory() / junit
-        if not os.path.isdir(place.parent):
-            raise UsageError(f"--junit: no directory {str(place.parent)!r}; make it first")
-        try:
-            check_writable(str(place))
-        except ValueError as error:
-            raise UsageError(f"--junit: got {junit!r}, {error}") from error
+    if as_json and html == page_file.STANDARD_OUTPUT:
+        raise UsageError("both --json and --html - write to standard output; expected a file for the page")
+    page_file.checked(junit, "--junit")
+    page_file.checked(html)
     verdicts = []
     with _interruptible():
         for verdict in rehearse(target, arguments_of(arguments) or (), workers=workers):
             verdicts.append(verdict)
-            if not as_json:
+            if not as_json and html != page_file.STANDARD_OUTPUT:
                 print(drill_report.line(verdict), flush=True)
     if as_json:
         print(json.dumps(drill_report.document(target, verdicts), indent=2))
     if junit is not None:
-        try:
-            Path(junit).write_text(drill_report.junit(target, verdicts))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--junit: {junit!r} can't be written: {words_of(error)}") from error
+        page_file.write(junit, drill_report.junit(target, verdicts), "--junit")
+    if html is not None:
+        from lastcall.supervisor.picture.page import page
+
+        title = f"Rehearsal of {target}"
+        page_file.write(html, page(title, [drill_page.section(verdict) for verdict in verdicts]))
     return 0 if all(verdict.is_good for verdict in verdicts) else 1
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lastcall.supervisor.cli import command_line, deployment
+from lastcall.supervisor.cli import command_line, deployment, receipts
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -158,6 +158,7 @@ def _demo(
 
 
 deployment.add_to(app)
+receipts.add_to(app)
 
 
 def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any, int]:

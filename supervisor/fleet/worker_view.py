@@ -109,7 +109,7 @@ class WorkerView:
             case JobLeft(id=id):
                 self._ledger.left(self._slot, self._generation, id)
             case JobCut(id=id):
-                self._ledger.cut(self._slot, self._generation, id)
+                self._ledger.cut(self._slot, self._generation, id, now())
             case JobKeeps(id=id, size=size, kept_at=kept_at, lacks=lacks):
                 self._ledger.keeps(self._slot, self._generation, id, size, kept_at, lacks)
             case JobHandover():

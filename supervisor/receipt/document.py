@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import version
 from typing import Any, Literal
 
-from lastcall.supervisor.receipt.ledger import Ledger
+from lastcall.supervisor.receipt.ledger import JobEntry, Ledger
 from lastcall.supervisor.receipt.record import StopRecord
 from lastcall.worker.base.exit_codes import Exit
 
@@ -46,6 +46,8 @@ def write(record: StopRecord, ledger: Ledger, *, grace: float, pid: int) -> dict
         "grace": grace,
         "seconds": round(record.seconds, 3),
         "phases": {name: round(seconds, 3) for name, seconds in record.phases.items()},
+        "deadlines": record.deadlines,
+        "asked": record.asked,
         "totals": {"started": ledger.started, **ledger.totals},
         "jobs": [
             {
@@ -56,6 +58,7 @@ def write(record: StopRecord, ledger: Ledger, *, grace: float, pid: int) -> dict
                 "generation": entry.generation,
                 "seconds": entry.seconds,
                 "fate": entry.fate,
+                **_times(record, entry),
                 **{
                     name: value
                     for name in ("process", "successor", "handover", "callbacks")
@@ -80,6 +83,16 @@ def write(record: StopRecord, ledger: Ledger, *, grace: float, pid: int) -> dict
         "fault": record.fault or record.config_error,
         "versions": versions(),
     }
+
+
+def _times(record: StopRecord, entry: JobEntry) -> dict[str, float]:
+    """Return when a job ended and was asked to shut down, in seconds after the beginning of the stop."""
+    began = record.started_at
+    if began is None:
+        return {}
+    times = {"ended_after": None if entry.fate is None else entry.accepted_at + entry.seconds - began}
+    times["asked_after"] = None if entry.asked_at is None else entry.asked_at - began
+    return {name: round(seconds, 3) for name, seconds in times.items() if seconds is not None}
 
 
 @functools.cache  # the versions are read from files, which takes milliseconds of the end of a stop

@@ -20,7 +20,7 @@ class JobEntry:
 
     `is_over`: the call has ended by itself, and only its process is left. `process` says how that ended when
     it did not end well by itself. `has_left`: its agent is not in its room any more. `is_cut`: the job was
-    asked to shut down, so its fate is certain.
+    asked to shut down at `asked_at`, so its fate is certain.
 
     `capsule_bytes` and `kept_at` are those of `call.keep`, None without. `lacks`: why the agent can't hand
     the call over. `tries`: how often that was tried, and `handover` how the last try failed. `successor`: the
@@ -41,6 +41,7 @@ class JobEntry:
     is_over: bool = False
     has_left: bool = False
     is_cut: bool = False
+    asked_at: float | None = None
     process: str = ""
     capsule_bytes: int | None = None
     kept_at: float = 0.0
@@ -89,11 +90,11 @@ class Ledger:
         if entry is not None:
             entry.has_left = True
 
-    def cut(self, slot: int, generation: int, id: str) -> None:
+    def cut(self, slot: int, generation: int, id: str, at: float | None = None) -> None:
         """Note that a job was asked to shut down: it counts as cut from now on, however it ends."""
         entry = self.running.get((slot, generation, id))
         if entry is not None:
-            entry.is_cut = True
+            entry.is_cut, entry.asked_at = True, at
 
     def keeps(self, slot: int, generation: int, id: str, size: int, kept_at: float, lacks: str) -> None:
         """Note that a job has a capsule."""

@@ -63,6 +63,7 @@ def play(scene: Scene, target: str, arguments: Sequence[str] = (), *, workers: i
             warnings=tuple(warnings),
             exit_code=seen.exit_code,
             output=stage.tail() if problems else "",
+            receipt=seen.receipt,
         )
 
 

@@ -116,6 +116,7 @@ class SceneResult:
     exit_code: int | None = None
     was_played: bool = True
     output: str = ""
+    receipt: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_good(self) -> bool:

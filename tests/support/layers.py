@@ -109,7 +109,7 @@ ROOMS: dict[str, Room] = {
             "views",
             "signal_actions",
             "app",
-            "deploy rehearsal",
+            "deploy rehearsal picture",
             "doctor",
             "cli",
         ),
@@ -162,6 +162,10 @@ ROOMS: dict[str, Room] = {
         idea="the fire drill: scenes, and a verdict on each",
         floors=("scenes", "stage drill_report", "play"),
     ),
+    "lastcall.supervisor.picture": Room(
+        idea="a stop as a picture, read from its receipt",
+        floors=("reading", "timeline", "terminal page"),
+    ),
     "lastcall.supervisor.doctor": Room(
         idea="facts gathered once, and one pure check for each thing to know",
         floors=("facts", "checks probe report trial", "gather"),
@@ -169,10 +173,10 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "command_line plain_text local_server parameters source_changes beside",
+            "command_line plain_text local_server parameters source_changes beside page_file drill_page",
             "tables",
             "live_screen",
-            "demo dev operate deployment",
+            "demo dev operate deployment receipts",
             "run",
         ),
     ),

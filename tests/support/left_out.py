@@ -12,6 +12,7 @@ import pytest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lastcall"
 PROMTOOL = CACHE / "promtool"
+CHROMIUM = "chromium"
 BIN = Path(sys.executable).parent
 SUITES = ("trixie", "bookworm")
 
@@ -28,6 +29,10 @@ def missing(marker: str) -> str:
         return f"no {', '.join(tools)} in the virtual environment" if tools else ""
     if marker == "promtool":
         return "" if PROMTOOL.exists() else f"no {PROMTOOL}"
+    if marker == "browser":
+        absent = [] if shutil.which(CHROMIUM) else [CHROMIUM]
+        absent += [] if importlib.util.find_spec("playwright") else ["playwright"]
+        return f"no {', '.join(absent)}" if absent else ""
     if os.getuid() != 0:
         return "not root"
     programs = {"systemd": ["systemd-nspawn", "nsenter"], "container": ["podman", "runc"]}[marker]
@@ -39,7 +44,7 @@ def missing(marker: str) -> str:
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what can't run, and remember why."""
     lines = []
-    for marker in ("lint", "promtool", "systemd", "container"):
+    for marker in ("lint", "promtool", "browser", "systemd", "container"):
         marked = [item for item in items if item.get_closest_marker(marker)]
         why = missing(marker) if marked else ""
         if why:

@@ -44,7 +44,7 @@ def mark(items: list[pytest.Item]) -> None:
 
 def starts_processes(item: pytest.Function) -> bool:
     """Tell whether a test starts processes, by its markers, its fixtures and the names that the code uses."""
-    if any(item.get_closest_marker(name) for name in ("lint", "promtool")) or FIXTURES & set(
+    if any(item.get_closest_marker(name) for name in ("lint", "promtool", "browser")) or FIXTURES & set(
         item.fixturenames
     ):
         return True
