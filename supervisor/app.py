@@ -24,7 +24,7 @@ from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
-from lastcall.supervisor.fleet.states import Phase
+from lastcall.supervisor.fleet.states import CONSOLE_TEXT, Phase
 from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.inworld_endpoint import key_of
 from lastcall.supervisor.outputs import Outputs
@@ -70,7 +70,9 @@ class App:
         reread = reread or (lambda: config)
         self.around = around
         console = logs.is_console(config.log_format, 2)
-        self.log = logs.logger(around.stderr, console=console, colours=console and os.isatty(2))
+        self.log = logs.logger(
+            around.stderr, console=console, colours=console and os.isatty(2), texts=CONSOLE_TEXT
+        )
         self.record = StopRecord()
         self.ledger = Ledger()
         self.receipt: dict[str, Any] = {}

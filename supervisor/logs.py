@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lastcall.supervisor.processes.output_writer import OutputWriter
@@ -19,6 +21,7 @@ if _without_rich:
     del sys.modules["rich"]
 
 Format = Literal["auto", "json", "console"]
+NO_TEXTS: Mapping[str, str | None] = MappingProxyType({})
 
 
 def is_console(format: Format, fd: int) -> bool:
@@ -38,8 +41,27 @@ class _Lines:
     debug = info = warning = error = critical = msg
 
 
-def logger(writer: OutputWriter, *, console: bool, colours: bool) -> Any:
-    """Return the logger that the whole supervisor is given; structlog's types it loosely itself."""
+class _ForPeople:
+    """Drops the events of a log for people that tell of states only, and says others in words."""
+
+    def __init__(self, texts: Mapping[str, str | None]) -> None:
+        self._texts = texts
+
+    def __call__(self, _logger: object, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+        text = self._texts.get(event["event"], event["event"])
+        if text is None:
+            raise structlog.DropEvent
+        event["event"] = text
+        return event
+
+
+def logger(
+    writer: OutputWriter, *, console: bool, colours: bool, texts: Mapping[str, str | None] = NO_TEXTS
+) -> Any:
+    """Return the logger that the whole supervisor is given; structlog's types it loosely itself.
+
+    `texts` are what people read in place of an event; an event whose text is None is not written for them.
+    """
     render: Any
     if console:
         render = structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=28)
@@ -47,9 +69,11 @@ def logger(writer: OutputWriter, *, console: bool, colours: bool) -> Any:
     else:
         render = structlog.processors.JSONRenderer(default=str)
         stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    people: list[Any] = [_ForPeople(texts)] if console else []  # structlog's type of a processor is loose
     return structlog.wrap_logger(
         _Lines(writer),
         processors=[
+            *people,
             structlog.processors.add_log_level,
             stamp,
             structlog.processors.format_exc_info,

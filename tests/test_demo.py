@@ -28,6 +28,7 @@ async def test_plain_lines(run: StartRun) -> None:
     assert others == [0, 0, 0]
     assert re.search(r"^ +\d+ s  running: slot 0 ready \d+ jobs, slot 1 ", text, re.MULTILINE)
     assert "Traceback" not in r.logs()
+    assert re.search(r"^  lastcall dev agent.py  ", text, re.MULTILINE)
     await r.nothing_left()
 
 
@@ -35,12 +36,16 @@ async def test_ctrl_c_on_a_terminal(run: StartRun, terminal: Terminal) -> None:
     """A live table until Ctrl-C, then the stop's phases and the receipt; the terminal is as it was."""
     before = terminal.attributes
     r: Run = await run("demo", terminal=terminal, livekit=False, environment=TERM)
-    await r.until(lambda: re.search(rb"[1-9]\d* finished", terminal.read()), 60)
+    await r.until(lambda: re.search(rb"[1-9]\d* ended by themselves", terminal.read()), 60)
     terminal.type(b"\x03")
     assert await r.exit(45) == 0
     shown = terminal.read().decode()
-    stop = shown[shown.index("stop fencing") :]
-    assert stop.index("stop draining") < stop.index("stop sweeping") < stop.rindex("clean")
+    stop = shown[shown.index("stopping, no new job") :]
+    assert stop.index("stop draining") < stop.index("stopped") < stop.index("lastcall rehearse agent.py")
+    assert "Ctrl-C stops: no new call" in shown
+    assert "Ctrl-C asks the calls that still run to end now" in stop
+    assert "ended by themselves, 0 cut, 0 lost" in stop
+    assert "exit code 0, " in stop, "the receipt begins with the outcome"
     assert terminal.attributes == before
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
     await r.nothing_left()

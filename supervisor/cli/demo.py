@@ -15,12 +15,15 @@ from rich.console import Console
 
 from lastcall.supervisor.app import App
 from lastcall.supervisor.cli.beside import run_with
+from lastcall.supervisor.cli.demo_view import DemoView, what_next
 from lastcall.supervisor.cli.live_screen import LiveScreen
 from lastcall.supervisor.cli.local_server import local_server
 from lastcall.supervisor.cli.plain_text import receipt_line, status_line
-from lastcall.supervisor.cli.tables import receipt_table
 from lastcall.supervisor.config.options import Config, Inworld
 from lastcall.supervisor.environment import surroundings
+from lastcall.supervisor.picture.reading import check
+from lastcall.supervisor.picture.terminal import StopPicture
+from lastcall.supervisor.picture.timeline import lay_out
 from lastcall.supervisor.signals import Inbox
 from lastcall.supervisor.views.status import Status
 from lastcall.worker import local
@@ -67,15 +70,25 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
                 b"lastcall demo: local dispatch and Inworld servers, a sample agent; Ctrl-C stops\n"
             )
 
+        def draw() -> DemoView:
+            stop = app.shutdown.stop
+            return DemoView(
+                app.status.document(),
+                call_seconds=CALL_SECONDS,
+                presses=None if stop is None else stop.presses,
+                height=console.height,
+            )
+
         async def show() -> None:
-            await (screen.follow(app.status) if screen else _write_lines(app.status, around.stdout.write))
+            await (screen.follow(draw) if screen else _write_lines(app.status, around.stdout.write))
 
         code = await run_with(app, {"the table": show, "the clock": lambda: _stop_after(app, seconds)})
         if screen is not None:
             screen.close()
-            console.print(receipt_table(app.receipt))
+            console.print(StopPicture(lay_out(check(app.receipt, "the receipt"))))
+            console.print("\n".join(["", *what_next()]), highlight=False, soft_wrap=True)
         else:
-            around.stdout.write(f"{receipt_line(app.receipt)}\n".encode())
+            around.stdout.write("\n".join([receipt_line(app.receipt), *what_next(), ""]).encode())
             around.stdout.flush(FLUSH_TIMEOUT)
     return code
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lastcall.supervisor.cli import command_line
+from lastcall.supervisor.cli.plain_text import waits_for
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base import variables
@@ -20,6 +21,8 @@ from lastcall.worker.base import variables
 # Seconds between two questions to the supervisor. Ours: for eyes, and for scripts that wait.
 REFRESH_INTERVAL = 0.5
 POLL_INTERVAL = 0.1
+# Seconds after which a verb that waits says so again. Ours: a person looks up, and a log stays short.
+SAY_AGAIN_EVERY = 10.0
 
 Control = Annotated[str, typer.Option("--control", metavar="PATH", help="Control socket of the supervisor.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Return when it is done; non-zero if it failed.")]
@@ -91,9 +94,10 @@ def _watch(path: Path, as_json: bool) -> None:
                 print(json.dumps(document), flush=True)
                 time.sleep(REFRESH_INTERVAL)
                 document = control_socket.ask(path, "status")
-        with Live(console=console, auto_refresh=False) as live:
+        with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
             while True:
-                live.update(status_table(document), refresh=True)
+                # One row is left for the cursor: a picture of the full height would scroll at each change.
+                live.update(status_table(document, height=console.height - 1), refresh=True)
                 time.sleep(REFRESH_INTERVAL)
                 document = control_socket.ask(path, "status")
     except KeyboardInterrupt:
@@ -108,7 +112,7 @@ def _drain(control: Control = "auto", wait: Wait = False) -> None:
     control_socket.ask(path, "drain")
     if not wait:
         return
-    said = -1
+    said, say_again_at = -1, 0.0
     while True:
         try:
             document = control_socket.ask(path, "status")
@@ -116,8 +120,8 @@ def _drain(control: Control = "auto", wait: Wait = False) -> None:
             print("stopped; the receipt says how it went")
             return
         jobs = sum(len(slot["jobs"]) for slot in document["slots"])
-        if jobs != said:
-            said = jobs
+        if jobs != said or time.monotonic() >= say_again_at:
+            said, say_again_at = jobs, time.monotonic() + SAY_AGAIN_EVERY
             left = document["grace_left_s"] or 0
             print(f"{document['phase']}: {jobs} jobs, {left:.0f} s left", flush=True)
         time.sleep(POLL_INTERVAL)
@@ -189,11 +193,13 @@ def _operate(path: Path, wait: bool, verb: str, **arguments: Any) -> None:
     if not wait:
         print(f"{verb} has begun, operation {operation['id']}; lastcall status shows it")
         return
-    said = -1
+    said, say_again_at = -1, 0.0
     while operation["state"] == "running":
-        if operation["done"] != said:
-            said = operation["done"]
-            print(f"{verb}: {said} of {operation['of']} done", flush=True)
+        if operation["done"] != said or time.monotonic() >= say_again_at:
+            is_new, said = operation["done"] != said, operation["done"]
+            say_again_at = time.monotonic() + SAY_AGAIN_EVERY
+            waits = "" if is_new else waits_for(control_socket.ask(path, "status"))
+            print(f"{verb}: {said} of {operation['of']} done{waits and f'; waits for {waits}'}", flush=True)
         time.sleep(POLL_INTERVAL)
         operation = control_socket.ask(path, "operation", id=operation["id"])
     if waiting := operation.get("at_next_restart"):

@@ -1,4 +1,4 @@
-"""Status and receipt as one line of plain text each, for logs and pipes."""
+"""Status, waits and receipt as one line of plain text each, for logs and pipes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ def status_line(document: dict[str, Any]) -> str:
     """Return the phase, each slot, and how many jobs there were."""
     slots = ", ".join(f"slot {s['slot']} {s['state']} {len(s['jobs'])} jobs" for s in document["slots"])
     return f"{document['phase']}: {slots}; {totals_text(document)}"
+
+
+def waits_for(document: dict[str, Any]) -> str:
+    """Return the slots of a status that start or drain, each with the seconds that its calls have yet."""
+    waits = []
+    for slot in document["slots"]:
+        left = slot["drain_left_s"]
+        if left is not None:
+            jobs = len(slot["jobs"])
+            waits.append(f"slot {slot['slot']} {slot['state']} ({jobs} jobs, at most {left:.0f} s yet)")
+        elif slot["state"] == "starting":
+            waits.append(f"slot {slot['slot']} starting (for {slot['since_s']:.0f} s)")
+    return ", ".join(waits)
 
 
 def receipt_line(receipt: dict[str, Any]) -> str:

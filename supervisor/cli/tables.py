@@ -1,14 +1,12 @@
-"""The status document as a table for people."""
+"""The status document as tables for people, as wide and as high as their terminal."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
-
-from lastcall.supervisor.cli.plain_text import totals_text
 
 STATE_COLOURS = {
     "ready": "green",
@@ -25,33 +23,165 @@ STATE_COLOURS = {
 }
 # Ours: as many room names as fit beside the other columns.
 JOBS_SHOWN = 6
+# The columns of a slot, and whether their text stands at the right.
+COLUMNS = {
+    "slot": True, "gen": True, "state": False, "pid": True, "jobs": True, "lag ms": True, "rss MB": True,
+    "restarts": True, "rooms (age s)": False,
+}  # fmt: skip
+# The columns that a narrow terminal loses, the first one first. The others say whether calls are served.
+LOST_FIRST = ("lag ms", "gen", "pid", "rss MB", "restarts")
+# Cells. Ours: the name of one room, and its age.
+ROOMS_AT_LEAST = 16
+GAP = 2
+# Rows that a table has at least, however low the terminal is.
+ROWS_AT_LEAST = 1
+# Cells of the ruler at most. Ours: a longer one says no more.
+RULER_AT_MOST = 60
 
 
-def status_table(document: dict[str, Any]) -> Group:
+class StatusView:
+    """The status for rich's console: headline, slots, and in a stop the calls that still run.
+
+    `height` are the rows that there are; without it every row is shown, as in a pipe.
+    """
+
+    def __init__(self, document: dict[str, Any], *, height: int | None = None) -> None:
+        self._document = document
+        self._height = height
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        document, width = self._document, options.max_width
+        head: list[RenderableType] = [_headline(document)]
+        if document["grace_left_s"] is not None:
+            head.append(stop_ruler(document, width, plain=options.ascii_only))
+        tail: list[RenderableType] = list(map(_companion_line, document["companions"]))
+        calls = _calls(document)
+        slots = document["slots"]
+        shown_slots, shown_calls = len(slots), len(calls)
+        if self._height is not None:
+            taken = len(console.render_lines(Group(*head, *tail), options, pad=False))
+            shown_slots, shown_calls = _fitting(self._height - taken, len(slots), len(calls))
+        yield from head
+        yield _slots(slots[:shown_slots], width)
+        if shown_slots < len(slots):
+            jobs = sum(len(slot["jobs"]) for slot in slots[shown_slots:])
+            yield Text(f"+ {len(slots) - shown_slots} more slots with {jobs} jobs", style="dim")
+        if calls:
+            yield _call_table(calls[:shown_calls], width)
+        if shown_calls < len(calls):
+            yield Text(f"+ {len(calls) - shown_calls} more calls", style="dim")
+        yield from tail
+
+
+def status_table(document: dict[str, Any], *, height: int | None = None) -> StatusView:
     """Return what `lastcall status` prints."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name, justify in (
-        ("slot", "right"), ("gen", "right"), ("state", "left"), ("pid", "right"), ("jobs", "right"),
-        ("lag ms", "right"), ("rss MB", "right"), ("restarts", "right"), ("rooms (age s)", "left"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]  # a literal, read from a tuple
-    for slot in document["slots"]:
-        jobs = slot["jobs"]
-        rooms = ", ".join(f"{job['room']} ({job['age_s']:.0f})" for job in jobs[:JOBS_SHOWN])
-        more = f" +{len(jobs) - JOBS_SHOWN}" if len(jobs) > JOBS_SHOWN else ""
-        rss = slot["rss_bytes"]
-        table.add_row(
-            str(slot["slot"]),
-            str(slot["generation"]),
-            Text(slot["state"], style=STATE_COLOURS.get(slot["state"], "")),
-            str(slot["pid"] or "-"),
-            str(len(jobs)),
-            "-" if slot["lag_ms"] is None else f"{slot['lag_ms']:.1f}",
-            "-" if not rss else f"{rss / 1e6:.0f}",
-            str(slot["restarts"]),
-            rooms + more or Text(slot["last_exit"] or "", style="dim"),
+    return StatusView(document, height=height)
+
+
+def stop_ruler(document: dict[str, Any], width: int, *, plain: bool = False) -> Text:
+    """Return the time of a stop as a ruler: the part that has gone, and what is left to calls and in all."""
+    gone, left = document["stop_s"], document["grace_left_s"]
+    calls_left = document["drain_left_s"]
+    whole = max(gone + left, 0.1)
+    cells = max(10, min(RULER_AT_MOST, width - 40))
+    here = min(cells - 1, round(gone / whole * cells))
+    drain = min(cells - 1, round((gone + calls_left) / whole * cells))
+    passed, ahead, edge = ("=", "-", "|") if plain else ("━", "─", "┊")
+    line = Text("stop  ")
+    line.append(passed * here, "yellow")
+    line.append(ahead * (cells - here), "dim")
+    if drain > here:
+        line = Text.assemble(line[: 6 + drain], (edge, "bold"), line[7 + drain :])
+    calls = f"{calls_left:.0f} s left to calls, " if calls_left > 0 else ""
+    line.append(f"  {calls}{left:.0f} s in all")
+    return line
+
+
+def plain_name(text: str) -> str:
+    """Return a name without characters that a terminal obeys: callers choose the names of rooms."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _fitting(rows: int, slots: int, calls: int) -> tuple[int, int]:
+    """Return how many slots and calls are shown in so many rows, of which heads and counts take some."""
+    call_head = 1 if calls else 0
+    rows -= 1 + call_head  # the heads of the tables
+    if slots + calls <= rows:
+        return slots, calls
+    # Calls matter more in a stop. Slots have half of the rows at most, and what calls leave.
+    shown_slots = min(slots, max(ROWS_AT_LEAST, rows // 2 - 1, rows - calls - 2))
+    rows -= shown_slots + (1 if shown_slots < slots else 0)
+    shown_calls = calls if calls <= rows else max(ROWS_AT_LEAST, rows - 1)
+    return shown_slots, min(calls, shown_calls)
+
+
+def _calls(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the calls that have an end, with their slots; those with the least time come first."""
+    calls = [
+        (slot, job)
+        for slot in document["slots"]
+        if slot.get("drain_left_s") is not None
+        for job in slot["jobs"]
+    ]
+    return sorted(calls, key=lambda each: (each[0]["drain_left_s"], -each[1]["age_s"]))
+
+
+def _call_table(calls: list[tuple[dict[str, Any], dict[str, Any]]], width: int) -> Table:
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim")
+    table.add_column("call in room", no_wrap=True, max_width=max(8, width - 36), overflow="ellipsis")
+    for name in ("slot", "age s", "may stay s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for slot, job in calls:
+        left = slot["drain_left_s"]
+        stay = Text(f"{left:.0f}") if left > 0 else Text("asked to end", style="yellow")
+        table.add_row(Text(plain_name(job["room"])), str(slot["slot"]), f"{job['age_s']:.0f}", stay)
+    return table
+
+
+def _slots(slots: list[dict[str, Any]], width: int) -> Table:
+    rows = [_cells(slot) for slot in slots]
+    widths = {name: max([len(name), *(len(row[name]) for row in rows)]) for name in COLUMNS}
+    widths["rooms (age s)"] = ROOMS_AT_LEAST
+    shown = list(COLUMNS)
+    for name in LOST_FIRST:
+        if sum(widths[each] + GAP for each in shown) - GAP <= width:
+            break
+        shown.remove(name)
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim")
+    for name in shown:
+        is_last = name == shown[-1]
+        table.add_column(
+            name,
+            justify="right" if COLUMNS[name] else "left",
+            no_wrap=not is_last,  # rich makes a column narrower only if its text may wrap
+            min_width=None if is_last else widths[name],
         )
-    return Group(_headline(document), table, *map(_companion_line, document["companions"]))
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
+    return table
+
+
+def _cells(slot: dict[str, Any]) -> dict[str, Text]:
+    jobs = slot["jobs"]
+    rooms = ", ".join(f"{plain_name(job['room'])} ({job['age_s']:.0f})" for job in jobs[:JOBS_SHOWN])
+    more = f" +{len(jobs) - JOBS_SHOWN}" if len(jobs) > JOBS_SHOWN else ""
+    rss = slot["rss_bytes"]
+    return {
+        "slot": Text(str(slot["slot"])),
+        "gen": Text(str(slot["generation"])),
+        "state": Text(slot["state"], style=STATE_COLOURS.get(slot["state"], "")),
+        "pid": Text(str(slot["pid"] or "-")),
+        "jobs": Text(str(len(jobs))),
+        "lag ms": Text("-" if slot["lag_ms"] is None else f"{slot['lag_ms']:.1f}"),
+        "rss MB": Text("-" if not rss else f"{rss / 1e6:.0f}"),
+        "restarts": Text(str(slot["restarts"])),
+        "rooms (age s)": Text(
+            rooms + more if jobs else slot["last_exit"] or "",
+            style="" if jobs else "dim",
+            no_wrap=True,
+            overflow="ellipsis",
+        ),
+    }
 
 
 def _companion_line(companion: dict[str, Any]) -> Text:
@@ -69,7 +199,7 @@ def _headline(document: dict[str, Any]) -> Text:
     totals = document["totals"]
     line = Text.assemble(
         ("lastcall ", "bold"), f"pid {document['pid']}  ", (document["phase"], "bold"),
-        f"  jobs: {totals['started']} started, {totals['finished']} finished, {totals['failed']} failed,",
+        f"  {totals['started']} jobs, {totals['finished']} finished, {totals['failed']} failed,",
         f" {totals['cut']} cut, {totals['lost']} lost",
     )  # fmt: skip
     if document["held"]:
@@ -84,36 +214,3 @@ def _headline(document: dict[str, Any]) -> Text:
     if document["reason"]:
         line.append(f"\nstopping ({document['reason']}), {document['grace_left_s']:.0f} s left", "yellow")
     return line
-
-
-def receipt_table(receipt: dict[str, Any]) -> Group:
-    """Return a receipt for people: the verdict, the phases, and each job that was running."""
-    good = receipt["outcome"] == "clean"
-    verdict = Text.assemble(
-        ("receipt ", "bold"),
-        (receipt["outcome"], "bold green" if good else "bold red"),
-        f"  exit code {receipt['exit_code']}  {receipt['seconds']:.1f} s  reason: {receipt['reason']}",
-    )
-    phases = "  ".join(f"{name} {seconds:.2f} s" for name, seconds in receipt["phases"].items())
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("job running at the stop", "room", "slot", "seconds", "fate"):
-        table.add_column(name)
-    for job in receipt["jobs"]:
-        fate = Text(job["fate"] or "?", style="green" if job["fate"] == "finished" else "red")
-        table.add_row(job["id"], job["room"], str(job["slot"]), f"{job['seconds']:.1f}", fate)
-    pool = [_pool_line(each) for each in receipt["resources"] if each["name"] == "inworld-pool"]
-    tail = Text(
-        f"all jobs: {totals_text(receipt)}; swept {receipt['swept']}, processes left {receipt['left']}",
-        style="dim",
-    )
-    return Group(verdict, Text(phases, style="dim"), table, *pool, tail)
-
-
-def _pool_line(resource: dict[str, Any]) -> Text:
-    counts = ", ".join(
-        f"{n} {what} {fate}" for what, fates in resource["counts"].items() for fate, n in fates.items()
-    )
-    good = resource["fate"] == "closed"
-    return Text.assemble(
-        "inworld-pool  ", (resource["fate"], "green" if good else "red"), f"  {counts}" if counts else ""
-    )

@@ -179,7 +179,9 @@ def _facts(receipt: SeenReceipt, length: float) -> list[str]:
         lines.append(f"no answer to the fence from slot {slots}: its event loop was blocked")
     for resource in receipt.resources:
         counts = ", ".join(
-            f"{n} {what} {fate}" for what, fates in resource.counts.items() for fate, n in fates.items()
+            f"{n} {what.replace('_', ' ')} {fate}"
+            for what, fates in resource.counts.items()
+            for fate, n in fates.items()
         )
         if resource.fate != "closed" or counts:
             slot = "" if resource.slot is None else f" of slot {resource.slot}"

@@ -16,6 +16,7 @@ from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.outputs import Outputs
 from lastcall.supervisor.receipt import JobEntry
 from lastcall.supervisor.shutdown import Shutdown
+from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
 
 SCHEMA = 1
@@ -66,6 +67,8 @@ class Status:
             "phase": self.shutdown.phase.text,
             "reason": stop.reason if stop else "",
             "grace_left_s": round(stop.grace_left, 1) if stop else None,
+            "drain_left_s": _left(stop.deadlines) if stop else None,
+            "stop_s": round(now() - stop.started_at, 1) if stop else None,
             "held": self.fleet.is_held,
             "full": self._full(),
             "workers": self.operations.wanted,
@@ -95,6 +98,11 @@ class Status:
         return {"reasons": list(full_time.reasons), "text": why, "since_s": since_s}
 
 
+def _left(deadlines: Deadlines) -> float:
+    """Return the seconds for which calls may still run before they are asked to shut down."""
+    return round(max(0.0, deadlines.drain_at - now()), 1)
+
+
 def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
     beat = generation.reports.beat
     return {
@@ -111,6 +119,7 @@ def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
         "full": generation.full_because or None,
         "process_failures": generation.reports.process_failures,
         "process_failure": generation.reports.process_failure or None,
+        "drain_left_s": _left(generation.stopping.deadlines) if generation.stopping.is_asked else None,
         "restarts": slot.restarts.total(),
         "last_exit": slot.last_exit or None,
         "jobs": [

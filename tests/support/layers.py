@@ -175,6 +175,7 @@ ROOMS: dict[str, Room] = {
         floors=(
             "command_line plain_text local_server parameters source_changes beside page_file drill_page",
             "tables",
+            "demo_view",
             "live_screen",
             "demo dev operate deployment receipts",
             "run",
