@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from lastcall.supervisor.cli import drill_page, page_file
+from lastcall.supervisor.cli import page_file
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -236,6 +236,7 @@ def _rehearse(
     if junit is not None:
         page_file.write(junit, drill_report.junit(target, verdicts), "--junit")
     if html is not None:
+        from lastcall.supervisor.cli import drill_page
         from lastcall.supervisor.picture.page import page
 
         title = f"Rehearsal of {target}"
