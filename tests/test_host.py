@@ -62,6 +62,19 @@ class FakeMemoryWatch:
         await asyncio.Event().wait()
 
 
+class FakeHandovers:
+    """Handovers of an engine that hands nothing over."""
+
+    def hear(self, job_id: str, message: object) -> None:
+        pass
+
+    def due_at(self, job_id: str) -> float:
+        return 0.0
+
+    def tell_keeps(self) -> None:
+        pass
+
+
 @dataclass
 class FakeEngine:
     """An engine that runs nothing, and notes what it is told."""
@@ -81,6 +94,7 @@ class FakeEngine:
     ends: list[tuple[float, float]] = field(default_factory=list)
     memory: FakeMemoryWatch = field(default_factory=FakeMemoryWatch)
     terminations: FakeMemoryWatch = field(default_factory=FakeMemoryWatch)
+    handovers: FakeHandovers = field(default_factory=FakeHandovers)
 
     async def run(self) -> None:
         await self.changed.until(lambda: self.ended)
@@ -93,6 +107,9 @@ class FakeEngine:
 
     async def fence(self) -> None:
         self.is_fenced = True
+
+    def hand_over_before(self, drain_at: Callable[[], float | None]) -> None:
+        pass
 
     async def end_jobs(self, kill_at: float, give_up_at: float, due_at: Callable[[str], float]) -> None:
         self.ends.append((kill_at, give_up_at))

@@ -18,8 +18,8 @@ from lastcall.worker.job import session as session_module
 from lastcall.worker.job.capsule import MAX_BYTES, TooLarge, encode
 from lastcall.worker.job.session import NEEDED, VERSION
 from lastcall.worker.job.session_state import NotKept, NotResumed, kept, restored, since
+from tests.support.handover_stage import ORDER, Stage, stage, token
 from tests.support.talk import Loudspeaker, Parrot, Voice, read_by, talking, type_to_agents
-from tests.test_handover_sides import ORDER, Stage, stage, token
 
 pytestmark = pytest.mark.core
 
