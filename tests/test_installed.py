@@ -162,7 +162,10 @@ def test_an_import_loads_nothing(installed: Installation, tmp_path: Path) -> Non
 def test_the_public_names(installed: Installation, tmp_path: Path) -> None:
     """Each public name is listed, described by help() and importable; a wrong one is an AttributeError."""
     code = "import lastcall; print(*lastcall.__all__, set(lastcall.__all__) <= set(dir(lastcall)))"
-    assert installed.execute(code, cwd=tmp_path) == "Call Notice __version__ call closing inworld True"
+    assert installed.execute(code, cwd=tmp_path) == (
+        "Call Notice Resumed Resumption Withdrawn __version__ call closing inworld is_resumed resume_session"
+        " True"
+    )
     code = "from lastcall import __version__, closing, inworld; print(__version__, closing, inworld.TTS)"
     version = importlib.metadata.version("lastcall")
     printed = installed.execute(code, cwd=tmp_path)
