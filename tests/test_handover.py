@@ -305,6 +305,23 @@ async def test_a_worker_that_dies(run: StartRun) -> None:
     assert call.turns == ["bot", "bot~1"]
 
 
+async def test_an_old_agent_that_dies_after_its_answer(run: StartRun) -> None:
+    """Nobody can take the voice back then: the successor is not removed, and goes on."""
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
+    await r.ready(2)
+    call = await begun(r, holds=True)
+    pid = call.notes("speaks")[0]["pid"]
+    hand_over(r, call.id)
+    successor = await call.note("connected", 2)
+    at_the_answer(r, lambda: os.kill(pid, signal.SIGKILL))
+    r.job_log.with_name(r.job_log.name + ".ready").touch()
+    speaks = await call.note("speaks", 2)
+    assert speaks["job"] == successor["job"] and speaks["state"] == {"job": call.id}
+    await r.until(lambda: not call.room_has("bot"), PATIENCE)
+    await call.hears_more()
+    assert call.turns == ["bot", "bot~1"] and call.room_has("bot~1")
+
+
 async def test_an_old_agent_that_hangs(run: StartRun) -> None:
     """It is removed from the room, and the successor speaks; when it wakes it does not speak."""
     r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)

@@ -386,6 +386,8 @@ class Handovers:
             return self._done(job, attempt)
         until, is_gone = now() + REMOVED_WITHIN, False
         while not is_gone and not attempt.has("speaks") and now() < until:
+            if self._has_ended(job):
+                return await self._left_to_the_successor(job, attempt)
             try:
                 successor = await self._look(job, attempt)
                 if successor is not None and successor.speaks == str(attempt.epoch):
@@ -409,6 +411,21 @@ class Handovers:
         await self._delete_dispatch(job, attempt)
         await self._until(job, attempt, ANSWERS_WITHIN, "back")
         return failed("the successor did not speak")
+
+    async def _left_to_the_successor(self, job: Job, attempt: Try) -> Outcome:
+        """The old agent has gone after its answer. Nobody else can have the call, so the new one stays."""
+        until = now() + SHOWN_WITHIN
+        while now() < until:
+            try:
+                successor = await self._look(job, attempt)
+                if successor is None:
+                    break
+                if successor.speaks == str(attempt.epoch):
+                    return self._done(job, attempt)
+            except RoomServiceError as error:
+                log.warning("a successor can't be seen", extra={"job_id": job.id, "error": str(error)})
+            await self._sleep(LOOK_AGAIN_AFTER)
+        return failed("the agent died")  # a new agent that comes late goes on all the same
 
     def _done(self, job: Job, attempt: Try) -> Outcome:
         job.successor = attempt.steps["seen"].job if attempt.has("seen") else attempt.identity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -121,7 +122,8 @@ class Run:
 
     async def __aexit__(self, *_: object) -> None:
         for process in self.left():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                process.kill()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(10)
