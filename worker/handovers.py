@@ -23,6 +23,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -417,15 +418,27 @@ class Handovers:
         until = now() + SHOWN_WITHIN
         while now() < until:
             try:
-                successor = await self._look(job, attempt)
-                if successor is None:
-                    break
-                if successor.speaks == str(attempt.epoch):
+                if await self._is_seen_speaking(job, attempt, until):
                     return self._done(job, attempt)
+                break
             except RoomServiceError as error:
                 log.warning("a successor can't be seen", extra={"job_id": job.id, "error": str(error)})
             await self._sleep(LOOK_AGAIN_AFTER)
         return failed("the agent died")  # a new agent that comes late goes on all the same
+
+    async def _is_seen_speaking(self, job: Job, attempt: Try, until: float) -> bool:
+        """Return whether the successor speaks in time; False at once when it is not in the room.
+
+        Raises RoomServiceError when the server can't say.
+        """
+        while now() < until:
+            successor = await self._look(job, attempt)
+            if successor is None:
+                return False
+            if successor.speaks == str(attempt.epoch):
+                return True
+            await self._sleep(LOOK_AGAIN_AFTER)
+        return False
 
     def _done(self, job: Job, attempt: Try) -> Outcome:
         job.successor = attempt.steps["seen"].job if attempt.has("seen") else attempt.identity
@@ -449,17 +462,10 @@ class Handovers:
         order, there is nothing to go on with.
         """
         has_ended_well = await self._has_ended_well(job)
-        until = now() + SHOWN_WITHIN
-        while not has_ended_well and attempt.has("seen") and now() < until:
-            try:
-                successor = await self._look(job, attempt)
-                if successor is None:
-                    break
-                if successor.speaks == str(attempt.epoch):
+        if not has_ended_well and attempt.has("seen"):
+            with suppress(RoomServiceError):
+                if await self._is_seen_speaking(job, attempt, now() + SHOWN_WITHIN):
                     return self._done(job, attempt)
-            except RoomServiceError:
-                break
-            await self._sleep(LOOK_AGAIN_AFTER)
         if self._has_ended(job) and not has_ended_well:
             return failed("the agent died")  # a new agent may still come, and then goes on
         await self._end_successor(job, attempt)
