@@ -14,7 +14,7 @@ from lastcall.supervisor.config.options import Config, flags
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base import target_form
 
-_TARGET = typer.Argument(metavar="TARGET", help=Config.model_fields["target"].description)
+_TARGET = typer.Argument(metavar="TARGET", help=Config.options["target"].description)
 OptionalTarget = Annotated[str | None, _TARGET]
 Module = Annotated[
     str | None, typer.Option("-m", metavar="MODULE", help="TARGET as `python -m MODULE start` has it.")
@@ -73,14 +73,14 @@ def needed_target(target: str | None, module: str | None) -> str:
 
 def help_of(name: str, default: object = None) -> str:
     """Return the help of an option; a `default` is shown in place of the default in the definition."""
-    field = Config.model_fields[name]
-    shown = field.default if default is None else default
+    option = Config.options[name]
+    shown = option.default if default is None else default
     if isinstance(shown, float):
         shown = f"{shown:g}"
     auto = flags()[name].auto
     if auto and shown == "auto":
         shown = f"auto: {auto}"
-    return f"{field.description}  [{shown}]" if shown else str(field.description)
+    return f"{option.description}  [{shown}]" if shown else option.description
 
 
 def with_run_options(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lastcall.supervisor.cli import command_line, deployment, receipts
+from lastcall.supervisor.cli import command_line
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -40,6 +40,7 @@ the grace, everything is closed, and a receipt says how it went. Repeats change 
 75 a job was cut or something forced, 69 gave up, 78 wrong configuration or target, 70 a fault of lastcall.
 """
 
+SUPERVISING = ("run", "dev", "demo")
 # Defaults of `dev`. Ours: with a grace of 10 s a developer sees a drain, and does not wait for it.
 DEV_DEFAULTS: dict[str, Any] = {
     "workers": 1,
@@ -157,8 +158,13 @@ def _demo(
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
-deployment.add_to(app)
-receipts.add_to(app)
+def add_others() -> None:
+    """Add the verbs that do not supervise. May be called again."""
+    from lastcall.supervisor.cli import deployment, operate, receipts
+
+    if len(app.registered_commands) == len(SUPERVISING):
+        for verbs in (deployment, receipts, operate):
+            verbs.add_to(app)
 
 
 def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any, int]:
@@ -177,14 +183,8 @@ def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any,
     asked_for_nothing = not arguments
     if asked_for_nothing:
         arguments = ["--help"]
-    if arguments[0] not in (
-        "run",
-        "demo",
-        "dev",
-    ):  # rich, which the others need, costs a supervisor megabytes
-        from lastcall.supervisor.cli import operate
-
-        operate.add_to(app)
+    if arguments[0] not in SUPERVISING:  # the others cost a supervisor time and memory
+        add_others()
     session = _Session(inbox, command)
     code = command_line.read(app, arguments, session)
     if session.work is not None:

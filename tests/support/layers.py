@@ -116,7 +116,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.config": Room(
         idea="every option, written once; where values come from",
-        floors=("paths user_files calls", "env_file values", "options", "sources", "loading"),
+        floors=("paths user_files calls section", "env_file values", "options", "sources", "loading"),
     ),
     "lastcall.supervisor.receipt": Room(
         idea="what a stop did: jobs, resources, processes; and the document that says so",
