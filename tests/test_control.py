@@ -168,4 +168,6 @@ def test_verb_imports_what_it_needs() -> None:
     loaded = {line.rpartition("|")[2].strip() for line in lines}
     assert "lastcall.supervisor.cli.operate" in loaded
     others = {"asyncio", "uvloop", "ssl", "aiohttp", "psutil", "livekit", "prometheus_client"}
-    assert not loaded & (others | {"rich", "structlog", "lastcall.supervisor.config.options"})
+    assert not loaded & (
+        others | {"typer", "pydantic", "rich", "structlog", "lastcall.supervisor.config.options"}
+    )

@@ -343,7 +343,7 @@ async def test_a_supervisor_imports_what_it_needs(run: StartRun) -> None:
     lines = [line for line in r.err.read_text().splitlines() if line.startswith("import time:")]
     loaded = {line.rpartition("|")[2].strip() for line in lines}
     assert {"lastcall.supervisor.app", "lastcall.supervisor.views.http", "uvloop"} <= loaded
-    others = {"aiohttp", "prometheus_client", "rich.console", "livekit"}
+    others = {"aiohttp", "typer", "pydantic", "prometheus_client", "rich.console", "livekit"}
     others |= {f"lastcall.supervisor.{name}" for name in ("picture", "doctor", "rehearsal", "deploy")}
     assert not loaded & others
     r.kill()

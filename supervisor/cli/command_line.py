@@ -1,11 +1,17 @@
-"""The frame that all verbs share: the root of the command line, and its errors in one line."""
+"""The frame that all verbs share: the root of the command line, and its errors in one line.
+
+typer is imported here, and where verbs use it themselves. `plain_words` reads most command lines without.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_args
 
 import typer
 
+from lastcall.supervisor.cli.plain_words import SESSION, Argument, Option
 from lastcall.supervisor.errors import UsageError
 
 HELP = "Run LiveKit agent workers so that a stop cuts no call."
@@ -24,6 +30,35 @@ def new() -> typer.Typer:
     )
     app.callback()(_root)
     return app
+
+
+def add(app: typer.Typer, name: str, verb: Callable[..., Any], *, help: str | None = None) -> None:
+    """Add a verb. A parameter `session` of it gets the object that `read` is given."""
+
+    def called(context: typer.Context, **values: Any) -> Any:
+        return verb(**values, **({SESSION: context.obj} if has_session else {}))
+
+    parameters = list(inspect.signature(verb, eval_str=True).parameters.values())
+    has_session = any(each.name == SESSION for each in parameters)
+    shown = [_for_typer(each) for each in parameters if each.name != SESSION]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    # typer reads the parameters of a verb from these two, and the help from the docstring.
+    called.__signature__ = inspect.Signature([context, *shown])  # type: ignore[attr-defined]  # as inspect documents
+    called.__annotations__ = {each.name: each.annotation for each in (context, *shown)}
+    called.__doc__ = verb.__doc__
+    app.command(name, help=help)(called)
+
+
+def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
+    shown = parameter.annotation
+    for given in get_args(shown)[1:]:
+        if isinstance(given, Option):
+            shown = Annotated[
+                get_args(shown)[0], typer.Option(*given.names, metavar=given.metavar, help=given.help)
+            ]
+        elif isinstance(given, Argument):
+            shown = Annotated[get_args(shown)[0], typer.Argument(metavar=given.metavar, help=given.help)]
+    return parameter.replace(annotation=shown, kind=parameter.KEYWORD_ONLY)
 
 
 def read(app: typer.Typer, arguments: list[str], session: object) -> int:

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from lastcall.supervisor.cli import page_file
+from lastcall.supervisor.cli import command_line, page_file
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -46,9 +46,9 @@ DYNAMIC_IDS = range(61184, 65520)
 
 def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("unit")(_unit)
-    app.command("doctor")(_doctor)
-    app.command("rehearse")(_rehearse)
+    command_line.add(app, "unit", _unit)
+    command_line.add(app, "doctor", _doctor)
+    command_line.add(app, "rehearse", _rehearse)
 
 
 def _unit(
