@@ -22,6 +22,7 @@ from lastcall.supervisor.config import Config, calls
 from lastcall.supervisor.environment import Surroundings
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
+from lastcall.supervisor.fleet.footprints import Footprints
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
 from lastcall.supervisor.fleet.states import CONSOLE_TEXT, Phase
@@ -132,11 +133,13 @@ class App:
             log=self.log,
         )
         self.watch = Watch(self.fleet, self.operations, log=self.log)
+        self.footprints = Footprints(self.fleet)
         self.status = Status(
             fleet=self.fleet,
             shutdown=self.shutdown,
             operations=self.operations,
             watch=self.watch,
+            footprints=self.footprints,
             companion=self.companion,
             outputs=self._outputs,
         )
@@ -266,6 +269,7 @@ class App:
             "beats": self.watch.run(),
             "announcer": self.announcer.run(),
             "memory": self._trim(),
+            "footprints": self.footprints.run(),
         }
         if self.companion is not None:
             beside["companion"] = self.companion.run()

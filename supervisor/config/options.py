@@ -118,7 +118,9 @@ class Recycle(Section):
         Field(description="Seconds, less up to a tenth, so that not all workers are due at once."),
     ] = 0
     max_jobs: Annotated[int, Field(ge=0, description="Begun by one worker.")] = 0
-    max_rss_mb: Annotated[int, Field(ge=0, description="Megabytes of the worker itself.")] = 0
+    max_rss_mb: Annotated[
+        int, Field(ge=0, description="Megabytes of the worker itself, without what it shares with others.")
+    ] = 0
 
 
 class JobLimits(Section):

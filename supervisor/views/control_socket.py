@@ -16,7 +16,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ TIMEOUT = 5.0
 # Seconds that a socket has to show that somebody listens. Ours: connect() to a listener returns at once.
 LIVE_WITHIN = 1.0
 
-Verb = Callable[[dict[str, Any]], dict[str, Any]]
+Document = dict[str, Any]
+Verb = Callable[[Document], Document | Awaitable[Document]]
 
 
 @asynccontextmanager
@@ -94,7 +95,8 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ve
         answer["error"] = f"not a request of version {VERSION}: {error!r}"
     else:
         try:
-            answer |= {"ok": True, "result": verb(request)}
+            result = verb(request)
+            answer |= {"ok": True, "result": result if isinstance(result, dict) else await result}
         except Refused as error:
             answer["error"] = str(error)
     writer.write(json.dumps(answer).encode() + b"\n")

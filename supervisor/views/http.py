@@ -217,7 +217,7 @@ def _routes(status: Status) -> dict[str, _Route]:
         return _Answer(f"ok, but no worker takes a job: {full}\n".encode() if full else b"ok\n")
 
     async def document() -> _Answer:
-        return _Answer(json.dumps(status.document(), indent=2).encode(), type=JSON)
+        return _Answer(json.dumps(await status.fresh_document(), indent=2).encode(), type=JSON)
 
     metrics: Metrics | None = None
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
+from lastcall.supervisor.fleet.footprints import LOOK_EVERY
 from lastcall.supervisor.fleet.operations import OperationVerb
 from lastcall.supervisor.fleet.states import SlotState
 from lastcall.supervisor.receipt.ledger import EntryFate
@@ -110,6 +111,7 @@ class Collector:
                 age.add_metric(label, max(0.0, now() - beat.at))
                 rss.add_metric(label, beat.rss_bytes)
         yield from (lag, age, rss)
+        yield from self._memory()
         accepting = sum(generation.accepts for generation in generations)
         yield GaugeMetricFamily("lastcall_workers_accepting", "Workers that accept jobs.", value=accepting)
         yield GaugeMetricFamily(
@@ -133,6 +135,37 @@ class Collector:
         yield failures
         yield CounterMetricFamily(
             "lastcall_stalls", "Workers that were found stuck.", value=self._status.watch.stalls
+        )
+
+    def _memory(self) -> Iterator[Metric]:
+        footprints = self._status.footprints
+        pss = GaugeMetricFamily(
+            "lastcall_worker_pss_bytes",
+            "Memory of the worker and of all below it; what is shared counts in parts.",
+            labels=LABELS,
+        )
+        private = GaugeMetricFamily(
+            "lastcall_worker_private_memory_bytes",
+            "Memory of the worker and of all below it that none of them shares.",
+            labels=LABELS,
+        )
+        for generation in self._status.fleet.generations:
+            footprint = footprints.of((generation.slot, generation.number))
+            if footprint is not None and generation.is_alive:
+                label = [str(generation.slot), str(generation.number)]
+                pss.add_metric(label, footprint.pss)
+                private.add_metric(label, footprint.private)
+        yield from (pss, private)
+        images = footprints.images()
+        yield GaugeMetricFamily(
+            "lastcall_image_pss_bytes",
+            "Memory of the image; what is shared counts in parts. 0 without an image.",
+            value=sum(each.pss for each in images),
+        )
+        yield GaugeMetricFamily(
+            "lastcall_image_private_memory_bytes",
+            "Memory of the image that no worker shares; 0 without an image.",
+            value=sum(each.private for each in images),
         )
 
     def _jobs(self) -> Iterator[Metric]:
@@ -216,6 +249,7 @@ class Metrics:
 
     async def text(self) -> bytes:
         """Return the exposition. A worker that does not answer in time shows its last figures."""
+        await self._status.footprints.look(LOOK_EVERY)
         asked = [g for g in self._status.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
         for generation in asked:
             generation.reports.metrics_asked += 1

@@ -141,7 +141,7 @@ ROOMS: dict[str, Room] = {
             "stopper",
             "slot",
             "fleet",
-            "operations",
+            "operations footprints",
             "stalls",
         ),
     ),
