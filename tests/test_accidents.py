@@ -105,7 +105,6 @@ async def test_worker_frozen_while_its_last_job_ends(run: StartRun) -> None:
     await r.nothing_left()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "launch",
     [
@@ -128,7 +127,6 @@ async def test_odd_launchers(run: StartRun, launch: str) -> None:
     await r.clean(job)
 
 
-@pytest.mark.alone
 async def test_room_with_a_very_long_name(run: StartRun) -> None:
     """A name is clipped in status and receipt; the job runs, and is counted once."""
     r: Run = await run("run", "--grace", "30", AGENT)
@@ -151,7 +149,6 @@ async def frozen_idle_process(r: Run, freezer: Freezer) -> psutil.Process:
     return idle
 
 
-@pytest.mark.alone
 async def test_process_that_takes_long_to_die(run: StartRun, freezer: Freezer) -> None:
     """Killed in a stop with time enough, and gone before the end: the sweep waits, and nothing is left."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -182,7 +179,6 @@ async def test_process_that_outlives_grace(run: StartRun, freezer: Freezer) -> N
     await r.nothing_left(5)
 
 
-@pytest.mark.alone
 async def test_program_of_a_crashed_worker_that_takes_long_to_die(run: StartRun, freezer: Freezer) -> None:
     """The slot starts its next worker meanwhile; the program counts once as swept, and never as left."""
     r: Run = await run("run", "--grace", "40", AGENT)

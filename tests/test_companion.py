@@ -204,7 +204,6 @@ async def test_short_grace_while_the_broker_starts(run: StartRun, tmp_path: Path
         await r.nothing_left()
 
 
-@pytest.mark.alone
 async def test_server_that_never_answers(run: StartRun, tmp_path: Path) -> None:
     """The close costs no more than its share, and is called forced."""
     async with InworldServer(api_key=KEY, faults=Faults(ignore_close=True)) as server:

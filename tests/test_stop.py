@@ -182,7 +182,6 @@ async def test_assignment_that_never_comes(run: StartRun) -> None:
     await r.clean()
 
 
-@pytest.mark.alone
 async def test_idle_worker(run: StartRun) -> None:
     """Nothing to drain: the fence is told all the same, and the end comes at once."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -382,7 +381,6 @@ async def test_connection_cut_during_the_drain(run: StartRun) -> None:
     await r.nothing_left()
 
 
-@pytest.mark.alone
 async def test_sigquit_kills_at_once(run: StartRun) -> None:
     """Nothing is waited for; the receipt says what was cut."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -423,6 +421,7 @@ async def test_good_jobs_are_never_reported_failed(run: StartRun) -> None:
     assert await r.exit() == 0
 
 
+@pytest.mark.long
 async def test_what_calls_get_of_a_minute(run: StartRun) -> None:
     """A call that ends 33 s into a grace of 60 s is not told to; one that goes on has its callbacks run."""
     r: Run = await run("run", "--grace", "60", "--http", "127.0.0.1:0", AGENT)
