@@ -173,8 +173,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "command_line plain_text local_server parameters source_changes beside page_file drill_page",
-            "tables",
+            "examples plain_text local_server parameters source_changes beside page_file drill_page",
+            "command_line asking tables",
             "demo_view",
             "live_screen",
             "demo dev operate deployment receipts",
