@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from lastcall.supervisor.cli.tables import plain_name, stop_ruler
+from lastcall.supervisor.cli.plain_text import plain_name
+from lastcall.supervisor.cli.tables import stop_ruler
 
 # By how many Ctrl-C were meant in this stop.
 NEXT_PRESS = (

@@ -36,3 +36,8 @@ def receipt_line(receipt: dict[str, Any]) -> str:
 def totals_text(document: dict[str, Any]) -> str:
     """Return the totals of a status or a receipt; unassigned jobs were no jobs here, and are left out."""
     return ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")
+
+
+def plain_name(text: str) -> str:
+    """Return a name without characters that a terminal obeys: callers choose the names of rooms."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

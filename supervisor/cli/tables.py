@@ -8,6 +8,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from lastcall.supervisor.cli.plain_text import plain_name
+
 STATE_COLOURS = {
     "ready": "green",
     "starting": "cyan",
@@ -95,11 +97,6 @@ def stop_ruler(document: dict[str, Any], width: int, *, plain: bool = False) -> 
     calls = f"{calls_left:.0f} s left to calls, " if calls_left > 0 else ""
     line.append(f"  {calls}{left:.0f} s in all")
     return line
-
-
-def plain_name(text: str) -> str:
-    """Return a name without characters that a terminal obeys: callers choose the names of rooms."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _fitting(rows: int, slots: int, calls: int) -> tuple[int, int]:

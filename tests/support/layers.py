@@ -99,7 +99,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor": Room(
         idea="starts workers, keeps them up, stops them",
         floors=(
-            "errors signals",
+            "errors signals metric_family",
             "config receipt",
             "processes",
             "logs environment outputs receipt_file inworld_endpoint",
@@ -148,7 +148,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.views": Room(
         idea="what is shown of a running supervisor, and what may be asked of it",
         floors=(
-            "sd_notify control_socket worker_metrics",
+            "sd_notify control_socket worker_metrics families",
             "status",
             "metrics commands service_manager",
             "http",
@@ -173,8 +173,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "command_line plain_text local_server parameters source_changes beside page_file drill_page",
-            "tables",
+            "examples plain_text local_server parameters source_changes beside page_file drill_page",
+            "command_line asking tables",
             "demo_view",
             "live_screen",
             "demo dev operate deployment receipts",
