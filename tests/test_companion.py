@@ -398,13 +398,15 @@ async def refused(url: str, key: str) -> bool:
         return error.status == 401
 
 
-async def test_stop_while_the_broker_starts(run: StartRun, tmp_path: Path) -> None:
+async def test_stop_while_the_broker_starts(run: StartRun, program: Program) -> None:
     """At any moment of its start a stop is a clean one."""
     for delay in (0.0, 0.1, 0.3, 0.6):
         async with InworldServer(api_key=KEY) as server:
-            directory = tmp_path / str(delay)
-            directory.mkdir()
-            r = await start(run, directory, server, "--grace", "30")
+            configure(program.directory, server)
+            environment = {"INWORLD_API_KEY": KEY, "LASTCALL_STOP__COMPANION": "3"}
+            r: Run = await run(
+                "run", "--grace", "30", *program.arguments, livekit=False, environment=environment
+            )
             await r.until(lambda r=r: r.log("companion starting"))  # type: ignore[misc]  # bound early
             await asyncio.sleep(delay)
             os.kill(r.pid, signal.SIGTERM)

@@ -36,7 +36,7 @@ NAMES = {
 # The group of each test with the marker.
 GROUPS = {"long": "long", "systemd": "machines", "container": "machines"}
 # Fixtures that are made once for a module.
-SHARED = {"wheel", "browser"}
+SHARED = {"wheel", "installed", "browser", "machine", "built"}
 # Audit events of CPython that stand for a new process.
 EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
 _quick: list[str] = []  # the test that runs now, when it is a quick one
