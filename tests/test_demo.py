@@ -43,8 +43,8 @@ async def test_ctrl_c_on_a_terminal(run: StartRun, terminal: Terminal) -> None:
     terminal.type(b"\x03")
     assert await r.exit(45) == 0
     shown = terminal.read().decode()
-    stop = shown[shown.index("stopping, no new job") :]
-    assert stop.index("stop draining") < stop.index("stopped") < stop.index("lastcall rehearse agent.py")
+    stop = shown[shown.index("stopping (SIGINT): no new job is accepted") :]
+    assert stop.index("draining") < stop.index("processes left 0") < stop.index("lastcall rehearse agent.py")
     assert "Ctrl-C stops: no new call" in shown
     assert "Ctrl-C asks the calls that still run to end now" in stop
     assert "ended by themselves, 0 cut, 0 lost" in stop

@@ -88,7 +88,7 @@ async def test_ctrl_c_twice_ends_at_once(run: StartRun, terminal: Terminal, tmp_
     r = await start(run, terminal, tmp_path, "--grace", "600", "agent.py")
     await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
     terminal.type(b"\x03")
-    await r.until(lambda: b"stop draining" in terminal.read())
+    await r.until(lambda: b"stopping (SIGINT)" in terminal.read())
     await asyncio.sleep(0.4)  # two within 0.3 s are one
     terminal.type(b"\x03")
     assert await r.exit(10) == 75

@@ -67,7 +67,7 @@ def main() -> NoReturn:
     changed = Condition()
     stopping = Stopping(changed)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        # The target is loaded before the loop runs, as it would be in a program of its own. The signals stay
+        # The target is loaded before the loop runs, as it would be without lastcall. The signals stay
         # blocked until then: uvloop forgets what its handlers received before it ran, the kernel does not.
         code = _host(runner, settings, stopping, changed, *given)
         # Not by the end of the interpreter: livekit-agents has threads that never end, and 10 ms would go by.

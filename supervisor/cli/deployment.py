@@ -31,6 +31,7 @@ from lastcall.supervisor.cli.parameters import (
     target_of,
     with_run_options,
 )
+from lastcall.supervisor.cli.progress import Progress
 from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import working_directory
@@ -233,9 +234,10 @@ def _rehearse(
     page_file.checked(junit, "--junit")
     page_file.checked(html)
     verdicts = []
-    with _interruptible():
-        for verdict in rehearse(target, arguments_of(arguments) or (), workers=workers):
+    with _interruptible(), Progress(is_quiet=as_json) as progress:
+        for verdict in rehearse(target, arguments_of(arguments) or (), workers=workers, tell=progress):
             verdicts.append(verdict)
+            progress.clear()
             if not as_json and html != page_file.STANDARD_OUTPUT:
                 print(drill_report.line(verdict), flush=True)
     if as_json:
@@ -275,8 +277,8 @@ def _doctor(
     from lastcall.supervisor.doctor.gather import gather
 
     given = {"target": target_of(target, module), "args": arguments_of(arguments), **flags}
-    with _interruptible():
-        facts = gather(given, config_file=config, unit=unit)
+    with _interruptible(), Progress(is_quiet=as_json) as progress:
+        facts = gather(given, config_file=config, unit=unit, tell=progress)
         findings = examine(facts)
     names = facts.names or ()
     document = report.document(findings, names)

@@ -1,4 +1,4 @@
-"""Status, waits and receipt as one line of plain text each, for logs and pipes."""
+"""Status and waits as one line of plain text each, for logs and pipes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,6 @@ def waits_for(document: dict[str, Any]) -> str:
         elif slot["state"] == "starting":
             waits.append(f"slot {slot['slot']} starting (for {slot['since_s']:.0f} s)")
     return ", ".join(waits)
-
-
-def receipt_line(receipt: dict[str, Any]) -> str:
-    """Return the outcome of a stop, and how many jobs there were."""
-    return (
-        f"receipt: {receipt['outcome']}, exit code {receipt['exit_code']}, {receipt['seconds']:.1f} s;"
-        f" {len(receipt['jobs'])} jobs were running when the stop began; all: {totals_text(receipt)};"
-        f" processes left {receipt['left']}"
-    )
 
 
 def totals_text(document: dict[str, Any]) -> str:

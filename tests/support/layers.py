@@ -104,7 +104,7 @@ ROOMS: dict[str, Room] = {
             "processes",
             "logs environment outputs receipt_file inworld_endpoint",
             "fleet",
-            "inworld_broker",
+            "inworld_broker sentences",
             "program shutdown",
             "views",
             "signal_actions",
@@ -125,8 +125,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
-            "reaper cgroup descendants output_reader output_writer worker_channel socket_directory",
-            "child",
+            "reaper cgroup descendants output_reader line_breaks worker_channel socket_directory",
+            "child output_writer",
             "image",
             "launch",
         ),
@@ -173,7 +173,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "examples plain_text local_server parameters source_changes beside page_file drill_page",
+            "examples plain_text local_server parameters source_changes beside page_file progress drill_page",
             "command_line asking tables",
             "demo_view",
             "live_screen",

@@ -8,7 +8,7 @@ is the name of a class below in snake case, `v` the version, and each other key 
 
 Each side ignores types and keys that it does not know, so that either side may be the newer one. A known
 message that lacks a field without a default, a bad value in a field, and another version are errors. End of
-file is the death notice in both directions.
+file says in both directions that the other side has ended.
 
 All times are readings of the monotonic clock, which all processes of a machine share.
 """
