@@ -194,14 +194,92 @@ async def test_a_silent_agent_takes_its_voice_back() -> None:
     async with stage() as s:
         await s.begin()
         await s.arrive()
-        await s.arriving._ask(leaving_module.TAKEOVER)
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
         s.leaving.cancel(1)
-        assert s.leaving.phase == "silent" and not s.told("cancelled")
+        assert s.told("cancelled") and s.heard == ["silent"]
         s.server.rooms.remove("r", "bot~1")
         await s.until(lambda: s.told("lost"))
         s.leaving.take_back(1)
         await s.until(lambda: s.told("back"))
         assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
+
+
+@pytest.mark.parametrize("first", ["speaks", "cancel"])
+async def test_one_step_decides_who_speaks(first: str) -> None:
+    """A successor that was seen to speak is not cancelled, and one that is cancelled is not seen any more."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
+        if first == "cancel":
+            s.leaving.cancel(1)
+        await s.new.local_participant.set_attributes({"lastcall.speaks": "1"})
+        await s.until(lambda: s.old.remote_participants["bot~1"].attributes.get("lastcall.speaks"))
+        s.leaving.cancel(1)
+        assert s.left.is_set() is s.told("speaks") is (first == "speaks")
+        assert s.told("cancelled") is (first == "cancel")
+        if first == "cancel":  # its worker has looked, and the successor speaks after all
+            s.leaving.leave(1)
+            assert s.left.is_set() and s.heard == ["silent"]
+
+
+@pytest.mark.core
+async def test_a_successor_that_was_not_told_of_its_removal() -> None:
+    """The old agent has its voice back, and the successor comes back to the room: it has to leave.
+
+    It does so by itself, and the old agent tells its worker.
+    """
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
+        s.arriving.may_speak = True  # as far as it knows
+        s.leaving.cancel(1)
+        s.leaving.take_back(1)
+        old = s.server.rooms.state.get("r").participants["bot"]  # type: ignore[union-attr]
+        await s.until(lambda: old.attributes.get("lastcall.withdrawn") == "1")
+        s.server.rooms.reconnect("r", "bot~1")
+        await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
+        assert not s.arriving.may_speak and not deletions.may_delete("r")
+        (returned,) = [each for each in s.steps if each.step == "returned"]
+        assert returned.detail.endswith(" bot~1") and s.heard == ["silent", "speaks again"]
+        s.server.rooms.reconnect("r", "bot")
+        people = s.server.rooms.state.get("r").participants  # type: ignore[union-attr]
+        await s.until(
+            lambda: people["bot"].sid != old.sid and "lastcall.withdrawn" in people["bot"].attributes
+        )
+        assert not s.left.is_set()
+
+
+async def test_a_speaking_successor_reconnects() -> None:
+    """It says again that it speaks, because a full reconnect has taken that from its attributes."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving.take_over()
+        await s.until(s.left.is_set)
+        await s.old.disconnect()
+        s.server.rooms.reconnect("r", "bot~1")
+        people = s.server.rooms.state.get("r").participants  # type: ignore[union-attr]
+        sid = people["bot~1"].sid
+        await s.until(lambda: people["bot~1"].sid != sid and "lastcall.speaks" in people["bot~1"].attributes)
+        assert not s.withdrawn.is_set() and s.arriving.may_speak
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_silence_that_the_worker_forgets(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
+    """The agent speaks again by itself when no successor is in the room."""
+    monkeypatch.setattr(leaving_module, "SILENT_AT_MOST", 0.1)
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
+        if is_there:
+            await asyncio.sleep(0.3)
+            assert s.heard == ["silent"]
+        s.server.rooms.remove("r", "bot~1")
+        await s.until(lambda: s.told("back"))
+        assert s.heard == ["silent", "speaks again"]
 
 
 async def test_an_answer_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ class Worker:
         self.error: RoomServiceError | None = None
         self.url = "wss://sfu.example"
         self.is_closing = False
+        self.begun: list[asyncio.Future[None]] = []
         self.handovers = Handovers(
             self.jobs,
             self.changed,
@@ -114,9 +115,15 @@ def step(name: Any, epoch: int = 1, **more: str) -> CallStep:
     return CallStep(epoch=epoch, step=name, **more)
 
 
-def successor(speaks: str = "") -> Participant:
+def successor(speaks: str = "", epoch: int = 1) -> Participant:
+    shown = {"lastcall.call": "AJ_1", "lastcall.epoch": str(epoch), "lastcall.speaks": speaks}
     return Participant(
-        identity="bot~1", keeps_open=False, is_agent=True, agent_name="a", sid="PA_2", speaks=speaks
+        identity=f"bot~{epoch}",
+        keeps_open=False,
+        is_agent=True,
+        agent_name="a",
+        sid="PA_2",
+        attributes=shown,
     )
 
 
@@ -184,10 +191,21 @@ async def test_a_call_is_handed_over() -> None:
         ([step("seen"), step("lost", detail="gone")], [], "gone", [CancelHandover]),
         ([step("seen"), step("refused", detail="busy")], [successor()], "busy", [CancelHandover]),
         ([step("seen")], [successor()], "the successor was not ready within", [CancelHandover]),
-        ([step("seen"), step("silent")], [], "the successor did not speak", [TakeBack]),
-        ([step("seen"), step("silent")], [successor()], "the successor did not speak", [TakeBack]),
-        ([step("seen", job="AJ_2"), step("silent")], [successor("1")], "", [LeaveRoom]),
-        ([step("seen"), step("silent"), step("lost")], [], "the successor did not speak", [TakeBack]),
+        ([step("seen"), step("silent")], [], "the successor did not speak", [CancelHandover, TakeBack]),
+        (
+            [step("seen"), step("silent")],
+            [successor()],
+            "the successor did not speak",
+            [CancelHandover, TakeBack],
+        ),
+        ([step("seen", job="AJ_2"), step("silent")], [successor("1")], "", [CancelHandover, LeaveRoom]),
+        ([step("seen", job="AJ_2"), step("silent")], [successor("2", 2)], "", [CancelHandover, LeaveRoom]),
+        (
+            [step("seen"), step("silent"), step("lost")],
+            [],
+            "the successor did not speak",
+            [CancelHandover, TakeBack],
+        ),
     ],
 )
 async def test_tries_that_fail(
@@ -217,7 +235,7 @@ async def test_a_cancel_that_comes_too_late() -> None:
     worker.answers = {
         BeginHandover: [step("prepared")],
         str: [step("seen")],
-        CancelHandover: [step("silent")],
+        CancelHandover: [step("silent"), step("cancelled")],
         TakeBack: [step("back")],
     }
     outcome = await worker.handovers.hand_over(worker.job, "test")
@@ -225,11 +243,60 @@ async def test_a_cancel_that_comes_too_late() -> None:
     assert worker.removed == ["bot~1"] and outcome.reason == "the successor did not speak"
 
 
-async def test_an_agent_that_hung_and_wakes_silent() -> None:
-    """Its try is over, so it is told to speak; a try that is under way decides for itself."""
+async def test_a_successor_that_speaks_while_it_is_cancelled() -> None:
+    """The old agent has seen it first: it is not removed, and has the call."""
     worker = Worker()
+    worker.people = [successor()]
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("seen", job="AJ_2"), step("silent")],
+        CancelHandover: [step("speaks")],
+    }
+    outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert (outcome.result, worker.job.successor, worker.removed) == ("done", "AJ_2", [])
+    assert worker.kinds() == [BeginHandover, CancelHandover]
+
+
+async def test_an_old_agent_that_hangs_in_its_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is removed before it answers, because it could not speak; in the end it has failed."""
+    monkeypatch.setattr(module, "REMOVED_WITHIN", 0.3)
+    worker = Worker()
+    worker.people = [successor()]
+    worker.answers = {BeginHandover: [step("prepared")], str: [step("seen"), step("silent")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await asyncio.sleep(0.2)
+    worker.people = []
+    outcome = await handing
+    assert (outcome.result, outcome.reason) == ("failed", "the agent does not answer")
+    assert not worker.removed and TakeBack not in worker.kinds()
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_an_agent_that_hung_and_wakes_silent(speaks: bool) -> None:
+    """Its try is over: it speaks again only if the server shows no successor that has the call."""
+    worker = Worker()
+    worker.people = [successor("4", 4)] if speaks else []
+    worker.answers = {CancelHandover: [step("silent", 4), step("cancelled", 4)], TakeBack: [step("back", 4)]}
+    worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
     worker.handovers.hear("AJ_1", step("silent", 4))
-    assert worker.said == [TakeBack(epoch=4)]
+    await asyncio.gather(*worker.begun)
+    last = LeaveRoom(epoch=4) if speaks else TakeBack(epoch=4)
+    assert worker.said == [CancelHandover(epoch=4), last]
+    assert worker.job.successor == ("bot~4" if speaks else "")
+    assert bool([each for each in worker.told if isinstance(each, JobHandover)]) is speaks
+    if speaks:
+        worker.handovers.hear("AJ_1", step("silent", 4))
+        await asyncio.gather(*worker.begun)
+        assert worker.said[2:] == [LeaveRoom(epoch=4)]
+
+
+async def test_an_agent_that_comes_back_after_its_removal() -> None:
+    """It is removed again, whether or not a handover is under way."""
+    worker = Worker()
+    worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
+    worker.handovers.hear("AJ_1", step("returned", detail="PA_9 bot~1"))
+    await asyncio.gather(*worker.begun)
+    assert worker.removed == ["bot~1"]
 
 
 async def test_a_key_without_the_right() -> None:

@@ -9,8 +9,10 @@
     5. the new agent speaks and says so (`speaks`), and the old job ends
 
 Until step 4 the old agent goes on. After a failure the old agent refuses this epoch for good, and the
-dispatch is deleted. From step 4 on the old agent is silent until the new one is out of the room, and then
-speaks again. So two agents never speak, and one does in the end.
+dispatch is deleted. From step 4 on the old agent is silent. It leaves when it sees that the new one speaks.
+If that takes too long the old agent is told to refuse the new one, and this worker decides from the answer
+on. The old agent leaves if the server shows that the new one speaks. Else the old agent speaks again when the
+new one is out of the room. So two agents never speak, and one does in the end.
 
 A worker stops to hand over when its key may not dispatch. It does so too when a dispatch was taken by a
 worker without lastcall: an agent of the same name that is not the successor. That agent is removed, and until
@@ -163,9 +165,10 @@ class Handovers:
                     attempt.steps[message.step] = message
                     if message.step == "speaks" and job is not None:
                         self._done(job, attempt)  # here, because the end of the job may follow at once
-                elif message.step == "silent":
-                    # The agent had hung, and its try is over: the successor was removed.
-                    self._say(job_id, TakeBack(epoch=message.epoch))
+                elif message.step == "returned":
+                    self._begin(self._remove_returned(job_id, message.detail))
+                elif message.step == "silent":  # the agent had hung, and its try is over
+                    self._begin(self._end_silence(job_id, message))
             case AskHandover(id=id, reason=reason):
                 self._begin(self._answer(job_id, id, reason or "the agent asked for it"))
             case AskRemoval(id=id, sid=sid):
@@ -314,7 +317,7 @@ class Handovers:
         )
 
     async def _try(self, job: Job, attempt: Try, reason: str) -> Outcome:
-        call = job.id if job.succession is None else job.succession.call
+        call = _call_of(job)
         order = BeginHandover(
             call=call,
             epoch=attempt.epoch,
@@ -381,37 +384,81 @@ class Handovers:
         )
 
     async def _confirm(self, job: Job, attempt: Try) -> Outcome:
-        """The old agent is silent. Return once one of the two speaks."""
-        await self._until(job, attempt, SPEAKS_WITHIN, "speaks", "lost")
-        if attempt.has("speaks"):
-            return self._done(job, attempt)
-        until, is_gone = now() + REMOVED_WITHIN, False
-        while not is_gone and not attempt.has("speaks") and now() < until:
+        """The old agent is silent. Return once one of the two speaks.
+
+        A successor is removed only once the old agent has said that it refuses it. One that hangs says
+        nothing: its successor speaks, or leaves by itself.
+        """
+        if not attempt.has("cancelled"):
+            await self._until(job, attempt, SPEAKS_WITHIN, "speaks", "lost")
+        until, is_there = now() + REMOVED_WITHIN, True
+        while not attempt.has("speaks") and now() < until:
             if self._has_ended(job):
                 return await self._left_to_the_successor(job, attempt)
+            if not attempt.has("cancelled"):
+                self._say(job.id, CancelHandover(epoch=attempt.epoch))
+                await self._until(job, attempt, ANSWERS_WITHIN, "cancelled", "speaks")
+                if attempt.has("speaks") or self._has_ended(job):
+                    continue
             try:
-                successor = await self._look(job, attempt)
-                if successor is not None and successor.speaks == str(attempt.epoch):
-                    self._say(job.id, LeaveRoom(epoch=attempt.epoch))
+                people = await self._people(job)
+                if _speaks(people, job, attempt):
                     return self._done(job, attempt)
-                is_gone = successor is None or await self._remove(job, successor)
+                successor = _successor(people, attempt)
+                is_there = successor is not None
+                if attempt.has("cancelled") and (successor is None or await self._remove(job, successor)):
+                    return await self._take_back(job, attempt)
             except RoomServiceError as error:
-                is_gone = attempt.has("lost")  # the old agent does not see it any more
                 log.warning(
                     "a successor that does not speak can't be removed",
                     extra={"job_id": job.id, "error": str(error)},
                 )
-            if not is_gone:
-                await self._sleep(LOOK_AGAIN_AFTER)
-        if not is_gone or attempt.has("speaks"):
+                if attempt.has("cancelled") and attempt.has("lost"):  # the old agent does not see it any more
+                    return await self._take_back(job, attempt)
+            await self._sleep(LOOK_AGAIN_AFTER)
+        if attempt.has("speaks") or is_there:
             # The server removes a client that hangs after 20 s. So one that is there for longer has got the
             # answer, and speaks: a successor that may not leaves by itself.
-            self._say(job.id, LeaveRoom(epoch=attempt.epoch))
             return self._done(job, attempt)
+        return failed("the agent does not answer")  # if it wakes it says that it is silent
+
+    async def _take_back(self, job: Job, attempt: Try) -> Outcome:
         self._say(job.id, TakeBack(epoch=attempt.epoch))
         await self._delete_dispatch(job, attempt)
         await self._until(job, attempt, ANSWERS_WITHIN, "back")
         return failed("the successor did not speak")
+
+    async def _end_silence(self, job_id: str, silent: CallStep) -> None:
+        """Have one of the two speak where an old agent that had hung is silent for a try that is over."""
+        due, job = now() + REMOVED_WITHIN, self._jobs.get(job_id)
+        if job is None:
+            return
+        if job.successor:
+            self._say(job_id, LeaveRoom(epoch=silent.epoch))
+            return
+        await self._changed.until(lambda: job_id not in self._tries or self._has_ended(job), lambda: due)
+        if job_id in self._tries or self._has_ended(job):
+            return
+        identity = successor_identity(job.presence.identity, silent.epoch)
+        attempt = Try(epoch=silent.epoch, identity=identity, secret="", steps={"silent": silent})
+        self._tries[job_id] = attempt
+        try:
+            outcome = await self._confirm(job, attempt)
+        finally:
+            del self._tries[job_id]
+        if outcome.result == "done":
+            self._note(job, outcome, "the agent had hung")
+
+    async def _remove_returned(self, job_id: str, who: str) -> None:
+        """Remove an agent that was removed before, and has come back without knowing."""
+        job, service = self._jobs.get(job_id), self._service()
+        sid, _, identity = who.partition(" ")
+        if job is None or service is None:
+            return
+        try:
+            await service.remove(job.room, identity, sid)
+        except RoomServiceError as error:
+            log.warning("an agent can't be removed", extra={"job_id": job_id, "error": str(error)})
 
     async def _left_to_the_successor(self, job: Job, attempt: Try) -> Outcome:
         """The old agent has gone after its answer. Nobody else can have the call, so the new one stays."""
@@ -432,15 +479,17 @@ class Handovers:
         Raises RoomServiceError when the server can't say.
         """
         while now() < until:
-            successor = await self._look(job, attempt)
-            if successor is None:
-                return False
-            if successor.speaks == str(attempt.epoch):
+            people = await self._people(job)
+            if _speaks(people, job, attempt):
                 return True
+            if _successor(people, attempt) is None:
+                return False
             await self._sleep(LOOK_AGAIN_AFTER)
         return False
 
     def _done(self, job: Job, attempt: Try) -> Outcome:
+        if not attempt.has("speaks"):
+            self._say(job.id, LeaveRoom(epoch=attempt.epoch))
         job.successor = attempt.steps["seen"].job if attempt.has("seen") else attempt.identity
         return Outcome(result="done", successor=job.successor)
 
@@ -482,7 +531,7 @@ class Handovers:
     async def _end_successor(self, job: Job, attempt: Try) -> None:
         await self._delete_dispatch(job, attempt)
         try:
-            successor = await self._look(job, attempt)
+            successor = _successor(await self._people(job), attempt)
             if successor is not None:
                 await self._remove(job, successor)
         except RoomServiceError as error:
@@ -521,13 +570,12 @@ class Handovers:
         at = now() + seconds
         await self._changed.until(self._is_closing, lambda: at)
 
-    async def _look(self, job: Job, attempt: Try) -> Participant | None:
-        """Return the successor, if it is in the room. Raises RoomServiceError."""
+    async def _people(self, job: Job) -> list[Participant]:
+        """Return the participants of the room. Raises RoomServiceError."""
         service = self._service()
         if service is None:
             raise RoomServiceError("no URL or key of the LiveKit server")
-        people = await service.participants(job.room)
-        return next((each for each in people if each.is_agent and each.identity == attempt.identity), None)
+        return await service.participants(job.room)
 
     async def _remove(self, job: Job, successor: Participant) -> bool:
         """Remove a successor; tell whether it is gone. Raises RoomServiceError."""
@@ -567,3 +615,19 @@ class Handovers:
                     extra={"job_id": job_id, "error": str(error)},
                 )
         self._say(job_id, Removed(id=id, is_gone=is_gone))
+
+
+def _successor(people: list[Participant], attempt: Try) -> Participant | None:
+    return next((each for each in people if each.is_agent and each.identity == attempt.identity), None)
+
+
+def _speaks(people: list[Participant], job: Job, attempt: Try) -> bool:
+    """Tell whether the successor speaks, or one that has followed it already."""
+    call = _call_of(job)
+    return any(
+        each.is_agent and succession.speaks_at(each.attributes, call) >= attempt.epoch for each in people
+    )
+
+
+def _call_of(job: Job) -> str:
+    return job.id if job.succession is None else job.succession.call

@@ -18,7 +18,6 @@ import aiohttp
 from livekit import api
 
 from lastcall.worker.base.proxies import proxy_to
-from lastcall.worker.base.succession import SPEAKS
 
 log = logging.getLogger("lastcall.worker")
 
@@ -46,7 +45,7 @@ class Participant:
     """One participant of a room. `keeps_open`: the room stays for it, as for a caller.
 
     The server itself writes the name of an agent into its attributes (pkg/agent/worker.go, AssignJob).
-    `speaks`: the epoch that a successor shows (`base.succession`).
+    `attributes`: those of a handover are in `base.succession`.
     """
 
     identity: str
@@ -54,7 +53,7 @@ class Participant:
     is_agent: bool
     agent_name: str
     sid: str = field(default="", compare=False)
-    speaks: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 class Requests:
@@ -132,7 +131,7 @@ class RoomService:
                     is_agent=kind == "AGENT",
                     agent_name=attributes.get("lk.agent_name", ""),
                     sid=each.get("sid", ""),
-                    speaks=attributes.get(SPEAKS, ""),
+                    attributes=attributes,
                 )
                 people.append(person)
         return people

@@ -39,7 +39,17 @@ ResourceFate = Literal["closed", "forced", "leaked"]
 StopCause = Literal["stop", "reload", "recycle", "stall"]
 # The steps of one try to hand over a call, as the leaving agent tells them (`worker.job.leaving`).
 HandoverStep = Literal[
-    "prepared", "impossible", "seen", "stranger", "silent", "speaks", "lost", "refused", "cancelled", "back"
+    "prepared",
+    "impossible",
+    "seen",
+    "stranger",
+    "silent",
+    "speaks",
+    "lost",
+    "refused",
+    "cancelled",
+    "back",
+    "returned",
 ]
 # How a handover ended that was asked for.
 HandoverResult = Literal["done", "refused", "failed"]
@@ -456,7 +466,7 @@ class CallStep:
     """A step of the handover of this epoch has been taken.
 
     `job`: the successor's, of `seen`. `detail`: the reason, of `impossible`, `refused` and `lost`. Of
-    `stranger` it is the sid and the identity, with a space between them.
+    `stranger` and `returned` it is the sid and the identity of an agent, with a space between them.
     """
 
     epoch: int

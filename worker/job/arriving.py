@@ -9,7 +9,8 @@ there, and `take_over` when it may speak:
     the predecessor does not answer, or is   it is removed from the room, and the call goes on without its
     gone                                     last turns, perhaps without its capsule
 
-An answer that is older than its second gives no right to speak: the predecessor may be speaking again.
+An answer that is older than its second gives no right to speak: the predecessor may be speaking again. An
+agent that comes back to its room after a full reconnect looks whether it has lost the right meanwhile.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from lastcall.worker.base import succession
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.succession import Succession
 from lastcall.worker.job import deletions
-from lastcall.worker.job.leaving import AGENT, CAPSULE, DEPENDENT_KINDS, HELLO, TAKEOVER, TURNS
+from lastcall.worker.job.leaving import AGENT, CAPSULE, DEPENDENT_KINDS, HELLO, TAKEOVER, TURNS, leave_now
 
 log = logging.getLogger("lastcall")
 
-# Seconds for an answer of the predecessor. Ours: an RPC takes 50 ms, and `on_takeover` has a second.
+# Seconds for the predecessor to answer `hello`. Ours: an RPC takes 50 ms.
 ANSWERS_WITHIN = 2.0
+# Seconds for the answer to `takeover`. Ours: `on_takeover` has a second, and where the answer is lost the
+# worker of the predecessor removes this agent 1.5 s after it (`handovers.SPEAKS_WITHIN`). Both must not be
+# removed.
+TAKEOVER_WITHIN = 3.0
 # livekit's clients take 7 s for the acknowledgement off this time; what is left is for the handler.
 RESPONSE_TIMEOUT = 10.0
 # Seconds for the capsule. Ours: 200 kB take 0.2 s.
@@ -135,6 +140,7 @@ class Arriving:
             room.register_byte_stream_handler(topic, functools.partial(self._on_stream, topic))
         room.on("participant_disconnected", self._on_disconnected)
         room.on("participant_connected", self._on_connected)
+        room.on("reconnected", self._on_reconnected)
         connect = room.connect
 
         @functools.wraps(connect)
@@ -173,7 +179,7 @@ class Arriving:
         self._look_for_others()
         state: Any = None
         if self._predecessor is not None:
-            hello = await self._ask(HELLO)
+            hello = await self._ask(HELLO, ANSWERS_WITHIN)
             if hello is not None:
                 line = await self._part(CAPSULE, CAPSULE_WITHIN)
                 if line is None and not self._left.is_set():
@@ -200,7 +206,7 @@ class Arriving:
     def _predecessor(self) -> Any:
         return self._room.remote_participants.get(self.succession.predecessor)
 
-    async def _ask(self, method: str) -> dict[str, Any] | None:
+    async def _ask(self, method: str, within: float) -> dict[str, Any] | None:
         """Return the predecessor's answer, or None if it does not answer. Raises Withdrawn if it refuses."""
         found = self.succession
         payload = {"epoch": found.epoch, "secret": found.secret, "job": self._job}
@@ -214,7 +220,7 @@ class Arriving:
         )
         leaving = asyncio.ensure_future(self._left.wait())
         try:
-            await asyncio.wait((asking, leaving), timeout=ANSWERS_WITHIN, return_when="FIRST_COMPLETED")
+            await asyncio.wait((asking, leaving), timeout=within, return_when="FIRST_COMPLETED")
             if not asking.done():
                 return None
             answer = json.loads(asking.result())
@@ -250,7 +256,7 @@ class Arriving:
             if self._is_stopping():
                 raise Withdrawn("the worker of the successor is being stopped")
             asked_at = now()
-            answer = await self._ask(TAKEOVER)
+            answer = await self._ask(TAKEOVER, TAKEOVER_WITHIN)
             if answer is None:
                 break
             if not answer.get("wait"):
@@ -350,8 +356,25 @@ class Arriving:
         if participant.identity != self.succession.predecessor:
             return
         self._left.clear()
+        self._end_if_superseded()
         if self._is_removing or self.may_speak:
             self._spawn(self._remove_again(participant.sid))
+
+    def _on_reconnected(self) -> None:
+        self._end_if_superseded()
+        if self.may_speak:  # a full reconnect has brought back the attributes of the begin
+            self._spawn(self._say_that_it_speaks())
+
+    def _end_if_superseded(self) -> None:
+        """Leave if this agent has lost the right to speak: it may have been removed, and not know."""
+        found = self.succession
+        agents = [each.attributes for each in self._room.remote_participants.values() if each.kind == AGENT]
+        if self.may_speak and succession.is_superseded(found.call, found.epoch, agents):
+            self.may_speak = False
+            deletions.forbid(self._name)
+            log.warning("lastcall.call: the call has gone on in another job, and this one ends")
+            self._withdraw()
+            self._spawn(leave_now(self._room))
 
     async def _remove_again(self, sid: str) -> None:
         if not await self._remove(sid):
