@@ -142,6 +142,12 @@ def at_the_answer(r: Run, act: Callable[[], None]) -> None:
     state.relay = watched  # type: ignore[method-assign]
 
 
+def elsewhere(r: Run, worker: str) -> None:
+    """Have the server offer every job from now on to another worker than this one."""
+    choose = r.livekit._choose
+    r.livekit._choose = lambda job, tried, only: choose(job, tried | {worker}, only)  # type: ignore[method-assign]
+
+
 async def over(r: Run, operation: dict[str, Any]) -> dict[str, Any]:
     """Return an operation once it is over."""
     answer: dict[str, Any] = {}
@@ -284,14 +290,46 @@ async def test_a_successor_that_dies(run: StartRun) -> None:
     call.never_two()
 
 
+async def test_a_successor_whose_worker_stops(run: StartRun) -> None:
+    """Before the takeover it can't be handed over, and leaves again. The old agent speaks on.
+
+    Nobody has noticed anything, and the next try finds another worker.
+    """
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
+    await r.ready(2)
+    call = await begun(r, holds=True)
+    elsewhere(r, r.livekit.jobs[call.id].worker_id)
+    operation = hand_over(r, call.id)
+    successor = (await call.note("connected", 2))["job"]
+    await r.until(lambda: job_of(r, successor)["capsule"], PATIENCE)
+    assert job_of(r, successor)["capsule"]["lacks"] == "the agent has not the call yet"
+    answer = await over(r, hand_over(r, successor))
+    assert answer["reason"] == "not possible: the agent has not the call yet"
+    worker = r.livekit.jobs[successor].worker_id
+    slots = control_socket.ask(r.control, "status")["slots"]
+    control_socket.ask(
+        r.control, "recycle", slot=next(each["slot"] for each in slots if each["worker_id"] == worker)
+    )
+    await r.until(lambda: call.notes("disconnected", successor), PATIENCE)
+    answer = await over(r, operation)
+    assert answer["state"] == "failed" and "left the room" in answer["reason"], answer
+    await call.hears_more()
+    assert call.turns == ["bot"] and not call.notes("is to be silent")
+    r.job_log.with_name(r.job_log.name + ".ready").touch()
+    answer = await over(r, hand_over(r, call.id))
+    assert answer["state"] == "done", answer
+    await call.hears_more()
+    assert call.turns == ["bot", "bot~2"]
+    call.never_two()
+
+
 async def test_a_worker_that_dies(run: StartRun) -> None:
     """That of the old agent, when a successor is there: it goes on with the state, and is the only one."""
     r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
     await r.ready(2)
     call = await begun(r, holds=True)
     old = r.livekit.jobs[call.id].worker_id
-    choose = r.livekit._choose
-    r.livekit._choose = lambda job, tried, only: choose(job, tried | {old}, only)  # type: ignore[method-assign]
+    elsewhere(r, old)
     hand_over(r, call.id)
     successor = await call.note("connected", 2)
     assert r.livekit.jobs[successor["job"]].worker_id != old

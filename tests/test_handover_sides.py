@@ -293,16 +293,37 @@ async def test_an_answer_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not s.arriving.may_speak and s.withdrawn.is_set()
 
 
-@pytest.mark.parametrize("when", ["before", "hello", "capsule", "takeover", "frozen"])
-async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """The successor goes on, with the capsule if it has come; one that only hangs is removed first."""
+@pytest.mark.parametrize("when", ["before", "hello", "capsule"])
+async def test_a_capsule_that_does_not_come(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The successor goes on without a state if its predecessor is gone, and leaves again if it lives."""
     monkeypatch.setattr(arriving_module, "ANSWERS_WITHIN", 0.3)
-    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 0.05)
+    monkeypatch.setattr(arriving_module, "CAPSULE_WITHIN", 0.3)
     async with stage() as s:
-        if when != "before":
-            await s.begin()
+        if when == "before":
+            await s.arrive()
+            assert s.resumed.state is None and await s.arriving.take_over() is None
+            assert s.arriving.may_speak
+            return
+        await s.begin()
         if when == "hello":
             s.old.local_participant.take_relayed = lambda *_: None  # type: ignore[method-assign]  # it hangs
+        else:
+            monkeypatch.setattr(s.leaving, "_send", lambda *_: asyncio.sleep(0))
+        with pytest.raises(Withdrawn, match="did not come"):
+            await s.arrive()
+        with pytest.raises(Withdrawn):
+            await s.arriving.take_over()
+        await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
+        assert not s.arriving.may_speak and s.old.isconnected() and not s.heard
+
+
+@pytest.mark.parametrize("when", ["capsule", "takeover", "frozen"])
+async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The successor goes on, with the capsule if it has come; one that only hangs is removed first."""
+    monkeypatch.setattr(arriving_module, "TAKEOVER_WITHIN", 0.3)
+    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 0.05)
+    async with stage() as s:
+        await s.begin()
         await s.arrive()
         if when == "takeover":
             s.server.rooms.remove("r", "bot")
@@ -311,12 +332,55 @@ async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: st
             s.old.local_participant.take_relayed = lambda *_: None  # type: ignore[method-assign]
         assert await s.arriving.take_over() is None
         assert s.arriving.may_speak and s.heard == []
-        assert s.resumed.state == (None if when in ("before", "hello") else "state")
+        assert s.resumed.state == "state"
         await s.until(lambda: "bot" not in s.new.remote_participants)
         if when == "frozen":  # it comes back, with its token that is still good
             again = Room()
             await again.connect(s.server.url, token(s.server, "bot", "agent"))
             await s.until(lambda: not again.isconnected())
+
+
+@pytest.mark.parametrize("when", ["before", "connected", "alone", "taken"])
+async def test_a_successor_whose_worker_stops(when: str) -> None:
+    """It leaves again before it has the call, unless its predecessor is gone; afterwards it stays."""
+    async with stage() as s:
+        is_stopping = when == "before"
+        s.arriving._is_stopping = lambda: is_stopping
+        await s.begin()
+        if when == "before":
+            with pytest.raises(Withdrawn, match="stopped"):
+                await s.arrive()
+        else:
+            await s.arrive()
+        if when == "alone":
+            await s.old.disconnect()
+            await s.until(lambda: "bot" not in s.new.remote_participants)
+        elif when == "taken":
+            await s.arriving.take_over()
+        s.arriving.stop()
+        if when in ("alone", "taken"):
+            is_stopping = True
+            await s.arriving.take_over()
+            assert s.arriving.may_speak and not s.withdrawn.is_set()
+            return
+        await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
+        with pytest.raises(Withdrawn, match="stopped"):
+            await s.arriving.take_over()
+        assert not s.heard and s.old.isconnected()
+
+
+async def test_a_successor_without_the_call_is_not_handed_over() -> None:
+    """The leaving side refuses before the takeover, and not after it."""
+    async with stage() as s:
+        has_call = False
+        s.leaving._has_call = lambda: has_call
+        await s.begin()
+        assert [(each.step, each.detail) for each in s.steps] == [
+            ("impossible", "the agent has not the call yet")
+        ]
+        has_call = True
+        s.leaving.begin(ORDER)
+        await s.until(lambda: s.told("prepared"))
 
 
 async def test_a_room_without_a_caller_and_one_with_another_successor() -> None:

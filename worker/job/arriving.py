@@ -29,7 +29,16 @@ from lastcall.worker.base import succession
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.succession import Succession
 from lastcall.worker.job import deletions
-from lastcall.worker.job.leaving import AGENT, CAPSULE, DEPENDENT_KINDS, HELLO, TAKEOVER, TURNS, leave_now
+from lastcall.worker.job.leaving import (
+    AGENT,
+    BACK_WITHIN,
+    CAPSULE,
+    DEPENDENT_KINDS,
+    HELLO,
+    TAKEOVER,
+    TURNS,
+    leave_now,
+)
 
 log = logging.getLogger("lastcall")
 
@@ -57,7 +66,7 @@ GONE_WITHIN, REMOVALS = 1.0, 3
 # Errors of an RPC which say that the other side lives, and does not want.
 Code = rtc.RpcError.ErrorCode
 REFUSALS = frozenset({Code.APPLICATION_ERROR, Code.UNSUPPORTED_METHOD})
-CLIENT_INITIATED = 1
+STOPPING = "the worker of the successor is being stopped"
 
 
 class Withdrawn(Exception):
@@ -113,6 +122,8 @@ class Arriving:
         self.succession = found
         self.resumed = resumed
         self.may_speak = False
+        # Why this agent has to leave again.
+        self.withdrawn = ""
         self._job = job
         self._remove = remove
         self._withdraw = withdraw
@@ -154,6 +165,8 @@ class Arriving:
     async def take_over(self) -> Any:
         """Return the last turns once the agent may speak. Raises Withdrawn."""
         async with self._taking:
+            if self.withdrawn:
+                raise Withdrawn(self.withdrawn)
             if not self.may_speak:
                 self._turns = await self._ended_if_withdrawn(self._take_over())
             return self._turns
@@ -168,9 +181,22 @@ class Arriving:
         try:
             return await work
         except Withdrawn as error:
-            log.info("lastcall.call: a successor leaves again", extra={"reason": str(error)})
-            self._withdraw()
+            self._give_up(str(error))
             raise
+
+    def stop(self) -> None:
+        """Leave again because the worker is being stopped, unless nobody else has the call."""
+        is_arriving = not (self.may_speak or self.withdrawn or self._taking.locked())
+        if is_arriving and self._room.isconnected() and self._predecessor is not None:
+            self._give_up(STOPPING)
+
+    def _give_up(self, why: str) -> None:
+        """Leave the room, and end the job: the call stays where it is, or has gone elsewhere."""
+        self.withdrawn, self.may_speak = why, False
+        log.info("lastcall.call: a successor leaves again", extra={"reason": why})
+        deletions.forbid(self._name)
+        self._withdraw()
+        self._spawn(leave_now(self._room))
 
     # -- until the capsule is there -------------------------------------------------------------------
 
@@ -179,12 +205,14 @@ class Arriving:
         self._look_for_others()
         state: Any = None
         if self._predecessor is not None:
+            if self._is_stopping():
+                raise Withdrawn(STOPPING)
             hello = await self._ask(HELLO, ANSWERS_WITHIN)
-            if hello is not None:
-                line = await self._part(CAPSULE, CAPSULE_WITHIN)
-                if line is None and not self._left.is_set():
-                    raise Withdrawn("the capsule did not come")
-                state = None if line is None else json.loads(line)
+            line = None if hello is None else await self._part(CAPSULE, CAPSULE_WITHIN)
+            if line is not None:
+                state = json.loads(line)
+            elif await self._is_predecessor_there():
+                raise Withdrawn("the capsule did not come")
         self.resumed.restore(state)
         log.info(
             "lastcall.call: a call has come from another job",
@@ -201,6 +229,12 @@ class Arriving:
             is_other = each.kind == AGENT and each.identity != found.predecessor
             if is_other and succession.epoch_of(each.attributes, found.call) >= found.epoch:
                 raise Withdrawn("another successor is in the room")
+
+    async def _is_predecessor_there(self) -> bool:
+        """Tell whether it is in the room. A full reconnect of this agent shows everybody leave and come."""
+        if self._predecessor is None:
+            await asyncio.sleep(BACK_WITHIN)
+        return self._predecessor is not None
 
     @property
     def _predecessor(self) -> Any:
@@ -254,7 +288,7 @@ class Arriving:
         turns: Any = None
         while self._predecessor is not None:
             if self._is_stopping():
-                raise Withdrawn("the worker of the successor is being stopped")
+                raise Withdrawn(STOPPING)
             asked_at = now()
             answer = await self._ask(TAKEOVER, TAKEOVER_WITHIN)
             if answer is None:
@@ -370,11 +404,7 @@ class Arriving:
         found = self.succession
         agents = [each.attributes for each in self._room.remote_participants.values() if each.kind == AGENT]
         if self.may_speak and succession.is_superseded(found.call, found.epoch, agents):
-            self.may_speak = False
-            deletions.forbid(self._name)
-            log.warning("lastcall.call: the call has gone on in another job, and this one ends")
-            self._withdraw()
-            self._spawn(leave_now(self._room))
+            self._give_up("the call has gone on in another job")
 
     async def _remove_again(self, sid: str) -> None:
         if not await self._remove(sid):

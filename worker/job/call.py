@@ -274,7 +274,11 @@ class Call:
 
         Raises `lastcall.Withdrawn` if the call stays with the predecessor. The job is then shut down.
         """
-        return None if self._arriving is None else await self._arriving.take_over()
+        if self._arriving is None:
+            return None
+        turns = await self._arriving.take_over()
+        self._tell_keeps()  # from now on the call can be handed over from here
+        return turns
 
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[None]:
@@ -351,8 +355,18 @@ class Call:
                 leave=self._leave,
                 call=self._job if found is None else found.call,
                 epoch=0 if found is None else found.epoch,
+                has_call=self._has_call,
             )
         return self._leaving
+
+    def _has_call(self) -> bool:
+        """Tell whether this job has the call: a successor has it from the takeover on."""
+        return self._arriving is None or self._arriving.may_speak
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether this job is a successor that has to leave again. For lastcall."""
+        return self._arriving is not None and bool(self._arriving.withdrawn)
 
     def _leave(self) -> None:
         if self._ctx is not None:
@@ -437,6 +451,8 @@ class Call:
             case Limit():
                 self.stopping.set(Notice(reason=message.cause, deadline=message.due_at))
                 self._answer(message.answers, message)
+                if self._arriving is not None:
+                    self._arriving.stop()
                 for listening in list(self._listening):
                     self._tell(listening)
             case HandoverOver(id=id) | Removed(id=id):
@@ -552,7 +568,8 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
     return made
 
 
-def arrive(ctx: Any, found: Succession) -> None:
+def arrive(ctx: Any, found: Succession) -> Call:
     """Have the job of `ctx` be a successor, before its entrypoint runs. For lastcall."""
     made = _calls[ctx.proc] = Call(ctx, _addresses.get(ctx.proc), found)
     made.be_successor(found)
+    return made

@@ -89,6 +89,7 @@ class Leaving:
         leave: Callable[[], None],
         call: str,
         epoch: int,
+        has_call: Callable[[], bool] = lambda: True,
     ) -> None:
         self.on_takeover: Function | None = None
         self.on_take_back: Function | None = None
@@ -101,6 +102,7 @@ class Leaving:
         self._leave = leave
         self._call = call
         self._epoch = epoch
+        self._has_call = has_call
         self._order: BeginHandover | None = None
         self._line = b""
         self._asked_at: float | None = None
@@ -112,6 +114,8 @@ class Leaving:
     @property
     def lacks(self) -> str:
         """Why the call can't be handed over, as far as its agent knows; empty when it can."""
+        if not self._has_call():
+            return "the agent has not the call yet"
         if not self._capsule.is_kept:
             return "no call.keep"
         if self.on_takeover is None:
