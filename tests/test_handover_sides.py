@@ -72,6 +72,61 @@ async def test_a_call_changes_hands(state: object, turns: object) -> None:
         assert s.leaving.phase == "left" and not s.withdrawn.is_set()
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("newer", ["next", "ü" * (MAX_BYTES // 2 - 2), None], ids=["small", "256 kB", "null"])
+@pytest.mark.parametrize("turns", [["bye"], "x" * 9_995], ids=["few turns", "many turns"])
+async def test_a_state_that_is_kept_after_the_capsule_was_sent(newer: object, turns: object) -> None:
+    """The successor has it when it may speak, whatever its size, and no turn between is lost."""
+    async with stage() as s:
+        s.turns = turns
+        await s.begin({"turns": [1]})
+        await s.arrive()
+        assert s.resumed.state == {"turns": [1]}
+        s.capsule.keep(newer)
+        assert await s.arriving.take_over() == turns
+        assert s.resumed.state == newer and s.arriving.may_speak
+
+
+async def test_a_newer_state_that_can_not_be_read() -> None:
+    """The takeover is refused, and the old agent speaks again with all that it knows."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+
+        def fail() -> None:
+            raise ValueError("my card is 4111")
+
+        s.capsule.keep(fail)
+        with pytest.raises(Withdrawn):
+            await s.arriving.take_over()
+        await s.until(lambda: s.told("refused"))
+        assert s.heard == ["silent", "speaks again"] and not s.arriving.may_speak
+
+
+@pytest.mark.parametrize("lives", [True, False])
+async def test_last_turns_that_do_not_come(monkeypatch: pytest.MonkeyPatch, lives: bool) -> None:
+    """The successor has no right to speak while its predecessor lives, and else goes on with what it has."""
+    monkeypatch.setattr(arriving_module, "LEASE", 0.3)
+    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 0.05)
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        s.turns = "x" * 20_000
+
+        async def fail(topic: str, line: bytes) -> None:
+            if not lives:
+                await s.old.disconnect()
+
+        monkeypatch.setattr(s.leaving, "_send", fail)
+        if lives:
+            with pytest.raises(Withdrawn, match="did not come"):
+                await s.arriving.take_over()
+            assert not s.arriving.may_speak
+        else:
+            assert await s.arriving.take_over() is None
+            assert s.arriving.may_speak and s.resumed.state == "state"
+
+
 @pytest.mark.parametrize("lacks", ["keep", "takeover", "take back", "busy", "provider"])
 async def test_a_call_that_can_not_leave(lacks: str) -> None:
     """The reason is told, and it shows nothing of what the agent has kept."""

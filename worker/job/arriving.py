@@ -35,6 +35,7 @@ from lastcall.worker.job.leaving import (
     CAPSULE,
     DEPENDENT_KINDS,
     HELLO,
+    NEWER,
     TAKEOVER,
     TURNS,
     leave_now,
@@ -95,7 +96,8 @@ class Resumed:
     def state(self) -> Any:  # any JSON value
         """The value that the predecessor gave to `call.keep`; None if the predecessor died before.
 
-        Raises RuntimeError before `ctx.connect()` has returned.
+        After `call.take_over()` it is the newest: the predecessor may have kept another one meanwhile. Raises
+        RuntimeError before `ctx.connect()` has returned.
         """
         if not self._has_state:
             raise RuntimeError("call.resumed.state is there once ctx.connect() has returned")
@@ -146,7 +148,7 @@ class Arriving:
         self._room, self._name = room, name
         deletions.forbid(name)
         loop = asyncio.get_running_loop()
-        for topic in (CAPSULE, TURNS):
+        for topic in (CAPSULE, TURNS, NEWER):
             self._parts[topic] = loop.create_future()
             room.register_byte_stream_handler(topic, functools.partial(self._on_stream, topic))
         room.on("participant_disconnected", self._on_disconnected)
@@ -294,19 +296,28 @@ class Arriving:
             if answer is None:
                 break
             if not answer.get("wait"):
-                turns = await self._turns_of(answer)
-                if now() - asked_at > LEASE + float(answer.get("took", 0.0)):
+                if NEWER in answer:
+                    self.resumed.restore(await self._last(NEWER, answer, self.resumed.state))
+                turns = await self._last(TURNS, answer, None)
+                if now() - asked_at <= LEASE + float(answer.get("took", 0.0)):
+                    return self._speak(turns)
+                if await self._is_predecessor_there():
                     raise Withdrawn("too late")
-                return self._speak(turns)
+                break
             await asyncio.sleep(ASK_AGAIN_AFTER)
         await self._go_on_alone()
         return self._speak(turns)
 
-    async def _turns_of(self, answer: dict[str, Any]) -> Any:
-        if "turns" in answer:
-            return json.loads(base64.b64decode(answer["turns"]))
-        line = await self._part(TURNS, LEASE)
-        return None if line is None else json.loads(line)
+    async def _last(self, topic: str, answer: dict[str, Any], without: Any) -> Any:
+        """Return what the answer holds, or announces; `without` where the predecessor has died meanwhile."""
+        line: bytes | None = base64.b64decode(answer[topic])
+        if not line:
+            line = await self._part(topic, LEASE)
+        if line is not None:
+            return json.loads(line)
+        if await self._is_predecessor_there():
+            raise Withdrawn("the last turns did not come")
+        return without
 
     def _speak(self, turns: Any) -> Any:
         """Say that this agent speaks. Nothing here awaits: the predecessor's second runs."""

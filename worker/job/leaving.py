@@ -9,7 +9,8 @@
                                ◄──── RPC takeover(secret) ────────  is ready to speak
                                is silent
                      ◄───────  silent
-                               ───── the last turns ─────────────►  may speak, sets `speaks`
+                               ───── the last turns, and the
+                               capsule if it was kept anew ──────►  may speak, sets `speaks`
                      ◄───────  speaks; the job ends
 
 An RPC method can be called by every participant of the room. So it answers one identity alone, which the
@@ -47,7 +48,7 @@ from lastcall.worker.job.capsule import Busy, Capsule, NotJson, TooLarge, encode
 log = logging.getLogger("lastcall")
 
 HELLO, TAKEOVER = "lastcall.hello", "lastcall.takeover"
-CAPSULE, TURNS = "lastcall.capsule", "lastcall.turns"
+CAPSULE, TURNS, NEWER = "lastcall.capsule", "lastcall.turns", "lastcall.newer"
 # Seconds for the function of `on_takeover`. Ours: an interruption of AgentSession takes 22 ms at most.
 SILENT_WITHIN = 1.0
 # Seconds in which a participant that has left is back, if only this client has reconnected. Ours: the server
@@ -58,8 +59,8 @@ LEAVES_WITHIN = 2.0
 # Seconds of silence after which the agent decides without its worker. Ours: more than the worker takes
 # (`handovers.REMOVED_WITHIN`), so that this is for a fault of the worker alone.
 SILENT_AT_MOST = 45.0
-# Bytes of the last turns in the answer of an RPC. Livekit's clients refuse more than 15360; base64 of it.
-MAX_TURNS = 10_000
+# Bytes of last turns and state in the answer of an RPC, before base64. Livekit's clients refuse 15361.
+MAX_INLINE = 10_000
 # As `ParticipantKind` of livekit's protocol has them.
 AGENT, DEPENDENT_KINDS = 4, frozenset({1, 2, 4})
 
@@ -105,6 +106,7 @@ class Leaving:
         self._has_call = has_call
         self._order: BeginHandover | None = None
         self._line = b""
+        self._version = 0
         self._asked_at: float | None = None
         self._speaking: set[str] = set()
         self._is_listening = False
@@ -182,6 +184,7 @@ class Leaving:
             reason = f"busy for {order.wait:g} s"
         if not reason:
             try:
+                self._version = self._capsule.version
                 self._line = await self._capsule.read() or b"null"
             except (NotJson, TooLarge) as error:
                 reason = f"call.keep: {error}"
@@ -222,7 +225,10 @@ class Leaving:
         return json.dumps({"bytes": len(self._line)})
 
     async def _on_takeover(self, data: Any) -> str:
-        """Be silent, and answer with the last turns; while it is no good moment, say that it is not."""
+        """Be silent, and answer with the last turns; while it is no good moment, say that it is not.
+
+        A state that the agent has kept since the capsule was sent is a part of the answer.
+        """
         order, _, is_known = self._check(data)
         began = now()
         if self.phase != "seen":
@@ -244,7 +250,9 @@ class Leaving:
         deletions.forbid(self._room.name)
         try:
             async with asyncio.timeout(SILENT_WITHIN):
-                turns = encode(await _result(self.on_takeover))
+                parts = {TURNS: encode(await _result(self.on_takeover))}
+                if self._capsule.version != self._version:
+                    parts[NEWER] = await self._capsule.read() or b"null"
         except BaseException as error:  # the agent may be half silent: it is told to speak again
             self.phase = "withdrawn"
             self._spawn(self._speak_again(order.epoch, refused=f"on_takeover: {type(error).__name__}"))
@@ -260,10 +268,13 @@ class Leaving:
         self._spawn(self._end_silence(order.epoch))
         self._look_whether_it_speaks()
         answer: dict[str, Any] = {"took": now() - began}
-        if len(turns) <= MAX_TURNS:
-            answer["turns"] = base64.b64encode(turns).decode()
-        else:
-            self._spawn(self._send(TURNS, turns))
+        left = MAX_INLINE
+        for topic, line in parts.items():
+            answer[topic] = base64.b64encode(line).decode() if len(line) <= left else ""
+            if len(line) <= left:
+                left -= len(line)
+            else:
+                self._spawn(self._send(topic, line))
         return json.dumps(answer)
 
     def _check(self, data: Any) -> tuple[BeginHandover, dict[str, Any], bool]:
