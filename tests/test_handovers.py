@@ -299,6 +299,68 @@ async def test_an_agent_that_comes_back_after_its_removal() -> None:
     assert worker.removed == ["bot~1"]
 
 
+@pytest.mark.parametrize(
+    ("reason", "is_over"), [(1, True), (5, True), (10, True), (0, False), (4, False), (14, False)]
+)
+async def test_an_agent_that_leaves_its_room(reason: int, is_over: bool) -> None:
+    """The call is over if the agent or the server has ended it; after every other end a successor goes on."""
+    worker = Worker()
+    worker.people = [successor("" if is_over else "1")]
+    worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+    await asyncio.sleep(0)
+    worker.jobs.in_room("AJ_1", "left", reason, "")
+    outcome = await handing
+    assert worker.removed == (["bot~1"] if is_over else [])
+    assert (outcome.reason, outcome.successor) == (("the call has ended", "") if is_over else ("", "AJ_2"))
+
+
+async def test_a_takeover_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old agent has died, and its end is told. A successor that is seen to speak later is told too."""
+    monkeypatch.setattr(module, "LATE_WITHIN", 10.0)
+    worker = Worker()
+    worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
+    worker.people = [successor()]
+    worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+    worker.job.gone = True
+    assert (await handing).reason == "the agent died"
+    worker.people = [successor("1")]
+    await asyncio.gather(*worker.begun)
+    told = [each for each in worker.told if isinstance(each, JobHandover)]
+    assert [(each.result, each.successor) for each in told] == [("failed", ""), ("done", "AJ_2")]
+    assert not worker.removed
+
+
+@pytest.mark.parametrize("when", ["dispatch", "silent", "for good"])
+async def test_a_fault_in_a_handover(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """It is over for all that wait for it, and an agent that is silent has its voice back."""
+    worker = Worker()
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("seen"), step("silent")],
+        CancelHandover: [step("cancelled")],
+        TakeBack: [step("back")],
+    }
+    faults = {"dispatch": 0, "silent": 1, "for good": 99}[when]
+
+    async def fail(*_arguments: Any, **_options: Any) -> Any:
+        nonlocal faults
+        faults -= 1
+        if when == "dispatch" or faults >= 0:
+            raise KeyError("a fault")
+        return []
+
+    monkeypatch.setattr(worker, "create_dispatch" if when == "dispatch" else "participants", fail)
+    outcome = await worker.handovers.hand_over(worker.job, "test")
+    expected = "the successor did not speak" if when == "silent" else "fault in lastcall"
+    assert (outcome.result, outcome.reason) == ("failed", expected)
+    assert isinstance(worker.told[-1], JobHandover) and worker.handovers.lacks(worker.job) == ""
+    assert (TakeBack in worker.kinds()) is (when == "silent")
+
+
 async def test_a_key_without_the_right() -> None:
     """Handover is off after it, and told once; another error is no reason for that."""
     worker = Worker()

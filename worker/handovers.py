@@ -72,6 +72,9 @@ LOOK_AGAIN_AFTER = 0.25
 REMOVED_WITHIN = 30.0
 # Seconds for a room to show that the new agent speaks, where the old one has gone meanwhile.
 SHOWN_WITHIN = 3.0
+# Seconds for which the room is looked at further then, so that a late takeover is told. Ours: more than
+# READY_WITHIN.
+LATE_WITHIN = 15.0
 # Calls that one worker hands over at a time, and seconds that each round takes. Ours: a successor needs a
 # warm process, and a worker keeps a few. A handover takes 0.6 s, and on a busy machine twice that.
 PARALLEL, SECONDS_EACH = 4, 1.5
@@ -81,8 +84,10 @@ TRY_AGAIN_AFTER = 1.0
 MAX_TAKEN = 10_000
 # livekit.protocol's JT_ROOM: jobs of other types are made for each participant of a room.
 ROOM_JOB = 0
-# livekit.DisconnectReason of a participant that was removed, as by a successor which had no answer.
-PARTICIPANT_REMOVED = 4
+# livekit.DisconnectReason of an agent whose call is over: CLIENT_INITIATED, ROOM_DELETED and ROOM_CLOSED.
+# After every other one a caller may be in the room: the network was lost, or a successor had the agent
+# removed.
+ENDED_WELL = frozenset({1, 5, 10})
 CLOUD = ".livekit.cloud"
 
 
@@ -244,6 +249,9 @@ class Handovers:
             self._tries[job.id] = attempt
             try:
                 outcome = await self._try(job, attempt, reason)
+            except Exception:  # it must end neither the handovers of others nor the wait for this one
+                log.exception("a handover has failed", extra={"job_id": job.id})
+                outcome = await self._after_a_fault(job, attempt)
             except BaseException:
                 self._say(job.id, CancelHandover(epoch=attempt.epoch))
                 raise
@@ -251,6 +259,18 @@ class Handovers:
                 del self._tries[job.id]
         self._note(job, outcome, reason)
         return outcome
+
+    async def _after_a_fault(self, job: Job, attempt: Try) -> Outcome:
+        """End a try in which lastcall has failed: no agent may stay silent for it."""
+        self._say(job.id, CancelHandover(epoch=attempt.epoch))
+        await self._until(job, attempt, ANSWERS_WITHIN, "cancelled", "speaks")
+        try:
+            if attempt.has("silent"):
+                return await self._confirm(job, attempt)
+            await self._end_successor(job, attempt)
+        except Exception:  # a silent agent decides by itself then (`leaving.SILENT_AT_MOST`)
+            log.exception("a handover can't be ended", extra={"job_id": job.id})
+        return failed("fault in lastcall")
 
     async def hand_over_all(self, reason: str, until: Callable[[], float | None]) -> None:
         """Hand over every call that can be, a few at a time, and once more those that nobody has taken.
@@ -263,7 +283,7 @@ class Handovers:
             at = until()
             if not calls or self._is_closing() or (at is not None and now() >= at):
                 return
-            outcomes = await asyncio.gather(*(self._safely(job, reason) for job in calls[:width]))
+            outcomes = await asyncio.gather(*(self.hand_over(job, reason) for job in calls[:width]))
             given_up |= {
                 job.id
                 for job, outcome in zip(calls[:width], outcomes, strict=True)
@@ -273,14 +293,6 @@ class Handovers:
             width = min(PARALLEL, width * 2) if taken == len(outcomes) else max(1, taken)
             if not taken:
                 await self._sleep(TRY_AGAIN_AFTER)
-
-    async def _safely(self, job: Job, reason: str) -> Outcome:
-        """Hand over one call; a fault of lastcall in it does not end the handovers of others."""
-        try:
-            return await self.hand_over(job, reason)
-        except Exception:
-            log.exception("a handover has failed")
-            return refused("fault in lastcall")
 
     async def before(self, drain_at: Callable[[], float | None]) -> None:
         """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
@@ -471,7 +483,21 @@ class Handovers:
             except RoomServiceError as error:
                 log.warning("a successor can't be seen", extra={"job_id": job.id, "error": str(error)})
             await self._sleep(LOOK_AGAIN_AFTER)
-        return failed("the agent died")  # a new agent that comes late goes on all the same
+        return self._died(job, attempt)
+
+    def _died(self, job: Job, attempt: Try) -> Outcome:
+        """The old agent has died. A successor that comes late goes on all the same, and is then told."""
+        self._begin(self._tell_late(job, attempt))
+        return failed("the agent died")
+
+    async def _tell_late(self, job: Job, attempt: Try) -> None:
+        until = now() + LATE_WITHIN
+        while now() < until and not self._is_closing():
+            with suppress(RoomServiceError):
+                if _speaks(await self._people(job), job, attempt):
+                    self._note(job, self._done(job, attempt), "its agent died")
+                    return
+            await self._sleep(LOOK_AGAIN_AFTER)
 
     async def _is_seen_speaking(self, job: Job, attempt: Try, until: float) -> bool:
         """Return whether the successor speaks in time; False at once when it is not in the room.
@@ -516,7 +542,7 @@ class Handovers:
                 if await self._is_seen_speaking(job, attempt, now() + SHOWN_WITHIN):
                     return self._done(job, attempt)
         if self._has_ended(job) and not has_ended_well:
-            return failed("the agent died")  # a new agent may still come, and then goes on
+            return self._died(job, attempt)
         await self._end_successor(job, attempt)
         return failed("the call has ended" if has_ended_well else why)
 
@@ -526,7 +552,7 @@ class Handovers:
         if job.has_ended:  # by the kernel; how it ended is known a little later
             await self._changed.until(lambda: job not in self._jobs, lambda: due)
             return job.fate == "finished"
-        return job.presence.left_at is not None and job.presence.reason != PARTICIPANT_REMOVED
+        return job.presence.left_at is not None and job.presence.reason in ENDED_WELL
 
     async def _end_successor(self, job: Job, attempt: Try) -> None:
         await self._delete_dispatch(job, attempt)

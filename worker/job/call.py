@@ -69,6 +69,9 @@ MAX_MESSAGE_BYTES = 8192
 TELL_AGAIN_AFTER = 1.0
 # Seconds for the worker to have removed a predecessor. Ours: as `room_service.ANSWERS_WITHIN`, twice.
 REMOVED_WITHIN = 6.0
+# Seconds for a handover that the agent asks for. Ours: more than the worker takes with `[handover] wait` and
+# `patience` of a minute each, and a worker that is stuck has been killed before.
+HANDED_OVER_WITHIN = 300.0
 # Characters of a reason that are told.
 MAX_REASON = 200
 
@@ -301,7 +304,7 @@ class Call:
             log.warning("lastcall.call: no handover, because there is no worker that could do it")
             return "refused"
         id = next(self._ids)
-        answer = await self._ask(AskHandover(id=id, reason=reason[:MAX_REASON]), None)
+        answer = await self._ask(AskHandover(id=id, reason=reason[:MAX_REASON]), HANDED_OVER_WITHIN)
         if not isinstance(answer, HandoverOver):
             return "failed"
         if answer.result != "done":
@@ -383,7 +386,7 @@ class Call:
             self._say(CallKeeps(size=about[0], kept_at=about[1], lacks=lacks))
 
     async def _ask(
-        self, question: AskExtension | AskHandover | AskRemoval, within: float | None
+        self, question: AskExtension | AskHandover | AskRemoval, within: float
     ) -> CallHears | None:
         """Return the answer of the worker; None if there is none within so many seconds, or no worker."""
         if self._sock is None:
