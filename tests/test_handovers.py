@@ -39,15 +39,7 @@ class Worker:
         self.changed = Condition()
         self.told: list[Any] = []
         self.jobs = Jobs(self.changed, self.told.append)
-        room = SimpleNamespace(name="r", sid="RM_1")
-        asked = SimpleNamespace(
-            id="AJ_1", room=room, agent_name="a", dispatch_id="", metadata="m", attributes={"k": "v"}, type=0
-        )
-        executor = SimpleNamespace(pid=None, running_job=SimpleNamespace(job=asked))
-        self.jobs.launch("AJ_1", executor, asked)
-        (self.job,) = self.jobs
-        self.job.pid, self.job.gone = os.getppid(), False
-        self.jobs.in_room("AJ_1", "joined", 0, "PA_1 bot")
+        self.job = self.launch("AJ_1")
         self.said: list[CallHears] = []
         self.answers: dict[type, list[CallStep]] = {}
         self.people: list[Participant] = []
@@ -70,6 +62,20 @@ class Worker:
             is_closing=lambda: self.is_closing,
         )
         self.handovers.hear("AJ_1", KEEPS)
+
+    def launch(self, id: str) -> Job:
+        """Have a job in its room, that keeps nothing yet."""
+        room = SimpleNamespace(name="r", sid="RM_1")
+        asked = SimpleNamespace(
+            id=id, room=room, agent_name="a", dispatch_id="", metadata="m", attributes={"k": "v"}, type=0
+        )
+        executor = SimpleNamespace(pid=None, running_job=SimpleNamespace(job=asked))
+        self.jobs.launch(id, executor, asked)
+        job = self.jobs.get(id)
+        assert job is not None
+        job.pid, job.gone = os.getppid(), False
+        self.jobs.in_room(id, "joined", 0, "PA_1 bot")
+        return job
 
     def say(self, job: str, message: CallHears) -> bool:
         assert job == "AJ_1"
@@ -374,6 +380,51 @@ async def test_a_key_without_the_right() -> None:
     assert "401" in worker.handovers.off
     assert (await worker.handovers.hand_over(worker.job, "test")).result == "refused"
     assert len([each for each in worker.told if isinstance(each, HandoverOff)]) == 1
+
+
+@pytest.mark.parametrize("how", ["slow", "failed", "nobody"])
+async def test_one_call_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """A try that takes long has one place of four, and one that fails is tried again behind the others.
+
+    Fewer calls are tried at a time only where nobody takes them.
+    """
+    worker = Worker()
+    for n in range(2, 21):
+        worker.launch(f"AJ_{n}")
+        worker.handovers.hear(f"AJ_{n}", KEEPS)
+    tried: list[str] = []
+    at_a_time: list[int] = []
+    running, can_end = 0, asyncio.Event()
+
+    async def hand_over(job: Job, _reason: str) -> module.Outcome:
+        nonlocal running
+        tried.append(job.id)
+        running += 1
+        at_a_time.append(running)
+        try:
+            if job.id == "AJ_1" and how == "slow":
+                await can_end.wait()
+            await asyncio.sleep(0.001)
+        finally:
+            running -= 1
+        if how == "nobody" or (job.id == "AJ_1" and len(set(tried)) < 20):
+            return module.failed(module.NOBODY if how == "nobody" else "the successor did not speak")
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    until = now() + (0.3 if how == "nobody" else 60)
+    handing = asyncio.ensure_future(worker.handovers.hand_over_all("test", lambda: until))
+    async with asyncio.timeout(20):
+        await worker.changed.until(lambda: handing.done() or len(set(tried)) == 20)
+        if how == "slow":
+            assert tried.count("AJ_1") == 1 and not handing.done()
+        can_end.set()
+        await handing
+    assert max(at_a_time) == module.PARALLEL and set(tried[:20]) == {job.id for job in worker.jobs}
+    assert all(job.successor for job in worker.jobs) is (how != "nobody")
+    if how == "nobody":
+        assert set(at_a_time[10:]) == {1}
 
 
 async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

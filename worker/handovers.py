@@ -89,6 +89,7 @@ ROOM_JOB = 0
 # removed.
 ENDED_WELL = frozenset({1, 5, 10})
 CLOUD = ".livekit.cloud"
+NOBODY = "nobody took it"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -273,26 +274,50 @@ class Handovers:
         return failed("fault in lastcall")
 
     async def hand_over_all(self, reason: str, until: Callable[[], float | None]) -> None:
-        """Hand over every call that can be, a few at a time, and once more those that nobody has taken.
+        """Hand over every call that can be, a few at a time. One that fails is tried again behind the others.
 
         Ends when no such call is left, or the time is over.
         """
-        width, given_up = PARALLEL, set[str]()
-        while True:
-            calls = [job for job in self._jobs.running if job.id not in given_up and not self.lacks(job)]
+        running: dict[asyncio.Task[Outcome], Job] = {}
+        given_up, again_at, width = set[str](), dict[str, float](), PARALLEL
+
+        def waiting() -> list[Job]:
             at = until()
-            if not calls or self._is_closing() or (at is not None and now() >= at):
-                return
-            outcomes = await asyncio.gather(*(self.hand_over(job, reason) for job in calls[:width]))
-            given_up |= {
-                job.id
-                for job, outcome in zip(calls[:width], outcomes, strict=True)
-                if outcome.result == "refused"
-            }
-            taken = sum(outcome.result == "done" for outcome in outcomes)
-            width = min(PARALLEL, width * 2) if taken == len(outcomes) else max(1, taken)
-            if not taken:
-                await self._sleep(TRY_AGAIN_AFTER)
+            if self._is_closing() or (at is not None and now() >= at):
+                return []
+            busy = given_up | {job.id for job in running.values()}
+            calls = [job for job in self._jobs.running if job.id not in busy and not self.lacks(job)]
+            return sorted(calls, key=lambda job: again_at.get(job.id, 0.0))
+
+        def due() -> list[Job]:
+            calls = waiting()[: max(0, width - len(running))]
+            return [job for job in calls if again_at.get(job.id, 0.0) <= now()]
+
+        def next_at() -> float | None:
+            calls = waiting()[: max(0, width - len(running))]
+            times = [again_at.get(job.id, 0.0) for job in calls]
+            at = None if running else until()
+            return min(times if at is None else [*times, at], default=None)
+
+        def has_changed() -> bool:
+            return any(task.done() for task in running) or bool(due()) or not (running or waiting())
+
+        async with asyncio.TaskGroup() as group:
+            while running or waiting():
+                for job in due():
+                    task = group.create_task(self.hand_over(job, reason))
+                    task.add_done_callback(lambda _task: self._changed.notify())
+                    running[task] = job
+                await self._changed.until(has_changed, next_at)
+                for task in [each for each in running if each.done()]:
+                    job, outcome = running.pop(task), task.result()
+                    again_at[job.id] = now() + TRY_AGAIN_AFTER
+                    if outcome.result == "refused":
+                        given_up.add(job.id)
+                    elif outcome.reason == NOBODY:
+                        width = max(1, width - 1)
+                    elif outcome.result == "done":
+                        width = min(PARALLEL, width + 1)
 
     async def before(self, drain_at: Callable[[], float | None]) -> None:
         """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
@@ -357,7 +382,7 @@ class Handovers:
         if attempt.has("stranger"):
             return await self._remove_stranger(job, attempt)
         if not attempt.has("seen"):
-            return await self._withdraw(job, attempt, "nobody took it")
+            return await self._withdraw(job, attempt, NOBODY)
         await self._until(
             job, attempt, READY_WITHIN + self._settings.wait, "silent", "refused", "lost", "speaks"
         )
