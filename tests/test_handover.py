@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from livekit.protocol.agent import Job
 
 from lastcall.supervisor.errors import Refused
 from lastcall.supervisor.views import control_socket
@@ -307,9 +308,7 @@ async def test_a_successor_whose_worker_stops(run: StartRun) -> None:
     assert answer["reason"] == "not possible: the agent has not the call yet"
     worker = r.livekit.jobs[successor].worker_id
     slots = control_socket.ask(r.control, "status")["slots"]
-    control_socket.ask(
-        r.control, "recycle", slot=next(each["slot"] for each in slots if each["worker_id"] == worker)
-    )
+    os.kill(next(each["pid"] for each in slots if each["worker_id"] == worker), signal.SIGTERM)
     await r.until(lambda: call.notes("disconnected", successor), PATIENCE)
     answer = await over(r, operation)
     assert answer["state"] == "failed" and "left the room" in answer["reason"], answer
@@ -402,24 +401,47 @@ async def test_a_key_that_may_not_dispatch(run: StartRun) -> None:
 
 
 async def test_a_worker_without_lastcall_takes_the_dispatch(run: StartRun) -> None:
-    """Its agent is removed, the dispatch is deleted, and handover is off with one line of the log."""
-    environment = PATIENT | {"LASTCALL_HANDOVER__PATIENCE": "20"}
-    r = await run("run", "--grace", "60", AGENT, rooms=True, environment=environment)
-    await r.ready()
+    """Its agent is removed, the dispatch is deleted, and handover is off with one line of the log.
+
+    So it is in the other worker of that agent name too, until a reload. Another agent of the name stays.
+    """
+    environment = PATIENT | {"LASTCALL_HANDOVER__PATIENCE": "10"}
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=environment)
+    await r.ready(2)
     call = await begun(r)
+    elsewhere(r, r.livekit.jobs[call.id].worker_id)
+    other = await begun(r, "other")
+    innocent = r.livekit.rooms.visit("room", "agent-AJ_innocent", kind=Kind.AGENT)
     control_socket.ask(r.control, "hold")
     await r.until(lambda: not r.livekit.available(), PATIENCE)
     operation = hand_over(r, call.id)
     await r.until(lambda: r.events("dispatch_no_worker"), PATIENCE)
+    room = r.livekit.rooms.state.get("room")
+    assert room is not None
     stranger = r.livekit.rooms.visit("room", "agent-AJ_stock", kind=Kind.AGENT)
+    taken = Job(id="AJ_stock", dispatch_id=list(room.dispatches)[-1])
+    taken.state.participant_identity = "agent-AJ_stock"
+    r.livekit.rooms.state.link("room", room.info.sid, taken)
     await r.until(lambda: not stranger.is_connected, PATIENCE)
     answer = await over(r, operation)
     assert answer["state"] == "failed" and "without lastcall" in answer["reason"]
-    assert len(r.log("handover is switched off")) == 1
     await call.hears_more()
-    assert call.turns == ["bot"]
-    room = r.livekit.rooms.state.get("room")
-    assert room is not None and len(room.dispatches) == 1
+    assert call.turns == ["bot"] and innocent.is_connected
+    assert len(room.dispatches) == 1
+    assert "without lastcall" in control_socket.ask(r.control, "status")["handover_off"]
+    dispatched = len(r.events("dispatch_no_worker"))
+
+    async def is_off() -> bool:
+        answer = await over(r, hand_over(r, other.id))
+        return "without lastcall" in answer["reason"]
+
+    async with asyncio.timeout(PATIENCE):
+        while not await is_off():
+            pass
+    assert len(r.log("handover is switched off")) == 1
+    control_socket.ask(r.control, "reload")
+    assert control_socket.ask(r.control, "status")["handover_off"] is None
+    assert len(r.events("dispatch_no_worker")) <= dispatched + 1
 
 
 async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:

@@ -46,6 +46,7 @@ class Worker:
         self.removed: list[str] = []
         self.dispatches: list[dict[str, str]] = []
         self.deleted: list[str] = []
+        self.agents: list[str] = []
         self.error: RoomServiceError | None = None
         self.url = "wss://sfu.example"
         self.is_closing = False
@@ -102,6 +103,10 @@ class Worker:
             asyncio.get_running_loop().call_soon(self.handovers.hear, "AJ_1", step)
         return "AD_1"
 
+    async def agents_of(self, room: str, dispatch_id: str) -> list[str]:
+        assert (room, dispatch_id) == ("r", "AD_1")
+        return self.agents
+
     async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
         self.deleted.append(dispatch_id)
 
@@ -110,7 +115,7 @@ class Worker:
 
     async def remove(self, room: str, identity: str, sid: str) -> bool:
         self.removed.append(identity)
-        self.people = []
+        self.people = [each for each in self.people if each.identity != identity]
         return True
 
     def kinds(self) -> list[type]:
@@ -377,9 +382,36 @@ async def test_a_key_without_the_right() -> None:
     worker.answers = {BeginHandover: [step("prepared", 2)]}
     worker.error = RoomServiceError("CreateDispatch: 401 unauthenticated", 401)
     await worker.handovers.hand_over(worker.job, "test")
-    assert "401" in worker.handovers.off
+    assert "401" in worker.handovers.off["a"]
     assert (await worker.handovers.hand_over(worker.job, "test")).result == "refused"
     assert len([each for each in worker.told if isinstance(each, HandoverOff)]) == 1
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
+    """The one that has taken the dispatch is removed. Every other agent of the name stays."""
+    worker = Worker(patience=10)
+    other = Participant(identity="agent-AJ_9", keeps_open=False, is_agent=True, agent_name="a", sid="PA_9")
+    worker.people = [other]
+    worker.agents = ["bot~1"] if is_ours else ["agent-AJ_9"]
+    worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+    await asyncio.sleep(0.1)
+    if is_ours:
+        for each in (step("seen", job="AJ_2"), step("silent"), step("speaks")):
+            worker.handovers.hear("AJ_1", each)
+    outcome = await handing
+    off = [each for each in worker.told if isinstance(each, HandoverOff)]
+    if is_ours:
+        assert (outcome.result, off, worker.removed, worker.deleted) == ("done", [], [], [])
+        return
+    assert outcome.result == "refused" and "without lastcall" in outcome.reason
+    assert (worker.removed, worker.deleted) == (["agent-AJ_9"], ["AD_1"])
+    assert [each.agent_name for each in off] == ["a"]
+    assert "without lastcall" in worker.handovers.lacks(worker.job)
+    worker.job.agent_name = "b"
+    assert not worker.handovers.lacks(worker.job), "another agent name is handed over"
 
 
 @pytest.mark.parametrize("how", ["slow", "failed", "nobody"])

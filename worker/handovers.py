@@ -15,8 +15,8 @@ on. The old agent leaves if the server shows that the new one speaks. Else the o
 new one is out of the room. So two agents never speak, and one does in the end.
 
 A worker stops to hand over when its key may not dispatch. It does so too when a dispatch was taken by a
-worker without lastcall: an agent of the same name that is not the successor. That agent is removed, and until
-then two agents talk.
+worker without lastcall, of which the server tells (ListDispatch). That agent is removed, and until then two
+agents talk.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Handovers:
         begin: Callable[[Any], None],
         is_closing: Callable[[], bool],
     ) -> None:
-        self.off = ""
+        # Why the calls of an agent name are not handed over any more.
+        self.off: dict[str, str] = {}
         self._jobs = jobs
         self._changed = changed
         self._service = service
@@ -209,8 +210,8 @@ class Handovers:
         settings, keeps = self._settings, self._keeps.get(job.id)
         host = urlsplit(self._url()).hostname or ""
         count = 0 if job.succession is None else job.succession.count
-        if self.off:
-            return self.off
+        if job.agent_name in self.off:
+            return self.off[job.agent_name]
         if not settings.enabled:
             return "handover.enabled is false"
         if host.endswith(CLOUD) and not settings.on_cloud:
@@ -376,11 +377,11 @@ class Handovers:
             # A request without an answer may have been heard. The agent refuses a successor.
             self._say(job.id, CancelHandover(epoch=attempt.epoch))
             if error.status in (401, 403):
-                self._switch_off(f"the key may not dispatch: {error}")
+                self._switch_off(job, f"the key may not dispatch: {error}")
             return failed(str(error))
-        await self._until(job, attempt, self._settings.patience, "seen", "stranger")
-        if attempt.has("stranger"):
-            return await self._remove_stranger(job, attempt)
+        stranger = await self._until_seen(job, attempt)
+        if stranger:
+            return await self._remove_stranger(job, attempt, stranger)
         if not attempt.has("seen"):
             return await self._withdraw(job, attempt, NOBODY)
         await self._until(
@@ -590,22 +591,37 @@ class Handovers:
                 "a successor can't be removed", extra={"job_id": job.id, "error": str(error)}
             )  # the old agent refuses it
 
-    async def _remove_stranger(self, job: Job, attempt: Try) -> Outcome:
-        sid, _, identity = attempt.steps["stranger"].detail.partition(" ")
-        self._switch_off("a worker without lastcall, or of an older version, serves the same agent name")
+    async def _until_seen(self, job: Job, attempt: Try) -> str:
+        """Wait for the successor. Return the identity of another agent that has taken the dispatch."""
+        service, until = self._service(), now() + self._settings.patience
+        while not (attempt.has("seen") or self._has_ended(job)) and now() < until:
+            await self._until(job, attempt, min(LOOK_AGAIN_AFTER, until - now()), "seen")
+            if attempt.has("seen") or service is None:
+                continue
+            with suppress(RoomServiceError):  # the next look says more
+                agents = await service.agents_of(job.room, attempt.dispatch_id)
+                others = [each for each in agents if each != attempt.identity]
+                if others:
+                    return others[0]
+        return ""
+
+    async def _remove_stranger(self, job: Job, attempt: Try, identity: str) -> Outcome:
+        reason = "a worker without lastcall, or of an older version, serves the same agent name"
+        self._switch_off(job, reason)
         service = self._service()
         try:
-            if service is not None:
-                await service.remove(job.room, identity, sid)
+            for each in await self._people(job):
+                if each.is_agent and each.identity == identity and service is not None:
+                    await service.remove(job.room, identity, each.sid)
         except RoomServiceError as error:
             log.warning("an agent can't be removed", extra={"job_id": job.id, "error": str(error)})
-        await self._withdraw(job, attempt, "")
-        return refused(self.off)
+        await self._withdraw(job, attempt, "")  # one that joins later is removed with the dispatch
+        return refused(reason)
 
-    def _switch_off(self, reason: str) -> None:
-        if not self.off:
-            self.off = reason
-            self._report(HandoverOff(reason=reason))
+    def _switch_off(self, job: Job, reason: str) -> None:
+        if job.agent_name not in self.off:
+            self.off[job.agent_name] = reason
+            self._report(HandoverOff(agent_name=job.agent_name, reason=reason))
 
     # -- small things ---------------------------------------------------------------------------------
 

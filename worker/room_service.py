@@ -159,6 +159,23 @@ class RoomService:
         made = await self._post("AgentDispatchService/CreateDispatch", room, body)
         return str(made.get("id", ""))
 
+    async def agents_of(self, room: str, dispatch_id: str) -> list[str]:
+        """Return the identities of the agents that have taken a dispatch. Raises RoomServiceError.
+
+        The server knows them 0.2 s after the dispatch, and 5 s after it where a worker has registered since
+        the dispatch before (CheckEnabled in pkg/rtc/agentclient.go).
+        """
+        wanted = {"room": room, "dispatch_id": dispatch_id}
+        found = await self._post("AgentDispatchService/ListDispatch", room, wanted)
+        jobs = [
+            job
+            for dispatch in found.get("agent_dispatches") or ()
+            if dispatch.get("id") == dispatch_id
+            for job in (dispatch.get("state") or {}).get("jobs") or ()
+        ]
+        identities = [(job.get("state") or {}).get("participant_identity", "") for job in jobs]
+        return [each for each in identities if each]
+
     async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
         """Have the server end a dispatch and its jobs. Raises RoomServiceError."""
         wanted = {"room": room, "dispatch_id": dispatch_id}

@@ -351,7 +351,6 @@ class Call:
             ctx = self._ctx
             self._leaving = Leaving(
                 room=None if ctx is None else ctx.room,
-                agent_name=getattr(None if ctx is None else ctx.job, "agent_name", ""),
                 capsule=self._capsule,
                 busy=self._busy,
                 say=self._say,

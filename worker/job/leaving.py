@@ -83,7 +83,6 @@ class Leaving:
         self,
         *,
         room: Any,
-        agent_name: str,
         capsule: Capsule,
         busy: Busy,
         say: Say,
@@ -96,7 +95,6 @@ class Leaving:
         self.on_take_back: Function | None = None
         self.phase: Phase = "none"
         self._room = room
-        self._agent_name = agent_name
         self._capsule = capsule
         self._busy = busy
         self._say_step = say
@@ -373,14 +371,11 @@ class Leaving:
     # -- what happens in the room ---------------------------------------------------------------------
 
     def _on_connected(self, participant: Any) -> None:
-        """Note an agent of the same name that is not the successor: a stock worker has taken the offer."""
-        self._look_whether_it_returns(participant)
-        order, shown = self._order, participant.attributes
-        if order is None or self.phase != "ready" or participant.kind != AGENT:
-            return
-        is_same = shown.get("lk.agent_name", "") == self._agent_name and "lk.publish_on_behalf" not in shown
-        if is_same and participant.identity != order.identity and succession.CALL not in shown:
-            self._say(order.epoch, "stranger", detail=_who(participant))
+        """Have an agent of an epoch removed that has no right to speak: it may not know of its removal."""
+        epoch = succession.epoch_of(participant.attributes, self._call)
+        if participant.kind == AGENT and 0 <= epoch <= self._epoch:
+            detail = f"{participant.sid} {participant.identity}"[:1000]
+            self._say(epoch, "returned", detail=detail)
 
     def _on_disconnected(self, participant: Any) -> None:
         order = self._order
@@ -408,12 +403,6 @@ class Leaving:
         ):
             self._go(order.epoch)
 
-    def _look_whether_it_returns(self, participant: Any) -> None:
-        """Have an agent of an epoch removed that has no right to speak: it may not know of its removal."""
-        epoch = succession.epoch_of(participant.attributes, self._call)
-        if participant.kind == AGENT and 0 <= epoch <= self._epoch:
-            self._say(epoch, "returned", detail=_who(participant))
-
     def _on_speakers(self, speakers: Any) -> None:
         self._speaking = {each.identity for each in speakers}
 
@@ -424,7 +413,7 @@ class Leaving:
             self._spawn(self._be_superseded())
             return
         for each in agents:
-            self._look_whether_it_returns(each)
+            self._on_connected(each)
         if self._has_withdrawn:  # a full reconnect has brought back the attributes of the begin
             self._spawn(self._show_withdrawn())
 
@@ -465,10 +454,6 @@ async def leave_now(room: Any) -> None:
     """Leave a room, as the fastest way to be silent there."""
     if room.isconnected():
         await room.disconnect()
-
-
-def _who(participant: Any) -> str:
-    return f"{participant.sid} {participant.identity}"[:1000]
 
 
 async def _result(function: Function | None) -> Any:
