@@ -69,6 +69,9 @@ MAX_MESSAGE_BYTES = 8192
 TELL_AGAIN_AFTER = 1.0
 # Seconds for the worker to have removed a predecessor. Ours: as `room_service.ANSWERS_WITHIN`, twice.
 REMOVED_WITHIN = 6.0
+# Seconds for a handover that the agent asks for. Ours: more than the worker takes with `[handover] wait` and
+# `patience` of a minute each, and a worker that is stuck has been killed before.
+HANDED_OVER_WITHIN = 300.0
 # Characters of a reason that are told.
 MAX_REASON = 200
 
@@ -274,7 +277,11 @@ class Call:
 
         Raises `lastcall.Withdrawn` if the call stays with the predecessor. The job is then shut down.
         """
-        return None if self._arriving is None else await self._arriving.take_over()
+        if self._arriving is None:
+            return None
+        turns = await self._arriving.take_over()
+        self._tell_keeps()  # from now on the call can be handed over from here
+        return turns
 
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[None]:
@@ -297,7 +304,7 @@ class Call:
             log.warning("lastcall.call: no handover, because there is no worker that could do it")
             return "refused"
         id = next(self._ids)
-        answer = await self._ask(AskHandover(id=id, reason=reason[:MAX_REASON]), None)
+        answer = await self._ask(AskHandover(id=id, reason=reason[:MAX_REASON]), HANDED_OVER_WITHIN)
         if not isinstance(answer, HandoverOver):
             return "failed"
         if answer.result != "done":
@@ -344,15 +351,24 @@ class Call:
             ctx = self._ctx
             self._leaving = Leaving(
                 room=None if ctx is None else ctx.room,
-                agent_name=getattr(None if ctx is None else ctx.job, "agent_name", ""),
                 capsule=self._capsule,
                 busy=self._busy,
                 say=self._say,
                 leave=self._leave,
                 call=self._job if found is None else found.call,
                 epoch=0 if found is None else found.epoch,
+                has_call=self._has_call,
             )
         return self._leaving
+
+    def _has_call(self) -> bool:
+        """Tell whether this job has the call: a successor has it from the takeover on."""
+        return self._arriving is None or self._arriving.may_speak
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether this job is a successor that has to leave again. For lastcall."""
+        return self._arriving is not None and bool(self._arriving.withdrawn)
 
     def _leave(self) -> None:
         if self._ctx is not None:
@@ -369,7 +385,7 @@ class Call:
             self._say(CallKeeps(size=about[0], kept_at=about[1], lacks=lacks))
 
     async def _ask(
-        self, question: AskExtension | AskHandover | AskRemoval, within: float | None
+        self, question: AskExtension | AskHandover | AskRemoval, within: float
     ) -> CallHears | None:
         """Return the answer of the worker; None if there is none within so many seconds, or no worker."""
         if self._sock is None:
@@ -437,6 +453,8 @@ class Call:
             case Limit():
                 self.stopping.set(Notice(reason=message.cause, deadline=message.due_at))
                 self._answer(message.answers, message)
+                if self._arriving is not None:
+                    self._arriving.stop()
                 for listening in list(self._listening):
                     self._tell(listening)
             case HandoverOver(id=id) | Removed(id=id):
@@ -552,7 +570,8 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
     return made
 
 
-def arrive(ctx: Any, found: Succession) -> None:
+def arrive(ctx: Any, found: Succession) -> Call:
     """Have the job of `ctx` be a successor, before its entrypoint runs. For lastcall."""
     made = _calls[ctx.proc] = Call(ctx, _addresses.get(ctx.proc), found)
     made.be_successor(found)
+    return made
