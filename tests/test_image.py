@@ -201,9 +201,12 @@ image.IMPORTED = image.WORKER_MODULES = image.WARM_UP = ()
 preflight.check = lambda: []
 exec(sys.argv[1])
 settings, _ = image.serve(WorkerSettings.take(os.environ))
+dice = sys.modules.get("dice")
 told = {
     "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "slot": settings.slot,
     "mark": os.environ["LASTCALL_MARK"], "random": [random.random(), numpy.random.random()],
+    "dice": dice and [dice.UNSEEDED.random(), dice.of_default(), dice.NUMPYS.random()],
+    "seeded": dice and [dice.SEEDED.random(), dice.SEEDED_NUMPYS.random()],
     "open": [int(fd) for fd in os.listdir("/proc/self/fd")],
     "key": multiprocessing.current_process().authkey.hex(),
 }
@@ -211,11 +214,11 @@ os.write(1, json.dumps(told).encode() + b"\\n")
 """
 # A supervisor of images alone. `sys.argv[3]` is what it does with one.
 SUPERVISOR = """
-import asyncio, json, os, signal, sys
+import asyncio, errno, json, os, resource, signal, sys, time
 from lastcall.supervisor.processes import image as images
 from lastcall.supervisor.processes.child import pipe, high
 from lastcall.supervisor.processes.descendants import image_mark_of, mark_of
-from lastcall.supervisor.processes.launch import image_environment
+from lastcall.supervisor.processes.launch import Launcher, image_environment
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.settings import WorkerSettings
@@ -235,22 +238,25 @@ async def main():
         known_pids=known, is_stopping=lambda: is_stopping, log=log,
     )
 
-    async def fork(n, *, go=True, wanted=lambda: True):
-        ended, changed = asyncio.Event(), Condition()
+    async def fork(n, *, go=True, wanted=lambda: True, late=0.0, changed=None):
+        ended, changed = asyncio.Event(), changed or Condition()
         out, out_write = pipe()
         null = high(os.open(os.devnull, os.O_RDONLY))
         settings = WorkerSettings(slot=n).to_json()
         given = {0: null, 1: out_write, 2: high(os.dup(2)), 3: high(os.dup(null)), 5: high(os.dup(null))}
-        forked = await image.fork(
-            settings, mark_of("supervisor", n, 1), given, lambda status: ended.set(), changed=changed,
-            is_wanted=wanted,
-        )
+        async with image.turn(changed=changed, is_wanted=wanted):
+            forked = await image.fork(
+                settings, mark_of("supervisor", n, 1), given, lambda status: ended.set(), changed=changed,
+                is_wanted=wanted,
+            )
         for fd in given.values():
             os.close(fd)
         told = None
         if forked is not None:
-            if go:
-                forked.go()
+            name = open(f"/proc/{forked.child.pid}/comm").read()
+            assert name == "lastcall-image\\n", "not a worker yet"
+            time.sleep(late)  # the loop is held up
+            forked.go() if go else forked.end()
             await asyncio.wait_for(ended.wait(), 20)
             text = os.read(out, 1 << 16)
             told = json.loads(text) if text else str(forked.child.status)
@@ -325,7 +331,7 @@ return [before, held()]
 def test_fork_that_gets_no_go() -> None:
     """A worker that was forked and is given up ends by itself, and the next one is another."""
     told = do("return [await fork(1, go=False), (await fork(2))['slot']]")
-    assert told["did"] == ["exit code 0", 2]
+    assert told["did"] == ["killed by SIGKILL", 2]
 
 
 @pytest.mark.parametrize(
@@ -376,9 +382,164 @@ return await waits
     assert told["log"] == ["image starts"]
 
 
-def test_imports_that_fail() -> None:
-    """An image whose imports end it is not tried again; the log has the last lines."""
-    told = do("return [await fork(1), await fork(2), image.state]", odd="sys.exit('no such thing')")
-    assert told["did"] == [None, None, "off"]
-    assert told["log"] == ["image starts", "workers start without an image"]
+def test_imports_that_fail(tmp_path: Path) -> None:
+    """An image that its imports end is made again after a pause; the log has the last lines."""
+    steps = """
+first = [await fork(1), await fork(2), image.state]
+while not image.is_ready:
+    await asyncio.sleep(0.01)
+return [*first, (await fork(3))["slot"]]
+"""
+    flag = tmp_path / "failed"
+    odd = f"""
+if not os.path.exists({str(flag)!r}):
+    open({str(flag)!r}, "w")
+    sys.exit("no such thing")
+"""
+    told = do(steps, odd=odd)
+    assert told["did"] == [None, None, "failed", 3]
+    assert told["log"] == ["image starts", "image has ended", "image starts", "image ready"]
     assert "exit code 1: no such thing" in told["reasons"][0]
+
+
+def test_image_that_cannot_be_killed() -> None:
+    """The wait for the first image has an end, also where SIGKILL has no effect. There is no second image."""
+    steps = """
+images.MADE_WITHIN = 0.5
+sent, images.Child.send = images.Child.send, lambda *_: None
+at = time.monotonic()
+got = [await fork(1), await fork(2), image.state, time.monotonic() - at < 5]
+images.Child.send = sent
+return got
+"""
+    told = do(steps, odd="time.sleep(60)")
+    assert told["did"] == [None, None, "failed", True]
+    assert told["log"] == ["image starts", "image is killed"]
+
+
+def test_system_without_pidfds() -> None:
+    """There is no image where its workers could not be watched; that is said once."""
+    steps = """
+def refuse(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+os.pidfd_open = refuse
+return [await fork(1), await fork(2), image.state, image.reason]
+"""
+    told = do(steps)
+    assert told["did"][:3] == [None, None, "off"]
+    assert "pidfd_open: Function not implemented" in told["did"][3]
+    assert told["log"] == ["workers start without an image"]
+
+
+def test_reason_that_comes_with_the_end() -> None:
+    """An image that says why it is unfit, and ends at once, is not made again."""
+    steps = """
+asked = asyncio.create_task(fork(1))
+while image.pid is None:
+    await asyncio.sleep(0)
+time.sleep(1.5)
+return [await asked, image.state, image.reason]
+"""
+    told = do(steps, odd="image._import = lambda: image.Imports(why='unfit')")
+    assert told["did"] == [None, "off", "unfit"]
+    assert told["log"] == ["image starts", "workers start without an image"]
+
+
+def test_supervisor_that_is_late() -> None:
+    """A worker waits for a supervisor that is held up; no start counts as failed for that."""
+    assert do("return (await fork(1, late=2.0))['slot']")["did"] == 1
+
+
+def test_waiters_with_one_condition() -> None:
+    """A worker that is not wanted any more does not take the wake-up of another of its slot along."""
+    steps = """
+wanted, changed = [True], Condition()
+first = asyncio.create_task(fork(1, wanted=lambda: wanted[0], changed=changed))
+second = asyncio.create_task(fork(2, changed=changed))
+await asyncio.sleep(0)
+wanted[0] = False
+changed.notify()
+return [await first, (await asyncio.wait_for(second, 20))["slot"]]
+"""
+    assert do(steps)["did"] == [None, 2]
+
+
+def test_generators_of_random_numbers(tmp_path: Path) -> None:
+    """A generator that nobody has seeded differs in each fork, wherever it is kept; a seeded one does not."""
+    (tmp_path / "dice.py").write_text(
+        """
+import random, numpy.random
+UNSEEDED, SEEDED = random.Random(), random.Random(7)
+NUMPYS, SEEDED_NUMPYS = numpy.random.default_rng(), numpy.random.default_rng(7)
+def of_default(kept=random.Random()):
+    return kept.random()
+"""
+    )
+    odd = f"sys.path.insert(0, {str(tmp_path)!r}); image.IMPORTED = ('dice',)"
+    first, second = do("return [await fork(1), await fork(2)]", odd=odd)["did"]
+    assert first["seeded"] and first["seeded"] == second["seeded"]
+    assert len({*first["dice"], *second["dice"]}) == 6
+
+
+# A launcher of workers that end at once. `limit` leaves so many descriptors, above those for children.
+LAUNCHER = """
+from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.processes import launch
+launch.worker_command = lambda *_: ["true"]
+launcher = Launcher(
+    target="agent.py", arguments=(), command=(), supervisor_id="supervisor", environment=dict(os.environ),
+    settings=WorkerSettings(), reaper=reaper, prefixes=False, lifeline=None, write_output=lambda _: None,
+    write_errors=lambda _: None, image=image,
+)
+async def start(n):
+    ended, changed = asyncio.Event(), Condition()
+    try:
+        launched = await launcher.start(
+            n, 1, lambda status: ended.set(), changed=changed, is_wanted=lambda: True
+        )
+    except SpawnError as error:
+        return str(error)
+    await asyncio.wait_for(ended.wait(), 20)
+    launched.control.close()
+    launched.close()
+    return "started"
+def limit(spare):
+    taken = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken + 1, 65) + spare, hard))
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+await start(0)
+def opened():
+    return sorted(os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in os.listdir("/proc/self/fd")
+                  if os.path.exists(f"/proc/self/fd/{fd}"))
+"""
+
+
+def test_many_starts_with_few_descriptors() -> None:
+    """Starts at the same time, by fork, need no more descriptors than one start and what workers keep."""
+    steps = """
+limit(16 + 4 * 20)
+return await asyncio.gather(*(start(n) for n in range(20)))
+"""
+    told = do(LAUNCHER + steps)
+    assert told["did"] == ["started"] * 20
+    assert told["log"] == ["image starts", "image ready"]
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_start_without_descriptors(*, forks: bool) -> None:
+    """A start that finds no descriptor left fails with one line, and leaves none open."""
+    steps = f"""
+if not {forks}:
+    image.close()
+    while image.pid is not None:
+        await asyncio.sleep(0.01)
+before, told = opened(), set()
+for spare in range(14):
+    limit(spare)
+    told.add(await start(spare))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    assert opened() == before, [spare, before, opened()]
+return sorted(told)
+"""
+    told = do(LAUNCHER + steps)
+    assert told["did"] == ["no room for another worker: Too many open files", "started"]

@@ -247,6 +247,7 @@ class Generation:
         launched = None
         try:
             if not self.stopping.is_asked:  # between the decision to start it and now
+                self.ready_by = now() + self.launcher.starts_within + self.shared.config.start.timeout
                 launched = await self.launcher.start(
                     self.slot,
                     self.number,
@@ -260,6 +261,7 @@ class Generation:
             self.change(E.FAIL, reason=str(error))
         finally:
             self.is_launching = False
+            self.ready_by = None
         if launched is None:
             self._end()
             return

@@ -34,7 +34,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process memory backoff budget target_form garbage peers"
-            " image_wire succession",
+            " randomness image_wire succession",
             "inworld_keys proxies setup_errors",
             "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",

@@ -7,8 +7,8 @@
     worker → supervisor   {"number": 1, "pid": 4711}, and a pidfd of the worker
     supervisor → worker   GO, in the pipe that the last descriptor reads
 
-A number is answered once. A worker that gets no GO in GO_WITHIN, or end of file, ends without a trace: the
-supervisor has given the request up.
+A number is answered once. A worker that gets end of file in place of GO ends without a trace: the supervisor
+has given the request up, or has ended.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ MAX_DESCRIPTORS = 16
 # The number of the pipe for GO in the worker, behind those that a worker keeps.
 GO_FD = 7
 GO = b"g"
-# Seconds. Ours: a fork takes tens of milliseconds, and the supervisor answers in its next turn.
-GO_WITHIN = 1.0
+# Seconds. Ours: the supervisor answers in its next turn, unless it is held up, as by SIGSTOP. It would count
+# a failed start where the worker has ended meanwhile.
+GO_WITHIN = 60.0
+# Seconds for the first fork to end, and the kernel to give the worker to the supervisor. Ours: the first fork
+# does nothing else.
+ADOPTED_WITHIN = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

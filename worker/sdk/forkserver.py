@@ -50,7 +50,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lastcall.worker.base import garbage
+from lastcall.worker.base import garbage, randomness
 from lastcall.worker.base.memory import oom_adjustment
 from lastcall.worker.base.process import FORKSERVER, set_name
 from lastcall.worker.base.stopping import SHIELDED
@@ -59,14 +59,14 @@ log = logging.getLogger("lastcall.worker")
 
 # Imported before the fork: the part that every job process has, and nothing of the agent. The command imports
 # `livekit.agents.ipc._preload`, because that loads models of 244 MB or none, as the agent's environment says.
-# `wsgiref.handlers` is first because it copies the whole environment, for CGI programs (prometheus_client
-# imports it and is none), and each variable would count as read.
 IMPORTED = (
-    "wsgiref.handlers",
     "livekit.agents",
     "lastcall.worker.job.setup",
     "lastcall.worker.inworld.plugin.attached",
 )
+# Imported before reads of the environment are noted: it copies the whole environment, for CGI programs
+# (prometheus_client imports it and is none), and each variable would count as read.
+READS_ALL = "wsgiref.handlers"
 # How the command of a forkserver begins, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
 COMMAND = "from multiprocessing.forkserver import main"
 # Variables that the interpreter and native libraries read by themselves: CPython's command line page,
@@ -100,12 +100,14 @@ class Unlike(Exception):
 class Imports:
     """The traces of imports: descriptors, the variables that they read, and TLS contexts without defaults.
 
-    `why` says why a fork would be unlike; empty if the imports do not hinder one.
+    `unseeded` are the generators of random numbers that the imports have made. `why` says why a fork would be
+    unlike; empty if the imports do not hinder one.
     """
 
     opened: set[int] = field(default_factory=set)
     reads: set[str] = field(default_factory=set)
     contexts: list[ssl.SSLContext] = field(default_factory=list)
+    unseeded: randomness.Unseeded = field(default_factory=randomness.Unseeded)
     why: str = ""
 
 
@@ -117,18 +119,19 @@ def fork(imports: Imports | None = None) -> None:
     handlers of what it has imported run, as in a new interpreter.
     """
     start_interpreter = getattr(multiprocessing.util, "spawnv_passfds", None)
-    if start_interpreter is None:
-        return
     waiting: _Waiting | None = None
     why = ""
     if imports is None:
-        imports = import_all(IMPORTED)
+        imports = Imports() if start_interpreter is None else import_all(IMPORTED)
     try:
-        waiting = _fork(imports)
+        if start_interpreter is not None:
+            waiting = _fork(imports)
     except Unlike as error:
         why = str(error)
     finally:
         _load_defaults(imports.contexts)
+    if start_interpreter is None:
+        return
 
     def spawnv_passfds(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
         nonlocal waiting, why
@@ -152,8 +155,13 @@ def fork(imports: Imports | None = None) -> None:
 def import_all(modules: Iterable[str]) -> Imports:
     """Import the modules, and note what that leaves. To be called before there is a second thread."""
     found = Imports()
+    importlib.import_module(READS_ALL)
     before = open_descriptors()
-    with _defaults_loaded_later(found.contexts), _reads_noted() as found.reads:
+    with (
+        _defaults_loaded_later(found.contexts),
+        _reads_noted() as found.reads,
+        randomness.noted(found.unseeded),
+    ):
         for module in modules:
             try:
                 importlib.import_module(module)

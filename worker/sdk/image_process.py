@@ -38,8 +38,18 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import NoReturn
 
+from lastcall.worker.base import randomness
 from lastcall.worker.base.errors import Incompatible
-from lastcall.worker.base.image_wire import GO, GO_FD, GO_WITHIN, MAX_BYTES, MAX_DESCRIPTORS, Answer, Request
+from lastcall.worker.base.image_wire import (
+    ADOPTED_WITHIN,
+    GO,
+    GO_FD,
+    GO_WITHIN,
+    MAX_BYTES,
+    MAX_DESCRIPTORS,
+    Answer,
+    Request,
+)
 from lastcall.worker.base.process import IMAGE, end_with_parent, name, rewrite_variable, set_name
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.variables import MARK
@@ -86,6 +96,7 @@ def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
         _say(channel, Answer(ready=imports.why))
         os._exit(0)
     _forget_unused(imports.contexts)
+    bit_generators = randomness.generators_of_numpy()
     gc.freeze()
     for stream in (sys.stdout, sys.stderr):
         # The stream may be None or closed. Each worker would write once more what it has kept.
@@ -97,10 +108,17 @@ def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
         if not packet:
             os._exit(0)
         request = Request.decode(packet)
-        worker = _fork(channel, request)
-        if worker is not None:
+        if len(received) < len(request.numbers):  # the kernel drops those that have no room here
+            _say(channel, Answer(number=request.number, error="no room for the descriptors"))
+        elif (between := _fork(channel, request)) is not None:
+            try:
+                _become(channel, request, received, parent=between, supervisor=supervisor)
+            except (OSError, ValueError) as error:
+                with suppress(OSError):
+                    channel.send(Answer(number=request.number, error=f"no worker: {error}").encode())
+                os._exit(1)
             set_name(own_name)
-            _become(channel, request, received, parent=worker, supervisor=supervisor)
+            randomness.seed_anew(imports.unseeded, bit_generators)
             return WorkerSettings.from_json(request.settings), imports
         for fd in received:
             os.close(fd)
@@ -150,6 +168,7 @@ def _import() -> Imports:
     imports.opened |= more.opened
     imports.reads |= more.reads - READ_AGAIN
     imports.contexts += more.contexts
+    imports.unseeded.update(more.unseeded)
     imports.why = more.why
     if not imports.why and not _forks_alone():
         imports.why = "an import has started a thread"
@@ -224,16 +243,13 @@ def _become(
     os.setsid()
     # Each interpreter makes one by itself. Two workers with the same one could use each other's managers.
     multiprocessing.process.current_process().authkey = os.urandom(32)
-    numbers = sys.modules.get("numpy.random")
-    if numbers is not None:
-        numbers.seed()  # numpy's own generator; `random` and OpenSSL see the fork by themselves
     place(received, request.numbers)
     for number in range(3, GO_FD + 1):
         if number in request.numbers:
             os.set_inheritable(number, False)
         else:
             os.close(number)  # what has filled it
-    until = time.monotonic() + GO_WITHIN
+    until = time.monotonic() + ADOPTED_WITHIN
     while os.getppid() == parent:
         if time.monotonic() > until:
             _end()
