@@ -209,13 +209,12 @@ async def test_processes_that_outlive_their_calls(run: StartRun) -> None:
 
     An exit handler ends another with an error: the call has ended well, and the receipt notes the exit code.
     """
-    r: Run = await run("run", "--grace", "40", AGENT, environment={"IDLE": "4"})
+    r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
-    jobs = [await r.dispatch(mode, sleep=0.5, mode=mode) for mode in OUTLIVES]
-    pids = [(await r.job_says(job.job_id, "ended"))["pid"] for job in jobs]
-    jobs.append(await r.dispatch("crashes", sleep=1, mode="bad_exit"))
-    await r.job_says(jobs[-1].job_id, "started")
+    jobs = [await r.dispatch(mode, sleep=0.1, mode=mode, held=True) for mode in (*OUTLIVES, "bad_exit")]
+    pids = [(await r.job_says(job.job_id, "started"))["pid"] for job in jobs]
     r.kill()
+    r.let_go()
     assert await r.exit() == 0
     await r.clean(*jobs)
     entries = {each["id"]: each for each in r.receipt()["jobs"]}

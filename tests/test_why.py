@@ -15,6 +15,8 @@ import pytest
 
 from tests.support.harness import AGENT, Run, StartRun
 
+pytestmark = pytest.mark.long
+
 # The tests' agent, with the health port of a bare worker on a free one.
 BARE = """
 import sys
@@ -79,7 +81,6 @@ async def test_a_second_signal_cuts_every_call(run: StartRun, tmp_path: Path) ->
     assert not ended(r)
 
 
-@pytest.mark.long
 async def test_the_drain_timeout_is_no_bound(run: StartRun, tmp_path: Path) -> None:
     """With a drain timeout of 1 s the stop takes more than 10 s, cuts the call, and ends with 0."""
     r = await bare(run, tmp_path, drain_timeout=1)
