@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lastcall
 from scripts import links
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,15 @@ def test_the_rendered_parts_are_current() -> None:
     script = ROOT / "scripts" / "reference"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_public_names_say_since_when() -> None:
+    """A reader of the API can tell which version of lastcall an agent needs."""
+    public = (getattr(lastcall, name) for name in lastcall.__all__ if name not in ("__version__", "inworld"))
+    documented = [*public, lastcall.inworld.TTS]
+    assert len(documented) > 8
+    silent = [thing.__name__ for thing in documented if not re.search(r"Since\s+\d", thing.__doc__ or "")]
+    assert silent == []
 
 
 def evidence() -> Iterator[tuple[str, str, str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+SELDOM = ("ended_by_server", "handed_over")
+
 
 def status_line(document: dict[str, Any]) -> str:
     """Return the phase, each slot, and how many jobs there were."""
@@ -25,8 +27,12 @@ def waits_for(document: dict[str, Any]) -> str:
 
 
 def totals_text(document: dict[str, Any]) -> str:
-    """Return the totals of a status or a receipt; unassigned jobs were no jobs here, and are left out."""
-    return ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")
+    """Return the totals of a status or a receipt. Unassigned jobs were no jobs here, and are left out.
+
+    Fates that most supervisors never see are said only when a job has had them.
+    """
+    totals = {name: n for name, n in document["totals"].items() if n or name not in SELDOM}
+    return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in totals.items() if name != "unassigned")
 
 
 def plain_name(text: str) -> str:

@@ -152,7 +152,10 @@ class _Listening:
 
 
 class Call:
-    """The call of one job, as `lastcall.call(ctx)` returns it. Everything is for the job's event loop.
+    """The call of one job, as `lastcall.call(ctx)` returns it. Since 0.2.0.
+
+    Everything is for the job's event loop. Times are in seconds, and deadlines are readings of
+    `time.monotonic()`.
 
     `stopping` is the event that the time of the call is limited:
 
@@ -315,7 +318,7 @@ class Call:
         return answer.result
 
     def be_successor(self, found: Succession) -> None:
-        """Be the successor that a dispatch has asked for, before the entrypoint runs."""
+        """Be the successor that a dispatch has asked for, before the entrypoint runs. For lastcall."""
         from lastcall.worker.job.arriving import Arriving, Resumed
 
         assert self._ctx is not None
