@@ -428,7 +428,7 @@ async def test_a_successor_whose_worker_stops(when: str) -> None:
             await s.arriving.take_over()
         s.arriving.stop()
         if when in ("alone", "taken"):
-            is_stopping = True
+            is_stopping = True  # or its worker has died
             await s.arriving.take_over()
             assert s.arriving.may_speak and not s.withdrawn.is_set()
             return

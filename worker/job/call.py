@@ -173,6 +173,7 @@ class Call:
         self._address = address or ""
         self._loop = asyncio.get_running_loop()
         self._sock: socket.socket | None = None
+        self._has_lost_worker = False
         self._connect_again: asyncio.TimerHandle | None = None
         self._listening: list[_Listening] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -332,7 +333,7 @@ class Call:
             job=self._job,
             remove=self._remove_predecessor,
             withdraw=self._withdraw,
-            is_stopping=self.stopping.is_set,
+            is_stopping=lambda: self.stopping.is_set() or self._has_lost_worker,
             is_asked_for=lambda: self.is_asked_for,
         )
         self._arriving.attach(self._ctx.room, job.room.name)
@@ -489,6 +490,10 @@ class Call:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
+            # The worker dies, and this job with it in some milliseconds.
+            self._has_lost_worker = True
+            if self._arriving is not None:
+                self._arriving.stop()
         for id in list(self._answers):
             self._answer(id, None)
 
