@@ -444,6 +444,26 @@ async def test_a_worker_without_lastcall_takes_the_dispatch(run: StartRun) -> No
     assert len(r.events("dispatch_no_worker")) <= dispatched + 1
 
 
+async def test_an_agent_of_the_same_name_that_knows_nothing_of_handovers(run: StartRun) -> None:
+    """It takes the dispatch, and is withdrawn before it joins; the caller hears the old agent alone."""
+    environment = PATIENT | {"LASTCALL_HANDOVER__PATIENCE": "10"}
+    r = await run("run", "--grace", "60", AGENT, rooms=True, environment=environment)
+    await r.ready()
+    call = await begun(r)
+    shared = environment | r.livekit.environment | local(r) | {"JOB_LOG": str(r.job_log), "UNAWARE": "1"}
+    other = await run("run", AGENT, livekit=False, environment=shared)
+    await r.ready(2)
+    elsewhere(r, r.livekit.jobs[call.id].worker_id)
+    answer = await over(r, hand_over(r, call.id))
+    assert (answer["state"], answer["reason"]) == ("failed", "nobody took it"), (r.logs(), other.logs())
+    assert [each["error"] for each in call.notes("raised")] == ["Withdrawn"]
+    assert len(call.jobs) == 2 and len(call.notes("speaks")) == 1
+    assert "bot~1" not in [event.detail["identity"] for event in r.events("joined")]
+    assert "a successor leaves before it joins" in other.out.read_text()
+    await call.hears_more()
+    assert call.turns == ["bot"] and not r.log("handover is switched off")
+
+
 async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:
     """Two supervisors on one server: the calls of the one that stops go on in the other.
 

@@ -395,6 +395,20 @@ async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: st
             await s.until(lambda: not again.isconnected())
 
 
+async def test_an_agent_that_knows_nothing_of_handovers(caplog: pytest.LogCaptureFixture) -> None:
+    """It is withdrawn before it joins the room, because it would speak at once."""
+    async with stage() as s:
+        s.arriving._is_asked_for = lambda: False
+        await s.begin()
+        for _ in range(2):  # one that catches the error, and tries again
+            with pytest.raises(Withdrawn, match="not called"):
+                await (s.new.connect("", "") if s.withdrawn.is_set() else s.arrive())
+        room = s.server.rooms.state.get("r")
+        assert room is not None and list(room.participants) == ["caller", "bot"]
+        assert s.withdrawn.is_set() and not s.told("seen") and not deletions.may_delete("r")
+        assert "has to call lastcall.call(ctx) before" in caplog.text
+
+
 @pytest.mark.parametrize("when", ["before", "connected", "alone", "taken"])
 async def test_a_successor_whose_worker_stops(when: str) -> None:
     """It leaves again before it has the call, unless its predecessor is gone; afterwards it stays."""
@@ -414,7 +428,7 @@ async def test_a_successor_whose_worker_stops(when: str) -> None:
             await s.arriving.take_over()
         s.arriving.stop()
         if when in ("alone", "taken"):
-            is_stopping = True
+            is_stopping = True  # or its worker has died
             await s.arriving.take_over()
             assert s.arriving.may_speak and not s.withdrawn.is_set()
             return

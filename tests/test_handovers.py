@@ -97,6 +97,7 @@ class Worker:
     ) -> str:
         assert (room, agent_name, metadata, deployment, restarts) == ("r", "a", "m", "", False)
         self.dispatches.append(attributes)
+        self.changed.notify()
         if self.error is not None:
             raise self.error
         for step in self.answers.get(str, []):
@@ -327,8 +328,9 @@ async def test_an_agent_that_leaves_its_room(reason: int, is_over: bool) -> None
     assert (outcome.reason, outcome.successor) == (("the call has ended", "") if is_over else ("", "AJ_2"))
 
 
-async def test_a_takeover_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old agent has died, and its end is told. A successor that is seen to speak later is told too."""
+@pytest.mark.parametrize("is_dead", [True, False])
+async def test_a_takeover_that_comes_late(monkeypatch: pytest.MonkeyPatch, is_dead: bool) -> None:
+    """The old agent has died or hangs, and that is told. A successor that speaks later is told too."""
     monkeypatch.setattr(module, "LATE_WITHIN", 10.0)
     worker = Worker()
     worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
@@ -336,8 +338,10 @@ async def test_a_takeover_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> No
     worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
     await worker.changed.until(lambda: worker.dispatches)
-    worker.job.gone = True
-    assert (await handing).reason == "the agent died"
+    worker.job.gone = is_dead
+    assert (await handing).reason == (
+        "the agent died" if is_dead else "the successor was not ready within 0.05 s"
+    )
     worker.people = [successor("1")]
     await asyncio.gather(*worker.begun)
     told = [each for each in worker.told if isinstance(each, JobHandover)]
@@ -404,7 +408,7 @@ async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
     outcome = await handing
     off = [each for each in worker.told if isinstance(each, HandoverOff)]
     if is_ours:
-        assert (outcome.result, off, worker.removed, worker.deleted) == ("done", [], [], [])
+        assert (outcome.result, off, worker.removed, worker.deleted) == ("done", [], [], []), outcome
         return
     assert outcome.result == "refused" and "without lastcall" in outcome.reason
     assert (worker.removed, worker.deleted) == (["agent-AJ_9"], ["AD_1"])
@@ -416,19 +420,19 @@ async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
 
 @pytest.mark.parametrize("how", ["slow", "failed", "nobody"])
 async def test_one_call_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """A try that takes long has one place of four, and one that fails is tried again behind the others.
+    """A try that takes long has one place of ten, and one that fails is tried again behind the others.
 
     Fewer calls are tried at a time only where nobody takes them.
     """
     worker = Worker()
-    for n in range(2, 21):
+    for n in range(2, 41):
         worker.launch(f"AJ_{n}")
         worker.handovers.hear(f"AJ_{n}", KEEPS)
     tried: list[str] = []
     at_a_time: list[int] = []
     running, can_end = 0, asyncio.Event()
 
-    async def hand_over(job: Job, _reason: str) -> module.Outcome:
+    async def hand_over(job: Job, _reason: str, _wait: float) -> module.Outcome:
         nonlocal running
         tried.append(job.id)
         running += 1
@@ -439,24 +443,51 @@ async def test_one_call_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPa
             await asyncio.sleep(0.001)
         finally:
             running -= 1
-        if how == "nobody" or (job.id == "AJ_1" and len(set(tried)) < 20):
+        if how == "nobody" or (job.id == "AJ_1" and len(set(tried)) < 40):
             return module.failed(module.NOBODY if how == "nobody" else "the successor did not speak")
         job.successor = "AJ_x"
         return module.Outcome(result="done", successor="AJ_x")
 
     monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
-    until = now() + (0.3 if how == "nobody" else 60)
-    handing = asyncio.ensure_future(worker.handovers.hand_over_all("test", lambda: until))
+
+    def until() -> float:
+        return now() if how == "nobody" and len(tried) > 60 else now() + 60
+
+    handing = asyncio.ensure_future(worker.handovers.hand_over_all("test", until))
     async with asyncio.timeout(20):
-        await worker.changed.until(lambda: handing.done() or len(set(tried)) == 20)
+        await worker.changed.until(lambda: handing.done() or len(set(tried)) == 40)
         if how == "slow":
             assert tried.count("AJ_1") == 1 and not handing.done()
         can_end.set()
         await handing
-    assert max(at_a_time) == module.PARALLEL and set(tried[:20]) == {job.id for job in worker.jobs}
+    assert max(at_a_time) == module.PARALLEL and set(tried[:40]) == {job.id for job in worker.jobs}
     assert all(job.successor for job in worker.jobs) is (how != "nobody")
     if how == "nobody":
-        assert set(at_a_time[10:]) == {1}
+        assert set(at_a_time[30:]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(None, 5.0), (100.0, 5.0), (12.0, 12 / 4 - 1.5), (1.0, 0.5)]
+)
+async def test_how_long_a_good_moment_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, seconds: float | None, expected: float
+) -> None:
+    """In a short time each of 40 calls has a part of it, and half a second at least."""
+    worker = Worker(wait=5.0)
+    for n in range(2, 41):
+        worker.launch(f"AJ_{n}")
+        worker.handovers.hear(f"AJ_{n}", KEEPS)
+    waits: list[float] = []
+
+    async def hand_over(job: Job, _reason: str, wait: float) -> module.Outcome:
+        waits.append(wait)
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    until = None if seconds is None else now() + seconds
+    await worker.handovers.hand_over_all("test", lambda: until)
+    assert len(waits) == 40 and waits[0] == pytest.approx(expected, abs=0.2)
 
 
 async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,7 +496,7 @@ async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytes
     tried: list[str] = []
     until = now() + 0.2
 
-    async def fail(job: Job, _reason: str) -> module.Outcome:
+    async def fail(job: Job, _reason: str, _wait: float) -> module.Outcome:
         tried.append(job.id)
         return module.failed("nobody took it")
 
@@ -474,7 +505,7 @@ async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytes
         await worker.handovers.before(lambda: until)
     assert len(tried) > 2
 
-    async def refuse(job: Job, _reason: str) -> module.Outcome:
+    async def refuse(job: Job, _reason: str, _wait: float) -> module.Outcome:
         tried.append(job.id)
         return module.refused("busy")
 

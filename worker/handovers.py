@@ -75,9 +75,11 @@ SHOWN_WITHIN = 3.0
 # Seconds for which the room is looked at further then, so that a late takeover is told. Ours: more than
 # READY_WITHIN.
 LATE_WITHIN = 15.0
-# Calls that one worker hands over at a time, and seconds that each round takes. Ours: a successor needs a
-# warm process, and a worker keeps a few. A handover takes 0.6 s, and on a busy machine twice that.
-PARALLEL, SECONDS_EACH = 4, 1.5
+# Calls that one worker hands over at a time, and seconds that each round takes. Ours: 50 calls in the 5 s
+# that a grace of 10 s leaves. A handover takes 0.6 s, and on a busy machine twice that.
+PARALLEL, SECONDS_EACH = 10, 1.5
+# Seconds for a good moment that each call has at least, when the time of a stop is short.
+WAIT_AT_LEAST = 0.5
 # Seconds after a round in which nobody took a call.
 TRY_AGAIN_AFTER = 1.0
 # Dispatches that are remembered, so that none is taken twice.
@@ -99,6 +101,7 @@ class Try:
     epoch: int
     identity: str
     secret: str = field(repr=False)
+    wait: float = 0.0
     steps: dict[str, CallStep] = field(default_factory=dict)
     dispatch_id: str = ""
 
@@ -236,8 +239,11 @@ class Handovers:
             return "no URL or key of the LiveKit server"
         return ""
 
-    async def hand_over(self, job: Job, reason: str) -> Outcome:
-        """Hand over one call, and report how that ended."""
+    async def hand_over(self, job: Job, reason: str, wait: float | None = None) -> Outcome:
+        """Hand over one call, and report how that ended.
+
+        `wait`: seconds for a good moment, those of `[handover] wait` where it is None.
+        """
         lack = self.lacks(job)
         if lack:
             outcome = refused(lack)
@@ -247,6 +253,7 @@ class Handovers:
                 epoch=job.epoch,
                 identity=successor_identity(job.presence.identity, job.epoch),
                 secret=secrets.token_hex(16),
+                wait=self._settings.wait if wait is None else wait,
             )
             self._tries[job.id] = attempt
             try:
@@ -300,13 +307,20 @@ class Handovers:
             at = None if running else until()
             return min(times if at is None else [*times, at], default=None)
 
+        def wait() -> float:
+            """Return the seconds for a good moment: in a short time all calls have to have one."""
+            at, rounds = until(), -(-(len(running) + len(waiting())) // PARALLEL)
+            if at is None:
+                return self._settings.wait
+            return min(self._settings.wait, max(WAIT_AT_LEAST, (at - now()) / max(1, rounds) - SECONDS_EACH))
+
         def has_changed() -> bool:
             return any(task.done() for task in running) or bool(due()) or not (running or waiting())
 
         async with asyncio.TaskGroup() as group:
             while running or waiting():
                 for job in due():
-                    task = group.create_task(self.hand_over(job, reason))
+                    task = group.create_task(self.hand_over(job, reason, wait()))
                     task.add_done_callback(lambda _task: self._changed.notify())
                     running[task] = job
                 await self._changed.until(has_changed, next_at)
@@ -361,11 +375,11 @@ class Handovers:
             epoch=attempt.epoch,
             identity=attempt.identity,
             secret=attempt.secret,
-            wait=self._settings.wait,
+            wait=attempt.wait,
         )
         if not self._say(job.id, order):
             return refused("the job does not listen")
-        await self._until(job, attempt, self._settings.wait + PREPARED_WITHIN, "prepared", "impossible")
+        await self._until(job, attempt, attempt.wait + PREPARED_WITHIN, "prepared", "impossible")
         if attempt.has("impossible"):
             return refused(attempt.steps["impossible"].detail)
         if not attempt.has("prepared"):
@@ -384,9 +398,7 @@ class Handovers:
             return await self._remove_stranger(job, attempt, stranger)
         if not attempt.has("seen"):
             return await self._withdraw(job, attempt, NOBODY)
-        await self._until(
-            job, attempt, READY_WITHIN + self._settings.wait, "silent", "refused", "lost", "speaks"
-        )
+        await self._until(job, attempt, READY_WITHIN + attempt.wait, "silent", "refused", "lost", "speaks")
         if not attempt.has("silent", "speaks"):
             why = next(
                 (attempt.steps[step].detail for step in ("refused", "lost") if step in attempt.steps),
@@ -509,19 +521,19 @@ class Handovers:
             except RoomServiceError as error:
                 log.warning("a successor can't be seen", extra={"job_id": job.id, "error": str(error)})
             await self._sleep(LOOK_AGAIN_AFTER)
-        return self._died(job, attempt)
+        return self._left_alone(job, attempt, "the agent died")
 
-    def _died(self, job: Job, attempt: Try) -> Outcome:
-        """The old agent has died. A successor that comes late goes on all the same, and is then told."""
+    def _left_alone(self, job: Job, attempt: Try, why: str) -> Outcome:
+        """Nobody else has the call. A successor that comes late goes on all the same, and is told then."""
         self._begin(self._tell_late(job, attempt))
-        return failed("the agent died")
+        return failed(why)
 
     async def _tell_late(self, job: Job, attempt: Try) -> None:
         until = now() + LATE_WITHIN
         while now() < until and not self._is_closing():
             with suppress(RoomServiceError):
                 if _speaks(await self._people(job), job, attempt):
-                    self._note(job, self._done(job, attempt), "its agent died")
+                    self._note(job, self._done(job, attempt), "its agent died, or hangs")
                     return
             await self._sleep(LOOK_AGAIN_AFTER)
 
@@ -559,18 +571,22 @@ class Handovers:
     async def _without_the_old_agent(self, job: Job, attempt: Try, why: str) -> Outcome:
         """End a try whose old agent does not answer: it hangs, has left, or is dead.
 
-        A new agent goes on alone then, after it has removed an old one that hangs. If the call has ended in
-        order, there is nothing to go on with.
+        A new agent goes on alone then, after it has removed an old one that hangs. An old one that wakes
+        before refuses it. If the call has ended in order, there is nothing to go on with.
         """
-        has_ended_well = await self._has_ended_well(job)
-        if not has_ended_well and attempt.has("seen"):
+        if await self._has_ended_well(job):
+            await self._end_successor(job, attempt)
+            return failed("the call has ended")
+        if attempt.has("seen"):
             with suppress(RoomServiceError):
                 if await self._is_seen_speaking(job, attempt, now() + SHOWN_WITHIN):
                     return self._done(job, attempt)
-        if self._has_ended(job) and not has_ended_well:
-            return self._died(job, attempt)
+        if self._has_ended(job):
+            return self._left_alone(job, attempt, "the agent died")
+        if attempt.has("seen"):
+            return self._left_alone(job, attempt, why)
         await self._end_successor(job, attempt)
-        return failed("the call has ended" if has_ended_well else why)
+        return failed(why)
 
     async def _has_ended_well(self, job: Job) -> bool:
         """Tell whether the call has ended in order: the room is gone, or the agent has left it."""
@@ -593,17 +609,28 @@ class Handovers:
 
     async def _until_seen(self, job: Job, attempt: Try) -> str:
         """Wait for the successor. Return the identity of another agent that has taken the dispatch."""
-        service, until = self._service(), now() + self._settings.patience
-        while not (attempt.has("seen") or self._has_ended(job)) and now() < until:
-            await self._until(job, attempt, min(LOOK_AGAIN_AFTER, until - now()), "seen")
-            if attempt.has("seen") or service is None:
-                continue
+        due = now() + self._settings.patience
+        looking = asyncio.get_running_loop().create_task(self._other_agent(job, attempt))
+        looking.add_done_callback(lambda _task: self._changed.notify())
+        try:
+            await self._changed.until(
+                lambda: attempt.has("seen") or looking.done() or self._has_ended(job), lambda: due
+            )
+            return looking.result() if looking.done() and not attempt.has("seen") else ""
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+    async def _other_agent(self, job: Job, attempt: Try) -> str:
+        """Return the identity of an agent that has taken the dispatch and is not the successor."""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_AFTER)
+            service = self._service()
             with suppress(RoomServiceError):  # the next look says more
-                agents = await service.agents_of(job.room, attempt.dispatch_id)
-                others = [each for each in agents if each != attempt.identity]
-                if others:
-                    return others[0]
-        return ""
+                agents = [] if service is None else await service.agents_of(job.room, attempt.dispatch_id)
+                for each in agents:
+                    if each != attempt.identity:
+                        return each
 
     async def _remove_stranger(self, job: Job, attempt: Try, identity: str) -> Outcome:
         reason = "a worker without lastcall, or of an older version, serves the same agent name"

@@ -1,7 +1,8 @@
 """The arriving agent of a handover: it gets the capsule, and may speak once its predecessor is silent.
 
-`leaving` draws the way of both. The agent joins as any other. Its `connect` returns when the capsule is
-there, and `take_over` when it may speak:
+`leaving` draws the way of both. The agent joins as any other, if its entrypoint has called `lastcall.call`:
+another one would speak at once. `connect` returns when the capsule is there, and `take_over` when the agent
+may speak:
 
     the predecessor answers `takeover`       it is silent from then on, and waits for `speaks` for a second
     the predecessor refuses, or has          the call stays where it is: `Withdrawn`, and the job ends
@@ -120,6 +121,7 @@ class Arriving:
         remove: Callable[[str], Awaitable[bool]],
         withdraw: Callable[[], None],
         is_stopping: Callable[[], bool] = lambda: False,
+        is_asked_for: Callable[[], bool] = lambda: True,
     ) -> None:
         self.succession = found
         self.resumed = resumed
@@ -130,6 +132,7 @@ class Arriving:
         self._remove = remove
         self._withdraw = withdraw
         self._is_stopping = is_stopping
+        self._is_asked_for = is_asked_for
         self._room: Any = None
         self._name = ""
         self._parts: dict[str, asyncio.Future[bytes]] = {}
@@ -158,6 +161,7 @@ class Arriving:
 
         @functools.wraps(connect)
         async def connected(*arguments: Any, **options: Any) -> Any:
+            await self._ended_if_withdrawn(self._may_join())
             result = await connect(*arguments, **options)
             await self._ended_if_withdrawn(self._arrive())
             return result
@@ -201,6 +205,17 @@ class Arriving:
         self._spawn(leave_now(self._room))
 
     # -- until the capsule is there -------------------------------------------------------------------
+
+    async def _may_join(self) -> None:
+        """Raise Withdrawn in the job of an agent that knows nothing of handovers."""
+        if self.withdrawn:
+            raise Withdrawn(self.withdrawn)
+        if not self._is_asked_for():
+            log.warning(
+                "lastcall.call: a successor leaves before it joins: its entrypoint has to call"
+                " lastcall.call(ctx) before ctx.connect()"
+            )
+            raise Withdrawn("lastcall.call(ctx) was not called")
 
     async def _arrive(self) -> None:
         found = self.succession

@@ -170,9 +170,13 @@ class Call:
         # Until the job ends. Without lastcall the end is not told, and nothing here needs it.
         self._ctx: Any = None if address is None else ctx
         self._job: str = ctx.job.id
+        # Whether code of the agent has asked for this call, and whether it has done so after its connect.
+        self.is_asked_for = found is None
+        self._is_late = found is None and address is not None and _is_connected(ctx)
         self._address = address or ""
         self._loop = asyncio.get_running_loop()
         self._sock: socket.socket | None = None
+        self._has_lost_worker = False
         self._connect_again: asyncio.TimerHandle | None = None
         self._listening: list[_Listening] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -332,7 +336,8 @@ class Call:
             job=self._job,
             remove=self._remove_predecessor,
             withdraw=self._withdraw,
-            is_stopping=self.stopping.is_set,
+            is_stopping=lambda: self.stopping.is_set() or self._has_lost_worker,
+            is_asked_for=lambda: self.is_asked_for,
         )
         self._arriving.attach(self._ctx.room, job.room.name)
 
@@ -382,6 +387,8 @@ class Call:
         if about is None:
             return
         lacks = "no function of on_takeover" if self._leaving is None else self._leaving.lacks
+        if self._is_late:  # a successor of the same code would be withdrawn
+            lacks = "lastcall.call(ctx) was called after ctx.connect(), call it before"
         told_at, told_lacks = self._told_keeps
         if now() - told_at >= TELL_AGAIN_AFTER or lacks != told_lacks:
             self._told_keeps = (now(), lacks)
@@ -486,6 +493,10 @@ class Call:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
+            # The worker dies, and this job with it in some milliseconds.
+            self._has_lost_worker = True
+            if self._arriving is not None:
+                self._arriving.stop()
         for id in list(self._answers):
             self._answer(id, None)
 
@@ -559,7 +570,8 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
 
     `ctx` is the JobContext that the entrypoint got. Through its call an agent hears that the worker stops,
     while there is time to end the conversation. Where the job does not run under lastcall the call is inert
-    (`call.is_inert`): nothing is ever told, and one line of the log says so.
+    (`call.is_inert`): nothing is ever told, and one line of the log says so. An agent whose calls go on in
+    another job calls it before `ctx.connect()`.
 
     Raises RuntimeError outside the event loop of the job. Since 0.2.0.
     """
@@ -570,7 +582,13 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
     made = _calls.get(ctx.proc)
     if made is None:
         made = _calls[ctx.proc] = Call(ctx, _addresses.get(ctx.proc))
+    made.is_asked_for = True
     return made
+
+
+def _is_connected(ctx: Any) -> bool:
+    room = getattr(ctx, "room", None)
+    return room is not None and bool(room.isconnected())
 
 
 def arrive(ctx: Any, found: Succession) -> Call:
