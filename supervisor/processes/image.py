@@ -81,8 +81,8 @@ class Image:
     """The image of one launcher; there is a process from the first turn on.
 
     `reason` says why workers are started by exec, for good or until the image is made again; empty while it
-    is made or in use. `known_pids` are the children that no sweep may touch. `is_stopping` tells whether a
-    stop has begun: no image is made in one.
+    is made or in use. `left_out` says by package why the image has not imported it. `known_pids` are the
+    children that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made in one.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Image:
         log: Any,
     ) -> None:
         self.reason = ""
+        self.left_out: dict[str, str] = {}
         self.is_ready = False
         self._argv = list(argv)
         self._environment = dict(environment)
@@ -317,7 +318,7 @@ class Image:
             self._give_up(f"says nonsense: {error}")
             return True
         if answer.ready is not None:
-            self._on_ready(answer.ready)
+            self._on_ready(answer)
         asked = self._asked.get(answer.number)
         if asked is not None and asked.answer is None:
             asked.answer, asked.pidfd = answer, pidfd
@@ -326,16 +327,19 @@ class Image:
         self._notify()
         return True
 
-    def _on_ready(self, why_unfit: str) -> None:
+    def _on_ready(self, answer: Answer) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if why_unfit:
-            self._turn_off(why_unfit)
+        if answer.ready:
+            self._turn_off(answer.ready)
             return
         self.is_ready, self._is_first = True, False
         self._ready_at = now()
-        self._log.info("image ready", pid=self.pid)
+        self.left_out = answer.left_out
+        self._log.info("image ready", pid=self.pid, packages=answer.packages)
+        if answer.left_out:
+            self._log.warning("image leaves packages out", packages=answer.left_out)
 
     def _give_up(self, why: str) -> None:
         """Kill the process, because it does not do what it is for. `_on_exit` does the rest.
