@@ -133,10 +133,33 @@ async def test_workers_of_one_image(run: StartRun, tmp_path: Path) -> None:
     assert lasting is None or lives(lasting)
 
     r.kill_all()
-    await r.until(lambda: r.log("stop draining"))
+    # There is no drain where the jobs were those of the worker that was killed.
+    await r.until(lambda: r.log("stop fencing"))
     r.let_go()
     assert await r.exit() == 0
     await r.nothing_left()
+
+
+async def test_worker_that_is_killed_beside_one_that_starts(run: StartRun) -> None:
+    """The sweep of a killed worker touches neither a process of another slot nor a fork that is to be one."""
+    r: Run = await run("run", "--grace", "120", "-w", "2", AGENT, environment=ON)
+    await r.ready(2)
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    holder = psutil.Process(psutil.Process(note["pid"]).ppid()).ppid()
+    (killed,) = [worker for worker in r.workers() if worker.pid != holder]
+    lasting = psutil.Process(holder).children(recursive=True)
+    asked = asyncio.create_task(verb(r, "scale", "3"))
+    killed.kill()
+    await asked
+    await r.ready(3)
+    assert lives(note["pid"]) and all(lives(process.pid) for process in lasting)
+    assert not r.log("slot quarantined") and len(r.log("slot failed")) == 1
+    r.kill_all()
+    await r.until(lambda: r.log("stop draining"))
+    r.let_go()
+    assert await r.exit() == 0
+    await r.clean(job)
 
 
 @pytest.mark.core
@@ -217,7 +240,7 @@ async def test_image_that_fails_in_each_phase(run: StartRun, tmp_path: Path) -> 
     held = tmp_path / "held"
     held.touch()
     odd = f"while os.path.exists({str(held)!r}): time.sleep(0.05)"
-    r: Run = await run("run", "--grace", "40", AGENT, environment=note_imports(tmp_path, odd))
+    r: Run = await run("run", "--grace", "120", AGENT, environment=note_imports(tmp_path, odd))
     await r.until((tmp_path / "imports").exists, 30)
     (first,) = images(r)
     assert (await status(r))["image"]["state"] == "making"

@@ -44,6 +44,8 @@ SCOUT_WITHIN = 10.0
 TRIAL_WITHIN = 20.0
 # Packages that a trial may refuse: each one costs another fork. Ours: an agent has one or two.
 MAX_REFUSED = 16
+# Characters of a reason. Ours: one line; an error of an import may have any length.
+MAX_REASON = 200
 # Bytes of one line of a fork. Ours: some thousand modules.
 MAX_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 16
@@ -109,7 +111,7 @@ def import_packages(found: Found) -> tuple[Imports, dict[str, str]]:
         for package in waiting[len(clean) : len(clean) + 1]:
             reasons = [why for _, why in told if why]
             late = f"its import ends the process, or takes more than {TRIAL_WITHIN:g} s"
-            left_out[package] = reasons[0] if reasons else late
+            left_out[package] = (reasons[0] if reasons else late)[:MAX_REASON]
         waiting = waiting[len(clean) + 1 :]
     return imports, left_out | dict.fromkeys(waiting, f"{MAX_REFUSED} others are left out")
 
