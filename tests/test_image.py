@@ -681,7 +681,10 @@ OWN = """
 import os, pathlib
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
 os.environ["MODE"] = "set by the target"
-import plain, thread, sock, loop, program, leads, reads, moves, named, last, own
+import plain, thread, sock, loop, program, leads, reads, moves, named, last, own, subprocess
+pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
+    str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
+)
 1 / 0
 """
 
@@ -722,6 +725,7 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "reads": "it reads MODE, and the target changes that before",
         "moves": "it changes the working directory",
     }
+    assert not lives(int((tmp_path / "ran.program").read_text()))
     (ran_in,) = (tmp_path / "ran").read_text().split()
     assert int(ran_in) != image and not lives(int(ran_in))
     assert threads == 1

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
@@ -36,6 +37,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.image_wire import GO, GO_FD, MAX_BYTES, Answer, Request
 from lastcall.worker.base.stopping import SHIELDED
+from lastcall.worker.base.variables import MARK
 
 # Seconds for the imports. Ours: they take one or two, and a worker may take as long for the same.
 MADE_WITHIN = 60.0
@@ -337,6 +339,7 @@ class Image:
         self.is_ready, self._is_first = True, False
         self._ready_at = now()
         self.left_out = answer.left_out
+        self._sweep()
         self._log.info("image ready", pid=self.pid, packages=answer.packages)
         if answer.left_out:
             self._log.warning("image leaves packages out", packages=answer.left_out)
@@ -373,6 +376,7 @@ class Image:
             if not self._read():
                 break
         self._clear()
+        self._sweep()
         if self._is_closed or self._is_off or self._is_stopping():
             self._notify()
             return
@@ -385,6 +389,11 @@ class Image:
         else:
             told = f": {words}" if words else ""
             self._fail(pid, self.reason or f"ended before it was ready: {status}{told}")
+
+    def _sweep(self) -> None:
+        """Kill the programs that the target started when it ran in a fork of the image, and left behind."""
+        pids = descendants.adopted(self._known_pids)
+        descendants.kill(descendants.marked(pids, self._environment[MARK], unmarked=False))
 
     def _fail(self, pid: int | None, why: str) -> None:
         """Make another one after a pause."""

@@ -44,7 +44,7 @@ SCOUT_WITHIN = 10.0
 TRIAL_WITHIN = 20.0
 # Packages that a trial may refuse: each one costs another fork. Ours: an agent has one or two.
 MAX_REFUSED = 16
-# Characters of a reason. Ours: one line; an error of an import may have any length.
+# Characters of a reason. Ours: a line, because an error of an import may have any length.
 MAX_REASON = 200
 # Bytes of one line of a fork. Ours: some thousand modules.
 MAX_BYTES = 1 << 22
