@@ -330,6 +330,8 @@ class Image:
         return True
 
     def _on_ready(self, answer: Answer) -> None:
+        if self.reason or self._is_closed:  # it was killed before it said so
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
