@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -59,9 +60,11 @@ def descriptors(pid: int, numbers: set[int] | None = None) -> set[tuple[str, str
     """Return what descriptors of a process stand for, with the access: ends of a pipe differ by it."""
     found = set()
     for entry in os.scandir(f"/proc/{pid}/fd"):
-        if numbers is None or int(entry.name) in numbers:
-            flags = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split("flags:")[1].split()[0]
-            found.add((os.readlink(entry.path), flags[-1]))
+        # The process may close any of them meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if numbers is None or int(entry.name) in numbers:
+                flags = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split("flags:")[1].split()[0]
+                found.add((os.readlink(entry.path), flags[-1]))
     return found
 
 

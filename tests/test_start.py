@@ -18,7 +18,7 @@ import pytest
 
 from lastcall.supervisor.views import http
 from tests.support.generations import Silent
-from tests.support.harness import AGENT, Run, StartRun
+from tests.support.harness import AGENT, START, Run, StartRun
 
 
 def handles_signals(pid: int) -> bool:
@@ -78,11 +78,19 @@ async def test_no_livekit_url(run: StartRun) -> None:
     await r.nothing_left()
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.05, 0.3])
-async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(run: StartRun, delay: float) -> None:
-    """A stop before the worker can read is sent again: the worker never registers, and ends by itself."""
-    r: Run = await run("run", "--grace", "30", AGENT)
-    await r.until(lambda: r.log("slot starting"))
+@pytest.mark.parametrize(
+    ("delay", "image"), [*((delay, False) for delay in (0.0, 0.005, 0.05, 0.3)), (0.0, True), (0.005, True)]
+)
+async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(
+    run: StartRun, delay: float, *, image: bool
+) -> None:
+    """A stop before the worker can read is sent again: the worker never registers, and ends by itself.
+
+    A worker that was forked from an image registers within a tenth of a second.
+    """
+    environment = {"LASTCALL_START__IMAGE": str(image).lower()}
+    r: Run = await run("run", "--grace", "30", AGENT, environment=environment)
+    await r.until(lambda: r.log("slot starting"), START)
     await asyncio.sleep(delay)
     r.kill()
     assert await r.exit(20) == 0

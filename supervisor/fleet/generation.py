@@ -248,6 +248,7 @@ class Generation:
         try:
             if not self.stopping.is_asked:  # between the decision to start it and now
                 self.ready_by = now() + self.launcher.starts_within + self.shared.config.start.timeout
+                self.shared.on_change()  # the service manager waits longer while an image is made
                 launched = await self.launcher.start(
                     self.slot,
                     self.number,
@@ -261,8 +262,8 @@ class Generation:
             self.change(E.FAIL, reason=str(error))
         finally:
             self.is_launching = False
-            self.ready_by = None
         if launched is None:
+            self.ready_by = None
             self._end()
             return
         self._launched = launched

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
@@ -36,6 +37,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.image_wire import GO, GO_FD, MAX_BYTES, Answer, Request
 from lastcall.worker.base.stopping import SHIELDED
+from lastcall.worker.base.variables import MARK
 
 # Seconds for the imports. Ours: they take one or two, and a worker may take as long for the same.
 MADE_WITHIN = 60.0
@@ -81,8 +83,8 @@ class Image:
     """The image of one launcher; there is a process from the first turn on.
 
     `reason` says why workers are started by exec, for good or until the image is made again; empty while it
-    is made or in use. `known_pids` are the children that no sweep may touch. `is_stopping` tells whether a
-    stop has begun: no image is made in one.
+    is made or in use. `left_out` says by package why the image has not imported it. `known_pids` are the
+    children that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made in one.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Image:
         log: Any,
     ) -> None:
         self.reason = ""
+        self.left_out: dict[str, str] = {}
         self.is_ready = False
         self._argv = list(argv)
         self._environment = dict(environment)
@@ -317,7 +320,7 @@ class Image:
             self._give_up(f"says nonsense: {error}")
             return True
         if answer.ready is not None:
-            self._on_ready(answer.ready)
+            self._on_ready(answer)
         asked = self._asked.get(answer.number)
         if asked is not None and asked.answer is None:
             asked.answer, asked.pidfd = answer, pidfd
@@ -326,16 +329,22 @@ class Image:
         self._notify()
         return True
 
-    def _on_ready(self, why_unfit: str) -> None:
+    def _on_ready(self, answer: Answer) -> None:
+        if self.reason or self._is_closed:  # it was killed before it said so
+            return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if why_unfit:
-            self._turn_off(why_unfit)
+        if answer.ready:
+            self._turn_off(answer.ready)
             return
         self.is_ready, self._is_first = True, False
         self._ready_at = now()
-        self._log.info("image ready", pid=self.pid)
+        self.left_out = answer.left_out
+        self._sweep()
+        self._log.info("image ready", pid=self.pid, packages=answer.packages)
+        if answer.left_out:
+            self._log.warning("image leaves packages out", packages=answer.left_out)
 
     def _give_up(self, why: str) -> None:
         """Kill the process, because it does not do what it is for. `_on_exit` does the rest.
@@ -369,6 +378,7 @@ class Image:
             if not self._read():
                 break
         self._clear()
+        self._sweep()
         if self._is_closed or self._is_off or self._is_stopping():
             self._notify()
             return
@@ -381,6 +391,11 @@ class Image:
         else:
             told = f": {words}" if words else ""
             self._fail(pid, self.reason or f"ended before it was ready: {status}{told}")
+
+    def _sweep(self) -> None:
+        """Kill the programs that the target started when it ran in a fork of the image, and left behind."""
+        pids = descendants.adopted(self._known_pids)
+        descendants.kill(descendants.marked(pids, self._environment[MARK], unmarked=False))
 
     def _fail(self, pid: int | None, why: str) -> None:
         """Make another one after a pause."""

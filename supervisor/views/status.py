@@ -92,7 +92,12 @@ class Status:
         image = self.fleet.launcher.image
         if image is None:
             return None
-        return {"state": image.state, "pid": image.pid, "reason": image.reason or None}
+        return {
+            "state": image.state,
+            "pid": image.pid,
+            "reason": image.reason or None,
+            "left_out": image.left_out,
+        }
 
     def _full(self) -> dict[str, Any] | None:
         why, full_time = self.full(), self.fleet.full_time

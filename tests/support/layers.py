@@ -45,7 +45,8 @@ ROOMS: dict[str, Room] = {
         floors=(
             "names",
             "preflight child_processes forkserver",
-            "agent_server job_process process_pool image_process",
+            "agent_server job_process process_pool scout",
+            "image_process",
             "__main__",
         ),
     ),

@@ -2,7 +2,8 @@
 
     supervisor → image    {"number": 1, "settings": "…", "mark": "…", "numbers": [0, 1, 2, 3, 4, 5, 7]}
                           and a descriptor for each of the numbers
-    image → supervisor    {"ready": ""}, or the reason why it can fork no workers
+    image → supervisor    {"ready": "", "packages": 7, "left_out": {"watchdog": "it has started a thread"}},
+                          or {"ready": "…"}, the reason why it can fork no workers
                           {"number": 1, "error": "…"}: there is no worker
     worker → supervisor   {"number": 1, "pid": 4711}, and a pidfd of the worker
     supervisor → worker   GO, in the pipe that the last descriptor reads
@@ -14,7 +15,7 @@ has given the request up, or has ended.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 # Bytes of a packet, and descriptors beside it. Ours: settings are below 2 kB, and a worker has eight.
 MAX_BYTES = 1 << 16
@@ -49,9 +50,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A packet of an image, or of a worker that it has forked. `ready` is None in an answer to a request."""
+    """A packet of an image, or of a worker that it has forked. `ready` is None in an answer to a request.
+
+    `packages` is the number of installed packages that were imported for the target alone.
+    """
 
     ready: str | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    packages: int = 0
     number: int = 0
     pid: int = 0
     error: str = ""

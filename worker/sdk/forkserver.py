@@ -67,6 +67,8 @@ IMPORTED = (
 # Imported before reads of the environment are noted: it copies the whole environment, for CGI programs
 # (prometheus_client imports it and is none), and each variable would count as read.
 READS_ALL = "wsgiref.handlers"
+# Stands among the names of variables for a copy of all of them.
+WHOLE = "*"
 # How the command of a forkserver begins, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
 COMMAND = "from multiprocessing.forkserver import main"
 # Variables that the interpreter and native libraries read by themselves: CPython's command line page,
@@ -83,6 +85,9 @@ TAKE_OVER_WITHIN = 5.0
 # Seconds for native threads to be gone that end in a fork, as those of OpenBLAS do (pthread_atfork(3)). Ours:
 # a thread that has been joined may stand in /proc for some microseconds.
 THREADS_END_WITHIN = 0.2
+# Major numbers of devices that a fork may share: memory, and terminals (admin-guide/devices.txt of Linux). A
+# graphics processor is none of them.
+PLAIN_DEVICES = {1, 4, 5, *range(136, 144)}
 LENGTH = struct.Struct("!I")
 TAKEN_OVER = b"\0"
 # Bytes of the answer at most; one that is not TAKEN_OVER is the text of an error. Ours: a line.
@@ -109,6 +114,14 @@ class Imports:
     contexts: list[ssl.SSLContext] = field(default_factory=list)
     unseeded: randomness.Unseeded = field(default_factory=randomness.Unseeded)
     why: str = ""
+
+    def add(self, more: Imports) -> None:
+        """Add the traces of more imports in the same process."""
+        self.opened |= more.opened
+        self.reads |= more.reads
+        self.contexts += more.contexts
+        self.unseeded.update(more.unseeded)
+        self.why = self.why or more.why
 
 
 def fork(imports: Imports | None = None) -> None:
@@ -170,9 +183,9 @@ def import_all(modules: Iterable[str]) -> Imports:
                 found.why = f"an import failed: {error!r}"
                 return found
     found.opened = open_descriptors() - before
-    for fd in found.opened:
-        if not _is_file(fd):
-            found.why = f"an import has opened {os.readlink(f'/proc/self/fd/{fd}')}"
+    odd = [fd for fd in sorted(found.opened) if not _is_file(fd)]
+    if odd:
+        found.why = f"an import has opened {os.readlink(f'/proc/self/fd/{odd[0]}')}"
     if threading.active_count() > 1:
         found.why = "an import has started a thread"
     return found
@@ -373,6 +386,10 @@ def _reads_noted() -> Iterator[set[str]]:
             reads.add(name)
             return super().__getitem__(name)
 
+        def __iter__(self) -> Any:
+            reads.add(WHOLE)
+            return super().__iter__()
+
     # The object stays: modules may have it from `from os import environ`.
     os.environ.__class__ = Noted
     try:
@@ -423,6 +440,8 @@ def open_descriptors() -> set[int]:
 
 
 def _is_file(fd: int) -> bool:
-    """Tell whether a descriptor is a file, a directory or a device such as /dev/urandom."""
-    mode = os.fstat(fd).st_mode
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode)
+    """Tell whether a descriptor is a file, a directory, or a device such as /dev/urandom or a terminal."""
+    found = os.fstat(fd)
+    mode = found.st_mode
+    is_plain_device = stat.S_ISCHR(mode) and os.major(found.st_rdev) in PLAIN_DEVICES
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_plain_device

@@ -34,6 +34,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import NoReturn
@@ -53,7 +54,7 @@ from lastcall.worker.base.image_wire import (
 from lastcall.worker.base.process import IMAGE, end_with_parent, name, rewrite_variable, set_name
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.variables import MARK
-from lastcall.worker.sdk import preflight
+from lastcall.worker.sdk import preflight, scout
 from lastcall.worker.sdk.forkserver import (
     IMPORTED,
     Imports,
@@ -80,10 +81,12 @@ READ_AGAIN = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
 LOOK_AGAIN_AFTER = 0.0005
 
 
-def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
+def serve(
+    settings: WorkerSettings, run_target: Callable[[], None], is_own: Callable[[str, str], bool]
+) -> tuple[WorkerSettings, Imports]:
     """Import, and fork a worker for each request. Return in each worker, with its settings.
 
-    The image itself ends here.
+    `run_target` and `is_own` are for `scout.look`. The image itself ends here.
     """
     assert settings.control_fd is not None
     supervisor = os.getppid()
@@ -92,6 +95,12 @@ def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
     own_name = name()
     set_name(IMAGE)
     imports = _import()
+    packages, left_out = 0, dict[str, str]()
+    if not imports.why:
+        found = scout.look(run_target, is_own)
+        more, left_out = scout.import_packages(found)
+        packages = len(found.packages) - len(left_out)
+        imports.add(more)
     if imports.why:
         _say(channel, Answer(ready=imports.why))
         os._exit(0)
@@ -102,7 +111,7 @@ def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
         # The stream may be None or closed. Each worker would write once more what it has kept.
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    _say(channel, Answer(ready=""))
+    _say(channel, Answer(ready="", packages=packages, left_out=left_out))
     while True:
         packet, received = _next(channel)
         if not packet:
@@ -164,12 +173,12 @@ def _import() -> Imports:
     except Incompatible as error:  # the worker says so, and names what is missing
         imports.why = str(error)
         return imports
+    imports.why = preflight.untried()
+    if imports.why:
+        return imports
     more = import_all([*WORKER_MODULES, *(module for module in WARM_UP if _is_there(module))])
-    imports.opened |= more.opened
-    imports.reads |= more.reads - READ_AGAIN
-    imports.contexts += more.contexts
-    imports.unseeded.update(more.unseeded)
-    imports.why = more.why
+    more.reads -= READ_AGAIN
+    imports.add(more)
     if not imports.why and not _forks_alone():
         imports.why = "an import has started a thread"
     return imports
