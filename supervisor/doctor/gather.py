@@ -92,6 +92,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         trial=look(config.target, config.args) if config.target else None,
         livekit=ask(environment),
+        hands_over=config.handover.enabled,
         http_problem=_http_problem(config.http),
         place_problems=_place_problems(config),
         process_failures=tuple(_process_failures(config)),
