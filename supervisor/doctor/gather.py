@@ -103,6 +103,7 @@ def gather(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         trial=look(config.target, config.args, tell=tell) if config.target else None,
         livekit=_livekit(environment, tell),
+        hands_over=config.handover.enabled,
         http_problem=_http_problem(config.http),
         place_problems=_place_problems(config),
         process_failures=tuple(_process_failures(running)),
