@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from lastcall.supervisor.cli.plain_words import SESSION, Argument, Option
+from lastcall.supervisor.cli import examples
+from lastcall.supervisor.cli.plain_words import SESSION, Argument, Completion, Option, Word
 from lastcall.supervisor.errors import UsageError
 
 HELP = "Run LiveKit agent workers so that a stop cuts no call."
@@ -22,18 +23,16 @@ CommandLineError: Any = typer.BadParameter.__base__
 
 def new() -> typer.Typer:
     """Return a command line without verbs."""
-    app = typer.Typer(
-        help=HELP,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )
+    app = typer.Typer(help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(_root)
     return app
 
 
 def add(app: typer.Typer, name: str, verb: Callable[..., Any], *, help: str | None = None) -> None:
-    """Add a verb. A parameter `session` of it gets the object that `read` is given."""
+    """Add one verb with its examples; without `help` the docstring of the verb is its help.
+
+    A parameter `session` of the verb gets the object that `read` is given.
+    """
 
     def called(context: typer.Context, **values: Any) -> Any:
         return verb(**values, **({SESSION: context.obj} if has_session else {}))
@@ -46,7 +45,7 @@ def add(app: typer.Typer, name: str, verb: Callable[..., Any], *, help: str | No
     called.__signature__ = inspect.Signature([context, *shown])  # type: ignore[attr-defined]  # as inspect documents
     called.__annotations__ = {each.name: each.annotation for each in (context, *shown)}
     called.__doc__ = verb.__doc__
-    app.command(name, help=help)(called)
+    app.command(name, help=help, epilog=examples.epilog(name))(called)
 
 
 def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
@@ -57,8 +56,19 @@ def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
                 get_args(shown)[0], typer.Option(*given.names, metavar=given.metavar, help=given.help)
             ]
         elif isinstance(given, Argument):
-            shown = Annotated[get_args(shown)[0], typer.Argument(metavar=given.metavar, help=given.help)]
+            words = None if given.completion is None else _words_of(given.completion)
+            shown = Annotated[
+                get_args(shown)[0],
+                typer.Argument(metavar=given.metavar, help=given.help, autocompletion=words),
+            ]
     return parameter.replace(annotation=shown, kind=parameter.KEYWORD_ONLY)
+
+
+def _words_of(completion: Completion) -> Callable[[typer.Context], list[Word]]:
+    def words(context: typer.Context) -> list[Word]:
+        return completion(context.params)
+
+    return words
 
 
 def read(app: typer.Typer, arguments: list[str], session: object) -> int:
@@ -73,7 +83,8 @@ def read(app: typer.Typer, arguments: list[str], session: object) -> int:
     except CommandLineError as error:
         message = error.format_message().rstrip(".")
         end = "" if message.endswith("?") else "."
-        raise UsageError(f"{message}{end} See lastcall --help.") from None
+        where = error.ctx.command_path if error.ctx else "lastcall"
+        raise UsageError(f"{message}{end} See {where} --help.") from None
     except typer.Abort:
         return 130
     return int(result or 0)

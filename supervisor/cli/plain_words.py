@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+# A word that a shell offers after Tab, and the text that zsh and fish show beside the word.
+Word = tuple[str, str]
+# Returns the words for an argument, from the values of the parameters before it.
+Completion = Callable[[dict[str, Any]], list[Word]]
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -29,6 +34,7 @@ class Argument:
 
     metavar: str
     help: str | None = None
+    completion: Completion | None = None
 
 
 @dataclass(frozen=True, slots=True)

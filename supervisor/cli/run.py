@@ -84,7 +84,9 @@ def _run(
     if loaded.target and loaded.command:
         raise ConfigError("both target and command are configured; expected one of them")
     if not loaded.target and not loaded.command:
-        raise UsageError(f"nothing to run: expected TARGET ({FORMS}), or -- CMD ARG…")
+        raise UsageError(
+            f"nothing to run: expected TARGET ({FORMS}), as in: lastcall run agent.py; or -- CMD ARG…"
+        )
     from lastcall.supervisor.app import App
     from lastcall.supervisor.environment import surroundings
 
