@@ -81,16 +81,14 @@ class Program:
         )
         image = None
         if config.start.image and not config.is_opaque:
-            number = next(self.images)
             image = Image(
                 worker_command(config.target, config.args),
-                environment=image_environment(environment, self.supervisor_id, number),
+                environment=image_environment(environment, self.supervisor_id, next(self.images)),
                 reaper=self.reaper,
                 write_output=self.write_output,
                 write_errors=self.write_errors,
                 known_pids=self.known_pids,
                 is_stopping=self.is_stopping,
-                is_beside_workers=number > 0,
                 log=self.log,
             )
         return Launcher(

@@ -31,7 +31,6 @@ from lastcall.supervisor.errors import SpawnError
 from lastcall.supervisor.processes import descendants
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.output_reader import OutputReader
-from lastcall.supervisor.processes.priority import LOW, ORDINARY, set_nice
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.base.clock import now
@@ -86,7 +85,6 @@ class Image:
     `reason` says why workers are started by exec, for good or until the image is made again; empty while it
     is made or in use. `left_out` says by package why the image has not imported it. `known_pids` are the
     children that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made in one.
-    `is_beside_workers`: workers of another program serve calls while the image is made, as in a reload.
     """
 
     def __init__(
@@ -100,7 +98,6 @@ class Image:
         known_pids: set[int],
         is_stopping: Callable[[], bool],
         log: Any,
-        is_beside_workers: bool = False,
     ) -> None:
         self.reason = ""
         self.left_out: dict[str, str] = {}
@@ -111,7 +108,6 @@ class Image:
         self._writes = (write_output, write_errors)
         self._known_pids = known_pids
         self._is_stopping = is_stopping
-        self._is_beside_workers = is_beside_workers
         self._log = log
         # Until the first one is ready, or has failed to be.
         self._is_first = True
@@ -291,8 +287,6 @@ class Image:
         finally:
             for fd in theirs:
                 os.close(fd)
-        if self._is_beside_workers or not self._is_first:  # whose calls are not to feel the imports
-            set_nice(self._child.pid, LOW)
         self._known_pids.add(self._child.pid)
         self._channel = socket.socket(fileno=channel)
         self._channel.setblocking(False)
@@ -347,8 +341,6 @@ class Image:
         self.is_ready, self._is_first = True, False
         self._ready_at = now()
         self.left_out = answer.left_out
-        if self.pid is not None:
-            set_nice(self.pid, ORDINARY)
         self._sweep()
         self._log.info("image ready", pid=self.pid, packages=answer.packages)
         if answer.left_out:

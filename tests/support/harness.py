@@ -359,14 +359,6 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def nice_of(pid: int | str) -> int | None:
-    """Return the nice value of the autogroup of a process; None of a kernel without autogroups."""
-    try:
-        return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
-    except FileNotFoundError:
-        return None
-
-
 def lives(pid: int) -> bool:
     """Tell whether a process runs; a zombie does not."""
     try:

@@ -126,7 +126,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
-            "reaper cgroup priority descendants output_reader line_breaks worker_channel socket_directory",
+            "reaper cgroup descendants output_reader line_breaks worker_channel socket_directory",
             "child output_writer",
             "image",
             "launch",
