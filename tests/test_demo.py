@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.support.harness import Run, StartRun
 from tests.support.proxy import DEAD
 from tests.support.terminal import Terminal
@@ -11,6 +13,7 @@ from tests.support.terminal import Terminal
 TERM = {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
 
 
+@pytest.mark.long
 async def test_plain_lines(run: StartRun) -> None:
     """Off a terminal: a line now and then, a stop by itself, one line of receipt that adds up.
 

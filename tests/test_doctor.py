@@ -60,6 +60,17 @@ def test_missing_private_names_are_printed() -> None:
     assert "--json" in lines[4]
 
 
+def test_a_key_that_may_not_dispatch() -> None:
+    """It matters where calls are handed over, and is not asked of a server that lets no worker in."""
+    less = Answer(url="u", status=101, dispatch_status=403)
+    for facts, verdicts in (
+        (replace(GOOD, livekit=less), ["warn"]),
+        (replace(GOOD, livekit=less, hands_over=False), []),
+        (replace(GOOD, livekit=replace(less, status=401)), []),
+    ):
+        assert [each.verdict for each in checks.examine(facts) if each.check == "handover"] == verdicts
+
+
 def unit(**changes: str) -> Unit:
     return Unit(name="lastcall.service", properties=NOTIFY | changes)
 
@@ -194,6 +205,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ("livekit", "fail", {"livekit": Answer(url="u", error="refused")}, "u: refused"),
     ("livekit", "fail", {"livekit": Answer(url="u", status=401)}, "refuses the key (401)"),
     ("livekit", "fail", {"livekit": Answer(url="u", status=404)}, "answers 404"),
+    ("handover", "warn", {"livekit": Answer(url="u", status=101, dispatch_status=401)}, "may not dispatch"),
     ("inworld", "ok", {"has_inworld_plugin": True, "has_inworld_key": True}, "a key is there"),
     ("inworld", "warn", {"has_inworld_plugin": True}, "INWORLD_API_KEY is not set"),
     ("places", "fail", {"http_problem": "http x can't be used"}, "http x can't be used"),
@@ -203,6 +215,12 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         "fail",
         {"process_failures": ("3 job processes of slot 0 did not get ready, the last: no model",)},
         "the last: no model",
+    ),
+    (
+        "image",
+        "warn",
+        {"image_limits": ("it leaves watchdog out: it has started a thread",)},
+        "it leaves watchdog out",
     ),
     ("places", "fail", {"place_problems": ("receipt: /x can't be written",)}, "receipt: /x"),
 ]
@@ -306,6 +324,11 @@ async def test_livekit_is_asked_as_a_worker_asks() -> None:
         answer = await asyncio.to_thread(ask, server.environment)
         assert answer is not None and (answer.status, answer.error) == (101, "")
         assert answer.skew_s is not None and abs(answer.skew_s) < 5
+        assert answer.dispatch_status == 503, "as of a room that is not there"
+        server.may_dispatch = False
+        less = await asyncio.to_thread(ask, server.environment)
+        assert less is not None and (less.status, less.dispatch_status) == (101, 401)
+        assert not list(server.rooms.state), "the question makes no room"
         wrong = await asyncio.to_thread(ask, server.environment | {"LIVEKIT_API_SECRET": "x" * 40})
         assert wrong is not None and wrong.status == 401
         assert wrong.skew_s is not None and abs(wrong.skew_s) < 5

@@ -17,7 +17,6 @@ from tests.support.program import status
 from tests.support.terminal import Terminal
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("times", [1, 2, 3])
 async def test_ctrl_c(run: StartRun, terminal: Terminal, times: int) -> None:
     """Once drains. Twice asks the jobs to shut down now, and a third time kills."""

@@ -421,6 +421,20 @@ def livekit(facts: Facts) -> Finding:
     return Finding(check="livekit", verdict="fail", why=why, do="check LIVEKIT_URL")
 
 
+def handover(facts: Facts) -> Finding | None:
+    """Whether the key may ask for the dispatch of a successor, where calls are handed over."""
+    answer = facts.livekit
+    if not facts.hands_over or answer is None or answer.error or answer.status != 101:
+        return None
+    if answer.dispatch_status in (401, 403):
+        why = (
+            f"the key may not dispatch agents ({answer.dispatch_status}): no call goes on elsewhere at a stop"
+        )
+        do = "give a key that has roomAdmin, or set handover.enabled = false"
+        return Finding(check="handover", verdict="warn", why=why, do=do)
+    return Finding(check="handover", verdict="ok", why="the key may dispatch the successor of a call")
+
+
 def inworld(facts: Facts) -> Finding | None:
     """The Inworld key, where the plugin is installed."""
     if not facts.has_inworld_plugin:
@@ -452,6 +466,18 @@ def processes(facts: Facts) -> Finding | None:
     return Finding(check="processes", verdict="fail", why=why, do=do)
 
 
+def image(facts: Facts) -> Finding | None:
+    """Whether the image of a supervisor that runs here has everything that its workers import."""
+    if not facts.image_limits:
+        return None
+    return Finding(
+        check="image",
+        verdict="warn",
+        why=f"the image of the running supervisor: {'; '.join(facts.image_limits)}",
+        do="have the package start that at its first use; until then each process imports the package itself",
+    )
+
+
 def load(facts: Facts) -> Finding | None:
     """The load by which livekit-agents calls a worker full, where several workers share a machine."""
     if facts.workers < 2:
@@ -479,9 +505,11 @@ CHECKS: tuple[Check, ...] = (
     limits,
     clock,
     livekit,
+    handover,
     inworld,
     places,
     processes,
+    image,
     load,
 )
 

@@ -59,13 +59,15 @@ class Trial:
 class Answer:
     """The LiveKit server's answer to a worker's handshake.
 
-    `skew_s` says by how many seconds the server's clock is ahead of this machine's.
+    `skew_s` says by how many seconds the server's clock is ahead of this machine's. `dispatch_status` is that
+    of the answer to a question that needs the right to dispatch agents; 0 when there was none.
     """
 
     url: str
     error: str = ""
     status: int = 0
     skew_s: float | None = None
+    dispatch_status: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,10 @@ class Facts:
     open_files: int = 65536
     trial: Trial | None = None
     livekit: Answer | None = None
+    hands_over: bool = True
     http_problem: str = ""
     place_problems: tuple[str, ...] = ()
     # Of a supervisor that runs here: each worker whose job processes did not all get ready, and why.
     process_failures: tuple[str, ...] = ()
+    # Of that supervisor: why workers start without the image, and what the image has not imported.
+    image_limits: tuple[str, ...] = ()

@@ -76,6 +76,7 @@ def gather(
         error, environment = str(wrong), dict(os.environ)
     if unit is not None and not re.fullmatch(r"[\w:.\\@-]+", unit):
         raise UsageError(f"--unit: got {unit!r}, expected the name of a systemd unit")
+    running = _status(config)
     found = _unit(unit or _own_unit(_read("/proc/self/cgroup")))
     return Facts(
         config_error=error,
@@ -102,9 +103,11 @@ def gather(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         trial=look(config.target, config.args, tell=tell) if config.target else None,
         livekit=_livekit(environment, tell),
+        hands_over=config.handover.enabled,
         http_problem=_http_problem(config.http),
         place_problems=_place_problems(config),
-        process_failures=tuple(_process_failures(config)),
+        process_failures=tuple(_process_failures(running)),
+        image_limits=tuple(_image_limits(running)),
     )
 
 
@@ -262,16 +265,28 @@ def _is_lastcall(address: str) -> bool:
         connection.close()
 
 
-def _process_failures(config: Config) -> Iterator[str]:
-    """Ask the supervisor that has the control socket, if one runs."""
+def _status(config: Config) -> dict[str, Any]:
+    """Return the status of the supervisor that has the control socket; empty if none runs."""
     with contextlib.suppress(NotRunning, Refused, OSError, ValueError):
-        document = control_socket.ask(control_socket.find(config.control), "status")
-        for slot in document["slots"]:
-            if slot.get("process_failures"):  # an older supervisor does not say
-                yield (
-                    f"{slot['process_failures']} job processes of slot {slot['slot']} did not get ready,"
-                    f" the last: {slot['process_failure']}"
-                )
+        return control_socket.ask(control_socket.find(config.control), "status")
+    return {}
+
+
+def _process_failures(status: Mapping[str, Any]) -> Iterator[str]:
+    for slot in status.get("slots", ()):
+        if slot.get("process_failures"):  # an older supervisor does not say
+            yield (
+                f"{slot['process_failures']} job processes of slot {slot['slot']} did not get ready,"
+                f" the last: {slot['process_failure']}"
+            )
+
+
+def _image_limits(status: Mapping[str, Any]) -> Iterator[str]:
+    image = status.get("image") or {}
+    if image.get("reason"):
+        yield f"workers start without it: {image['reason']}"
+    for package, why in image.get("left_out", {}).items():
+        yield f"it leaves {package} out: {why}"
 
 
 def _place_problems(config: Config) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """Asks the LiveKit server whether it would let a worker in, without becoming one.
 
 The handshake is the worker's own: a WebSocket at /agent, with a token that carries the agent grant. The
-connection is closed as soon as it stands; a connection that never registers is offered nothing.
+connection is closed as soon as it stands; a connection that never registers is offered nothing. Then the
+server is asked for the dispatches of a room that there is not. That needs the right by which a worker has a
+successor dispatched (EnsureAdminPermission in pkg/service/auth.go of livekit-server), and changes nothing.
 
 No other module of the supervisor's side imports livekit. Only the verb `doctor` loads this one, in a process
 that supervises nothing.
@@ -35,6 +37,12 @@ TIMEOUT = 8.0
 CLOSE_TIMEOUT = 1.0
 # Ours: the handshake takes TIMEOUT at most, the rest is for clocks that differ.
 TOKEN_LIFETIME = timedelta(seconds=60)
+# Seconds for the question whether the key may dispatch. The server refuses a token at once. With a right one
+# it looks for the room, for seconds, and the answer to that says nothing. Ours: a round trip over a slow
+# network.
+REFUSES_WITHIN = 1.0
+# A name that no room of a user has.
+NO_ROOM = "lastcall-doctor-asks-for-its-rights"
 VARIABLES = ("LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET")
 SWITCHING_PROTOCOLS = 101
 
@@ -51,12 +59,13 @@ def ask(environment: Mapping[str, str]) -> Answer | None:
     server = _server(url)
     if not server:
         return Answer(url=shown, error="no URL of a LiveKit server; expected wss://HOST")
-    bearer = token(key, secret)
+    may_work = token(key, secret)
+    may_dispatch = token(key, secret, api.VideoGrants(room_admin=True, room=NO_ROOM))
     proxy = proxy_of(environment)
     answers: list[Answer] = []
 
     def run() -> None:
-        asyncio.run(_ask(server, bearer, shown, answers, proxy))
+        asyncio.run(_ask(server, may_work, may_dispatch, shown, answers, proxy))
 
     asking = threading.Thread(target=run, daemon=True)
     asking.start()
@@ -64,16 +73,34 @@ def ask(environment: Mapping[str, str]) -> Answer | None:
     return answers[-1] if answers else Answer(url=shown, error=_late())
 
 
-async def _ask(server: str, bearer: str, shown: str, answers: list[Answer], proxy: str | None) -> None:
-    """Add the answer to the handshake, and then that answer with the server's clock when it can be had."""
+async def _ask(
+    server: str, may_work: str, may_dispatch: str, shown: str, answers: list[Answer], proxy: str | None
+) -> None:
+    """Add the answer to the handshake, and then that answer with what else can be had of the server."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     async with aiohttp.ClientSession(timeout=timeout, proxy=proxy) as session:
-        await _shake_hands(session, server, bearer, shown, answers)
+        await _shake_hands(session, server, may_work, shown, answers)
         if answers[0].status == SWITCHING_PROTOCOLS:
             # The answer to an upgrade need not have a date. The first answer counts, whatever comes of this.
             with contextlib.suppress(OSError, ValueError, aiohttp.ClientError):
                 async with session.get(server, allow_redirects=False) as response:
-                    answers.append(replace(answers[0], skew_s=_skew(response.headers)))
+                    answers.append(replace(answers[-1], skew_s=_skew(response.headers)))
+            with contextlib.suppress(OSError, ValueError, aiohttp.ClientError):
+                status = await _dispatch_status(session, server, may_dispatch)
+                answers.append(replace(answers[-1], dispatch_status=status))
+
+
+async def _dispatch_status(session: aiohttp.ClientSession, server: str, bearer: str) -> int:
+    """Return the status of the answer about dispatches of a room; 0 if there is none in time."""
+    url = f"{server}/twirp/livekit.AgentDispatchService/ListDispatch"
+    headers = {"Authorization": f"Bearer {bearer}"}
+    with contextlib.suppress(TimeoutError):
+        async with (
+            asyncio.timeout(REFUSES_WITHIN),
+            session.post(url, json={"room": NO_ROOM}, headers=headers, allow_redirects=False) as response,
+        ):
+            return response.status
+    return 0
 
 
 async def _shake_hands(
@@ -113,9 +140,9 @@ def _late() -> str:
     return f"no answer within {TIMEOUT:g} s"
 
 
-def token(key: str, secret: str) -> str:
-    """Return a token with the agent grant, as a worker's own."""
-    grants = api.VideoGrants(agent=True)
+def token(key: str, secret: str, grants: api.VideoGrants | None = None) -> str:
+    """Return a token with these grants; with the agent grant, as a worker's own, where none are given."""
+    grants = api.VideoGrants(agent=True) if grants is None else grants
     with warnings.catch_warnings():
         # PyJWT warns of a short secret, on standard error; the secret of a development server is short.
         warnings.simplefilter("ignore")

@@ -262,6 +262,8 @@ class Slot:
         def is_decided() -> bool:
             return new.ended or new.is_usable or new.is_leaving or self._stop_asked or not is_wanted()
 
+        # While its image is made, its time to register has not begun. A launch always comes to its end.
+        await self.changed.until(lambda: not new.is_launching or is_decided())
         # It ends by itself when it does not register in time; it may still never be warm.
         due = now() + self._shared.config.start.timeout
         await self.changed.until(lambda: is_decided() or (new.is_opaque and new.was_ready), lambda: due)

@@ -4,7 +4,8 @@ The data is "hang up", "busy", "idle", or "hand over" (the agent asks for a succ
 a JSON object, which `request_fnc` reads strictly:
 
     keeps        what the agent gives to `call.keep`; without it a counter of turns
-    holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists
+    holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists,
+                 or that with ".ready-ROOM"
     after        seconds of a shutdown callback
     keeps_nothing   whether the agent calls no `keep`
     deletes      whether a shutdown callback deletes the room
@@ -26,7 +27,7 @@ from livekit.agents import JobContext, JobExecutorType, JobRequest, WorkerOption
 import lastcall
 
 # Seconds of one frame.
-FRAME = 0.02
+FRAME = float(os.environ.get("FRAME", "0.02"))
 
 
 class Voice:
@@ -51,7 +52,20 @@ class Voice:
             await self.source.capture_frame(frame)
 
 
+async def unaware(ctx: JobContext) -> None:
+    """Speak at once, as an agent of the same name that knows nothing of handovers."""
+    try:
+        await ctx.connect()
+        note(ctx, "speaks")
+    except Exception as error:
+        note(ctx, "raised", error=type(error).__name__)
+        raise
+
+
 async def entrypoint(ctx: JobContext) -> None:
+    if os.environ.get("UNAWARE"):
+        await unaware(ctx)
+        return
     spec = json.loads(ctx.job.metadata)
     call = lastcall.call(ctx)
     voice = Voice()
@@ -88,7 +102,8 @@ async def entrypoint(ctx: JobContext) -> None:
     if not spec.get("keeps_nothing"):
         call.keep(spec.get("keeps", {"job": ctx.job.id}))
     if resumed is not None and spec.get("holds"):
-        while not os.path.exists(os.environ["JOB_LOG"] + ".ready"):
+        ready = os.environ["JOB_LOG"] + ".ready"
+        while not (os.path.exists(ready) or os.path.exists(f"{ready}-{ctx.room.name}")):
             await asyncio.sleep(0.02)
     turns = await call.take_over()
     note(
@@ -134,7 +149,7 @@ if __name__ == "__main__":
             request_fnc=request,
             load_fnc=half_busy,
             load_threshold=float("inf"),
-            num_idle_processes=1,
+            num_idle_processes=int(os.environ.get("IDLE", "1")),
             agent_name=os.environ.get("AGENT_NAME", ""),
             job_executor_type=JobExecutorType[os.environ.get("EXECUTOR", "PROCESS")],
         )

@@ -72,7 +72,7 @@ if __name__ == "__main__":
             entrypoint_fnc=entrypoint,
             load_fnc=half_busy,
             load_threshold=float("inf"),
-            num_idle_processes=1,
+            num_idle_processes=int(os.environ.get("IDLE", "1")),
             job_executor_type=JobExecutorType[os.environ.get("EXECUTOR", "PROCESS")],
         )
     )

@@ -34,7 +34,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process memory backoff budget target_form garbage peers"
-            " image_wire succession",
+            " randomness image_wire succession",
             "inworld_keys proxies setup_errors",
             "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",
@@ -45,7 +45,8 @@ ROOMS: dict[str, Room] = {
         floors=(
             "names",
             "preflight child_processes forkserver",
-            "agent_server job_process process_pool image_process",
+            "agent_server job_process process_pool scout",
+            "image_process",
             "__main__",
         ),
     ),

@@ -39,7 +39,7 @@ ResourceFate = Literal["closed", "forced", "leaked"]
 StopCause = Literal["stop", "reload", "recycle", "stall"]
 # The steps of one try to hand over a call, as the leaving agent tells them (`worker.job.leaving`).
 HandoverStep = Literal[
-    "prepared", "impossible", "seen", "stranger", "silent", "speaks", "lost", "refused", "cancelled", "back"
+    "prepared", "impossible", "seen", "silent", "speaks", "lost", "refused", "cancelled", "back", "returned"
 ]
 # How a handover ended that was asked for.
 HandoverResult = Literal["done", "refused", "failed"]
@@ -160,8 +160,9 @@ class JobHandover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoverOff:
-    """The worker hands over no call any more."""
+    """No call of this agent name is handed over any more; the supervisor tells it to the other workers."""
 
+    agent_name: str
     reason: str
 
 
@@ -322,7 +323,7 @@ class AskMetrics:
     id: int
 
 
-WorkerHears = Hold | Fence | Drain | Served | HandOver | Terminate | AskMetrics
+WorkerHears = Hold | Fence | Drain | Served | HandOver | HandoverOff | Terminate | AskMetrics
 
 
 # -- what the Inworld broker says and hears ------------------------------------------------------------------
@@ -456,7 +457,7 @@ class CallStep:
     """A step of the handover of this epoch has been taken.
 
     `job`: the successor's, of `seen`. `detail`: the reason, of `impossible`, `refused` and `lost`. Of
-    `stranger` it is the sid and the identity, with a space between them.
+    `returned` it is the sid and the identity of an agent, with a space between them.
     """
 
     epoch: int

@@ -131,9 +131,7 @@ class Twirp:
     async def _create_dispatch(
         self, wanted: dispatching.CreateAgentDispatchRequest, claims: api.Claims
     ) -> Message:
-        admin(claims, wanted.room)
-        if not self._owner.may_dispatch:
-            raise Refusal("unauthenticated", "permissions denied")
+        self._dispatcher(claims, wanted.room)
         if len(wanted.metadata.encode()) > MAX_METADATA:
             raise Refusal("invalid_argument", "metadata size exceeds limits")
         if sum(len(k.encode()) + len(v.encode()) for k, v in wanted.attributes.items()) > MAX_ATTRIBUTES:
@@ -149,7 +147,7 @@ class Twirp:
     async def _list_dispatch(
         self, wanted: dispatching.ListAgentDispatchRequest, claims: api.Claims
     ) -> Message:
-        admin(claims, wanted.room)
+        self._dispatcher(claims, wanted.room)
         room = self._room(wanted.room)
         found = [each for id, each in room.dispatches.items() if wanted.dispatch_id in ("", id)]
         return dispatching.ListAgentDispatchResponse(agent_dispatches=found)
@@ -157,12 +155,18 @@ class Twirp:
     async def _delete_dispatch(
         self, wanted: dispatching.DeleteAgentDispatchRequest, claims: api.Claims
     ) -> Message:
-        admin(claims, wanted.room)
+        self._dispatcher(claims, wanted.room)
         self._room(wanted.room)
         dispatch = self._owner.delete_dispatch(wanted.room, wanted.dispatch_id)
         if dispatch is None:
             raise Refusal("not_found", "dispatch ID not found")
         return dispatch  # type: ignore[no-any-return]
+
+    def _dispatcher(self, claims: api.Claims, room: str) -> None:
+        """Raise Refusal without the right to administer this room, which some keys do not have."""
+        admin(claims, room)
+        if not self._owner.may_dispatch:
+            raise Refusal("unauthenticated", "permissions denied")
 
     def _room(self, name: str) -> Any:
         room = self._owner.rooms.state.get(name)
