@@ -24,7 +24,7 @@ from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
-from lastcall.supervisor.fleet.states import CONSOLE_TEXT, Phase
+from lastcall.supervisor.fleet.states import Phase
 from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.inworld_endpoint import key_of
 from lastcall.supervisor.outputs import Outputs
@@ -32,6 +32,7 @@ from lastcall.supervisor.processes.child import check_open_files
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.supervisor.program import Program, environment_of
 from lastcall.supervisor.receipt import Ledger, StopRecord, textfile
+from lastcall.supervisor.sentences import SENTENCES
 from lastcall.supervisor.shutdown import PhaseClock, Shutdown, Stop
 from lastcall.supervisor.signal_actions import SignalActions
 from lastcall.supervisor.signals import Inbox
@@ -71,8 +72,10 @@ class App:
         self.around = around
         console = logs.is_console(config.log_format, 2)
         self.log = logs.logger(
-            around.stderr, console=console, colours=console and os.isatty(2), texts=CONSOLE_TEXT
+            around.stderr, console=console, colours=console and os.isatty(2), texts=SENTENCES
         )
+        if console:
+            around.stdout.breaks_lines = around.stderr.breaks_lines = True
         self.record = StopRecord()
         self.ledger = Ledger()
         self.receipt: dict[str, Any] = {}

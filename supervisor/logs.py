@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,7 +21,14 @@ if _without_rich:
     del sys.modules["rich"]
 
 Format = Literal["auto", "json", "console"]
-NO_TEXTS: Mapping[str, str | None] = MappingProxyType({})
+# In place of an event for people: a text, or a function that makes one of the event's keys. With None the
+# event has no line.
+Text = str | Callable[[dict[str, Any]], str] | None
+NO_TEXTS: Mapping[str, Text] = MappingProxyType({})
+# Keys that say nothing to people: they know which program they run, and see each state as it comes.
+NOT_FOR_PEOPLE = ("logger", "was")
+DIM, BOLD, RED, YELLOW, CYAN, RESET = (f"\x1b[{code}m" for code in (2, 1, 31, 33, 36, 0))
+LEVEL_COLOURS = {"warning": YELLOW, "error": RED}
 
 
 def is_console(format: Format, fd: int) -> bool:
@@ -42,38 +49,74 @@ class _Lines:
 
 
 class _ForPeople:
-    """Drops the events of a log for people that tell of states only, and says others in words."""
+    """Says an event in words, with the time and the keys. Values of many lines stand below."""
 
-    def __init__(self, texts: Mapping[str, str | None]) -> None:
+    def __init__(self, texts: Mapping[str, Text], *, colours: bool) -> None:
         self._texts = texts
+        self._colours = colours
 
-    def __call__(self, _logger: object, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, _logger: object, _method: str, event: dict[str, Any]) -> str:
         text = self._texts.get(event["event"], event["event"])
         if text is None:
             raise structlog.DropEvent
-        event["event"] = text
-        return event
+        words = text if isinstance(text, str) else _made(text, event)
+        level = event.pop("level")
+        colour = LEVEL_COLOURS.get(level, "")
+        warned = f"{self._in(colour, f'{level}:')} " if colour else ""
+        line = f"{self._in(DIM, event.pop('timestamp'))} {warned}{self._in(BOLD, _printable(words))}"
+        below = []
+        for key, value in event.items():
+            if key in NOT_FOR_PEOPLE or key == "event":
+                continue
+            shown = str(value)
+            if "\n" in shown:
+                below += [f"    {_printable(each)}" for each in shown.splitlines()]
+            else:
+                shown = shown if shown.isprintable() and " " not in shown else repr(shown)
+                line += f" {self._in(CYAN, key)}={shown}"
+        return "\n".join([line, *below])
+
+    def _in(self, colour: str, text: str) -> str:
+        return f"{colour}{text}{RESET}" if self._colours else text
+
+
+def _made(make: Callable[[dict[str, Any]], str], event: dict[str, Any]) -> str:
+    """Return the text of an event. The event as it is stands in for one that has other keys than expected.
+
+    A line of the log is no reason for a fault in the supervisor.
+    """
+    taken = dict(event)
+    try:
+        words = make(taken)
+    except (LookupError, TypeError, ValueError):
+        return str(event["event"])
+    for key in event.keys() - taken.keys():
+        del event[key]
+    return words
+
+
+def _printable(text: str) -> str:
+    """Return a text without the characters that a terminal obeys."""
+    return "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
 def logger(
-    writer: OutputWriter, *, console: bool, colours: bool, texts: Mapping[str, str | None] = NO_TEXTS
+    writer: OutputWriter, *, console: bool, colours: bool, texts: Mapping[str, Text] = NO_TEXTS
 ) -> Any:
     """Return the logger that the whole supervisor is given; structlog's types it loosely itself.
 
-    `texts` are what people read in place of an event; an event whose text is None is not written for them.
+    With `console` the lines are for people, and `texts` stand in place of events.
     """
     render: Any
     if console:
-        render = structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=28)
+        render = _ForPeople(texts, colours=colours)
         stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
     else:
         render = structlog.processors.JSONRenderer(default=str)
         stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-    people: list[Any] = [_ForPeople(texts)] if console else []  # structlog's type of a processor is loose
     return structlog.wrap_logger(
         _Lines(writer),
         processors=[
-            *people,
             structlog.processors.add_log_level,
             stamp,
             structlog.processors.format_exc_info,

@@ -17,16 +17,24 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.stopping import STOP_SIGNALS
 
-RECEIVED = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
+_ONE_MORE_OR_FEWER = (
+    "one worker more, one fewer. With a terminal both are ignored, because the terminal sends them to a"
+    " background job; `lastcall scale` does the same"
 )
+# Each signal that is received, and its meaning, which `scripts/reference` renders into docs/signals.md.
+MEANINGS = {
+    signal.SIGTERM: "stop: nothing new is accepted, jobs end by themselves within grace. Repeats change"
+    " nothing",
+    signal.SIGINT: "the same. On a terminal a second one (0.3 s later or more) asks the jobs to shut down"
+    " now, a third kills",
+    signal.SIGQUIT: "kill now, with a receipt",
+    signal.SIGHUP: "rolling reload; on a terminal a stop, because the terminal was closed",
+    signal.SIGUSR1: "hold: accept nothing new until it comes again",
+    signal.SIGUSR2: "each worker writes the stack of its main thread to standard error",
+    signal.SIGTTIN: _ONE_MORE_OR_FEWER,
+    signal.SIGTTOU: _ONE_MORE_OR_FEWER,
+}
+RECEIVED = tuple(MEANINGS)
 # The terminal driver sends these to a background job that reads or writes (termios(3), `stty tostop`).
 FROM_THE_TERMINAL = (signal.SIGTTIN, signal.SIGTTOU)
 # Signals that wait to be read. Ours: far more than anybody sends between two turns of the loop.

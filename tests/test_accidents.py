@@ -105,7 +105,6 @@ async def test_worker_frozen_while_its_last_job_ends(run: StartRun) -> None:
     await r.nothing_left()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "launch",
     [
@@ -128,7 +127,6 @@ async def test_odd_launchers(run: StartRun, launch: str) -> None:
     await r.clean(job)
 
 
-@pytest.mark.alone
 async def test_room_with_a_very_long_name(run: StartRun) -> None:
     """A name is clipped in status and receipt; the job runs, and is counted once."""
     r: Run = await run("run", "--grace", "30", AGENT)
@@ -151,7 +149,6 @@ async def frozen_idle_process(r: Run, freezer: Freezer) -> psutil.Process:
     return idle
 
 
-@pytest.mark.alone
 async def test_process_that_takes_long_to_die(run: StartRun, freezer: Freezer) -> None:
     """Killed in a stop with time enough, and gone before the end: the sweep waits, and nothing is left."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -182,7 +179,6 @@ async def test_process_that_outlives_grace(run: StartRun, freezer: Freezer) -> N
     await r.nothing_left(5)
 
 
-@pytest.mark.alone
 async def test_program_of_a_crashed_worker_that_takes_long_to_die(run: StartRun, freezer: Freezer) -> None:
     """The slot starts its next worker meanwhile; the program counts once as swept, and never as left."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -207,22 +203,30 @@ async def test_program_of_a_crashed_worker_that_takes_long_to_die(run: StartRun,
 OUTLIVES = ["thread", "to_thread", "exit_handler"]
 
 
-@pytest.mark.parametrize("mode", OUTLIVES)
-async def test_process_that_outlives_its_call(run: StartRun, mode: str) -> None:
-    """The call has ended well, and the server hears so; its process is killed after its bound, and noted."""
+@pytest.mark.long
+async def test_processes_that_outlive_their_calls(run: StartRun) -> None:
+    """The call has ended well, and the server hears so; its process is killed after its bound, and noted.
+
+    An exit handler ends another with an error: the call has ended well, and the receipt notes the exit code.
+    """
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
-    job = await r.dispatch(sleep=0.5, mode=mode)
-    note = await r.job_says(job.job_id, "ended")
+    jobs = [await r.dispatch(mode, sleep=0.1, mode=mode, held=True) for mode in (*OUTLIVES, "bad_exit")]
+    pids = [(await r.job_says(job.job_id, "started"))["pid"] for job in jobs]
     r.kill()
+    r.let_go()
     assert await r.exit() == 0
-    await r.clean(job)
-    receipt = r.receipt()
-    assert [each["process"] for each in receipt["jobs"]] == ["killed"]
-    assert EXIT_WITHIN <= receipt["jobs"][0]["seconds"] < 20  # the drain would have ended it then
-    assert not lives(note["pid"])
-    told = [event.detail["status"] for event in r.events("job")]
-    assert set(told) == {"JS_RUNNING", "JS_SUCCESS"}
+    await r.clean(*jobs)
+    entries = {each["id"]: each for each in r.receipt()["jobs"]}
+    *outlived, crashed = [entries[job.job_id] for job in jobs]
+    assert [each["process"] for each in outlived] == ["killed"] * len(OUTLIVES)
+    for each in outlived:
+        assert EXIT_WITHIN <= each["seconds"] < 20  # the drain would have ended it then
+    assert crashed["process"] == "exit code 3"
+    assert not any(lives(pid) for pid in pids)
+    for job in jobs:
+        told = [event.detail["status"] for event in r.events("job") if event.job_id == job.job_id]
+        assert set(told) == {"JS_RUNNING", "JS_SUCCESS"}
 
 
 @pytest.mark.alone
@@ -239,18 +243,6 @@ async def test_process_that_outlives_its_call_and_grace(run: StartRun) -> None:
     assert [each["process"] for each in receipt["jobs"]] == ["killed"]
     assert receipt["seconds"] < 8
     assert "with a grace of 8 s a call that is cut has" in r.logs(), "said at the start"
-
-
-async def test_process_that_crashes_after_its_call(run: StartRun) -> None:
-    """An exit handler ends it with an error: the call has ended well, and the receipt notes the exit code."""
-    r: Run = await run("run", "--grace", "40", AGENT)
-    await r.ready()
-    job = await r.dispatch(sleep=1, mode="bad_exit")
-    await r.job_says(job.job_id, "started")
-    r.kill()
-    assert await r.exit() == 0
-    await r.clean(job)
-    assert [each["process"] for each in r.receipt()["jobs"]] == ["exit code 3"]
 
 
 async def test_worker_killed_while_a_process_outlives_its_call(run: StartRun) -> None:

@@ -90,11 +90,19 @@ async def test_an_unmodified_agent_speaks_through_the_pool(run: StartRun, tmp_pa
         assert server.peak_contexts <= 5
 
 
-async def test_sigterm_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
-    """The call goes on speaking to its end, through a pool that outlives the workers' fence."""
+async def test_job_killed_and_sigterm_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
+    """SIGKILL of a job: its contexts are cancelled upstream, and the others go on.
+
+    In a stop a call goes on speaking to its end, through a pool that outlives the workers' fence.
+    """
     async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
         r = await start(run, tmp_path, server, "--grace", "60")
         await r.ready()
+        killed = await r.dispatch("killed", mode="leave", text=LONG, until=str(tmp_path / "never"))
+        note = await r.job_says(killed.job_id, "heard", 30)
+        psutil.Process(note["pid"]).kill()
+        await r.until(lambda: server.open_contexts == 0, 5)
+        assert [event.kind for event in server.events].count("cancel_requested") == 1
         job = await r.dispatch(mode="say", text="Good day. " * 4)
         await r.job_says(job.job_id, "heard", 30)
         r.kill_all()
@@ -121,21 +129,6 @@ async def test_deadline_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
         assert resource(r)["fate"] == "closed"
         assert r.receipt()["seconds"] <= 8.5
         await r.nothing_left()
-
-
-async def test_job_killed_in_mid_speech(run: StartRun, tmp_path: Path) -> None:
-    """SIGKILL of a job: its contexts are cancelled upstream, and the others go on."""
-    async with InworldServer(api_key=KEY, speech=Speech(pace="real-time")) as server:
-        r = await start(run, tmp_path, server, "--grace", "60")
-        await r.ready()
-        job = await r.dispatch(mode="leave", text=LONG, until=str(tmp_path / "never"))
-        note = await r.job_says(job.job_id, "heard", 30)
-        psutil.Process(note["pid"]).kill()
-        await r.until(lambda: server.open_contexts == 0, 5)
-        assert [event.kind for event in server.events].count("cancel_requested") == 1
-        r.kill()
-        assert await r.exit() == 0
-        closed_in_order(server)
 
 
 @pytest.mark.core
@@ -204,7 +197,6 @@ async def test_short_grace_while_the_broker_starts(run: StartRun, tmp_path: Path
         await r.nothing_left()
 
 
-@pytest.mark.alone
 async def test_server_that_never_answers(run: StartRun, tmp_path: Path) -> None:
     """The close costs no more than its share, and is called forced."""
     async with InworldServer(api_key=KEY, faults=Faults(ignore_close=True)) as server:
@@ -399,13 +391,15 @@ async def refused(url: str, key: str) -> bool:
         return error.status == 401
 
 
-async def test_stop_while_the_broker_starts(run: StartRun, tmp_path: Path) -> None:
+async def test_stop_while_the_broker_starts(run: StartRun, program: Program) -> None:
     """At any moment of its start a stop is a clean one."""
     for delay in (0.0, 0.1, 0.3, 0.6):
         async with InworldServer(api_key=KEY) as server:
-            directory = tmp_path / str(delay)
-            directory.mkdir()
-            r = await start(run, directory, server, "--grace", "30")
+            configure(program.directory, server)
+            environment = {"INWORLD_API_KEY": KEY, "LASTCALL_STOP__COMPANION": "3"}
+            r: Run = await run(
+                "run", "--grace", "30", *program.arguments, livekit=False, environment=environment
+            )
             await r.until(lambda r=r: r.log("companion starting"))  # type: ignore[misc]  # bound early
             await asyncio.sleep(delay)
             os.kill(r.pid, signal.SIGTERM)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.support.harness import Run, StartRun
 from tests.support.proxy import DEAD
 from tests.support.terminal import Terminal
@@ -11,6 +13,7 @@ from tests.support.terminal import Terminal
 TERM = {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
 
 
+@pytest.mark.long
 async def test_plain_lines(run: StartRun) -> None:
     """Off a terminal: a line now and then, a stop by itself, one line of receipt that adds up.
 
@@ -40,8 +43,8 @@ async def test_ctrl_c_on_a_terminal(run: StartRun, terminal: Terminal) -> None:
     terminal.type(b"\x03")
     assert await r.exit(45) == 0
     shown = terminal.read().decode()
-    stop = shown[shown.index("stopping, no new job") :]
-    assert stop.index("stop draining") < stop.index("stopped") < stop.index("lastcall rehearse agent.py")
+    stop = shown[shown.index("stopping (SIGINT): no new job is accepted") :]
+    assert stop.index("draining") < stop.index("processes left 0") < stop.index("lastcall rehearse agent.py")
     assert "Ctrl-C stops: no new call" in shown
     assert "Ctrl-C asks the calls that still run to end now" in stop
     assert "ended by themselves, 0 cut, 0 lost" in stop

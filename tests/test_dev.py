@@ -63,7 +63,8 @@ async def test_a_change_is_a_reload(run: StartRun, terminal: Terminal, tmp_path:
     """Edited while a call runs: the next call is on the new code, the first one ends on the old."""
     agent = tmp_path / "agent.py"
     agent.write_text(AGENT_TEXT)
-    r = await start(run, terminal, tmp_path, "--grace", "30", "agent.py")
+    # Enough for the first call to outlive both reloads.
+    r = await start(run, terminal, tmp_path, "--grace", "90", "agent.py")
     before = terminal.attributes
     await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
     assert b"local dispatch server" in terminal.text
@@ -88,7 +89,7 @@ async def test_ctrl_c_twice_ends_at_once(run: StartRun, terminal: Terminal, tmp_
     r = await start(run, terminal, tmp_path, "--grace", "600", "agent.py")
     await r.until(lambda: b"call 1 begins" in terminal.read(), 40)
     terminal.type(b"\x03")
-    await r.until(lambda: b"stop draining" in terminal.read())
+    await r.until(lambda: b"stopping (SIGINT)" in terminal.read())
     await asyncio.sleep(0.4)  # two within 0.3 s are one
     terminal.type(b"\x03")
     assert await r.exit(10) == 75

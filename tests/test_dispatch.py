@@ -7,7 +7,6 @@ import time
 from collections import Counter
 
 import aiohttp
-import pytest
 from livekit.protocol import agent
 
 from lastcall.worker.local.livekit_server import DispatchServer
@@ -86,7 +85,6 @@ async def test_a_lost_connection_forgets_its_jobs() -> None:
             assert server.jobs[job.job_id].status == "JS_RUNNING"
 
 
-@pytest.mark.alone
 async def test_names_and_connections_in_between() -> None:
     """Only workers of the agent's name are offered its jobs; a cut one counts as a refusal."""
     async with DispatchServer() as server, workers(server, 1, name="a") as (named,):

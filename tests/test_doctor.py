@@ -216,6 +216,12 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         {"process_failures": ("3 job processes of slot 0 did not get ready, the last: no model",)},
         "the last: no model",
     ),
+    (
+        "image",
+        "warn",
+        {"image_limits": ("it leaves watchdog out: it has started a thread",)},
+        "it leaves watchdog out",
+    ),
     ("places", "fail", {"place_problems": ("receipt: /x can't be written",)}, "receipt: /x"),
 ]
 

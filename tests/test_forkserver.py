@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -59,9 +60,11 @@ def descriptors(pid: int, numbers: set[int] | None = None) -> set[tuple[str, str
     """Return what descriptors of a process stand for, with the access: ends of a pipe differ by it."""
     found = set()
     for entry in os.scandir(f"/proc/{pid}/fd"):
-        if numbers is None or int(entry.name) in numbers:
-            flags = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split("flags:")[1].split()[0]
-            found.add((os.readlink(entry.path), flags[-1]))
+        # The process may close any of them meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if numbers is None or int(entry.name) in numbers:
+                flags = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split("flags:")[1].split()[0]
+                found.add((os.readlink(entry.path), flags[-1]))
     return found
 
 
@@ -239,16 +242,33 @@ def start(
     return json.loads(found.stdout), found.stderr.splitlines()
 
 
+def test_certificates_without_a_fork() -> None:
+    """TLS contexts of the image have certificates too where multiprocessing can't be given a forkserver."""
+    program = """
+import multiprocessing.util, ssl
+from lastcall.worker.sdk import forkserver
+del multiprocessing.util.spawnv_passfds
+imports = forkserver.Imports(contexts=[ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)])
+(context,) = imports.contexts
+forkserver.fork(imports)
+assert len(context.get_ca_certs()) == len(ssl.create_default_context().get_ca_certs()) > 0
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.parametrize(("flags", "preload"), [((), PRELOADED), (("-W", "error"), ())])
 def test_fork(tmp_path: Path, flags: tuple[str, ...], preload: tuple[str, ...]) -> None:
     """The process finds what was imported before, with the environment and the certificates of now.
 
     A native library whose threads end in the fork does no harm: numpy brings OpenBLAS. Nor does a process
     without standard output. The process collects garbage. An agent that starts a forkserver before its server
-    runs has no preload of lastcall, and finds the same.
+    runs has no preload of lastcall, and finds the same. A variable that a module has only copied may change.
     """
-    module = "import numpy, sys\nsys.stdout = None\n"
-    after = f"{CERTIFICATES}; sys.stdout = sys.__stdout__"
+    module = "import numpy, sys, wsgiref.handlers\nsys.stdout = None\n"
+    after = f"{CERTIFICATES}; os.environ['HOME'] = '/'; sys.stdout = sys.__stdout__"
     told, logged = start(tmp_path, module=module, after=after, flags=flags, preload=preload)
     assert logged == []
     assert (told["imported_in"], told["variable"]) == (told["worker"], "set")

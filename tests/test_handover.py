@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from livekit.protocol.agent import Job
 
 from lastcall.supervisor.errors import Refused
 from lastcall.supervisor.views import control_socket
@@ -140,6 +141,12 @@ def at_the_answer(r: Run, act: Callable[[], None]) -> None:
         return relay(sid, to, message)
 
     state.relay = watched  # type: ignore[method-assign]
+
+
+def elsewhere(r: Run, worker: str) -> None:
+    """Have the server offer every job from now on to another worker than this one."""
+    choose = r.livekit._choose
+    r.livekit._choose = lambda job, tried, only: choose(job, tried | {worker}, only)  # type: ignore[method-assign]
 
 
 async def over(r: Run, operation: dict[str, Any]) -> dict[str, Any]:
@@ -284,14 +291,44 @@ async def test_a_successor_that_dies(run: StartRun) -> None:
     call.never_two()
 
 
+async def test_a_successor_whose_worker_stops(run: StartRun) -> None:
+    """Before the takeover it can't be handed over, and leaves again. The old agent speaks on.
+
+    Nobody has noticed anything, and the next try finds another worker.
+    """
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
+    await r.ready(2)
+    call = await begun(r, holds=True)
+    elsewhere(r, r.livekit.jobs[call.id].worker_id)
+    operation = hand_over(r, call.id)
+    successor = (await call.note("connected", 2))["job"]
+    await r.until(lambda: job_of(r, successor)["capsule"], PATIENCE)
+    assert job_of(r, successor)["capsule"]["lacks"] == "the agent has not the call yet"
+    answer = await over(r, hand_over(r, successor))
+    assert answer["reason"] == "not possible: the agent has not the call yet"
+    worker = r.livekit.jobs[successor].worker_id
+    slots = control_socket.ask(r.control, "status")["slots"]
+    os.kill(next(each["pid"] for each in slots if each["worker_id"] == worker), signal.SIGTERM)
+    await r.until(lambda: call.notes("disconnected", successor), PATIENCE)
+    answer = await over(r, operation)
+    assert answer["state"] == "failed" and "left the room" in answer["reason"], answer
+    await call.hears_more()
+    assert call.turns == ["bot"] and not call.notes("is to be silent")
+    r.job_log.with_name(r.job_log.name + ".ready").touch()
+    answer = await over(r, hand_over(r, call.id))
+    assert answer["state"] == "done", answer
+    await call.hears_more()
+    assert call.turns == ["bot", "bot~2"]
+    call.never_two()
+
+
 async def test_a_worker_that_dies(run: StartRun) -> None:
     """That of the old agent, when a successor is there: it goes on with the state, and is the only one."""
     r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
     await r.ready(2)
     call = await begun(r, holds=True)
     old = r.livekit.jobs[call.id].worker_id
-    choose = r.livekit._choose
-    r.livekit._choose = lambda job, tried, only: choose(job, tried | {old}, only)  # type: ignore[method-assign]
+    elsewhere(r, old)
     hand_over(r, call.id)
     successor = await call.note("connected", 2)
     assert r.livekit.jobs[successor["job"]].worker_id != old
@@ -364,24 +401,67 @@ async def test_a_key_that_may_not_dispatch(run: StartRun) -> None:
 
 
 async def test_a_worker_without_lastcall_takes_the_dispatch(run: StartRun) -> None:
-    """Its agent is removed, the dispatch is deleted, and handover is off with one line of the log."""
-    environment = PATIENT | {"LASTCALL_HANDOVER__PATIENCE": "20"}
-    r = await run("run", "--grace", "60", AGENT, rooms=True, environment=environment)
-    await r.ready()
+    """Its agent is removed, the dispatch is deleted, and handover is off with one line of the log.
+
+    So it is in the other worker of that agent name too, until a reload. Another agent of the name stays.
+    """
+    environment = PATIENT | {"LASTCALL_HANDOVER__PATIENCE": "10"}
+    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=environment)
+    await r.ready(2)
     call = await begun(r)
+    elsewhere(r, r.livekit.jobs[call.id].worker_id)
+    other = await begun(r, "other")
+    innocent = r.livekit.rooms.visit("room", "agent-AJ_innocent", kind=Kind.AGENT)
     control_socket.ask(r.control, "hold")
     await r.until(lambda: not r.livekit.available(), PATIENCE)
     operation = hand_over(r, call.id)
     await r.until(lambda: r.events("dispatch_no_worker"), PATIENCE)
+    room = r.livekit.rooms.state.get("room")
+    assert room is not None
     stranger = r.livekit.rooms.visit("room", "agent-AJ_stock", kind=Kind.AGENT)
+    taken = Job(id="AJ_stock", dispatch_id=list(room.dispatches)[-1])
+    taken.state.participant_identity = "agent-AJ_stock"
+    r.livekit.rooms.state.link("room", room.info.sid, taken)
     await r.until(lambda: not stranger.is_connected, PATIENCE)
     answer = await over(r, operation)
     assert answer["state"] == "failed" and "without lastcall" in answer["reason"]
-    assert len(r.log("handover is switched off")) == 1
     await call.hears_more()
-    assert call.turns == ["bot"]
-    room = r.livekit.rooms.state.get("room")
-    assert room is not None and len(room.dispatches) == 1
+    assert call.turns == ["bot"] and innocent.is_connected
+    assert len(room.dispatches) == 1
+    assert "without lastcall" in control_socket.ask(r.control, "status")["handover_off"]
+    dispatched = len(r.events("dispatch_no_worker"))
+
+    async def is_off() -> bool:
+        answer = await over(r, hand_over(r, other.id))
+        return "without lastcall" in answer["reason"]
+
+    async with asyncio.timeout(PATIENCE):
+        while not await is_off():
+            pass
+    assert len(r.log("handover is switched off")) == 1
+    control_socket.ask(r.control, "reload")
+    assert control_socket.ask(r.control, "status")["handover_off"] is None
+    assert len(r.events("dispatch_no_worker")) <= dispatched + 1
+
+
+async def test_an_agent_of_the_same_name_that_knows_nothing_of_handovers(run: StartRun) -> None:
+    """It takes the dispatch, and is withdrawn before it joins; the caller hears the old agent alone."""
+    environment = PATIENT | {"LASTCALL_HANDOVER__PATIENCE": "10"}
+    r = await run("run", "--grace", "60", AGENT, rooms=True, environment=environment)
+    await r.ready()
+    call = await begun(r)
+    shared = environment | r.livekit.environment | local(r) | {"JOB_LOG": str(r.job_log), "UNAWARE": "1"}
+    other = await run("run", AGENT, livekit=False, environment=shared)
+    await r.ready(2)
+    elsewhere(r, r.livekit.jobs[call.id].worker_id)
+    answer = await over(r, hand_over(r, call.id))
+    assert (answer["state"], answer["reason"]) == ("failed", "nobody took it"), (r.logs(), other.logs())
+    assert [each["error"] for each in call.notes("raised")] == ["Withdrawn"]
+    assert len(call.jobs) == 2 and len(call.notes("speaks")) == 1
+    assert "bot~1" not in [event.detail["identity"] for event in r.events("joined")]
+    assert "a successor leaves before it joins" in other.out.read_text()
+    await call.hears_more()
+    assert call.turns == ["bot"] and not r.log("handover is switched off")
 
 
 async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:

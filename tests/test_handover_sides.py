@@ -72,6 +72,61 @@ async def test_a_call_changes_hands(state: object, turns: object) -> None:
         assert s.leaving.phase == "left" and not s.withdrawn.is_set()
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("newer", ["next", "ü" * (MAX_BYTES // 2 - 2), None], ids=["small", "256 kB", "null"])
+@pytest.mark.parametrize("turns", [["bye"], "x" * 9_995], ids=["few turns", "many turns"])
+async def test_a_state_that_is_kept_after_the_capsule_was_sent(newer: object, turns: object) -> None:
+    """The successor has it when it may speak, whatever its size, and no turn between is lost."""
+    async with stage() as s:
+        s.turns = turns
+        await s.begin({"turns": [1]})
+        await s.arrive()
+        assert s.resumed.state == {"turns": [1]}
+        s.capsule.keep(newer)
+        assert await s.arriving.take_over() == turns
+        assert s.resumed.state == newer and s.arriving.may_speak
+
+
+async def test_a_newer_state_that_can_not_be_read() -> None:
+    """The takeover is refused, and the old agent speaks again with all that it knows."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+
+        def fail() -> None:
+            raise ValueError("my card is 4111")
+
+        s.capsule.keep(fail)
+        with pytest.raises(Withdrawn):
+            await s.arriving.take_over()
+        await s.until(lambda: s.told("refused"))
+        assert s.heard == ["silent", "speaks again"] and not s.arriving.may_speak
+
+
+@pytest.mark.parametrize("lives", [True, False])
+async def test_last_turns_that_do_not_come(monkeypatch: pytest.MonkeyPatch, lives: bool) -> None:
+    """The successor has no right to speak while its predecessor lives, and else goes on with what it has."""
+    monkeypatch.setattr(arriving_module, "LEASE", 0.3)
+    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 0.05)
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        s.turns = "x" * 20_000
+
+        async def fail(topic: str, line: bytes) -> None:
+            if not lives:
+                await s.old.disconnect()
+
+        monkeypatch.setattr(s.leaving, "_send", fail)
+        if lives:
+            with pytest.raises(Withdrawn, match="did not come"):
+                await s.arriving.take_over()
+            assert not s.arriving.may_speak
+        else:
+            assert await s.arriving.take_over() is None
+            assert s.arriving.may_speak and s.resumed.state == "state"
+
+
 @pytest.mark.parametrize("lacks", ["keep", "takeover", "take back", "busy", "provider"])
 async def test_a_call_that_can_not_leave(lacks: str) -> None:
     """The reason is told, and it shows nothing of what the agent has kept."""
@@ -194,14 +249,92 @@ async def test_a_silent_agent_takes_its_voice_back() -> None:
     async with stage() as s:
         await s.begin()
         await s.arrive()
-        await s.arriving._ask(leaving_module.TAKEOVER)
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
         s.leaving.cancel(1)
-        assert s.leaving.phase == "silent" and not s.told("cancelled")
+        assert s.told("cancelled") and s.heard == ["silent"]
         s.server.rooms.remove("r", "bot~1")
         await s.until(lambda: s.told("lost"))
         s.leaving.take_back(1)
         await s.until(lambda: s.told("back"))
         assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
+
+
+@pytest.mark.parametrize("first", ["speaks", "cancel"])
+async def test_one_step_decides_who_speaks(first: str) -> None:
+    """A successor that was seen to speak is not cancelled, and one that is cancelled is not seen any more."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
+        if first == "cancel":
+            s.leaving.cancel(1)
+        await s.new.local_participant.set_attributes({"lastcall.speaks": "1"})
+        await s.until(lambda: s.old.remote_participants["bot~1"].attributes.get("lastcall.speaks"))
+        s.leaving.cancel(1)
+        assert s.left.is_set() is s.told("speaks") is (first == "speaks")
+        assert s.told("cancelled") is (first == "cancel")
+        if first == "cancel":  # its worker has looked, and the successor speaks after all
+            s.leaving.leave(1)
+            assert s.left.is_set() and s.heard == ["silent"]
+
+
+@pytest.mark.core
+async def test_a_successor_that_was_not_told_of_its_removal() -> None:
+    """The old agent has its voice back, and the successor comes back to the room: it has to leave.
+
+    It does so by itself, and the old agent tells its worker.
+    """
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
+        s.arriving.may_speak = True  # as far as it knows
+        s.leaving.cancel(1)
+        s.leaving.take_back(1)
+        old = s.server.rooms.state.get("r").participants["bot"]  # type: ignore[union-attr]
+        await s.until(lambda: old.attributes.get("lastcall.withdrawn") == "1")
+        s.server.rooms.reconnect("r", "bot~1")
+        await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
+        assert not s.arriving.may_speak and not deletions.may_delete("r")
+        (returned,) = [each for each in s.steps if each.step == "returned"]
+        assert returned.detail.endswith(" bot~1") and s.heard == ["silent", "speaks again"]
+        s.server.rooms.reconnect("r", "bot")
+        people = s.server.rooms.state.get("r").participants  # type: ignore[union-attr]
+        await s.until(
+            lambda: people["bot"].sid != old.sid and "lastcall.withdrawn" in people["bot"].attributes
+        )
+        assert not s.left.is_set()
+
+
+async def test_a_speaking_successor_reconnects() -> None:
+    """It says again that it speaks, because a full reconnect has taken that from its attributes."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving.take_over()
+        await s.until(s.left.is_set)
+        await s.old.disconnect()
+        s.server.rooms.reconnect("r", "bot~1")
+        people = s.server.rooms.state.get("r").participants  # type: ignore[union-attr]
+        sid = people["bot~1"].sid
+        await s.until(lambda: people["bot~1"].sid != sid and "lastcall.speaks" in people["bot~1"].attributes)
+        assert not s.withdrawn.is_set() and s.arriving.may_speak
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_a_silence_that_the_worker_forgets(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
+    """The agent speaks again by itself when no successor is in the room."""
+    monkeypatch.setattr(leaving_module, "SILENT_AT_MOST", 0.1)
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
+        if is_there:
+            await asyncio.sleep(0.3)
+            assert s.heard == ["silent"]
+        s.server.rooms.remove("r", "bot~1")
+        await s.until(lambda: s.told("back"))
+        assert s.heard == ["silent", "speaks again"]
 
 
 async def test_an_answer_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,16 +348,37 @@ async def test_an_answer_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not s.arriving.may_speak and s.withdrawn.is_set()
 
 
-@pytest.mark.parametrize("when", ["before", "hello", "capsule", "takeover", "frozen"])
-async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """The successor goes on, with the capsule if it has come; one that only hangs is removed first."""
+@pytest.mark.parametrize("when", ["before", "hello", "capsule"])
+async def test_a_capsule_that_does_not_come(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The successor goes on without a state if its predecessor is gone, and leaves again if it lives."""
     monkeypatch.setattr(arriving_module, "ANSWERS_WITHIN", 0.3)
-    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 0.05)
+    monkeypatch.setattr(arriving_module, "CAPSULE_WITHIN", 0.3)
     async with stage() as s:
-        if when != "before":
-            await s.begin()
+        if when == "before":
+            await s.arrive()
+            assert s.resumed.state is None and await s.arriving.take_over() is None
+            assert s.arriving.may_speak
+            return
+        await s.begin()
         if when == "hello":
             s.old.local_participant.take_relayed = lambda *_: None  # type: ignore[method-assign]  # it hangs
+        else:
+            monkeypatch.setattr(s.leaving, "_send", lambda *_: asyncio.sleep(0))
+        with pytest.raises(Withdrawn, match="did not come"):
+            await s.arrive()
+        with pytest.raises(Withdrawn):
+            await s.arriving.take_over()
+        await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
+        assert not s.arriving.may_speak and s.old.isconnected() and not s.heard
+
+
+@pytest.mark.parametrize("when", ["capsule", "takeover", "frozen"])
+async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The successor goes on, with the capsule if it has come; one that only hangs is removed first."""
+    monkeypatch.setattr(arriving_module, "TAKEOVER_WITHIN", 0.3)
+    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 0.05)
+    async with stage() as s:
+        await s.begin()
         await s.arrive()
         if when == "takeover":
             s.server.rooms.remove("r", "bot")
@@ -233,12 +387,69 @@ async def test_a_predecessor_that_dies(monkeypatch: pytest.MonkeyPatch, when: st
             s.old.local_participant.take_relayed = lambda *_: None  # type: ignore[method-assign]
         assert await s.arriving.take_over() is None
         assert s.arriving.may_speak and s.heard == []
-        assert s.resumed.state == (None if when in ("before", "hello") else "state")
+        assert s.resumed.state == "state"
         await s.until(lambda: "bot" not in s.new.remote_participants)
         if when == "frozen":  # it comes back, with its token that is still good
             again = Room()
             await again.connect(s.server.url, token(s.server, "bot", "agent"))
             await s.until(lambda: not again.isconnected())
+
+
+async def test_an_agent_that_knows_nothing_of_handovers(caplog: pytest.LogCaptureFixture) -> None:
+    """It is withdrawn before it joins the room, because it would speak at once."""
+    async with stage() as s:
+        s.arriving._is_asked_for = lambda: False
+        await s.begin()
+        for _ in range(2):  # one that catches the error, and tries again
+            with pytest.raises(Withdrawn, match="not called"):
+                await (s.new.connect("", "") if s.withdrawn.is_set() else s.arrive())
+        room = s.server.rooms.state.get("r")
+        assert room is not None and list(room.participants) == ["caller", "bot"]
+        assert s.withdrawn.is_set() and not s.told("seen") and not deletions.may_delete("r")
+        assert "has to call lastcall.call(ctx) before" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "connected", "alone", "taken"])
+async def test_a_successor_whose_worker_stops(when: str) -> None:
+    """It leaves again before it has the call, unless its predecessor is gone; afterwards it stays."""
+    async with stage() as s:
+        is_stopping = when == "before"
+        s.arriving._is_stopping = lambda: is_stopping
+        await s.begin()
+        if when == "before":
+            with pytest.raises(Withdrawn, match="stopped"):
+                await s.arrive()
+        else:
+            await s.arrive()
+        if when == "alone":
+            await s.old.disconnect()
+            await s.until(lambda: "bot" not in s.new.remote_participants)
+        elif when == "taken":
+            await s.arriving.take_over()
+        s.arriving.stop()
+        if when in ("alone", "taken"):
+            is_stopping = True  # or its worker has died
+            await s.arriving.take_over()
+            assert s.arriving.may_speak and not s.withdrawn.is_set()
+            return
+        await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
+        with pytest.raises(Withdrawn, match="stopped"):
+            await s.arriving.take_over()
+        assert not s.heard and s.old.isconnected()
+
+
+async def test_a_successor_without_the_call_is_not_handed_over() -> None:
+    """The leaving side refuses before the takeover, and not after it."""
+    async with stage() as s:
+        has_call = False
+        s.leaving._has_call = lambda: has_call
+        await s.begin()
+        assert [(each.step, each.detail) for each in s.steps] == [
+            ("impossible", "the agent has not the call yet")
+        ]
+        has_call = True
+        s.leaving.begin(ORDER)
+        await s.until(lambda: s.told("prepared"))
 
 
 async def test_a_room_without_a_caller_and_one_with_another_successor() -> None:

@@ -39,24 +39,18 @@ class Worker:
         self.changed = Condition()
         self.told: list[Any] = []
         self.jobs = Jobs(self.changed, self.told.append)
-        room = SimpleNamespace(name="r", sid="RM_1")
-        asked = SimpleNamespace(
-            id="AJ_1", room=room, agent_name="a", dispatch_id="", metadata="m", attributes={"k": "v"}, type=0
-        )
-        executor = SimpleNamespace(pid=None, running_job=SimpleNamespace(job=asked))
-        self.jobs.launch("AJ_1", executor, asked)
-        (self.job,) = self.jobs
-        self.job.pid, self.job.gone = os.getppid(), False
-        self.jobs.in_room("AJ_1", "joined", 0, "PA_1 bot")
+        self.job = self.launch("AJ_1")
         self.said: list[CallHears] = []
         self.answers: dict[type, list[CallStep]] = {}
         self.people: list[Participant] = []
         self.removed: list[str] = []
         self.dispatches: list[dict[str, str]] = []
         self.deleted: list[str] = []
+        self.agents: list[str] = []
         self.error: RoomServiceError | None = None
         self.url = "wss://sfu.example"
         self.is_closing = False
+        self.begun: list[asyncio.Future[None]] = []
         self.handovers = Handovers(
             self.jobs,
             self.changed,
@@ -69,6 +63,20 @@ class Worker:
             is_closing=lambda: self.is_closing,
         )
         self.handovers.hear("AJ_1", KEEPS)
+
+    def launch(self, id: str) -> Job:
+        """Have a job in its room, that keeps nothing yet."""
+        room = SimpleNamespace(name="r", sid="RM_1")
+        asked = SimpleNamespace(
+            id=id, room=room, agent_name="a", dispatch_id="", metadata="m", attributes={"k": "v"}, type=0
+        )
+        executor = SimpleNamespace(pid=None, running_job=SimpleNamespace(job=asked))
+        self.jobs.launch(id, executor, asked)
+        job = self.jobs.get(id)
+        assert job is not None
+        job.pid, job.gone = os.getppid(), False
+        self.jobs.in_room(id, "joined", 0, "PA_1 bot")
+        return job
 
     def say(self, job: str, message: CallHears) -> bool:
         assert job == "AJ_1"
@@ -89,11 +97,16 @@ class Worker:
     ) -> str:
         assert (room, agent_name, metadata, deployment, restarts) == ("r", "a", "m", "", False)
         self.dispatches.append(attributes)
+        self.changed.notify()
         if self.error is not None:
             raise self.error
         for step in self.answers.get(str, []):
             asyncio.get_running_loop().call_soon(self.handovers.hear, "AJ_1", step)
         return "AD_1"
+
+    async def agents_of(self, room: str, dispatch_id: str) -> list[str]:
+        assert (room, dispatch_id) == ("r", "AD_1")
+        return self.agents
 
     async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
         self.deleted.append(dispatch_id)
@@ -103,7 +116,7 @@ class Worker:
 
     async def remove(self, room: str, identity: str, sid: str) -> bool:
         self.removed.append(identity)
-        self.people = []
+        self.people = [each for each in self.people if each.identity != identity]
         return True
 
     def kinds(self) -> list[type]:
@@ -114,9 +127,15 @@ def step(name: Any, epoch: int = 1, **more: str) -> CallStep:
     return CallStep(epoch=epoch, step=name, **more)
 
 
-def successor(speaks: str = "") -> Participant:
+def successor(speaks: str = "", epoch: int = 1) -> Participant:
+    shown = {"lastcall.call": "AJ_1", "lastcall.epoch": str(epoch), "lastcall.speaks": speaks}
     return Participant(
-        identity="bot~1", keeps_open=False, is_agent=True, agent_name="a", sid="PA_2", speaks=speaks
+        identity=f"bot~{epoch}",
+        keeps_open=False,
+        is_agent=True,
+        agent_name="a",
+        sid="PA_2",
+        attributes=shown,
     )
 
 
@@ -184,10 +203,21 @@ async def test_a_call_is_handed_over() -> None:
         ([step("seen"), step("lost", detail="gone")], [], "gone", [CancelHandover]),
         ([step("seen"), step("refused", detail="busy")], [successor()], "busy", [CancelHandover]),
         ([step("seen")], [successor()], "the successor was not ready within", [CancelHandover]),
-        ([step("seen"), step("silent")], [], "the successor did not speak", [TakeBack]),
-        ([step("seen"), step("silent")], [successor()], "the successor did not speak", [TakeBack]),
-        ([step("seen", job="AJ_2"), step("silent")], [successor("1")], "", [LeaveRoom]),
-        ([step("seen"), step("silent"), step("lost")], [], "the successor did not speak", [TakeBack]),
+        ([step("seen"), step("silent")], [], "the successor did not speak", [CancelHandover, TakeBack]),
+        (
+            [step("seen"), step("silent")],
+            [successor()],
+            "the successor did not speak",
+            [CancelHandover, TakeBack],
+        ),
+        ([step("seen", job="AJ_2"), step("silent")], [successor("1")], "", [CancelHandover, LeaveRoom]),
+        ([step("seen", job="AJ_2"), step("silent")], [successor("2", 2)], "", [CancelHandover, LeaveRoom]),
+        (
+            [step("seen"), step("silent"), step("lost")],
+            [],
+            "the successor did not speak",
+            [CancelHandover, TakeBack],
+        ),
     ],
 )
 async def test_tries_that_fail(
@@ -217,7 +247,7 @@ async def test_a_cancel_that_comes_too_late() -> None:
     worker.answers = {
         BeginHandover: [step("prepared")],
         str: [step("seen")],
-        CancelHandover: [step("silent")],
+        CancelHandover: [step("silent"), step("cancelled")],
         TakeBack: [step("back")],
     }
     outcome = await worker.handovers.hand_over(worker.job, "test")
@@ -225,11 +255,125 @@ async def test_a_cancel_that_comes_too_late() -> None:
     assert worker.removed == ["bot~1"] and outcome.reason == "the successor did not speak"
 
 
-async def test_an_agent_that_hung_and_wakes_silent() -> None:
-    """Its try is over, so it is told to speak; a try that is under way decides for itself."""
+async def test_a_successor_that_speaks_while_it_is_cancelled() -> None:
+    """The old agent has seen it first: it is not removed, and has the call."""
     worker = Worker()
+    worker.people = [successor()]
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("seen", job="AJ_2"), step("silent")],
+        CancelHandover: [step("speaks")],
+    }
+    outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert (outcome.result, worker.job.successor, worker.removed) == ("done", "AJ_2", [])
+    assert worker.kinds() == [BeginHandover, CancelHandover]
+
+
+async def test_an_old_agent_that_hangs_in_its_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is removed before it answers, because it could not speak; in the end it has failed."""
+    monkeypatch.setattr(module, "REMOVED_WITHIN", 0.3)
+    worker = Worker()
+    worker.people = [successor()]
+    worker.answers = {BeginHandover: [step("prepared")], str: [step("seen"), step("silent")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await asyncio.sleep(0.2)
+    worker.people = []
+    outcome = await handing
+    assert (outcome.result, outcome.reason) == ("failed", "the agent does not answer")
+    assert not worker.removed and TakeBack not in worker.kinds()
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_an_agent_that_hung_and_wakes_silent(speaks: bool) -> None:
+    """Its try is over: it speaks again only if the server shows no successor that has the call."""
+    worker = Worker()
+    worker.people = [successor("4", 4)] if speaks else []
+    worker.answers = {CancelHandover: [step("silent", 4), step("cancelled", 4)], TakeBack: [step("back", 4)]}
+    worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
     worker.handovers.hear("AJ_1", step("silent", 4))
-    assert worker.said == [TakeBack(epoch=4)]
+    await asyncio.gather(*worker.begun)
+    last = LeaveRoom(epoch=4) if speaks else TakeBack(epoch=4)
+    assert worker.said == [CancelHandover(epoch=4), last]
+    assert worker.job.successor == ("bot~4" if speaks else "")
+    assert bool([each for each in worker.told if isinstance(each, JobHandover)]) is speaks
+    if speaks:
+        worker.handovers.hear("AJ_1", step("silent", 4))
+        await asyncio.gather(*worker.begun)
+        assert worker.said[2:] == [LeaveRoom(epoch=4)]
+
+
+async def test_an_agent_that_comes_back_after_its_removal() -> None:
+    """It is removed again, whether or not a handover is under way."""
+    worker = Worker()
+    worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
+    worker.handovers.hear("AJ_1", step("returned", detail="PA_9 bot~1"))
+    await asyncio.gather(*worker.begun)
+    assert worker.removed == ["bot~1"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_over"), [(1, True), (5, True), (10, True), (0, False), (4, False), (14, False)]
+)
+async def test_an_agent_that_leaves_its_room(reason: int, is_over: bool) -> None:
+    """The call is over if the agent or the server has ended it; after every other end a successor goes on."""
+    worker = Worker()
+    worker.people = [successor("" if is_over else "1")]
+    worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+    await asyncio.sleep(0)
+    worker.jobs.in_room("AJ_1", "left", reason, "")
+    outcome = await handing
+    assert worker.removed == (["bot~1"] if is_over else [])
+    assert (outcome.reason, outcome.successor) == (("the call has ended", "") if is_over else ("", "AJ_2"))
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+async def test_a_takeover_that_comes_late(monkeypatch: pytest.MonkeyPatch, is_dead: bool) -> None:
+    """The old agent has died or hangs, and that is told. A successor that speaks later is told too."""
+    monkeypatch.setattr(module, "LATE_WITHIN", 10.0)
+    worker = Worker()
+    worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
+    worker.people = [successor()]
+    worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+    worker.job.gone = is_dead
+    assert (await handing).reason == (
+        "the agent died" if is_dead else "the successor was not ready within 0.05 s"
+    )
+    worker.people = [successor("1")]
+    await asyncio.gather(*worker.begun)
+    told = [each for each in worker.told if isinstance(each, JobHandover)]
+    assert [(each.result, each.successor) for each in told] == [("failed", ""), ("done", "AJ_2")]
+    assert not worker.removed
+
+
+@pytest.mark.parametrize("when", ["dispatch", "silent", "for good"])
+async def test_a_fault_in_a_handover(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """It is over for all that wait for it, and an agent that is silent has its voice back."""
+    worker = Worker()
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("seen"), step("silent")],
+        CancelHandover: [step("cancelled")],
+        TakeBack: [step("back")],
+    }
+    faults = {"dispatch": 0, "silent": 1, "for good": 99}[when]
+
+    async def fail(*_arguments: Any, **_options: Any) -> Any:
+        nonlocal faults
+        faults -= 1
+        if when == "dispatch" or faults >= 0:
+            raise KeyError("a fault")
+        return []
+
+    monkeypatch.setattr(worker, "create_dispatch" if when == "dispatch" else "participants", fail)
+    outcome = await worker.handovers.hand_over(worker.job, "test")
+    expected = "the successor did not speak" if when == "silent" else "fault in lastcall"
+    assert (outcome.result, outcome.reason) == ("failed", expected)
+    assert isinstance(worker.told[-1], JobHandover) and worker.handovers.lacks(worker.job) == ""
+    assert (TakeBack in worker.kinds()) is (when == "silent")
 
 
 async def test_a_key_without_the_right() -> None:
@@ -242,9 +386,108 @@ async def test_a_key_without_the_right() -> None:
     worker.answers = {BeginHandover: [step("prepared", 2)]}
     worker.error = RoomServiceError("CreateDispatch: 401 unauthenticated", 401)
     await worker.handovers.hand_over(worker.job, "test")
-    assert "401" in worker.handovers.off
+    assert "401" in worker.handovers.off["a"]
     assert (await worker.handovers.hand_over(worker.job, "test")).result == "refused"
     assert len([each for each in worker.told if isinstance(each, HandoverOff)]) == 1
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
+    """The one that has taken the dispatch is removed. Every other agent of the name stays."""
+    worker = Worker(patience=10)
+    other = Participant(identity="agent-AJ_9", keeps_open=False, is_agent=True, agent_name="a", sid="PA_9")
+    worker.people = [other]
+    worker.agents = ["bot~1"] if is_ours else ["agent-AJ_9"]
+    worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+    await asyncio.sleep(0.1)
+    if is_ours:
+        for each in (step("seen", job="AJ_2"), step("silent"), step("speaks")):
+            worker.handovers.hear("AJ_1", each)
+    outcome = await handing
+    off = [each for each in worker.told if isinstance(each, HandoverOff)]
+    if is_ours:
+        assert (outcome.result, off, worker.removed, worker.deleted) == ("done", [], [], []), outcome
+        return
+    assert outcome.result == "refused" and "without lastcall" in outcome.reason
+    assert (worker.removed, worker.deleted) == (["agent-AJ_9"], ["AD_1"])
+    assert [each.agent_name for each in off] == ["a"]
+    assert "without lastcall" in worker.handovers.lacks(worker.job)
+    worker.job.agent_name = "b"
+    assert not worker.handovers.lacks(worker.job), "another agent name is handed over"
+
+
+@pytest.mark.parametrize("how", ["slow", "failed", "nobody"])
+async def test_one_call_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """A try that takes long has one place of ten, and one that fails is tried again behind the others.
+
+    Fewer calls are tried at a time only where nobody takes them.
+    """
+    worker = Worker()
+    for n in range(2, 41):
+        worker.launch(f"AJ_{n}")
+        worker.handovers.hear(f"AJ_{n}", KEEPS)
+    tried: list[str] = []
+    at_a_time: list[int] = []
+    running, can_end = 0, asyncio.Event()
+
+    async def hand_over(job: Job, _reason: str, _wait: float) -> module.Outcome:
+        nonlocal running
+        tried.append(job.id)
+        running += 1
+        at_a_time.append(running)
+        try:
+            if job.id == "AJ_1" and how == "slow":
+                await can_end.wait()
+            await asyncio.sleep(0.001)
+        finally:
+            running -= 1
+        if how == "nobody" or (job.id == "AJ_1" and len(set(tried)) < 40):
+            return module.failed(module.NOBODY if how == "nobody" else "the successor did not speak")
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+
+    def until() -> float:
+        return now() if how == "nobody" and len(tried) > 60 else now() + 60
+
+    handing = asyncio.ensure_future(worker.handovers.hand_over_all("test", until))
+    async with asyncio.timeout(20):
+        await worker.changed.until(lambda: handing.done() or len(set(tried)) == 40)
+        if how == "slow":
+            assert tried.count("AJ_1") == 1 and not handing.done()
+        can_end.set()
+        await handing
+    assert max(at_a_time) == module.PARALLEL and set(tried[:40]) == {job.id for job in worker.jobs}
+    assert all(job.successor for job in worker.jobs) is (how != "nobody")
+    if how == "nobody":
+        assert set(at_a_time[30:]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(None, 5.0), (100.0, 5.0), (12.0, 12 / 4 - 1.5), (1.0, 0.5)]
+)
+async def test_how_long_a_good_moment_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, seconds: float | None, expected: float
+) -> None:
+    """In a short time each of 40 calls has a part of it, and half a second at least."""
+    worker = Worker(wait=5.0)
+    for n in range(2, 41):
+        worker.launch(f"AJ_{n}")
+        worker.handovers.hear(f"AJ_{n}", KEEPS)
+    waits: list[float] = []
+
+    async def hand_over(job: Job, _reason: str, wait: float) -> module.Outcome:
+        waits.append(wait)
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    until = None if seconds is None else now() + seconds
+    await worker.handovers.hand_over_all("test", lambda: until)
+    assert len(waits) == 40 and waits[0] == pytest.approx(expected, abs=0.2)
 
 
 async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +496,7 @@ async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytes
     tried: list[str] = []
     until = now() + 0.2
 
-    async def fail(job: Job, _reason: str) -> module.Outcome:
+    async def fail(job: Job, _reason: str, _wait: float) -> module.Outcome:
         tried.append(job.id)
         return module.failed("nobody took it")
 
@@ -262,7 +505,7 @@ async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytes
         await worker.handovers.before(lambda: until)
     assert len(tried) > 2
 
-    async def refuse(job: Job, _reason: str) -> module.Outcome:
+    async def refuse(job: Job, _reason: str, _wait: float) -> module.Outcome:
         tried.append(job.id)
         return module.refused("busy")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,8 +15,20 @@ from typing import Any
 import psutil
 import pytest
 
+from lastcall.supervisor.config import Config
+from lastcall.supervisor.config.options import Start
+from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.fleet.restarts import RestartPolicy, Restarts
+from lastcall.supervisor.fleet.slot import Slot
+from lastcall.supervisor.fleet.states import SlotState
+from lastcall.supervisor.fleet.stop_steps import Ending
 from lastcall.worker.base import variables
+from lastcall.worker.base.budget import Shares, plan
+from lastcall.worker.base.clock import now
 from lastcall.worker.base.process import FORKSERVER, IMAGE
+from lastcall.worker.sdk import preflight
+from lastcall.worker.sdk.scout import package_of
+from tests.support.generations import generation_in
 from tests.support.harness import AGENT, Run, StartRun, lives
 from tests.support.program import status, verb
 
@@ -69,7 +83,7 @@ async def test_workers_of_one_image(run: StartRun, tmp_path: Path) -> None:
     await r.ready(2)
     (image,) = images(r)
     assert importers(tmp_path) == [image.pid]
-    assert (await status(r))["image"] == {"state": "ready", "pid": image.pid, "reason": None}
+    assert (await status(r))["image"] == {"state": "ready", "pid": image.pid, "reason": None, "left_out": {}}
     first, second = r.workers()
     for worker in (first, second):
         assert (worker.ppid(), os.getsid(worker.pid)) == (r.pid, worker.pid)
@@ -119,10 +133,33 @@ async def test_workers_of_one_image(run: StartRun, tmp_path: Path) -> None:
     assert lasting is None or lives(lasting)
 
     r.kill_all()
-    await r.until(lambda: r.log("stop draining"))
+    # There is no drain where the jobs were those of the worker that was killed.
+    await r.until(lambda: r.log("stop fencing"))
     r.let_go()
     assert await r.exit() == 0
     await r.nothing_left()
+
+
+async def test_worker_that_is_killed_beside_one_that_starts(run: StartRun) -> None:
+    """The sweep of a killed worker touches neither a process of another slot nor a fork that is to be one."""
+    r: Run = await run("run", "--grace", "120", "-w", "2", AGENT, environment=ON)
+    await r.ready(2)
+    job = await r.dispatch(mode="hold")
+    note = await r.job_says(job.job_id, "started")
+    holder = psutil.Process(psutil.Process(note["pid"]).ppid()).ppid()
+    (killed,) = [worker for worker in r.workers() if worker.pid != holder]
+    lasting = psutil.Process(holder).children(recursive=True)
+    asked = asyncio.create_task(verb(r, "scale", "3"))
+    killed.kill()
+    await asked
+    await r.ready(3)
+    assert lives(note["pid"]) and all(lives(process.pid) for process in lasting)
+    assert not r.log("slot quarantined") and len(r.log("slot failed")) == 1
+    r.kill_all()
+    await r.until(lambda: r.log("stop draining"))
+    r.let_go()
+    assert await r.exit() == 0
+    await r.clean(job)
 
 
 @pytest.mark.core
@@ -180,13 +217,90 @@ async def test_image_that_could_not_be_forked(run: StartRun, tmp_path: Path) -> 
     await r.ready()
     (said,) = r.log("workers start without an image")
     assert said["reason"] == "an import has started a thread"
-    assert (await status(r))["image"] == {"state": "off", "pid": None, "reason": said["reason"]}
+    assert (await status(r))["image"] == {
+        "state": "off",
+        "pid": None,
+        "reason": said["reason"],
+        "left_out": {},
+    }
     (worker,) = r.workers()
     assert importers(tmp_path)[1:] == [worker.pid]
     assert not images(r)
     r.kill()
     assert await r.exit() == 0
     await r.nothing_left()
+
+
+async def test_image_that_fails_in_each_phase(run: StartRun, tmp_path: Path) -> None:
+    """An image that is stopped, or killed, takes no start, no reload and no stop along.
+
+    The image is stopped and continued while the supervisor starts, killed while a reload makes the next one,
+    and stopped in the stop.
+    """
+    held = tmp_path / "held"
+    held.touch()
+    odd = f"while os.path.exists({str(held)!r}): time.sleep(0.05)"
+    r: Run = await run("run", "--grace", "120", AGENT, environment=note_imports(tmp_path, odd))
+    await r.until((tmp_path / "imports").exists, 30)
+    (first,) = images(r)
+    assert (await status(r))["image"]["state"] == "making"
+    first.suspend()
+    first.resume()
+    held.unlink()
+    await r.ready()
+    assert importers(tmp_path) == [first.pid]
+    job = await r.dispatch(mode="hold")
+    await r.job_says(job.job_id, "started")
+
+    held.touch()
+    await verb(r, "reload")
+    await r.until(lambda: len(importers(tmp_path)) == 2, 30)
+    (second,) = [image for image in images(r) if image.pid == importers(tmp_path)[1]]
+    second.kill()
+    await r.until(lambda: r.log("reload done"), 60)
+    assert importers(tmp_path)[2] == max(r.workers(), key=lambda p: p.create_time()).pid
+    await r.until(lambda: not lives(first.pid))
+    held.unlink()
+    await r.until(lambda: len(r.log("image ready")) == 2, 60)
+
+    (third,) = images(r)
+    assert (await status(r))["image"] == {"state": "ready", "pid": third.pid, "reason": None, "left_out": {}}
+    third.suspend()
+    r.kill_all()
+    await r.until(lambda: not lives(third.pid))
+    r.let_go()
+    assert await r.exit() == 0
+    await r.clean(job)
+
+
+async def test_program_that_starts_while_its_image_is_made() -> None:
+    """The time in which a reload's worker has to register begins once it has been started."""
+    generation, _ = generation_in(SlotState.STOPPED)
+    shared = generation.shared
+    shared.config = Config(start=Start(timeout=0.05))
+
+    class Launching:
+        is_opaque, image, starts_within = False, None, 60.0
+
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        async def start(self, *_: object, **more: object) -> None:
+            await asyncio.sleep(self.seconds)
+            raise SpawnError(f"after {self.seconds} s")
+
+    old: Any = Launching(0)
+    new: Any = Launching(0.3)
+    restarts = Restarts(RestartPolicy(first=100, cap=100), random.Random())
+    slot = Slot(0, launcher=old, restarts=restarts, shared=shared, on_fault=lambda *_: None)
+    running = asyncio.create_task(slot.run())
+    await slot.changed.until(lambda: slot.last_exit)
+    slot.config_error = ""
+    why = await slot.replace("reload", new, cause="reload")
+    ending = Ending(reason="end", deadlines=plan(now(), 1.0, Shares()))
+    await slot.stop(ending)
+    await running
+    assert why == "after 0.3 s"
 
 
 # -- without livekit-agents ---------------------------------------------------------------------------------
@@ -199,23 +313,27 @@ from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.sdk import image_process as image, preflight
 image.IMPORTED = image.WORKER_MODULES = image.WARM_UP = ()
 preflight.check = lambda: []
+run_target = lambda: None
 exec(sys.argv[1])
-settings, _ = image.serve(WorkerSettings.take(os.environ))
+settings, _ = image.serve(WorkerSettings.take(os.environ), run_target, lambda *_: False)
+dice = sys.modules.get("dice")
 told = {
     "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "slot": settings.slot,
     "mark": os.environ["LASTCALL_MARK"], "random": [random.random(), numpy.random.random()],
+    "dice": dice and [dice.UNSEEDED.random(), dice.of_default(), dice.NUMPYS.random()],
+    "seeded": dice and [dice.SEEDED.random(), dice.SEEDED_NUMPYS.random()],
     "open": [int(fd) for fd in os.listdir("/proc/self/fd")],
-    "key": multiprocessing.current_process().authkey.hex(),
+    "modules": list(sys.modules), "key": multiprocessing.current_process().authkey.hex(),
 }
 os.write(1, json.dumps(told).encode() + b"\\n")
 """
 # A supervisor of images alone. `sys.argv[3]` is what it does with one.
 SUPERVISOR = """
-import asyncio, json, os, signal, sys
+import asyncio, errno, json, os, resource, signal, sys, time
 from lastcall.supervisor.processes import image as images
 from lastcall.supervisor.processes.child import pipe, high
 from lastcall.supervisor.processes.descendants import image_mark_of, mark_of
-from lastcall.supervisor.processes.launch import image_environment
+from lastcall.supervisor.processes.launch import Launcher, image_environment
 from lastcall.supervisor.processes.reaper import Reaper
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.settings import WorkerSettings
@@ -235,22 +353,25 @@ async def main():
         known_pids=known, is_stopping=lambda: is_stopping, log=log,
     )
 
-    async def fork(n, *, go=True, wanted=lambda: True):
-        ended, changed = asyncio.Event(), Condition()
+    async def fork(n, *, go=True, wanted=lambda: True, late=0.0, changed=None):
+        ended, changed = asyncio.Event(), changed or Condition()
         out, out_write = pipe()
         null = high(os.open(os.devnull, os.O_RDONLY))
         settings = WorkerSettings(slot=n).to_json()
         given = {0: null, 1: out_write, 2: high(os.dup(2)), 3: high(os.dup(null)), 5: high(os.dup(null))}
-        forked = await image.fork(
-            settings, mark_of("supervisor", n, 1), given, lambda status: ended.set(), changed=changed,
-            is_wanted=wanted,
-        )
+        async with image.turn(changed=changed, is_wanted=wanted):
+            forked = await image.fork(
+                settings, mark_of("supervisor", n, 1), given, lambda status: ended.set(), changed=changed,
+                is_wanted=wanted,
+            )
         for fd in given.values():
             os.close(fd)
         told = None
         if forked is not None:
-            if go:
-                forked.go()
+            name = open(f"/proc/{forked.child.pid}/comm").read()
+            assert name == "lastcall-image\\n", "not a worker yet"
+            time.sleep(late)  # the loop is held up
+            forked.go() if go else forked.end()
             await asyncio.wait_for(ended.wait(), 20)
             text = os.read(out, 1 << 16)
             told = json.loads(text) if text else str(forked.child.status)
@@ -325,7 +446,7 @@ return [before, held()]
 def test_fork_that_gets_no_go() -> None:
     """A worker that was forked and is given up ends by itself, and the next one is another."""
     told = do("return [await fork(1, go=False), (await fork(2))['slot']]")
-    assert told["did"] == ["exit code 0", 2]
+    assert told["did"] == ["killed by SIGKILL", 2]
 
 
 @pytest.mark.parametrize(
@@ -376,9 +497,283 @@ return await waits
     assert told["log"] == ["image starts"]
 
 
-def test_imports_that_fail() -> None:
-    """An image whose imports end it is not tried again; the log has the last lines."""
-    told = do("return [await fork(1), await fork(2), image.state]", odd="sys.exit('no such thing')")
-    assert told["did"] == [None, None, "off"]
-    assert told["log"] == ["image starts", "workers start without an image"]
+def test_imports_that_fail(tmp_path: Path) -> None:
+    """An image that its imports end is made again after a pause; the log has the last lines."""
+    steps = """
+first = [await fork(1), await fork(2), image.state]
+while not image.is_ready:
+    await asyncio.sleep(0.01)
+return [*first, (await fork(3))["slot"]]
+"""
+    flag = tmp_path / "failed"
+    odd = f"""
+if not os.path.exists({str(flag)!r}):
+    open({str(flag)!r}, "w")
+    sys.exit("no such thing")
+"""
+    told = do(steps, odd=odd)
+    assert told["did"] == [None, None, "failed", 3]
+    assert told["log"] == ["image starts", "image has ended", "image starts", "image ready"]
     assert "exit code 1: no such thing" in told["reasons"][0]
+
+
+def test_image_that_cannot_be_killed() -> None:
+    """The wait for the first image has an end, also where SIGKILL has no effect. There is no second image."""
+    steps = """
+images.MADE_WITHIN = 0.5
+sent, images.Child.send = images.Child.send, lambda *_: None
+at = time.monotonic()
+got = [await fork(1), await fork(2), image.state, time.monotonic() - at < 5]
+images.Child.send = sent
+return got
+"""
+    told = do(steps, odd="time.sleep(60)")
+    assert told["did"] == [None, None, "failed", True]
+    assert told["log"] == ["image starts", "image is killed"]
+
+
+def test_system_without_pidfds() -> None:
+    """There is no image where its workers could not be watched; that is said once."""
+    steps = """
+def refuse(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+os.pidfd_open = refuse
+return [await fork(1), await fork(2), image.state, image.reason]
+"""
+    told = do(steps)
+    assert told["did"][:3] == [None, None, "off"]
+    assert "pidfd_open: Function not implemented" in told["did"][3]
+    assert told["log"] == ["workers start without an image"]
+
+
+def test_reason_that_comes_with_the_end() -> None:
+    """An image that says why it is unfit, and ends at once, is not made again."""
+    steps = """
+asked = asyncio.create_task(fork(1))
+while image.pid is None:
+    await asyncio.sleep(0)
+time.sleep(1.5)
+return [await asked, image.state, image.reason]
+"""
+    told = do(steps, odd="image._import = lambda: image.Imports(why='unfit')")
+    assert told["did"] == [None, "off", "unfit"]
+    assert told["log"] == ["image starts", "workers start without an image"]
+
+
+def test_supervisor_that_is_late() -> None:
+    """A worker waits for a supervisor that is held up; no start counts as failed for that."""
+    assert do("return (await fork(1, late=2.0))['slot']")["did"] == 1
+
+
+def test_waiters_with_one_condition() -> None:
+    """A worker that is not wanted any more does not take the wake-up of another of its slot along."""
+    steps = """
+wanted, changed = [True], Condition()
+first = asyncio.create_task(fork(1, wanted=lambda: wanted[0], changed=changed))
+second = asyncio.create_task(fork(2, changed=changed))
+await asyncio.sleep(0)
+wanted[0] = False
+changed.notify()
+return [await first, (await asyncio.wait_for(second, 20))["slot"]]
+"""
+    assert do(steps)["did"] == [None, 2]
+
+
+def test_generators_of_random_numbers(tmp_path: Path) -> None:
+    """A generator that nobody has seeded differs in each fork, wherever it is kept; a seeded one does not."""
+    (tmp_path / "dice.py").write_text(
+        """
+import random, numpy.random
+UNSEEDED, SEEDED = random.Random(), random.Random(7)
+NUMPYS, SEEDED_NUMPYS = numpy.random.default_rng(), numpy.random.default_rng(7)
+def of_default(kept=random.Random()):
+    return kept.random()
+"""
+    )
+    odd = f"sys.path.insert(0, {str(tmp_path)!r}); image.IMPORTED = ('dice',)"
+    first, second = do("return [await fork(1), await fork(2)]", odd=odd)["did"]
+    assert first["seeded"] and first["seeded"] == second["seeded"]
+    assert len({*first["dice"], *second["dice"]}) == 6
+
+
+# A launcher of workers that end at once. `limit` leaves so many descriptors, above those for children.
+LAUNCHER = """
+from lastcall.supervisor.errors import SpawnError
+from lastcall.supervisor.processes import launch
+launch.worker_command = lambda *_: ["true"]
+launcher = Launcher(
+    target="agent.py", arguments=(), command=(), supervisor_id="supervisor", environment=dict(os.environ),
+    settings=WorkerSettings(), reaper=reaper, prefixes=False, lifeline=None, write_output=lambda _: None,
+    write_errors=lambda _: None, image=image,
+)
+async def start(n):
+    ended, changed = asyncio.Event(), Condition()
+    try:
+        launched = await launcher.start(
+            n, 1, lambda status: ended.set(), changed=changed, is_wanted=lambda: True
+        )
+    except SpawnError as error:
+        return str(error)
+    await asyncio.wait_for(ended.wait(), 20)
+    launched.control.close()
+    launched.close()
+    return "started"
+def limit(spare):
+    taken = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken + 1, 65) + spare, hard))
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+await start(0)
+def opened():
+    return sorted(os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in os.listdir("/proc/self/fd")
+                  if os.path.exists(f"/proc/self/fd/{fd}"))
+"""
+
+
+def test_many_starts_with_few_descriptors() -> None:
+    """Starts at the same time, by fork, need no more descriptors than one start and what workers keep."""
+    steps = """
+limit(16 + 4 * 20)
+return await asyncio.gather(*(start(n) for n in range(20)))
+"""
+    told = do(LAUNCHER + steps)
+    assert told["did"] == ["started"] * 20
+    assert told["log"] == ["image starts", "image ready"]
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_start_without_descriptors(*, forks: bool) -> None:
+    """A start that finds no descriptor left fails with one line, and leaves none open."""
+    steps = f"""
+if not {forks}:
+    image.close()
+    while image.pid is not None:
+        await asyncio.sleep(0.01)
+before, told = opened(), set()
+for spare in range(14):
+    limit(spare)
+    told.add(await start(spare))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    assert opened() == before, [spare, before, opened()]
+return sorted(told)
+"""
+    told = do(LAUNCHER + steps)
+    assert told["did"] == ["no room for another worker: Too many open files", "started"]
+
+
+# -- the packages of a target -------------------------------------------------------------------------------
+
+# A target of packages that do what a package may do at its import, and the image's view of them.
+PACKAGES = {
+    "plain": "import numbers_; VALUE = 1",
+    "numbers_": "import numpy",
+    "thread": "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
+    "sock": "import socket; KEPT = socket.socket()",
+    "loop": "import asyncio; LOOP = asyncio.new_event_loop()",
+    "program": "import subprocess; KEPT = subprocess.Popen(['sleep', '600'])",
+    "leads": "import sock2",
+    "sock2": "import os; KEPT = os.pipe()",
+    "reads": "import os; MODE = os.environ.get('MODE')",
+    "moves": "import os; os.chdir('/')",
+    "named": "from spaces.inner import VALUE",
+    "last": "VALUE = 2",
+}
+OWN = """
+import os, pathlib
+pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
+os.environ["MODE"] = "set by the target"
+import plain, thread, sock, loop, program, leads, reads, moves, named, last, own, subprocess
+pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
+    str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
+)
+1 / 0
+"""
+
+
+def test_packages_of_a_target(tmp_path: Path) -> None:
+    """The image imports the packages of a target that a fork may bring along, and none of its files."""
+    installed = tmp_path / "site-packages"
+    for name, text in PACKAGES.items():
+        (installed / name).mkdir(parents=True)
+        (installed / name / "__init__.py").write_text(text)
+    (installed / "spaces" / "inner").mkdir(parents=True)
+    (installed / "spaces" / "inner" / "__init__.py").write_text("VALUE = 3")
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "own.py").write_text("")
+    (tmp_path / "agent" / "agent.py").write_text(OWN)
+    odd = f"""
+import runpy
+sys.path.append({str(installed)!r})
+os.environ["RAN_IN"] = {str(tmp_path / "ran")!r}
+def run_target():
+    sys.path.insert(0, {str(tmp_path / "agent")!r})
+    runpy.run_path({str(tmp_path / "agent" / "agent.py")!r})
+"""
+    steps = """
+first = await fork(1)
+return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{image.pid}/task"))]
+"""
+    modules, left_out, image, threads = do(steps, odd=odd)["did"]
+    kept = {"plain", "numbers_", "named", "spaces", "spaces.inner", "last"}
+    assert kept <= set(modules) and not {"own", "agent", *PACKAGES} - kept & set(modules)
+    assert {name: why.split(":")[0] for name, why in left_out.items()} == {
+        "thread": "an import has started a thread",
+        "sock": "an import has opened socket",
+        "loop": "an import has opened anon_inode",
+        "program": "it has started a process",
+        "leads": "an import has opened pipe",
+        "sock2": "an import has opened pipe",
+        "reads": "it reads MODE, and the target changes that before",
+        "moves": "it changes the working directory",
+    }
+    assert not lives(int((tmp_path / "ran.program").read_text()))
+    (ran_in,) = (tmp_path / "ran").read_text().split()
+    assert int(ran_in) != image and not lives(int(ran_in))
+    assert threads == 1
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "while True: pass",
+        "import os; os._exit(3)",
+        "import os; os.kill(os.getpid(), 9)",
+        "import sys; sys.exit()",
+    ],
+)
+def test_target_that_does_not_tell(target: str) -> None:
+    """A target that hangs, or ends its process, takes its packages from the image and nothing else."""
+    odd = f"""
+from lastcall.worker.sdk import scout
+scout.SCOUT_WITHIN = 1.0
+def run_target():
+    exec({target!r})
+"""
+    assert do("return (await fork(1))['slot']", odd=odd)["did"] == 1
+
+
+def test_untried_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no image with a newer livekit-agents than was tried: its imports may leave anything."""
+    assert preflight.untried() == ""
+    monkeypatch.setattr(preflight, "version_of", {"Python": "3.11.7", "livekit-agents": "1.9.0"}.get)
+    assert preflight.untried().startswith("livekit-agents 1.9.0 is newer than 1.8")
+    monkeypatch.setattr(preflight, "version_of", {"Python": "3.15.0", "livekit-agents": "1.8.9"}.get)
+    assert preflight.untried().startswith("Python 3.15.0 is newer than 3.14")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "package"),
+    [
+        ("six", "/x/site-packages/six.py", "six"),
+        ("p", "p/__init__.py", "p"),
+        ("p.q.r", "p/q/r.py", "p"),
+        ("n.p", "n/p/__init__.py", "n.p"),
+        ("n.p.q", "n/p/q.py", "n.p"),
+        ("n.m", "n/m.py", "n.m"),
+    ],
+)
+def test_names_of_packages(tmp_path: Path, name: str, file: str, package: str) -> None:
+    """A namespace is no package: each package in it is left out by itself."""
+    for folder in ("p", "p/q", "n/p"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "__init__.py").touch()
+    assert package_of(name, str(tmp_path / file)) == package

@@ -217,7 +217,6 @@ async def test_the_socket_outlives_an_orderly_end_too(tmp_path: Path) -> None:
                     one.end()
 
 
-@pytest.mark.alone
 async def test_a_killed_job_is_cancelled_upstream(tmp_path: Path) -> None:
     """SIGKILLed in mid-speech, its contexts are cancelled at the server, in a fraction of a second."""
     async with companion(tmp_path, speech=SPEAKING) as one:

@@ -42,6 +42,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.long
 @pytest.mark.core
 async def test_job_over_its_limit_ends_alone(run: StartRun, tmp_path: Path) -> None:
     """Jobs that leak are asked to end, and those that do not are killed; the worker's other job goes on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tests.support.layers import ROOMS, SAME_NAME_ALLOWED, floors_of
@@ -46,6 +46,7 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
 def sources() -> dict[str, Path]:
     """Return every module of the package by its full name, `__init__` under the name of its package."""
     links = [ROOT / "lastcall" / name for name in ("supervisor", "worker")]
@@ -53,18 +54,21 @@ def sources() -> dict[str, Path]:
     return {name_of(path): path for path in paths}
 
 
-def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
-    """Yield each imported module's full name, in functions too; relative imports are resolved."""
+@cache
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Return each imported module's full name, in functions too; relative imports are resolved."""
     package = path.relative_to(ROOT).parent.parts
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 full = f"{name}.{alias.name}"
-                yield (full if full in known else name), node.lineno
+                found.append((full if full in sources() else name, node.lineno))
+    return found
 
 
 def test_every_module_has_a_floor() -> None:
@@ -85,7 +89,7 @@ def test_no_arrow_points_upwards() -> None:
     """A module imports from the same floor and from lower ones, in its room and in every room around it."""
     known = sources()
     for module, path in known.items():
-        for name, line in imports(path, known):
+        for name, line in imports(path):
             if name not in known or path.name == "__init__.py":
                 continue
             one, other = module.split("."), name.split(".")
@@ -106,7 +110,7 @@ def test_no_circles() -> None:
             if not module.startswith(prefix) or path.name == "__init__.py":
                 continue
             own = module.removeprefix(prefix).split(".")[0]
-            for name, _ in imports(path, known):
+            for name, _ in imports(path):
                 if name.startswith(prefix):
                     graph[own].add(name.removeprefix(prefix).split(".")[0])
         for leaf, below in graph.items():
@@ -135,10 +139,10 @@ def test_one_import_name() -> None:
     known = sources()
     files = [*known.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
     for path in files:
-        for name, line in imports(path, known):
+        for name, line in imports(path):
             assert name.split(".")[0] not in ("worker", "supervisor"), f"{path}:{line}"
     for module, path in known.items():
-        for name, line in imports(path, known):
+        for name, line in imports(path):
             if module.startswith("lastcall.worker"):
                 assert not name.startswith("lastcall.supervisor"), f"{path}:{line} imports {name}"
             elif module.startswith("lastcall.supervisor") and name.startswith("lastcall.worker"):
@@ -154,7 +158,7 @@ def test_one_edge_each() -> None:
         found = {
             module
             for module, path in known.items()
-            for name, _ in imports(path, known)
+            for name, _ in imports(path)
             if name.split(".")[0] == package
         }
         assert found == allowed, found ^ allowed

@@ -19,7 +19,7 @@ from lastcall.supervisor.views.sd_notify import (
     NotifySocket,
     Snapshot,
 )
-from tests.support.harness import AGENT, Run, StartRun
+from tests.support.harness import AGENT, START, Run, StartRun
 from tests.support.program import DEAF, Program, polite
 
 UP = Snapshot(is_ready=True, text="running")
@@ -294,7 +294,7 @@ async def test_ready_waits_for_every_worker(run: StartRun, listener: Listener) -
 async def test_stop_before_ready(run: StartRun, listener: Listener) -> None:
     """A service that is stopped while it starts says STOPPING and never READY; the start was extended."""
     r: Run = await run("run", AGENT, environment={**listener.environment, "LIVEKIT_URL": "ws://127.0.0.1:9"})
-    await r.until(lambda: r.log("slot starting"))
+    await r.until(lambda: r.log("slot starting"), START)
     await r.until(lambda: listener.said("EXTEND_TIMEOUT_USEC="))
     assert listener.said("EXTEND_TIMEOUT_USEC=") == ["EXTEND_TIMEOUT_USEC=60000000"]
     r.kill()

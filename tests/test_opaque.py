@@ -97,7 +97,6 @@ async def test_no_such_program(run: StartRun) -> None:
     assert "'no-such-program-here'" in r.err.read_text()
 
 
-@pytest.mark.alone
 async def test_sigterm_during_backoff(run: StartRun) -> None:
     """Nothing runs, so nothing is waited for."""
     slow = "[restart]\nintensity = 50\nbackoff = [20, 20]\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lastcall.supervisor.signals import RECEIVED
+import lastcall
 from scripts import links
 
 ROOT = Path(__file__).parent.parent
@@ -62,17 +62,19 @@ def test_what_is_a_broken_link(
 
 
 def test_the_rendered_parts_are_current() -> None:
-    """API, commands, exit codes, names of variables, and files of examples are those of the tree."""
+    """API, commands, metrics, signals, exit codes, variables and files of examples are those of the tree."""
     script = ROOT / "scripts" / "reference"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_every_signal_is_on_the_page() -> None:
-    """The table of signals has each one that the supervisor receives."""
-    page = (links.DOCS / "signals.md").read_text()
-    rows = "\n".join(line for line in page.splitlines() if line.startswith("| SIG"))
-    assert set(re.findall(r"SIG[A-Z0-9]+", rows)) >= {number.name for number in RECEIVED}
+def test_the_public_names_say_since_when() -> None:
+    """A reader of the API can tell which version of lastcall an agent needs."""
+    public = (getattr(lastcall, name) for name in lastcall.__all__ if name not in ("__version__", "inworld"))
+    documented = [*public, lastcall.inworld.TTS]
+    assert len(documented) > 8
+    silent = [thing.__name__ for thing in documented if not re.search(r"Since\s+\d", thing.__doc__ or "")]
+    assert silent == []
 
 
 def evidence() -> Iterator[tuple[str, str, str]]:

@@ -58,6 +58,30 @@ def test_an_unassigned_job_was_never_started() -> None:
     assert (ledger.started, ledger.at_stop, ledger.totals["unassigned"]) == (0, [], 1)
 
 
+def test_a_call_that_was_handed_over_stays_so() -> None:
+    """A try that is refused afterwards changes nothing, and a successor may be told of after the end."""
+    ledger = Ledger()
+    ledger.begin_stop()
+    for id in ("once", "late", "never"):
+        ledger.start(entry(id))
+    ledger.handover(0, 1, "once", "done", "", "AJ_2")
+    ledger.handover(0, 1, "once", "refused", "not possible: the call is ending", "")
+    ledger.end(0, 1, "once", "finished", 1.0)
+    for id in ("late", "never"):
+        ledger.handover(0, 1, id, "failed", "the agent died", "")
+        ledger.end(0, 1, id, "failed", 1.0)
+    ledger.handover(0, 1, "late", "done", "", "AJ_3")
+    ledger.handover(0, 1, "nobody's", "done", "", "AJ_4")
+    shown = {job.id: (job.fate, job.successor, job.handover, job.tries) for job in ledger.at_stop}
+    assert shown == {
+        "once": ("handed_over", "AJ_2", "", 2),
+        "late": ("handed_over", "AJ_3", "", 2),
+        "never": ("failed", "", "the agent died", 1),
+    }
+    assert (ledger.totals["handed_over"], ledger.totals["failed"]) == (2, 1)
+    assert (ledger.count("handed_over"), ledger.count("failed")) == (2, 2), "a counter never falls"
+
+
 def test_jobs_of_a_worker_that_is_gone() -> None:
     """Cut on purpose, or lost; the jobs of another generation go on."""
     ledger = Ledger()

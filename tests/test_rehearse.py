@@ -79,6 +79,7 @@ def rehearse(
     )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(380)
 def test_a_good_agent_passes(tmp_path: Path) -> None:
     """The command of examples/ci passes every scene; JSON, JUnit and the page say the same."""
@@ -109,6 +110,7 @@ async def entrypoint(ctx: JobContext) -> None:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["reconnect", "work"])
 def test_an_agent_in_its_room_passes(tmp_path: Path, name: str) -> None:
     """A worker of livekit-agents alone cuts these calls: the server terminates them while they go on."""
@@ -218,7 +220,6 @@ def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
         set_up.wait_ready()
 
 
-@pytest.mark.alone
 async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
     """It would register where nobody dispatches for the rehearsal: wrong, at once, and not by a timeout."""
     async with DispatchServer() as server:

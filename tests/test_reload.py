@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.harness import AGENT, Run, StartRun, lives
+from tests.support.harness import AGENT, START, Run, StartRun, lives
 from tests.support.program import status, verb
 from tests.support.stream import IDLE, Stream
 
@@ -171,7 +171,7 @@ async def test_new_generation_killed_while_it_warms(run: StartRun) -> None:
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
     reloading = asyncio.create_task(verb(r, "reload", "--wait", code=1, timeout=60))
-    await r.until(lambda: len(r.log("slot starting")) == 2)
+    await r.until(lambda: len(r.log("slot starting")) == 2, START)
     psutil.Process(r.log("slot starting")[1]["pid"]).kill()
     assert "killed by SIGKILL" in await reloading
     job = await r.dispatch(sleep=0.1)

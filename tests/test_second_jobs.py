@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from livekit.protocol import agent as protocol
 
 from lastcall.supervisor.receipt.ledger import JobEntry, Ledger
 from lastcall.worker import second_jobs
@@ -315,6 +316,13 @@ async def test_requests_about_rooms() -> None:
         assert room is not None
         _, made = room.dispatches.values()
         assert (made.metadata, dict(made.attributes)) == ("m", {"k": "v"})
+        first, dispatch = room.dispatches
+        assert await service.agents_of("r", dispatch) == []
+        taken = protocol.Job(id="AJ_1", dispatch_id=dispatch)
+        taken.state.participant_identity = "bot"
+        server.rooms.state.link("r", room.info.sid, taken)
+        assert await service.agents_of("r", dispatch) == ["bot"]
+        assert await service.agents_of("r", first) == []
         with pytest.raises(RoomServiceError, match="401 unauthenticated"):
             await RoomService(server.url, server.api_key, "x" * 32, {}).create_dispatch("r", "", "", "", {})
         for url in (f"{server.url}/", server.url.replace("ws", "http")):

@@ -11,7 +11,7 @@ import jsonschema
 import yaml
 
 from lastcall.supervisor.receipt import Ledger, StopRecord, textfile, write
-from lastcall.supervisor.views.metrics import POOL_COUNTERS, POOL_GAUGES
+from lastcall.supervisor.views.families import POOL
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.metrics import Samples, scrape
 from tests.support.program import status, verb
@@ -106,8 +106,7 @@ async def test_dashboard_alerts_and_page_name_what_there_is(run: StartRun, tmp_p
     """Every name that they use is exported; every name that is exported is on the page, the pool's too."""
     names = await exported(run, tmp_path)
     known = {name for name in names if name.startswith("lastcall_")}
-    assert {f"lastcall_pool_{name}" for name in POOL_GAUGES} <= known
-    assert {f"lastcall_pool_{name}_total" for name in POOL_COUNTERS} <= known
+    assert {family.exposed_name for family in POOL.values()} <= known
     dashboard = json.loads(DASHBOARD.read_text())
     used = {
         name

@@ -149,6 +149,7 @@ async def test_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.long
 @pytest.mark.core
 async def test_stop_with_a_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
     """A stop waits for its calls too, and cuts those that are still there when their time is over.

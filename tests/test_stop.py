@@ -182,7 +182,6 @@ async def test_assignment_that_never_comes(run: StartRun) -> None:
     await r.clean()
 
 
-@pytest.mark.alone
 async def test_idle_worker(run: StartRun) -> None:
     """Nothing to drain: the fence is told all the same, and the end comes at once."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -234,31 +233,25 @@ async def test_deadline_before_the_job_has_a_process(run: StartRun) -> None:
     await r.nothing_left()
 
 
-async def test_second_answer_to_an_offer(run: StartRun) -> None:
-    """A request_fnc that accepts twice has one job; the stop waits for it to its end."""
+async def test_request_fnc_that_answers_twice_and_one_that_does_not_return(run: StartRun) -> None:
+    """A request_fnc that accepts twice has one job; the stop waits for it to its end.
+
+    A request_fnc that still runs when its job is over does not hold up the end.
+    """
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
-    job = await r.dispatch(mode="hold", accepts=2)
-    await r.job_says(job.job_id, "started")
+    twice = await r.dispatch("twice", mode="hold", accepts=2)
+    lingers = await r.dispatch("lingers", mode="hold", request_linger=600)
+    for job in (twice, lingers):
+        await r.job_says(job.job_id, "started")
     await r.until(lambda: "second answer to one offer is ignored" in r.out.read_text())
     r.kill_all()
     await r.until(lambda: not r.livekit.available())
     r.let_go()
     assert await r.exit() == 0
-    await r.clean(job)
-    assert len(r.events("accepted")) == 1
+    await r.clean(twice, lingers)
+    assert [event.job_id for event in r.events("accepted")] == [twice.job_id, lingers.job_id]
     assert r.receipt()["totals"]["unassigned"] == 0
-
-
-async def test_request_fnc_that_does_not_return(run: StartRun) -> None:
-    """A request_fnc that still runs when its job is over does not hold up the end."""
-    r: Run = await run("run", "--grace", "40", AGENT)
-    await r.ready()
-    job = await r.dispatch(sleep=1, request_linger=600)
-    await r.job_says(job.job_id, "started")
-    r.kill()
-    assert await r.exit() == 0
-    await r.clean(job)
 
 
 async def test_child_that_a_job_forked(run: StartRun) -> None:
@@ -349,18 +342,6 @@ async def test_programs_of_a_crashed_worker(run: StartRun) -> None:
     await r.nothing_left()
 
 
-async def test_programs_of_a_job_can_be_stopped(run: StartRun) -> None:
-    """The shield ends at exec: what a job starts is ended by SIGTERM as ever. The job collects garbage."""
-    r: Run = await run("run", "--grace", "40", AGENT)
-    await r.ready()
-    job = await r.dispatch(sleep=0.1, mode="program")
-    note = await r.job_says(job.job_id, "program")
-    assert note["code"] == -signal.SIGTERM
-    assert note["collects_after"] == gc.get_threshold()[0]
-    r.kill()
-    assert await r.exit() == 0
-
-
 async def test_connection_cut_during_the_drain(run: StartRun) -> None:
     """The worker reconnects while its job goes on, and takes nothing new."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -382,7 +363,6 @@ async def test_connection_cut_during_the_drain(run: StartRun) -> None:
     await r.nothing_left()
 
 
-@pytest.mark.alone
 async def test_sigquit_kills_at_once(run: StartRun) -> None:
     """Nothing is waited for; the receipt says what was cut."""
     r: Run = await run("run", "--grace", "40", AGENT)
@@ -397,32 +377,34 @@ async def test_sigquit_kills_at_once(run: StartRun) -> None:
     await r.nothing_left()
 
 
-async def test_a_job_that_crashes_is_failed_not_lost(run: StartRun) -> None:
-    """Its process ends with an error: reported so to the server, counted so, no reason for 75."""
-    r: Run = await run("run", "--grace", "20", AGENT)
-    await r.ready()
-    job = await r.dispatch(mode="crash")
-    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_FAILED")
-    r.kill()
-    assert await r.exit() == 0
-    assert r.receipt()["totals"]["failed"] == 1
-    await r.nothing_left()
+async def test_a_job_that_crashes_is_failed_not_lost_and_good_ones_are_neither(run: StartRun) -> None:
+    """A process that ends with an error: reported so to the server, counted so, no reason for 75.
 
-
-async def test_good_jobs_are_never_reported_failed(run: StartRun) -> None:
-    """The forkserver's exit status is read once: without the lock about one good job in forty is FAILED."""
+    The forkserver's exit status is read once: without the lock about one good job in forty is FAILED. The
+    shield ends at exec: what a job starts is ended by SIGTERM as ever. The job collects garbage.
+    """
     r: Run = await run("run", "--grace", "40", AGENT, environment={"IDLE": "2"})
     await r.ready()
+    crashed = await r.dispatch(mode="crash")
+    await r.until(lambda: r.livekit.jobs[crashed.job_id].status == "JS_FAILED")
+    starter = await r.dispatch(sleep=0.1, mode="program")
+    note = await r.job_says(starter.job_id, "program")
+    assert note["code"] == -signal.SIGTERM
+    assert note["collects_after"] == gc.get_threshold()[0]
     jobs = []
     for n in range(12):
         jobs.append(await r.dispatch(f"room-{n}", sleep=0.05))
         await r.until(lambda: r.livekit.jobs[jobs[-1].job_id].status != "JS_RUNNING", 15)
     statuses = [r.livekit.jobs[job.job_id].status for job in jobs]
     assert statuses == ["JS_SUCCESS"] * len(jobs)
+    await r.until(lambda: r.livekit.jobs[starter.job_id].status == "JS_SUCCESS")
     r.kill()
     assert await r.exit() == 0
+    assert r.receipt()["totals"]["failed"] == 1
+    await r.nothing_left()
 
 
+@pytest.mark.long
 async def test_what_calls_get_of_a_minute(run: StartRun) -> None:
     """A call that ends 33 s into a grace of 60 s is not told to; one that goes on has its callbacks run."""
     r: Run = await run("run", "--grace", "60", "--http", "127.0.0.1:0", AGENT)

@@ -17,7 +17,6 @@ from tests.support.program import status
 from tests.support.terminal import Terminal
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("times", [1, 2, 3])
 async def test_ctrl_c(run: StartRun, terminal: Terminal, times: int) -> None:
     """Once drains. Twice asks the jobs to shut down now, and a third time kills."""
@@ -29,7 +28,7 @@ async def test_ctrl_c(run: StartRun, terminal: Terminal, times: int) -> None:
     for n in range(times):
         terminal.type(b"\x03")
         if n + 1 < times:
-            await r.until(lambda: b"stop draining" in terminal.read())
+            await r.until(lambda: b"stopping (SIGINT)" in terminal.read())
             await asyncio.sleep(0.5)
     code = await r.exit(60)
     took = time.monotonic() - began

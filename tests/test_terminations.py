@@ -75,6 +75,7 @@ async def test_a_job_has_a_local_room(run: StartRun) -> None:
     await r.job_says(one.id, "closed")
 
 
+@pytest.mark.long
 @pytest.mark.core
 async def test_a_termination_does_not_end_what_goes_on(run: StartRun) -> None:
     """A full reconnect in a drain cuts no call, and work after a call has the time of the stop.
@@ -120,6 +121,7 @@ async def test_a_termination_does_not_end_what_goes_on(run: StartRun) -> None:
     await r.nothing_left()
 
 
+@pytest.mark.long
 @pytest.mark.core
 async def test_a_job_that_has_to_end_is_cut(run: StartRun) -> None:
     """A termination is obeyed while the agent stays in its room, and work after a call is bounded."""

@@ -7,6 +7,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.support import selection
+
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("test_*.py"))
 
@@ -35,6 +37,18 @@ def test_each_test_says_what_it_promises() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
                 says = ast.get_docstring(node) or ""
                 assert says.endswith("."), f"{path.name}:{node.lineno}: {node.name}: {says!r}"
+
+
+def test_a_fixture_that_tests_share_makes_them_a_group() -> None:
+    """Of several processes that run tests, each would make the fixture anew for the tests that it gets."""
+    shared = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                decorators = " ".join(ast.unparse(each) for each in node.decorator_list)
+                if "pytest.fixture" in decorators and "scope=" in decorators:
+                    shared.add(node.name)
+    assert shared == selection.SHARED
 
 
 def test_each_script_in_python_is_checked() -> None:

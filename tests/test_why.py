@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.harness import AGENT, Run, StartRun
+
+pytestmark = pytest.mark.long
 
 # The tests' agent, with the health port of a bare worker on a free one.
 BARE = """

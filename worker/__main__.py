@@ -51,7 +51,9 @@ def main() -> NoReturn:
     if settings.is_image:
         # Returns in each worker that the image forks; the image itself ends there.
         with garbage.no_collections():
-            settings, imports = image_process.serve(settings)
+            settings, imports = image_process.serve(
+                settings, lambda: _run_target(*given), loading.parts_of(given[0])
+            )
     for fd in (*settings.output_fds, settings.control_fd, settings.lifeline_fd):
         if fd is not None:
             os.set_inheritable(fd, False)
@@ -67,7 +69,7 @@ def main() -> NoReturn:
     changed = Condition()
     stopping = Stopping(changed)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        # The target is loaded before the loop runs, as it would be in a program of its own. The signals stay
+        # The target is loaded before the loop runs, as it would be without lastcall. The signals stay
         # blocked until then: uvloop forgets what its handlers received before it ran, the kernel does not.
         code = _host(runner, settings, stopping, changed, *given)
         # Not by the end of the interpreter: livekit-agents has threads that never end, and 10 ms would go by.
@@ -108,6 +110,20 @@ def _host(
         code = Exit.CONFIG if isinstance(failure, Incompatible) else code
         return _fault(host.control, code, failure, loading.users_traceback(failure))
     return code
+
+
+def _run_target(text: str, arguments: list[str]) -> None:
+    """Load the target as a worker does, in a process that is to tell what that imports. Raises anything."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.get_loop()
+        from lastcall.worker.sdk import agent_server
+
+        loading.load(
+            loading.parse(text, arguments),
+            record=agent_server.record_run_app,
+            refuse_to_run=agent_server.refuse_to_run,
+            classify=agent_server.as_server,
+        )
 
 
 def _control(settings: WorkerSettings) -> Control[WorkerSays, WorkerHears]:

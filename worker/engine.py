@@ -145,7 +145,7 @@ class Engine:
     # -- life -----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run the server to its end; an error is kept in `error`, for whoever decides what it means."""
+        """Run the server to its end; an error is kept in `error`, and a caller decides what it means."""
         refused_key.watch()
         self._run = asyncio.current_task()
         self.server.on("worker_started", self._on_started)
@@ -444,7 +444,9 @@ class Engine:
         fate: JobFate | None = None
         if error is not None:
             fate = "unassigned" if agent_server.is_unassigned(error) else "failed"
-        if fate == "failed" and not self.ended:  # the server would count it as running for as long as we live
+        if (
+            fate == "failed" and not self.ended
+        ):  # the server would count the job as running while this worker lives
             self._announcements.create_task(agent_server.report_failed(self.server, id))
         self.jobs.settle(id, fate)
 

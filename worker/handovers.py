@@ -9,12 +9,14 @@
     5. the new agent speaks and says so (`speaks`), and the old job ends
 
 Until step 4 the old agent goes on. After a failure the old agent refuses this epoch for good, and the
-dispatch is deleted. From step 4 on the old agent is silent until the new one is out of the room, and then
-speaks again. So two agents never speak, and one does in the end.
+dispatch is deleted. From step 4 on the old agent is silent. It leaves when it sees that the new one speaks.
+If that takes too long the old agent is told to refuse the new one, and this worker decides from the answer
+on. The old agent leaves if the server shows that the new one speaks. Else the old agent speaks again when the
+new one is out of the room. So two agents never speak, and one does in the end.
 
 A worker stops to hand over when its key may not dispatch. It does so too when a dispatch was taken by a
-worker without lastcall: an agent of the same name that is not the successor. That agent is removed, and until
-then two agents talk.
+worker without lastcall, of which the server tells (ListDispatch). That agent is removed, and until then two
+agents talk.
 """
 
 from __future__ import annotations
@@ -70,18 +72,26 @@ LOOK_AGAIN_AFTER = 0.25
 REMOVED_WITHIN = 30.0
 # Seconds for a room to show that the new agent speaks, where the old one has gone meanwhile.
 SHOWN_WITHIN = 3.0
-# Calls that one worker hands over at a time, and seconds that each round takes. Ours: a successor needs a
-# warm process, and a worker keeps a few. A handover takes 0.6 s, and on a busy machine twice that.
-PARALLEL, SECONDS_EACH = 4, 1.5
+# Seconds for which the room is looked at further then, so that a late takeover is told. Ours: more than
+# READY_WITHIN.
+LATE_WITHIN = 15.0
+# Calls that one worker hands over at a time, and seconds that each round takes. Ours: 50 calls in the 5 s
+# that a grace of 10 s leaves. A handover takes 0.6 s, and on a busy machine twice that.
+PARALLEL, SECONDS_EACH = 10, 1.5
+# Seconds for a good moment that each call has at least, when the time of a stop is short.
+WAIT_AT_LEAST = 0.5
 # Seconds after a round in which nobody took a call.
 TRY_AGAIN_AFTER = 1.0
 # Dispatches that are remembered, so that none is taken twice.
 MAX_TAKEN = 10_000
 # livekit.protocol's JT_ROOM: jobs of other types are made for each participant of a room.
 ROOM_JOB = 0
-# livekit.DisconnectReason of a participant that was removed, as by a successor which had no answer.
-PARTICIPANT_REMOVED = 4
+# livekit.DisconnectReason of an agent whose call is over: CLIENT_INITIATED, ROOM_DELETED and ROOM_CLOSED.
+# After every other one a caller may be in the room: the network was lost, or a successor had the agent
+# removed.
+ENDED_WELL = frozenset({1, 5, 10})
 CLOUD = ".livekit.cloud"
+NOBODY = "nobody took it"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +101,7 @@ class Try:
     epoch: int
     identity: str
     secret: str = field(repr=False)
+    wait: float = 0.0
     steps: dict[str, CallStep] = field(default_factory=dict)
     dispatch_id: str = ""
 
@@ -134,7 +145,8 @@ class Handovers:
         begin: Callable[[Any], None],
         is_closing: Callable[[], bool],
     ) -> None:
-        self.off = ""
+        # Why the calls of an agent name are not handed over any more.
+        self.off: dict[str, str] = {}
         self._jobs = jobs
         self._changed = changed
         self._service = service
@@ -163,9 +175,10 @@ class Handovers:
                     attempt.steps[message.step] = message
                     if message.step == "speaks" and job is not None:
                         self._done(job, attempt)  # here, because the end of the job may follow at once
-                elif message.step == "silent":
-                    # The agent had hung, and its try is over: the successor was removed.
-                    self._say(job_id, TakeBack(epoch=message.epoch))
+                elif message.step == "returned":
+                    self._begin(self._remove_returned(job_id, message.detail))
+                elif message.step == "silent":  # the agent had hung, and its try is over
+                    self._begin(self._end_silence(job_id, message))
             case AskHandover(id=id, reason=reason):
                 self._begin(self._answer(job_id, id, reason or "the agent asked for it"))
             case AskRemoval(id=id, sid=sid):
@@ -200,8 +213,8 @@ class Handovers:
         settings, keeps = self._settings, self._keeps.get(job.id)
         host = urlsplit(self._url()).hostname or ""
         count = 0 if job.succession is None else job.succession.count
-        if self.off:
-            return self.off
+        if job.agent_name in self.off:
+            return self.off[job.agent_name]
         if not settings.enabled:
             return "handover.enabled is false"
         if host.endswith(CLOUD) and not settings.on_cloud:
@@ -226,8 +239,11 @@ class Handovers:
             return "no URL or key of the LiveKit server"
         return ""
 
-    async def hand_over(self, job: Job, reason: str) -> Outcome:
-        """Hand over one call, and report how that ended."""
+    async def hand_over(self, job: Job, reason: str, wait: float | None = None) -> Outcome:
+        """Hand over one call, and report how that ended.
+
+        `wait`: seconds for a good moment, those of `[handover] wait` where it is None.
+        """
         lack = self.lacks(job)
         if lack:
             outcome = refused(lack)
@@ -237,10 +253,14 @@ class Handovers:
                 epoch=job.epoch,
                 identity=successor_identity(job.presence.identity, job.epoch),
                 secret=secrets.token_hex(16),
+                wait=self._settings.wait if wait is None else wait,
             )
             self._tries[job.id] = attempt
             try:
                 outcome = await self._try(job, attempt, reason)
+            except Exception:  # it must end neither the handovers of others nor the wait for this one
+                log.exception("a handover has failed", extra={"job_id": job.id})
+                outcome = await self._after_a_fault(job, attempt)
             except BaseException:
                 self._say(job.id, CancelHandover(epoch=attempt.epoch))
                 raise
@@ -249,35 +269,70 @@ class Handovers:
         self._note(job, outcome, reason)
         return outcome
 
+    async def _after_a_fault(self, job: Job, attempt: Try) -> Outcome:
+        """End a try in which lastcall has failed: no agent may stay silent for it."""
+        self._say(job.id, CancelHandover(epoch=attempt.epoch))
+        await self._until(job, attempt, ANSWERS_WITHIN, "cancelled", "speaks")
+        try:
+            if attempt.has("silent"):
+                return await self._confirm(job, attempt)
+            await self._end_successor(job, attempt)
+        except Exception:  # a silent agent decides by itself then (`leaving.SILENT_AT_MOST`)
+            log.exception("a handover can't be ended", extra={"job_id": job.id})
+        return failed("fault in lastcall")
+
     async def hand_over_all(self, reason: str, until: Callable[[], float | None]) -> None:
-        """Hand over every call that can be, a few at a time, and once more those that nobody has taken.
+        """Hand over every call that can be, a few at a time. One that fails is tried again behind the others.
 
         Ends when no such call is left, or the time is over.
         """
-        width, given_up = PARALLEL, set[str]()
-        while True:
-            calls = [job for job in self._jobs.running if job.id not in given_up and not self.lacks(job)]
-            at = until()
-            if not calls or self._is_closing() or (at is not None and now() >= at):
-                return
-            outcomes = await asyncio.gather(*(self._safely(job, reason) for job in calls[:width]))
-            given_up |= {
-                job.id
-                for job, outcome in zip(calls[:width], outcomes, strict=True)
-                if outcome.result == "refused"
-            }
-            taken = sum(outcome.result == "done" for outcome in outcomes)
-            width = min(PARALLEL, width * 2) if taken == len(outcomes) else max(1, taken)
-            if not taken:
-                await self._sleep(TRY_AGAIN_AFTER)
+        running: dict[asyncio.Task[Outcome], Job] = {}
+        given_up, again_at, width = set[str](), dict[str, float](), PARALLEL
 
-    async def _safely(self, job: Job, reason: str) -> Outcome:
-        """Hand over one call; a fault of lastcall in it does not end the handovers of others."""
-        try:
-            return await self.hand_over(job, reason)
-        except Exception:
-            log.exception("a handover has failed")
-            return refused("fault in lastcall")
+        def waiting() -> list[Job]:
+            at = until()
+            if self._is_closing() or (at is not None and now() >= at):
+                return []
+            busy = given_up | {job.id for job in running.values()}
+            calls = [job for job in self._jobs.running if job.id not in busy and not self.lacks(job)]
+            return sorted(calls, key=lambda job: again_at.get(job.id, 0.0))
+
+        def due() -> list[Job]:
+            calls = waiting()[: max(0, width - len(running))]
+            return [job for job in calls if again_at.get(job.id, 0.0) <= now()]
+
+        def next_at() -> float | None:
+            calls = waiting()[: max(0, width - len(running))]
+            times = [again_at.get(job.id, 0.0) for job in calls]
+            at = None if running else until()
+            return min(times if at is None else [*times, at], default=None)
+
+        def wait() -> float:
+            """Return the seconds for a good moment: in a short time all calls have to have one."""
+            at, rounds = until(), -(-(len(running) + len(waiting())) // PARALLEL)
+            if at is None:
+                return self._settings.wait
+            return min(self._settings.wait, max(WAIT_AT_LEAST, (at - now()) / max(1, rounds) - SECONDS_EACH))
+
+        def has_changed() -> bool:
+            return any(task.done() for task in running) or bool(due()) or not (running or waiting())
+
+        async with asyncio.TaskGroup() as group:
+            while running or waiting():
+                for job in due():
+                    task = group.create_task(self.hand_over(job, reason, wait()))
+                    task.add_done_callback(lambda _task: self._changed.notify())
+                    running[task] = job
+                await self._changed.until(has_changed, next_at)
+                for task in [each for each in running if each.done()]:
+                    job, outcome = running.pop(task), task.result()
+                    again_at[job.id] = now() + TRY_AGAIN_AFTER
+                    if outcome.result == "refused":
+                        given_up.add(job.id)
+                    elif outcome.reason == NOBODY:
+                        width = max(1, width - 1)
+                    elif outcome.result == "done":
+                        width = min(PARALLEL, width + 1)
 
     async def before(self, drain_at: Callable[[], float | None]) -> None:
         """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
@@ -314,17 +369,17 @@ class Handovers:
         )
 
     async def _try(self, job: Job, attempt: Try, reason: str) -> Outcome:
-        call = job.id if job.succession is None else job.succession.call
+        call = _call_of(job)
         order = BeginHandover(
             call=call,
             epoch=attempt.epoch,
             identity=attempt.identity,
             secret=attempt.secret,
-            wait=self._settings.wait,
+            wait=attempt.wait,
         )
         if not self._say(job.id, order):
             return refused("the job does not listen")
-        await self._until(job, attempt, self._settings.wait + PREPARED_WITHIN, "prepared", "impossible")
+        await self._until(job, attempt, attempt.wait + PREPARED_WITHIN, "prepared", "impossible")
         if attempt.has("impossible"):
             return refused(attempt.steps["impossible"].detail)
         if not attempt.has("prepared"):
@@ -336,16 +391,14 @@ class Handovers:
             # A request without an answer may have been heard. The agent refuses a successor.
             self._say(job.id, CancelHandover(epoch=attempt.epoch))
             if error.status in (401, 403):
-                self._switch_off(f"the key may not dispatch: {error}")
+                self._switch_off(job, f"the key may not dispatch: {error}")
             return failed(str(error))
-        await self._until(job, attempt, self._settings.patience, "seen", "stranger")
-        if attempt.has("stranger"):
-            return await self._remove_stranger(job, attempt)
+        stranger = await self._until_seen(job, attempt)
+        if stranger:
+            return await self._remove_stranger(job, attempt, stranger)
         if not attempt.has("seen"):
-            return await self._withdraw(job, attempt, "nobody took it")
-        await self._until(
-            job, attempt, READY_WITHIN + self._settings.wait, "silent", "refused", "lost", "speaks"
-        )
+            return await self._withdraw(job, attempt, NOBODY)
+        await self._until(job, attempt, READY_WITHIN + attempt.wait, "silent", "refused", "lost", "speaks")
         if not attempt.has("silent", "speaks"):
             why = next(
                 (attempt.steps[step].detail for step in ("refused", "lost") if step in attempt.steps),
@@ -381,37 +434,81 @@ class Handovers:
         )
 
     async def _confirm(self, job: Job, attempt: Try) -> Outcome:
-        """The old agent is silent. Return once one of the two speaks."""
-        await self._until(job, attempt, SPEAKS_WITHIN, "speaks", "lost")
-        if attempt.has("speaks"):
-            return self._done(job, attempt)
-        until, is_gone = now() + REMOVED_WITHIN, False
-        while not is_gone and not attempt.has("speaks") and now() < until:
+        """The old agent is silent. Return once one of the two speaks.
+
+        A successor is removed only once the old agent has said that it refuses it. One that hangs says
+        nothing: its successor speaks, or leaves by itself.
+        """
+        if not attempt.has("cancelled"):
+            await self._until(job, attempt, SPEAKS_WITHIN, "speaks", "lost")
+        until, is_there = now() + REMOVED_WITHIN, True
+        while not attempt.has("speaks") and now() < until:
             if self._has_ended(job):
                 return await self._left_to_the_successor(job, attempt)
+            if not attempt.has("cancelled"):
+                self._say(job.id, CancelHandover(epoch=attempt.epoch))
+                await self._until(job, attempt, ANSWERS_WITHIN, "cancelled", "speaks")
+                if attempt.has("speaks") or self._has_ended(job):
+                    continue
             try:
-                successor = await self._look(job, attempt)
-                if successor is not None and successor.speaks == str(attempt.epoch):
-                    self._say(job.id, LeaveRoom(epoch=attempt.epoch))
+                people = await self._people(job)
+                if _speaks(people, job, attempt):
                     return self._done(job, attempt)
-                is_gone = successor is None or await self._remove(job, successor)
+                successor = _successor(people, attempt)
+                is_there = successor is not None
+                if attempt.has("cancelled") and (successor is None or await self._remove(job, successor)):
+                    return await self._take_back(job, attempt)
             except RoomServiceError as error:
-                is_gone = attempt.has("lost")  # the old agent does not see it any more
                 log.warning(
                     "a successor that does not speak can't be removed",
                     extra={"job_id": job.id, "error": str(error)},
                 )
-            if not is_gone:
-                await self._sleep(LOOK_AGAIN_AFTER)
-        if not is_gone or attempt.has("speaks"):
+                if attempt.has("cancelled") and attempt.has("lost"):  # the old agent does not see it any more
+                    return await self._take_back(job, attempt)
+            await self._sleep(LOOK_AGAIN_AFTER)
+        if attempt.has("speaks") or is_there:
             # The server removes a client that hangs after 20 s. So one that is there for longer has got the
             # answer, and speaks: a successor that may not leaves by itself.
-            self._say(job.id, LeaveRoom(epoch=attempt.epoch))
             return self._done(job, attempt)
+        return failed("the agent does not answer")  # if it wakes it says that it is silent
+
+    async def _take_back(self, job: Job, attempt: Try) -> Outcome:
         self._say(job.id, TakeBack(epoch=attempt.epoch))
         await self._delete_dispatch(job, attempt)
         await self._until(job, attempt, ANSWERS_WITHIN, "back")
         return failed("the successor did not speak")
+
+    async def _end_silence(self, job_id: str, silent: CallStep) -> None:
+        """Have one of the two speak where an old agent that had hung is silent for a try that is over."""
+        due, job = now() + REMOVED_WITHIN, self._jobs.get(job_id)
+        if job is None:
+            return
+        if job.successor:
+            self._say(job_id, LeaveRoom(epoch=silent.epoch))
+            return
+        await self._changed.until(lambda: job_id not in self._tries or self._has_ended(job), lambda: due)
+        if job_id in self._tries or self._has_ended(job):
+            return
+        identity = successor_identity(job.presence.identity, silent.epoch)
+        attempt = Try(epoch=silent.epoch, identity=identity, secret="", steps={"silent": silent})
+        self._tries[job_id] = attempt
+        try:
+            outcome = await self._confirm(job, attempt)
+        finally:
+            del self._tries[job_id]
+        if outcome.result == "done":
+            self._note(job, outcome, "the agent had hung")
+
+    async def _remove_returned(self, job_id: str, who: str) -> None:
+        """Remove an agent that was removed before, and has come back without knowing."""
+        job, service = self._jobs.get(job_id), self._service()
+        sid, _, identity = who.partition(" ")
+        if job is None or service is None:
+            return
+        try:
+            await service.remove(job.room, identity, sid)
+        except RoomServiceError as error:
+            log.warning("an agent can't be removed", extra={"job_id": job_id, "error": str(error)})
 
     async def _left_to_the_successor(self, job: Job, attempt: Try) -> Outcome:
         """The old agent has gone after its answer. Nobody else can have the call, so the new one stays."""
@@ -424,7 +521,21 @@ class Handovers:
             except RoomServiceError as error:
                 log.warning("a successor can't be seen", extra={"job_id": job.id, "error": str(error)})
             await self._sleep(LOOK_AGAIN_AFTER)
-        return failed("the agent died")  # a new agent that comes late goes on all the same
+        return self._left_alone(job, attempt, "the agent died")
+
+    def _left_alone(self, job: Job, attempt: Try, why: str) -> Outcome:
+        """Nobody else has the call. A successor that comes late goes on all the same, and is told then."""
+        self._begin(self._tell_late(job, attempt))
+        return failed(why)
+
+    async def _tell_late(self, job: Job, attempt: Try) -> None:
+        until = now() + LATE_WITHIN
+        while now() < until and not self._is_closing():
+            with suppress(RoomServiceError):
+                if _speaks(await self._people(job), job, attempt):
+                    self._note(job, self._done(job, attempt), "its agent died, or hangs")
+                    return
+            await self._sleep(LOOK_AGAIN_AFTER)
 
     async def _is_seen_speaking(self, job: Job, attempt: Try, until: float) -> bool:
         """Return whether the successor speaks in time; False at once when it is not in the room.
@@ -432,15 +543,17 @@ class Handovers:
         Raises RoomServiceError when the server can't say.
         """
         while now() < until:
-            successor = await self._look(job, attempt)
-            if successor is None:
-                return False
-            if successor.speaks == str(attempt.epoch):
+            people = await self._people(job)
+            if _speaks(people, job, attempt):
                 return True
+            if _successor(people, attempt) is None:
+                return False
             await self._sleep(LOOK_AGAIN_AFTER)
         return False
 
     def _done(self, job: Job, attempt: Try) -> Outcome:
+        if not attempt.has("speaks"):
+            self._say(job.id, LeaveRoom(epoch=attempt.epoch))
         job.successor = attempt.steps["seen"].job if attempt.has("seen") else attempt.identity
         return Outcome(result="done", successor=job.successor)
 
@@ -458,18 +571,22 @@ class Handovers:
     async def _without_the_old_agent(self, job: Job, attempt: Try, why: str) -> Outcome:
         """End a try whose old agent does not answer: it hangs, has left, or is dead.
 
-        A new agent goes on alone then, after it has removed an old one that hangs. If the call has ended in
-        order, there is nothing to go on with.
+        A new agent goes on alone then, after it has removed an old one that hangs. An old one that wakes
+        before refuses it. If the call has ended in order, there is nothing to go on with.
         """
-        has_ended_well = await self._has_ended_well(job)
-        if not has_ended_well and attempt.has("seen"):
+        if await self._has_ended_well(job):
+            await self._end_successor(job, attempt)
+            return failed("the call has ended")
+        if attempt.has("seen"):
             with suppress(RoomServiceError):
                 if await self._is_seen_speaking(job, attempt, now() + SHOWN_WITHIN):
                     return self._done(job, attempt)
-        if self._has_ended(job) and not has_ended_well:
-            return failed("the agent died")  # a new agent may still come, and then goes on
+        if self._has_ended(job):
+            return self._left_alone(job, attempt, "the agent died")
+        if attempt.has("seen"):
+            return self._left_alone(job, attempt, why)
         await self._end_successor(job, attempt)
-        return failed("the call has ended" if has_ended_well else why)
+        return failed(why)
 
     async def _has_ended_well(self, job: Job) -> bool:
         """Tell whether the call has ended in order: the room is gone, or the agent has left it."""
@@ -477,12 +594,12 @@ class Handovers:
         if job.has_ended:  # by the kernel; how it ended is known a little later
             await self._changed.until(lambda: job not in self._jobs, lambda: due)
             return job.fate == "finished"
-        return job.presence.left_at is not None and job.presence.reason != PARTICIPANT_REMOVED
+        return job.presence.left_at is not None and job.presence.reason in ENDED_WELL
 
     async def _end_successor(self, job: Job, attempt: Try) -> None:
         await self._delete_dispatch(job, attempt)
         try:
-            successor = await self._look(job, attempt)
+            successor = _successor(await self._people(job), attempt)
             if successor is not None:
                 await self._remove(job, successor)
         except RoomServiceError as error:
@@ -490,22 +607,48 @@ class Handovers:
                 "a successor can't be removed", extra={"job_id": job.id, "error": str(error)}
             )  # the old agent refuses it
 
-    async def _remove_stranger(self, job: Job, attempt: Try) -> Outcome:
-        sid, _, identity = attempt.steps["stranger"].detail.partition(" ")
-        self._switch_off("a worker without lastcall, or of an older version, serves the same agent name")
+    async def _until_seen(self, job: Job, attempt: Try) -> str:
+        """Wait for the successor. Return the identity of another agent that has taken the dispatch."""
+        due = now() + self._settings.patience
+        looking = asyncio.get_running_loop().create_task(self._other_agent(job, attempt))
+        looking.add_done_callback(lambda _task: self._changed.notify())
+        try:
+            await self._changed.until(
+                lambda: attempt.has("seen") or looking.done() or self._has_ended(job), lambda: due
+            )
+            return looking.result() if looking.done() and not attempt.has("seen") else ""
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+    async def _other_agent(self, job: Job, attempt: Try) -> str:
+        """Return the identity of an agent that has taken the dispatch and is not the successor."""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_AFTER)
+            service = self._service()
+            with suppress(RoomServiceError):  # the next look says more
+                agents = [] if service is None else await service.agents_of(job.room, attempt.dispatch_id)
+                for each in agents:
+                    if each != attempt.identity:
+                        return each
+
+    async def _remove_stranger(self, job: Job, attempt: Try, identity: str) -> Outcome:
+        reason = "a worker without lastcall, or of an older version, serves the same agent name"
+        self._switch_off(job, reason)
         service = self._service()
         try:
-            if service is not None:
-                await service.remove(job.room, identity, sid)
+            for each in await self._people(job):
+                if each.is_agent and each.identity == identity and service is not None:
+                    await service.remove(job.room, identity, each.sid)
         except RoomServiceError as error:
             log.warning("an agent can't be removed", extra={"job_id": job.id, "error": str(error)})
-        await self._withdraw(job, attempt, "")
-        return refused(self.off)
+        await self._withdraw(job, attempt, "")  # one that joins later is removed with the dispatch
+        return refused(reason)
 
-    def _switch_off(self, reason: str) -> None:
-        if not self.off:
-            self.off = reason
-            self._report(HandoverOff(reason=reason))
+    def _switch_off(self, job: Job, reason: str) -> None:
+        if job.agent_name not in self.off:
+            self.off[job.agent_name] = reason
+            self._report(HandoverOff(agent_name=job.agent_name, reason=reason))
 
     # -- small things ---------------------------------------------------------------------------------
 
@@ -521,13 +664,12 @@ class Handovers:
         at = now() + seconds
         await self._changed.until(self._is_closing, lambda: at)
 
-    async def _look(self, job: Job, attempt: Try) -> Participant | None:
-        """Return the successor, if it is in the room. Raises RoomServiceError."""
+    async def _people(self, job: Job) -> list[Participant]:
+        """Return the participants of the room. Raises RoomServiceError."""
         service = self._service()
         if service is None:
             raise RoomServiceError("no URL or key of the LiveKit server")
-        people = await service.participants(job.room)
-        return next((each for each in people if each.is_agent and each.identity == attempt.identity), None)
+        return await service.participants(job.room)
 
     async def _remove(self, job: Job, successor: Participant) -> bool:
         """Remove a successor; tell whether it is gone. Raises RoomServiceError."""
@@ -567,3 +709,19 @@ class Handovers:
                     extra={"job_id": job_id, "error": str(error)},
                 )
         self._say(job_id, Removed(id=id, is_gone=is_gone))
+
+
+def _successor(people: list[Participant], attempt: Try) -> Participant | None:
+    return next((each for each in people if each.is_agent and each.identity == attempt.identity), None)
+
+
+def _speaks(people: list[Participant], job: Job, attempt: Try) -> bool:
+    """Tell whether the successor speaks, or one that has followed it already."""
+    call = _call_of(job)
+    return any(
+        each.is_agent and succession.speaks_at(each.attributes, call) >= attempt.epoch for each in people
+    )
+
+
+def _call_of(job: Job) -> str:
+    return job.id if job.succession is None else job.succession.call

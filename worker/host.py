@@ -38,6 +38,7 @@ from lastcall.worker.base.wire import (
     Fence,
     Fenced,
     HandOver,
+    HandoverOff,
     Hold,
     Imported,
     JobEnded,
@@ -255,6 +256,9 @@ class Host:
             case HandOver(id=id, reason=reason):
                 if self.engine is not None:
                     self.engine.hand_over(id, reason)
+            case HandoverOff(agent_name=agent_name, reason=reason):
+                if self.engine is not None:
+                    self.engine.handovers.off.setdefault(agent_name, reason)
             case AskMetrics(id=id):
                 self.control.say(MetricsText(id=id, text=self._metrics()))
             case _:

@@ -9,9 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import lastcall
+from lastcall.worker.base.target_form import INSTALLED  # nobody edits these while developing
 
-# Folders of installed packages (sys.path of CPython, and of Debian's). Nobody edits these while developing.
-INSTALLED = frozenset({"site-packages", "dist-packages"})
 # Characters of one message. Ours: a character of a path is at most 6 bytes of JSON, and a message 256 KiB.
 MAX_CHARACTERS = 40_000
 

@@ -18,7 +18,6 @@ import aiohttp
 from livekit import api
 
 from lastcall.worker.base.proxies import proxy_to
-from lastcall.worker.base.succession import SPEAKS
 
 log = logging.getLogger("lastcall.worker")
 
@@ -46,7 +45,7 @@ class Participant:
     """One participant of a room. `keeps_open`: the room stays for it, as for a caller.
 
     The server itself writes the name of an agent into its attributes (pkg/agent/worker.go, AssignJob).
-    `speaks`: the epoch that a successor shows (`base.succession`).
+    `attributes`: those of a handover are in `base.succession`.
     """
 
     identity: str
@@ -54,7 +53,7 @@ class Participant:
     is_agent: bool
     agent_name: str
     sid: str = field(default="", compare=False)
-    speaks: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 class Requests:
@@ -132,7 +131,7 @@ class RoomService:
                     is_agent=kind == "AGENT",
                     agent_name=attributes.get("lk.agent_name", ""),
                     sid=each.get("sid", ""),
-                    speaks=attributes.get(SPEAKS, ""),
+                    attributes=attributes,
                 )
                 people.append(person)
         return people
@@ -159,6 +158,23 @@ class RoomService:
         body["attributes"] = dict(attributes)
         made = await self._post("AgentDispatchService/CreateDispatch", room, body)
         return str(made.get("id", ""))
+
+    async def agents_of(self, room: str, dispatch_id: str) -> list[str]:
+        """Return the identities of the agents that have taken a dispatch. Raises RoomServiceError.
+
+        The server knows them 0.2 s after the dispatch, and 5 s after it where a worker has registered since
+        the dispatch before (CheckEnabled in pkg/rtc/agentclient.go).
+        """
+        wanted = {"room": room, "dispatch_id": dispatch_id}
+        found = await self._post("AgentDispatchService/ListDispatch", room, wanted)
+        jobs = [
+            job
+            for dispatch in found.get("agent_dispatches") or ()
+            if dispatch.get("id") == dispatch_id
+            for job in (dispatch.get("state") or {}).get("jobs") or ()
+        ]
+        identities = [(job.get("state") or {}).get("participant_identity", "") for job in jobs]
+        return [each for each in identities if each]
 
     async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
         """Have the server end a dispatch and its jobs. Raises RoomServiceError."""

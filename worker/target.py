@@ -81,6 +81,22 @@ def parse(text: str, arguments: Sequence[str] = ()) -> Target:
     return Target(text=text, path=path, module="", attribute=form.attribute, arguments=tuple(arguments))
 
 
+def parts_of(text: str) -> Callable[[str, str], bool]:
+    """Return a function that tells by name and file whether a module is one of the program of a TARGET.
+
+    The program may be an installed package too.
+    """
+    try:
+        form = target_form.parse(text)
+    except ValueError:
+        return lambda name, file: False
+    top = form.module.partition(".")[0]
+    folder = os.path.dirname(os.path.realpath(form.file)) if form.file else ""
+    # The environment of an agent may be below its directory, so a directory counts only inside of that.
+    inside = f"{folder}{os.sep}" if not target_form.INSTALLED.isdisjoint(folder.split(os.sep)) else ""
+    return lambda name, file: name.partition(".")[0] == top or (bool(inside) and file.startswith(inside))
+
+
 def _from_here(text: str) -> Path:
     """Return the working directory. Raises TargetError when somebody has removed it."""
     try:

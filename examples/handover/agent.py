@@ -1,7 +1,7 @@
 """An agent whose calls go on in another job: `lastcall run --workers 2 examples/handover/agent.py`.
 
 `lastcall handover JOB` hands over one call, `lastcall reload --handover` all of them. The five lines that are
-marked are all that an agent has to add. docs/tutorial-handover.md tells what happens.
+marked as added, and one that is changed, are all that it takes. docs/tutorial-handover.md tells what happens.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class Assistant(Agent):  # type: ignore[misc]  # livekit-agents is not type-chec
 
 async def entrypoint(ctx: JobContext) -> None:
     """Talk until the caller hangs up, in this job or in another."""
+    call = lastcall.call(ctx)  # added
     await ctx.connect()
     session: AgentSession[None] = AgentSession()  # here go your stt=, llm= and tts=
-    resumption = lastcall.resume_session(lastcall.call(ctx), session, agents=[Assistant])  # added
-    await session.start(agent=resumption.agent, room=ctx.room)  # added: was agent=Assistant()
+    resumption = lastcall.resume_session(call, session, agents=[Assistant])  # added
+    await session.start(agent=resumption.agent, room=ctx.room)  # changed: was agent=Assistant()
     await resumption.take_over()  # added
     logger.info("the call goes on" if resumption.is_resumed else "the call has begun")
 

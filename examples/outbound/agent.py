@@ -40,9 +40,9 @@ async def dial(ctx: JobContext, number: str) -> None:
 
 async def entrypoint(ctx: JobContext) -> None:
     """Dial, and talk until the callee hangs up, in this job or in another."""
+    call = lastcall.call(ctx)
     await ctx.connect()
     session: AgentSession[None] = AgentSession()  # here go your stt=, llm= and tts=
-    call = lastcall.call(ctx)
     resumption = lastcall.resume_session(call, session, agents=[Reminder])
     await session.start(agent=resumption.agent, room=ctx.room)
     if call.resumed is None:

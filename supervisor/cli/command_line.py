@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from lastcall.supervisor.cli import examples
 from lastcall.supervisor.errors import UsageError
 
 HELP = "Run LiveKit agent workers so that a stop cuts no call."
@@ -16,14 +18,14 @@ CommandLineError: Any = typer.BadParameter.__base__
 
 def new() -> typer.Typer:
     """Return a command line without verbs."""
-    app = typer.Typer(
-        help=HELP,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )
+    app = typer.Typer(help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(_root)
     return app
+
+
+def add(app: typer.Typer, name: str, verb: Callable[..., Any], *, help: str | None = None) -> None:
+    """Add one verb with its examples; without `help` the docstring of the verb is its help."""
+    app.command(name, help=help, epilog=examples.epilog(name))(verb)
 
 
 def read(app: typer.Typer, arguments: list[str], session: object) -> int:
@@ -38,7 +40,8 @@ def read(app: typer.Typer, arguments: list[str], session: object) -> int:
     except CommandLineError as error:
         message = error.format_message().rstrip(".")
         end = "" if message.endswith("?") else "."
-        raise UsageError(f"{message}{end} See lastcall --help.") from None
+        where = error.ctx.command_path if error.ctx else "lastcall"
+        raise UsageError(f"{message}{end} See {where} --help.") from None
     except typer.Abort:
         return 130
     return int(result or 0)

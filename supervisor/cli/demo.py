@@ -18,12 +18,13 @@ from lastcall.supervisor.cli.beside import run_with
 from lastcall.supervisor.cli.demo_view import DemoView, what_next
 from lastcall.supervisor.cli.live_screen import LiveScreen
 from lastcall.supervisor.cli.local_server import local_server
-from lastcall.supervisor.cli.plain_text import receipt_line, status_line
+from lastcall.supervisor.cli.plain_text import status_line, totals_text
 from lastcall.supervisor.config.options import Config, Inworld
 from lastcall.supervisor.environment import surroundings
 from lastcall.supervisor.picture.reading import check
 from lastcall.supervisor.picture.terminal import StopPicture
 from lastcall.supervisor.picture.timeline import lay_out
+from lastcall.supervisor.sentences import receipt_sentence
 from lastcall.supervisor.signals import Inbox
 from lastcall.supervisor.views.status import Status
 from lastcall.worker import local
@@ -88,7 +89,8 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
             console.print(StopPicture(lay_out(check(app.receipt, "the receipt"))))
             console.print("\n".join(["", *what_next()]), highlight=False, soft_wrap=True)
         else:
-            around.stdout.write("\n".join([receipt_line(app.receipt), *what_next(), ""]).encode())
+            line = f"{receipt_sentence(app.receipt)}; all: {totals_text(app.receipt)}"
+            around.stdout.write("\n".join([line, *what_next(), ""]).encode())
             around.stdout.flush(FLUSH_TIMEOUT)
     return code
 

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from lastcall.supervisor.cli.tables import plain_name, stop_ruler
+from lastcall.supervisor.cli.plain_text import plain_name, waits_for
+from lastcall.supervisor.cli.tables import stop_ruler
 
 # By how many Ctrl-C were meant in this stop.
 NEXT_PRESS = (
@@ -62,7 +63,8 @@ class DemoView:
         if len(calls) > self._rows:
             yield Text(f"+ {len(calls) - self._rows} more calls", style="dim")
         if not calls:
-            yield Text("no call runs", style="dim")
+            waits = waits_for(document)
+            yield Text(f"waits for {waits}" if waits else "no call runs", style="dim")
         yield Text(next_press(self._presses), style="bold cyan")
 
     def _bar(self, slot: dict[str, Any], job: dict[str, Any], width: int, *, plain: bool) -> Text:

@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from lastcall.supervisor.cli import page_file
+from lastcall.supervisor.cli import command_line, page_file
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -31,6 +31,7 @@ from lastcall.supervisor.cli.parameters import (
     target_of,
     with_run_options,
 )
+from lastcall.supervisor.cli.progress import Progress
 from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.options import Config
 from lastcall.supervisor.config.paths import working_directory
@@ -46,14 +47,19 @@ DYNAMIC_IDS = range(61184, 65520)
 
 def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    app.command("unit")(_unit)
-    app.command("doctor")(_doctor)
-    app.command("rehearse")(_rehearse)
+    command_line.add(app, "unit", _unit)
+    command_line.add(app, "doctor", _doctor)
+    command_line.add(app, "rehearse", _rehearse)
 
 
 def _unit(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="systemd, poweroff (its drop-in), docker, compose or k8s.")
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="systemd, poweroff (its drop-in), docker, compose or k8s.",
+            autocompletion=lambda: KINDS,
+        ),
     ],
     target: OptionalTarget = None,
     module: Module = None,
@@ -69,7 +75,7 @@ def _unit(
         typer.Option("--exec", metavar="PATH", help="For systemd: the lastcall to start.  [this one]"),
     ] = None,
 ) -> None:
-    """Print a unit, Dockerfile, compose file or manifests whose kill timers fit the grace."""
+    """Print files for a platform, with kill timers that fit the grace."""
     from lastcall.supervisor.deploy import docker, k8s, systemd
     from lastcall.supervisor.deploy.service import Service, Timers, seconds
 
@@ -210,7 +216,9 @@ def _rehearse(
     junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write JUnit XML as well.")] = None,
     html: page_file.PageFile = None,
 ) -> int:
-    """Stop your agent as each platform would while jobs run. Exit 1 when a job was cut or anything is left.
+    """Stop your agent as each platform would while jobs run.
+
+    The exit code is 1 when a job was cut or anything is left.
 
     Jobs run in rooms of a local server, each with a caller, and are held open for the drill; nothing beyond
     this machine is reached as long as the agent takes LIVEKIT_URL from the environment.
@@ -226,9 +234,10 @@ def _rehearse(
     page_file.checked(junit, "--junit")
     page_file.checked(html)
     verdicts = []
-    with _interruptible():
-        for verdict in rehearse(target, arguments_of(arguments) or (), workers=workers):
+    with _interruptible(), Progress(is_quiet=as_json) as progress:
+        for verdict in rehearse(target, arguments_of(arguments) or (), workers=workers, tell=progress):
             verdicts.append(verdict)
+            progress.clear()
             if not as_json and html != page_file.STANDARD_OUTPUT:
                 print(drill_report.line(verdict), flush=True)
     if as_json:
@@ -258,15 +267,18 @@ def _doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
 ) -> int:
-    """Check the surroundings: what would cut calls, and what to do about it. Exit 1 on a fail."""
+    """Look for what would cut calls here, and say what to do about it.
+
+    The exit code is 1 on a fail.
+    """
     # All of it before a signal is an exception: one that comes in the middle of an import may be swallowed.
     from lastcall.supervisor.doctor import report
     from lastcall.supervisor.doctor.checks import examine
     from lastcall.supervisor.doctor.gather import gather
 
     given = {"target": target_of(target, module), "args": arguments_of(arguments), **flags}
-    with _interruptible():
-        facts = gather(given, config_file=config, unit=unit)
+    with _interruptible(), Progress(is_quiet=as_json) as progress:
+        facts = gather(given, config_file=config, unit=unit, tell=progress)
         findings = examine(facts)
     names = facts.names or ()
     document = report.document(findings, names)

@@ -23,6 +23,7 @@ class LiveScreen(OutputWriter):
 
     def __init__(self, console: Console) -> None:
         self.dropped = 0
+        self.breaks_lines = False
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._live.start()

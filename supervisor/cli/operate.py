@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from lastcall.supervisor.cli import command_line
+from lastcall.supervisor.cli.asking import job_words, slot_words, socket_of
 from lastcall.supervisor.cli.plain_text import waits_for
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
-from lastcall.worker.base import variables
 
 # Seconds between two questions to the supervisor. Ours: for eyes, and for scripts that wait.
 REFRESH_INTERVAL = 0.5
@@ -34,7 +33,7 @@ HandOver = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     for name, verb in VERBS.items():
-        app.command(name)(verb)
+        command_line.add(app, name, verb)
 
 
 def knows(arguments: list[str]) -> bool:
@@ -48,14 +47,8 @@ def read(arguments: list[str]) -> int:
     Raises UsageError, NotRunning and Refused.
     """
     app = command_line.new()
-    app.command(arguments[0])(VERBS[arguments[0]])  # typer takes milliseconds for each
+    command_line.add(app, arguments[0], VERBS[arguments[0]])  # typer takes milliseconds for each
     return command_line.read(app, arguments, None)
-
-
-def _socket(control: str) -> Path:
-    if control == "auto":
-        control = os.environ.get(variables.CONTROL, "auto")
-    return control_socket.find(control)
 
 
 def _status(
@@ -64,7 +57,7 @@ def _status(
     watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
 ) -> None:
     """Show what a running supervisor does."""
-    path = _socket(control)
+    path = socket_of(control)
     if watch:
         _watch(path, as_json)
         return
@@ -108,7 +101,7 @@ def _watch(path: Path, as_json: bool) -> None:
 
 def _drain(control: Control = "auto", wait: Wait = False) -> None:
     """Stop: as SIGTERM does."""
-    path = _socket(control)
+    path = socket_of(control)
     control_socket.ask(path, "drain")
     if not wait:
         return
@@ -129,12 +122,12 @@ def _drain(control: Control = "auto", wait: Wait = False) -> None:
 
 def _hold(control: Control = "auto") -> None:
     """Accept no new jobs until released; running ones go on."""
-    control_socket.ask(_socket(control), "hold")
+    control_socket.ask(socket_of(control), "hold")
 
 
 def _release(control: Control = "auto") -> None:
     """End a hold."""
-    control_socket.ask(_socket(control), "release")
+    control_socket.ask(socket_of(control), "release")
 
 
 def _reload(control: Control = "auto", wait: Wait = False, handover: HandOver = False) -> None:
@@ -143,22 +136,29 @@ def _reload(control: Control = "auto", wait: Wait = False, handover: HandOver = 
     A new worker is started beside each old one, which drains only when the new one has registered and is
     warm. One that does not become ready is taken down, and the old one keeps serving.
     """
-    _operate(_socket(control), wait, "reload", **({"handover": True} if handover else {}))
+    _operate(socket_of(control), wait, "reload", **({"handover": True} if handover else {}))
 
 
 def _recycle(
-    slot: Annotated[int, typer.Argument(metavar="SLOT", help="The number of the slot.")],
+    slot: Annotated[
+        int, typer.Argument(metavar="SLOT", help="The number of the slot.", autocompletion=slot_words)
+    ],
     control: Control = "auto",
     wait: Wait = False,
     handover: HandOver = False,
 ) -> None:
     """Replace the worker of one slot, without a gap."""
     more = {"handover": True} if handover else {}
-    _operate(_socket(control), wait, "recycle", slot=slot, **more)
+    _operate(socket_of(control), wait, "recycle", slot=slot, **more)
 
 
 def _handover(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="The id of the job, as in lastcall status.")],
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB", help="The id of the job, as in lastcall status --json.", autocompletion=job_words
+        ),
+    ],
     control: Control = "auto",
     wait: Wait = False,
 ) -> None:
@@ -167,7 +167,7 @@ def _handover(
     The agent has to keep its state by lastcall.call. The caller stays in the room, and one of the two agents
     speaks at every moment. If nobody takes the call it stays where it is.
     """
-    _operate(_socket(control), wait, "handover", job=job)
+    _operate(socket_of(control), wait, "handover", job=job)
 
 
 def _scale(
@@ -176,15 +176,17 @@ def _scale(
     wait: Wait = False,
 ) -> None:
     """Have N workers: start more, or drain the least busy."""
-    _operate(_socket(control), wait, "scale", workers=workers)
+    _operate(socket_of(control), wait, "scale", workers=workers)
 
 
 def _dump(
-    slot: Annotated[int | None, typer.Argument(metavar="SLOT", help="Only this slot.")] = None,
+    slot: Annotated[
+        int | None, typer.Argument(metavar="SLOT", help="Only this slot.", autocompletion=slot_words)
+    ] = None,
     control: Control = "auto",
 ) -> None:
     """Have workers write where their main thread is."""
-    answer = control_socket.ask(_socket(control), "dump", **({} if slot is None else {"slot": slot}))
+    answer = control_socket.ask(socket_of(control), "dump", **({} if slot is None else {"slot": slot}))
     print("written to standard error by slot " + ", ".join(map(str, answer["slots"])))
 
 

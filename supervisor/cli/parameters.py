@@ -67,7 +67,7 @@ def needed_target(target: str | None, module: str | None) -> str:
     """Return the target of either form. Raises UsageError for both at once, and for none."""
     found = target_of(target, module)
     if found is None:
-        raise UsageError(f"Missing argument 'TARGET': expected {target_form.FORMS}. See lastcall --help.")
+        raise UsageError(f"Missing argument 'TARGET': expected {target_form.FORMS}, as in: agent.py")
     return found
 
 

@@ -1,8 +1,10 @@
-"""Status, waits and receipt as one line of plain text each, for logs and pipes."""
+"""Status and waits as one line of plain text each, for logs and pipes."""
 
 from __future__ import annotations
 
 from typing import Any
+
+SELDOM = ("ended_by_server", "handed_over")
 
 
 def status_line(document: dict[str, Any]) -> str:
@@ -24,15 +26,15 @@ def waits_for(document: dict[str, Any]) -> str:
     return ", ".join(waits)
 
 
-def receipt_line(receipt: dict[str, Any]) -> str:
-    """Return the outcome of a stop, and how many jobs there were."""
-    return (
-        f"receipt: {receipt['outcome']}, exit code {receipt['exit_code']}, {receipt['seconds']:.1f} s;"
-        f" {len(receipt['jobs'])} jobs were running when the stop began; all: {totals_text(receipt)};"
-        f" processes left {receipt['left']}"
-    )
-
-
 def totals_text(document: dict[str, Any]) -> str:
-    """Return the totals of a status or a receipt; unassigned jobs were no jobs here, and are left out."""
-    return ", ".join(f"{n} {name}" for name, n in document["totals"].items() if name != "unassigned")
+    """Return the totals of a status or a receipt. Unassigned jobs were no jobs here, and are left out.
+
+    Fates that most supervisors never see are said only when a job has had them.
+    """
+    totals = {name: n for name, n in document["totals"].items() if n or name not in SELDOM}
+    return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in totals.items() if name != "unassigned")
+
+
+def plain_name(text: str) -> str:
+    """Return a name without characters that a terminal obeys: callers choose the names of rooms."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

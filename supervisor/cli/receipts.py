@@ -8,20 +8,19 @@ from typing import Annotated
 
 import typer
 
+from lastcall.supervisor.cli import command_line
 from lastcall.supervisor.cli.page_file import PageFile, checked, write
 from lastcall.supervisor.errors import UsageError
 
-RECEIPT_HELP = """Show a stop as a picture: its phases, each job with its fate, and the deadline.
+RECEIPT_HELP = """Show a stop as a picture: its phases, jobs and deadlines.
 
 FILE is what --receipt has written, or a log, of which the last receipt counts. - is standard input.
-
-Examples: lastcall receipt /var/lib/lastcall/receipt.json; journalctl -u lastcall -o cat | lastcall receipt -
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    app.command("receipt", help=RECEIPT_HELP)(_receipt)
+    command_line.add(app, "receipt", _receipt, help=RECEIPT_HELP)
 
 
 def _receipt(

@@ -67,7 +67,6 @@ def _places_of_config(file: str | None) -> list[str]:
     return [named] if named else list(FILE_NAMES)
 
 
-@app.command("run", help=RUN_HELP)
 @with_run_options()
 def _run(
     context: typer.Context,
@@ -87,7 +86,9 @@ def _run(
     if loaded.target and loaded.command:
         raise ConfigError("both target and command are configured; expected one of them")
     if not loaded.target and not loaded.command:
-        raise UsageError(f"nothing to run: expected TARGET ({FORMS}), or -- CMD ARG…")
+        raise UsageError(
+            f"nothing to run: expected TARGET ({FORMS}), as in: lastcall run agent.py; or -- CMD ARG…"
+        )
     from lastcall.supervisor.app import App
     from lastcall.supervisor.environment import surroundings
 
@@ -95,7 +96,6 @@ def _run(
     session.work = App(loaded, session.inbox, surroundings(), reread=load).run()
 
 
-@app.command("dev")
 @with_run_options(
     without=frozenset({"workers", "receipt", "log_format"}),
     defaults={**DEV_DEFAULTS, "http": "a free port"},
@@ -140,7 +140,6 @@ def _dev(
     )
 
 
-@app.command("demo")
 def _demo(
     context: typer.Context,
     seconds: Annotated[float | None, typer.Option(help="Stop by itself after so many seconds.")] = None,
@@ -157,6 +156,9 @@ def _demo(
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
+command_line.add(app, "run", _run, help=RUN_HELP)
+command_line.add(app, "dev", _dev)
+command_line.add(app, "demo", _demo)
 deployment.add_to(app)
 receipts.add_to(app)
 

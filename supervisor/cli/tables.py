@@ -8,6 +8,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from lastcall.supervisor.cli.plain_text import plain_name
+
 STATE_COLOURS = {
     "ready": "green",
     "starting": "cyan",
@@ -33,8 +35,6 @@ LOST_FIRST = ("lag ms", "gen", "pid", "rss MB", "restarts")
 # Cells. Ours: the name of one room, and its age.
 ROOMS_AT_LEAST = 16
 GAP = 2
-# Rows that a table has at least, however low the terminal is.
-ROWS_AT_LEAST = 1
 # Cells of the ruler at most. Ours: a longer one says no more.
 RULER_AT_MOST = 60
 
@@ -62,14 +62,15 @@ class StatusView:
             taken = len(console.render_lines(Group(*head, *tail), options, pad=False))
             shown_slots, shown_calls = _fitting(self._height - taken, len(slots), len(calls))
         yield from head
-        yield _slots(slots[:shown_slots], width)
-        if shown_slots < len(slots):
-            jobs = sum(len(slot["jobs"]) for slot in slots[shown_slots:])
-            yield Text(f"+ {len(slots) - shown_slots} more slots with {jobs} jobs", style="dim")
-        if calls:
+        if shown_slots:
+            yield _slots(slots[:shown_slots], width)
+        if hidden := slots[shown_slots:]:
+            jobs = sum(len(slot["jobs"]) for slot in hidden)
+            yield Text(f"{_more(shown_slots, len(hidden), 'slots')} with {jobs} jobs", style="dim")
+        if shown_calls:
             yield _call_table(calls[:shown_calls], width)
         if shown_calls < len(calls):
-            yield Text(f"+ {len(calls) - shown_calls} more calls", style="dim")
+            yield Text(_more(shown_calls, len(calls) - shown_calls, "calls"), style="dim")
         yield from tail
 
 
@@ -97,22 +98,32 @@ def stop_ruler(document: dict[str, Any], width: int, *, plain: bool = False) -> 
     return line
 
 
-def plain_name(text: str) -> str:
-    """Return a name without characters that a terminal obeys: callers choose the names of rooms."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
 def _fitting(rows: int, slots: int, calls: int) -> tuple[int, int]:
-    """Return how many slots and calls are shown in so many rows, of which heads and counts take some."""
-    call_head = 1 if calls else 0
-    rows -= 1 + call_head  # the heads of the tables
-    if slots + calls <= rows:
-        return slots, calls
-    # Calls matter more in a stop. Slots have half of the rows at most, and what calls leave.
-    shown_slots = min(slots, max(ROWS_AT_LEAST, rows // 2 - 1, rows - calls - 2))
-    rows -= shown_slots + (1 if shown_slots < slots else 0)
-    shown_calls = calls if calls <= rows else max(ROWS_AT_LEAST, rows - 1)
-    return shown_slots, min(calls, shown_calls)
+    """Return how many slots and calls are shown in so many rows, of which heads and counts take some.
+
+    Calls matter more in a stop. Slots have half of the rows at most, and what calls leave. Where no row is
+    left a table is only counted, that of the slots first.
+    """
+
+    def taken() -> int:
+        tables = sum(1 + shown for shown in (shown_slots, shown_calls) if shown)
+        return tables + (shown_slots < slots) + (shown_calls < calls)
+
+    shown_slots, shown_calls = slots, calls
+    while taken() > rows and shown_slots > max(0, rows // 2 - 2 if calls else 0):
+        shown_slots -= 1
+    while taken() > rows and shown_calls > 1:
+        shown_calls -= 1
+    while taken() > rows and shown_slots:
+        shown_slots -= 1
+    while taken() > rows and shown_calls:
+        shown_calls -= 1
+    return shown_slots, shown_calls
+
+
+def _more(shown: int, hidden: int, what: str) -> str:
+    """Return the count of the rows that are not shown."""
+    return f"+ {hidden} more {what}" if shown else f"+ {hidden} {what}"
 
 
 def _calls(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -466,6 +466,18 @@ def processes(facts: Facts) -> Finding | None:
     return Finding(check="processes", verdict="fail", why=why, do=do)
 
 
+def image(facts: Facts) -> Finding | None:
+    """Whether the image of a supervisor that runs here has everything that its workers import."""
+    if not facts.image_limits:
+        return None
+    return Finding(
+        check="image",
+        verdict="warn",
+        why=f"the image of the running supervisor: {'; '.join(facts.image_limits)}",
+        do="have the package start that at its first use; until then each process imports the package itself",
+    )
+
+
 def load(facts: Facts) -> Finding | None:
     """The load by which livekit-agents calls a worker full, where several workers share a machine."""
     if facts.workers < 2:
@@ -497,6 +509,7 @@ CHECKS: tuple[Check, ...] = (
     inworld,
     places,
     processes,
+    image,
     load,
 )
 

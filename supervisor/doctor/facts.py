@@ -121,3 +121,5 @@ class Facts:
     place_problems: tuple[str, ...] = ()
     # Of a supervisor that runs here: each worker whose job processes did not all get ready, and why.
     process_failures: tuple[str, ...] = ()
+    # Of that supervisor: why workers start without the image, and what the image has not imported.
+    image_limits: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,11 +27,15 @@ from lastcall.supervisor.doctor.checks import is_container
 from lastcall.supervisor.doctor.facts import Answer, Facts, Name, ShutdownTarget, Unit
 from lastcall.supervisor.doctor.trial import look
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, UsageError
+from lastcall.supervisor.rehearsal.stage import Tell, tell_nobody
 from lastcall.supervisor.views import control_socket
 
 try:
+    from lastcall.supervisor.doctor.probe import TIMEOUT as ANSWER_TIMEOUT
     from lastcall.supervisor.doctor.probe import ask
 except ImportError:
+    ANSWER_TIMEOUT = 0.0
+
     # Without livekit-agents there is no probe; the check of livekit-agents says what to install.
     def ask(environment: Mapping[str, str]) -> Answer | None:
         """Stand in for the probe."""
@@ -56,8 +61,13 @@ UNIT_PROPERTIES = (
 SHUTDOWN_TARGETS = tuple(f"{name}.target" for name in ("poweroff", "reboot", "halt", "kexec", "soft-reboot"))
 
 
-def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | None) -> Facts:
-    """Look at everything; `flags` are those of `run`. Raises UsageError for a bad flag."""
+def gather(
+    flags: Mapping[str, Any], *, config_file: str | None, unit: str | None, tell: Tell = tell_nobody
+) -> Facts:
+    """Look at everything; `flags` are those of `run`, `tell` is called with each wait.
+
+    Raises UsageError for a bad flag.
+    """
     error, config = "", Config()
     try:
         config = load(flags, os.environ, file=config_file)
@@ -66,6 +76,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         error, environment = str(wrong), dict(os.environ)
     if unit is not None and not re.fullmatch(r"[\w:.\\@-]+", unit):
         raise UsageError(f"--unit: got {unit!r}, expected the name of a systemd unit")
+    running = _status(config)
     found = _unit(unit or _own_unit(_read("/proc/self/cgroup")))
     return Facts(
         config_error=error,
@@ -82,7 +93,7 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         unit=found,
         shutdown_targets=_shutdown_targets() if found else (),
         livekit_agents=_version("livekit-agents"),
-        names=_names() if _version("livekit-agents") else None,
+        names=_names(tell) if _version("livekit-agents") else None,
         has_inworld_plugin=_version("livekit-plugins-inworld") is not None,
         has_inworld_key=bool(environment.get("INWORLD_API_KEY")) or _is_readable(config.inworld.api_key_file),
         memory_limit=_limit("memory.max", "memory/memory.limit_in_bytes"),
@@ -90,12 +101,13 @@ def gather(flags: Mapping[str, Any], *, config_file: str | None, unit: str | Non
         job_memory_mb=config.jobs.memory_mb,
         processes_limit=_limit("pids.max", "pids/pids.max"),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        trial=look(config.target, config.args) if config.target else None,
-        livekit=ask(environment),
+        trial=look(config.target, config.args, tell=tell) if config.target else None,
+        livekit=_livekit(environment, tell),
         hands_over=config.handover.enabled,
         http_problem=_http_problem(config.http),
         place_problems=_place_problems(config),
-        process_failures=tuple(_process_failures(config)),
+        process_failures=tuple(_process_failures(running)),
+        image_limits=tuple(_image_limits(running)),
     )
 
 
@@ -172,8 +184,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _names() -> tuple[Name, ...] | None:
+def _livekit(environment: Mapping[str, str], tell: Tell) -> Answer | None:
+    tell("waits for an answer of the LiveKit server", time.monotonic() + ANSWER_TIMEOUT)
+    return ask(environment)
+
+
+def _names(tell: Tell) -> tuple[Name, ...] | None:
     """Return the private names, looked for in a process that imports livekit-agents as a worker does."""
+    tell("waits for a process that imports livekit-agents", time.monotonic() + NAMES_TIMEOUT)
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "lastcall.worker.sdk"],
@@ -247,16 +265,28 @@ def _is_lastcall(address: str) -> bool:
         connection.close()
 
 
-def _process_failures(config: Config) -> Iterator[str]:
-    """Ask the supervisor that has the control socket, if one runs."""
+def _status(config: Config) -> dict[str, Any]:
+    """Return the status of the supervisor that has the control socket; empty if none runs."""
     with contextlib.suppress(NotRunning, Refused, OSError, ValueError):
-        document = control_socket.ask(control_socket.find(config.control), "status")
-        for slot in document["slots"]:
-            if slot.get("process_failures"):  # an older supervisor does not say
-                yield (
-                    f"{slot['process_failures']} job processes of slot {slot['slot']} did not get ready,"
-                    f" the last: {slot['process_failure']}"
-                )
+        return control_socket.ask(control_socket.find(config.control), "status")
+    return {}
+
+
+def _process_failures(status: Mapping[str, Any]) -> Iterator[str]:
+    for slot in status.get("slots", ()):
+        if slot.get("process_failures"):  # an older supervisor does not say
+            yield (
+                f"{slot['process_failures']} job processes of slot {slot['slot']} did not get ready,"
+                f" the last: {slot['process_failure']}"
+            )
+
+
+def _image_limits(status: Mapping[str, Any]) -> Iterator[str]:
+    image = status.get("image") or {}
+    if image.get("reason"):
+        yield f"workers start without it: {image['reason']}"
+    for package, why in image.get("left_out", {}).items():
+        yield f"it leaves {package} out: {why}"
 
 
 def _place_problems(config: Config) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from lastcall.supervisor.doctor.facts import Trial
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.rehearsal.scenes import GIVE_UP_AFTER
-from lastcall.supervisor.rehearsal.stage import Stage, StageError
+from lastcall.supervisor.rehearsal.stage import Stage, StageError, Tell, tell_nobody
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base.memory import all_processes
 from lastcall.worker.base.process import FORKSERVER
@@ -32,14 +32,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BEGINS, READY, FAILED = "initializing process", "process initialized", "error initializing process"
 
 
-def look(target: str, arguments: Sequence[str] = ()) -> Trial:
+def look(target: str, arguments: Sequence[str] = (), *, tell: Tell = tell_nobody) -> Trial:
     """Return what was seen; a target that can't be started is a finding, and raises nothing."""
     try:
-        with Stage(target, arguments, grace=GRACE) as stage:
+        with Stage(target, arguments, grace=GRACE, tell=tell) as stage:
             stage.wait_ready()
             document = control_socket.ask(stage.directory / "control", "status")
             ours = {stage.pid, *(slot["pid"] for slot in document["slots"])}
-            jobs, error = _wait_warm(stage)
+            jobs, error = _wait_warm(stage, tell)
             if error:
                 return Trial(error=f"no process becomes ready for a job, so every call would fail: {error}")
             others = _framework(stage, ours)
@@ -59,7 +59,7 @@ def look(target: str, arguments: Sequence[str] = ()) -> Trial:
         return Trial(error=str(error))
 
 
-def _wait_warm(stage: Stage) -> tuple[set[int], str]:
+def _wait_warm(stage: Stage, tell: Tell) -> tuple[set[int], str]:
     """Return the processes that wait for a job, as soon as there is one, or why there will be none."""
     began = time.monotonic()
     while True:
@@ -70,8 +70,10 @@ def _wait_warm(stage: Stage) -> tuple[set[int], str]:
             lines = str(told[FAILED][-1].get("exc_info", "")).strip().splitlines()
             return set(), lines[-1] if lines else FAILED
         ready = {line["pid"] for line in told.get(READY, ()) if isinstance(line.get("pid"), int)}
-        if ready or time.monotonic() > began + (WARM_TIMEOUT if BEGINS in told else BEGINS_WITHIN):
+        due = began + (WARM_TIMEOUT if BEGINS in told else BEGINS_WITHIN)
+        if ready or time.monotonic() > due:
             return ready, ""
+        tell("waits for a process that is ready for a job", due)
         time.sleep(0.2)
 
 

@@ -98,6 +98,8 @@ class Generation:
         self._cut: frozenset[str] = frozenset()
         self._fenced_since: float | None = None
         self._oom_kills: int | None = None
+        # The agent names of which the worker knows that their calls are not handed over.
+        self._told_off: set[str] = set()
 
     # -- what others see ------------------------------------------------------------------------------
 
@@ -245,6 +247,8 @@ class Generation:
         launched = None
         try:
             if not self.stopping.is_asked:  # between the decision to start it and now
+                self.ready_by = now() + self.launcher.starts_within + self.shared.config.start.timeout
+                self.shared.on_change()  # the service manager waits longer while an image is made
                 launched = await self.launcher.start(
                     self.slot,
                     self.number,
@@ -259,6 +263,7 @@ class Generation:
         finally:
             self.is_launching = False
         if launched is None:
+            self.ready_by = None
             self._end()
             return
         self._launched = launched
@@ -448,9 +453,9 @@ class Generation:
         self._follow(message)
         if isinstance(message, Fault):
             self._tell_fault(message.traceback)
-        elif isinstance(message, HandoverOff) and not self.shared.handover_off:
-            self.shared.handover_off = message.reason
-            self.log.warning("handover is switched off", reason=message.reason)
+        elif isinstance(message, HandoverOff) and message.agent_name not in self.shared.handover_off:
+            self.shared.handover_off[message.agent_name] = message.reason
+            self.log.warning("handover is switched off", agent_name=message.agent_name, reason=message.reason)
         self.changed.notify()
         self.shared.on_change()
 
@@ -465,6 +470,9 @@ class Generation:
             if served:
                 self.say(Served(rooms=served))
         if isinstance(message, Ready | Beat):
+            for name in self.shared.handover_off.keys() - self._told_off:
+                self._told_off.add(name)
+                self.say(HandoverOff(agent_name=name, reason=self.shared.handover_off[name]))
             self.is_silent = False
             if (
                 self.state is S.STARTING

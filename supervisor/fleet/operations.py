@@ -136,6 +136,7 @@ class Operations:
         operation = self._begin("reload", of=len(self._fleet.slots))
         self._hands_over |= {operation.id} if hands_over else set()
         self._queued_reload = operation
+        self._fleet.shared.handover_off.clear()
         self._do(operation, self._reload(operation))
         return operation
 

@@ -36,7 +36,7 @@ class Shared:
     is_held: bool = False
     # After a fault of lastcall: the workers see the supervisor end and drain by themselves, unkilled.
     is_abandoned: bool = False
-    # Why calls are not handed over any more, as a worker has found.
-    handover_off: str = ""
+    # Why calls of an agent name are not handed over any more, as a worker has found. A reload tries again.
+    handover_off: dict[str, str] = field(default_factory=dict)
     # The last traceback of the user's own code that was shown, by slot.
     tracebacks: dict[int, str] = field(default_factory=dict)

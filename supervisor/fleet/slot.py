@@ -112,7 +112,7 @@ class Slot:
                 await self._keep_up()
             except Exception as error:
                 self._on_fault(self.number, error)
-        # The group has seen every generation out.
+        # The group has ended, and each generation with it.
         if self.current.state is not S.STOPPED:
             self.current.change(E.STOP)
 
@@ -262,6 +262,8 @@ class Slot:
         def is_decided() -> bool:
             return new.ended or new.is_usable or new.is_leaving or self._stop_asked or not is_wanted()
 
+        # While its image is made, its time to register has not begun. A launch always comes to its end.
+        await self.changed.until(lambda: not new.is_launching or is_decided())
         # It ends by itself when it does not register in time; it may still never be warm.
         due = now() + self._shared.config.start.timeout
         await self.changed.until(lambda: is_decided() or (new.is_opaque and new.was_ready), lambda: due)
@@ -274,7 +276,7 @@ class Slot:
         why = new.last_exit or ("it left again" if new.is_leaving else new.missing)
         if self.candidate is new:
             self.candidate = None
-            if not new.ended:  # it may have taken a job already, so it is let go like any other
+            if not new.ended:  # it may have taken a job already, so it drains like any other
                 why = why if is_wanted() else "no longer needed"
                 self._let_go(new, why)
         return why
@@ -296,7 +298,7 @@ class Slot:
     async def _see_off(self, old: Generation, reason: str, cause: StopCause) -> None:
         config = self._shared.config
         if old.state is S.STALLED:
-            # Its jobs have the stall's own grace; should it come to itself meanwhile, it has all of grace.
+            # Its jobs have the grace of a stall. A worker that beats again meanwhile has all of grace.
             deadlines = plan_of_stalled(now(), config.stall.grace, config.stop.kill)
             retirement = Ending(reason=reason, deadlines=deadlines, cause=cause)
             async with asyncio.TaskGroup() as group:

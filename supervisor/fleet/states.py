@@ -156,26 +156,6 @@ COMPANION_LOG_EVENT = MappingProxyType(
     }
 )
 
-# In a log for people: one line for each thing that happens, and none for a state that follows from the one
-# before. An event whose text is None is in the JSON log only.
-CONSOLE_TEXT: MappingProxyType[str, str | None] = MappingProxyType(
-    {
-        "slot starting": None,
-        "slot draining": None,
-        "slot closing": None,
-        "slot stopped": None,
-        "companion starting": None,
-        "companion draining": None,
-        "companion closing": None,
-        "companion stopped": None,
-        "stop fencing": "stopping, no new job is accepted",
-        "stop draining": "stop draining, jobs end by themselves",
-        "stop closing": None,
-        "stop sweeping": None,
-        "stop stopped": "stopped",
-    }
-)
-
 ALIVE = frozenset({S.STARTING, S.READY, S.STALLED, S.DRAINING, S.CLOSING, S.TERMINATING, S.KILLING})
 
 

@@ -45,16 +45,29 @@ def check_open_files(workers: int) -> None:
 
 
 def high(fd: int) -> int:
-    """Move a descriptor above the numbers that children use; it is not inheritable."""
-    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
-    os.close(fd)
-    return moved
+    """Move a descriptor above the numbers that children use; it is not inheritable.
+
+    Raises OSError where no number is left; the descriptor is closed then too.
+    """
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
+    finally:
+        os.close(fd)
 
 
 def pipe() -> tuple[int, int]:
     """Return read and write end of a pipe, both out of the way of children's descriptors."""
     read, write = os.pipe()
-    return high(read), high(write)
+    try:
+        read = high(read)
+    except OSError:
+        os.close(write)
+        raise
+    try:
+        return read, high(write)
+    except OSError:
+        os.close(read)
+        raise
 
 
 class Child:

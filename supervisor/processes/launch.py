@@ -12,6 +12,7 @@ An opaque worker gets the first two rows only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -98,6 +99,11 @@ class Launcher:
         if self.image is not None:
             self.image.close()
 
+    @property
+    def starts_within(self) -> float:
+        """Return the seconds that a start may take until there is a process, which may wait for an image."""
+        return 0.0 if self.image is None else self.image.starts_within
+
     async def start(
         self,
         slot: int,
@@ -112,26 +118,50 @@ class Launcher:
         Returns None when the worker is not wanted any more. That can be so only while an image is asked, and
         `changed` is notified then.
         """
+        try:
+            if self.image is None:
+                return await self._start(slot, generation, on_exit, changed, is_wanted)
+            async with self.image.turn(changed=changed, is_wanted=is_wanted):
+                return await self._start(slot, generation, on_exit, changed, is_wanted)
+        except OSError as error:
+            raise SpawnError(f"no room for another worker: {error.strerror}") from error
+
+    async def _start(
+        self,
+        slot: int,
+        generation: int,
+        on_exit: Callable[[ExitStatus], None],
+        changed: Condition,
+        is_wanted: Callable[[], bool],
+    ) -> Launched | None:
         mark = mark_of(self.supervisor_id, slot, generation)
         settings = self.settings
-        ours: list[int] = []
-        theirs: dict[int, int] = {}
         control = None
         scratch = ""
-        child = None
-        go = None
-        try:
-            null = high(os.open(os.devnull, os.O_RDONLY))
-            out, out_write = pipe()
-            err, err_write = pipe()
-            ours += [out, err]
-            theirs = {0: null, 1: out_write, 2: err_write}
+        # `failed` undoes all that the start has opened; the numbers of `theirs` are closed in any case.
+        with contextlib.ExitStack() as theirs_closed, contextlib.ExitStack() as failed:
+
+            def give(number: int, fd: int) -> None:
+                theirs[number] = fd
+                theirs_closed.callback(os.close, fd)
+
+            def pipe_to(number: int) -> int:
+                read, write = pipe()
+                failed.callback(os.close, read)
+                give(number, write)
+                return read
+
+            theirs: dict[int, int] = {}
+            give(0, high(os.open(os.devnull, os.O_RDONLY)))
+            out, err = pipe_to(1), pipe_to(2)
             if not self.is_opaque:
                 scratch = make_scratch()
+                failed.callback(shutil.rmtree, scratch, ignore_errors=True)
                 control, far = socket.socketpair()
-                theirs[CONTROL_FD] = high(far.detach())
+                failed.callback(control.close)
+                give(CONTROL_FD, high(far.detach()))
                 if self.lifeline is not None:
-                    theirs[LIFELINE_FD] = high(os.dup(self.lifeline))
+                    give(LIFELINE_FD, high(os.dup(self.lifeline)))
                 settings = replace(
                     self.settings,
                     control_fd=CONTROL_FD,
@@ -141,14 +171,18 @@ class Launcher:
                     generation=generation,
                     scratch=scratch,
                 )
-            descriptors = theirs if self.is_opaque else theirs | dict(zip(OUTPUT_FDS, ours, strict=True))
+            descriptors = (
+                theirs if self.is_opaque else theirs | dict(zip(OUTPUT_FDS, (out, err), strict=True))
+            )
+            forked = None
             if self.image is not None:
                 forked = await self.image.fork(
                     settings.to_json(), mark, descriptors, on_exit, changed=changed, is_wanted=is_wanted
                 )
-                if forked is not None:
-                    child, go = forked.child, forked.go
-            if child is None and is_wanted():
+            if forked is not None:
+                failed.callback(forked.end)
+                child = forked.child
+            elif is_wanted():
                 environment = _environment(self.environment, mark)
                 argv = self.command
                 if not self.is_opaque:
@@ -162,26 +196,13 @@ class Launcher:
                     reaper=self.reaper,
                     on_exit=on_exit,
                 )
-        except (OSError, SpawnError) as error:
-            if isinstance(error, SpawnError):
-                raise
-            raise SpawnError(f"no room for another worker: {error.strerror}") from error
-        finally:
-            for fd in theirs.values():
-                os.close(fd)
-            if child is None:
-                for fd in ours:
-                    os.close(fd)
-                if control is not None:
-                    control.close()
-                if scratch:
-                    os.rmdir(scratch)
-        if child is None:
-            return None
+            else:
+                return None
+            failed.pop_all()
         prefix = _prefix(slot, generation) if self.prefixes else b""
         relays = (OutputReader(out, self.write_output, prefix), OutputReader(err, self.write_errors, prefix))
-        if go is not None:
-            go()
+        if forked is not None:
+            forked.go()
         return Launched(child=child, control=control, relays=relays, mark=mark, scratch=scratch)
 
 

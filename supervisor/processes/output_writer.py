@@ -11,6 +11,8 @@ import os
 import threading
 from collections import deque
 
+from lastcall.supervisor.processes.line_breaks import broken
+
 # Bytes that wait for a slow reader. Ours: a minute of a chatty fleet, and little beside a worker's memory.
 MAX_QUEUED = 4 << 20
 
@@ -21,6 +23,8 @@ class OutputWriter:
     def __init__(self, fd: int) -> None:
         # Lines dropped so far because the reader was too far behind.
         self.dropped = 0
+        # Set for a log that people read: lines that are too wide for a terminal are broken between words.
+        self.breaks_lines = False
         self._fd = fd
         self._queue: deque[bytes] = deque()
         self._size = 0
@@ -64,7 +68,7 @@ class OutputWriter:
                 data = b"".join(self._queue)
                 self._queue.clear()
                 self._writing = True
-            ok = self._write(data)
+            ok = self._write(self._laid_out(data))
             with self._ready:
                 self._writing = False
                 # Not earlier: lines that the thread hangs in are behind the reader as those in the queue are.
@@ -73,6 +77,16 @@ class OutputWriter:
                 self._ready.notify_all()
             if not ok:
                 return
+
+    def _laid_out(self, data: bytes) -> bytes:
+        if not self.breaks_lines:
+            return data
+        try:
+            width = os.get_terminal_size(self._fd).columns
+        except OSError:
+            return data  # no terminal
+        lines = data.decode(errors="surrogateescape").split("\n")
+        return "\n".join(broken(line, width) for line in lines).encode(errors="surrogateescape")
 
     def _write(self, data: bytes) -> bool:
         view = memoryview(data)

@@ -12,6 +12,8 @@ from lastcall.worker.base.wire import HandoverResult, JobFate
 # How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its
 # worker ended without a word about the job.
 EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "handed_over", "lost"]
+# Jobs that are remembered after their end, because a successor may be seen late. Ours: for seconds each.
+MAX_TRIED = 100
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +66,9 @@ class Ledger:
         }  # fmt: skip
         self.handovers: Counter[HandoverResult] = Counter()
         self._at_stop: list[JobEntry] | None = None
+        # The last jobs that ended after a failed handover, and the fates that were changed later.
+        self._tried: dict[tuple[int, int, str], JobEntry] = {}
+        self._retold: Counter[EntryFate] = Counter()
 
     def start(self, entry: JobEntry) -> bool:
         """Note a job, or the pid of a job that was noted as accepted before; tell whether the job is new."""
@@ -105,20 +110,35 @@ class Ledger:
     def handover(
         self, slot: int, generation: int, id: str, result: HandoverResult, reason: str, successor: str
     ) -> None:
-        """Note how a try to hand over a job ended."""
+        """Note how a try to hand over a job ended. The successor of a call that was handed over stays.
+
+        One that a worker tells of after the end of its job changes how that ended.
+        """
         self.handovers[result] += 1
         entry = self.running.get((slot, generation, id))
+        if entry is None and result == "done":
+            entry = self._tried.get((slot, generation, id))
+            if entry is not None and entry.fate is not None:
+                self.totals[entry.fate] -= 1
+                self._retold[entry.fate] += 1
+                entry.fate = "handed_over"
+                self.totals["handed_over"] += 1
         if entry is not None:
             entry.tries += 1
-            entry.handover, entry.successor = reason, successor
+            if not entry.successor:
+                entry.handover, entry.successor = reason, successor
 
     def find(self, id: str) -> JobEntry | None:
         """Return a running job."""
         return next((each for each in self.running.values() if each.id == id), None)
 
     def count(self, fate: EntryFate) -> int:
-        """Return how many jobs have a fate, those included whose fate is certain while they still run."""
-        return self.totals[fate] + sum(1 for each in self.running.values() if fate == "cut" and each.is_cut)
+        """Return how many jobs have a fate, those included whose fate is certain while they still run.
+
+        It never falls: a job whose fate has changed counts for both.
+        """
+        certain = sum(1 for each in self.running.values() if fate == "cut" and each.is_cut)
+        return self.totals[fate] + self._retold[fate] + certain
 
     def end(
         self,
@@ -146,6 +166,10 @@ class Ledger:
             if self._at_stop is not None and entry in self._at_stop:
                 self._at_stop.remove(entry)
             return
+        if entry.tries and not entry.successor:
+            self._tried[slot, generation, id] = entry
+            if len(self._tried) > MAX_TRIED:
+                del self._tried[next(iter(self._tried))]
         entry.fate = fate
         entry.seconds = round(seconds, 3)
         entry.process = process

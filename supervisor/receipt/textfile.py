@@ -10,14 +10,31 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
+
+from lastcall.supervisor.metric_family import Family
 
 # Added to the path of the receipt. node_exporter reads the files of its directory that end so.
 SUFFIX = ".prom"
 FATES = ("finished", "failed", "cut", "ended_by_server", "handed_over", "lost")
 OUTCOMES = ("clean", "cut", "forced", "gave_up", "fault")
-PROCESSES = ("killed", "swept", "left")
+
+
+def _family(name: str, text: str, *labels: str) -> Family:
+    return Family(name=f"lastcall_last_stop_{name}", kind="gauge", text=text, labels=("receipt", *labels))
+
+
+TIMESTAMP = _family("timestamp_seconds", "seconds since the epoch at the end of the last stop")
+EXIT_CODE = _family("exit_code", "exit code of the last stop")
+OUTCOME = _family("outcome", "1 for the outcome of the last stop, 0 for the others", "outcome")
+GRACE = _family("grace_seconds", "seconds that the last stop was allowed to take")
+SECONDS = _family("seconds", "seconds that the last stop took")
+PHASES = _family("phase_seconds", "seconds of the last stop in each phase", "phase")
+JOBS = _family("jobs", "jobs that were running when the last stop began", "fate")
+ENDED = _family(
+    "processes", "processes that were `killed` or `swept` in the last stop, or `left` after it", "what"
+)
 
 
 class _Figures:
@@ -28,33 +45,20 @@ class _Figures:
         self._path = path
         self._at = at
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        document = self._document
-        yield self._gauge("timestamp_seconds", "When the last stop was over.", self._at)
-        yield self._gauge("exit_code", "The exit code of the last stop.", document["exit_code"])
-        yield self._gauge("grace_seconds", "The grace of the last stop.", document["grace"])
-        yield self._gauge("seconds", "How long the last stop took.", document["seconds"])
+    def collect(self) -> Iterator[Metric]:
+        document, path = self._document, self._path
+        yield TIMESTAMP.by([((path,), self._at)])
+        yield EXIT_CODE.by([((path,), document["exit_code"])])
+        yield GRACE.by([((path,), document["grace"])])
+        yield SECONDS.by([((path,), document["seconds"])])
         fates = [job["fate"] for job in document["jobs"]]
-        jobs = {fate: fates.count(fate) for fate in FATES}
-        yield self._by("jobs", "Jobs of the last stop by fate.", "fate", jobs)
-        outcome = {each: int(each == document["outcome"]) for each in OUTCOMES}
-        yield self._by("outcome", "1 for the outcome of the last stop.", "outcome", outcome)
+        yield JOBS.by(((path, fate), fates.count(fate)) for fate in FATES)
+        yield OUTCOME.by(((path, each), int(each == document["outcome"])) for each in OUTCOMES)
         processes = {
             "killed": len(document["killed"]), "swept": document["swept"], "left": document["left"],
         }  # fmt: skip
-        yield self._by("processes", "Processes that the last stop had to end.", "what", processes)
-        yield self._by("phase_seconds", "Seconds of the last stop by phase.", "phase", document["phases"])
-
-    def _gauge(self, name: str, help: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"lastcall_last_stop_{name}", help, labels=["receipt"])
-        family.add_metric([self._path], value)
-        return family
-
-    def _by(self, name: str, help: str, label: str, values: dict[str, Any]) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"lastcall_last_stop_{name}", help, labels=["receipt", label])
-        for each, value in values.items():
-            family.add_metric([self._path, each], value)
-        return family
+        yield ENDED.by(((path, what), count) for what, count in processes.items())
+        yield PHASES.by(((path, phase), seconds) for phase, seconds in document["phases"].items())
 
 
 def text_of(document: dict[str, Any], path: str, at: float) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from lastcall.supervisor.rehearsal.scenes import RECONNECT_AFTER, SCENES, Scene, SceneResult, Seen, judge
-from lastcall.supervisor.rehearsal.stage import Stage, StageError
+from lastcall.supervisor.rehearsal.stage import Stage, StageError, Tell, tell_nobody
 from lastcall.worker.base.wire import EntrypointBegan, EntrypointFailed, EntrypointOver, ShutdownAsked
 
 # Ours: one job would not show that the second is cut, and more take memory that a pipeline may not have.
@@ -19,19 +19,38 @@ JOBS_RUN_WITHIN = 25.0
 OFFER_EVERY = 0.1
 
 
-def rehearse(target: str, arguments: Sequence[str] = (), *, workers: int) -> Iterator[SceneResult]:
+def rehearse(
+    target: str,
+    arguments: Sequence[str] = (),
+    *,
+    workers: int,
+    tell: Tell = tell_nobody,
+) -> Iterator[SceneResult]:
     """Yield the verdict on each scene as it is over. Raises ConfigError when the target is wrong.
 
     A scene that could not be played is the last: what was in its way would be in the way of the others.
+    `tell` is called with each wait, again and again.
     """
-    for scene in SCENES:
-        verdict = play(scene, target, arguments, workers=workers)
+    for number, scene in enumerate(SCENES, 1):
+        place = f"{scene.name} ({number} of {len(SCENES)}): "
+
+        def tell_of_scene(what: str, due: float, place: str = place) -> None:
+            tell(f"{place}{what}", due)
+
+        verdict = play(scene, target, arguments, workers=workers, tell=tell_of_scene)
         yield verdict
         if not verdict.was_played:
             return
 
 
-def play(scene: Scene, target: str, arguments: Sequence[str] = (), *, workers: int) -> SceneResult:
+def play(
+    scene: Scene,
+    target: str,
+    arguments: Sequence[str] = (),
+    *,
+    workers: int,
+    tell: Tell = tell_nobody,
+) -> SceneResult:
     """Play one scene. Raises ConfigError when the target is wrong."""
     began = time.monotonic()
     with Stage(
@@ -41,6 +60,7 @@ def play(scene: Scene, target: str, arguments: Sequence[str] = (), *, workers: i
         job_seconds=scene.job_seconds,
         work_seconds=scene.work_seconds,
         workers=workers,
+        tell=tell,
     ) as stage:
         try:
             stage.wait_ready()

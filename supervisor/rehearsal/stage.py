@@ -41,6 +41,14 @@ ENTRYPOINTS_BEGIN_WITHIN = 30.0
 KEYS_THAT_SAY_WHY = ("event", "message", "reason", "exc_info", "traceback")
 
 
+# Takes what is waited for, and the time until which the wait lasts at most, by time.monotonic().
+Tell = Callable[[str, float], None]
+
+
+def tell_nobody(_what: str, _due: float) -> None:
+    """Say nothing of a wait."""
+
+
 class StageError(SupervisorError):
     """Raised when a scene can't be played at all; the text says what was in the way."""
 
@@ -57,6 +65,7 @@ class Stage:
         job_seconds: float = 0.0,
         work_seconds: float = 0.0,
         workers: int = 1,
+        tell: Tell = tell_nobody,
     ) -> None:
         self.target = target
         self.arguments = arguments
@@ -66,6 +75,7 @@ class Stage:
         self._job_seconds = job_seconds
         self._work_seconds = work_seconds
         self._workers = workers
+        self._tell = tell
         self._token = secrets.token_hex(8)
         self._stack = contextlib.ExitStack()
         self._rest = b""
@@ -109,7 +119,12 @@ class Stage:
         stack.callback(_end, self._server)
         assert self._server.stdout is not None
         os.set_blocking(self._server.stdout.fileno(), False)
-        self._until(lambda: self.events, SERVER_STARTS_WITHIN, "the local dispatch server did not start")
+        self._until(
+            lambda: self.events,
+            SERVER_STARTS_WITHIN,
+            "the local dispatch server did not start",
+            what="the local LiveKit server",
+        )
         environment: dict[str, str] = self.events.pop(0)["environment"]
         return environment
 
@@ -169,13 +184,17 @@ class Stage:
         """Wait until every worker is registered here. Raises StageError, ConfigError for a wrong target."""
         deadline = time.monotonic() + WORKERS_READY_WITHIN
         while len(self.seen("registered")) < self._workers:
+            self._tell("waits for the agent to register", deadline)
             self._pump(LOOK_EVERY)
             if self._supervisor.poll() is not None:
                 self._explain_end()
             if time.monotonic() > deadline:
                 raise StageError(f"no worker registered within {WORKERS_READY_WITHIN:.0f} s")
         self._until(
-            self._accepts, WORKERS_READY_WITHIN, "no worker accepts jobs although all have registered"
+            self._accepts,
+            WORKERS_READY_WITHIN,
+            "no worker accepts jobs although all have registered",
+            what="the agent to accept jobs",
         )
 
     def dispatch(self, room: str) -> None:
@@ -207,6 +226,7 @@ class Stage:
             if len(self.seen("assigned")) < count and not outstanding:
                 number += 1
                 self.dispatch(f"rehearsal-{number}")
+            self._tell(f"waits for {count} jobs to run", deadline)
             self._pump(0.2)
             if time.monotonic() > deadline:
                 ended = {e["kind"].removeprefix("dispatch_") for e in self.events if "dispatch_" in e["kind"]}
@@ -218,6 +238,7 @@ class Stage:
 
         due = time.monotonic() + ENTRYPOINTS_BEGIN_WITHIN
         while self._begun() < count and time.monotonic() < due:
+            self._tell(f"waits for the entrypoints of {count} jobs", due)
             self._pump(LOOK_EVERY)
 
     def signal(self, number: signal.Signals, *, group: bool = False, everybody: bool = False) -> None:
@@ -238,6 +259,7 @@ class Stage:
             if time.monotonic() > deadline:
                 return None
             between()
+            self._tell("waits for the end of the stop", deadline)
             self._pump(0.05)
         self._pump(0.1)
         return self._supervisor.returncode
@@ -327,9 +349,10 @@ class Stage:
 
     # -- waiting --------------------------------------------------------------------------------------
 
-    def _until(self, condition: Callable[[], object], timeout: float, otherwise: str) -> None:
+    def _until(self, condition: Callable[[], object], timeout: float, otherwise: str, *, what: str) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
+            self._tell(f"waits for {what}", deadline)
             self._pump(LOOK_EVERY)
             if time.monotonic() > deadline:
                 raise StageError(otherwise)

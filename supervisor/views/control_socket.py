@@ -38,6 +38,7 @@ MAX_CLIENTS = 32
 TIMEOUT = 5.0
 # Seconds that a socket has to show that somebody listens. Ours: connect() to a listener returns at once.
 LIVE_WITHIN = 1.0
+WHAT_NOW = "start one with lastcall run agent.py"
 
 Verb = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -119,7 +120,10 @@ def ask(path: Path, verb: str, **arguments: Any) -> dict[str, Any]:
                 data += chunk
             answer = json.loads(data)
         except (OSError, ValueError) as error:
-            raise NotRunning(f"no supervisor answers at {path}: {error}") from error
+            raise NotRunning(
+                f"no supervisor answers at {path}: {words_of(error)}; {WHAT_NOW}, or name the socket of"
+                " another with --control PATH"
+            ) from error
     if not answer.get("ok"):
         raise Refused(str(answer.get("error")))
     result: dict[str, Any] = answer["result"]
@@ -142,10 +146,11 @@ def find(path_option: str) -> Path:
         return live[0]
     if not live:
         raise NotRunning(
-            f"no supervisor is running: no live socket in {directory}; start one, or give --control PATH"
+            f"no supervisor is running: no live socket in {directory}; {WHAT_NOW}, or name its socket with"
+            " --control PATH"
         )
     names = ", ".join(str(path) for path in live)
-    raise NotRunning(f"{len(live)} supervisors are running: give one of {names} by --control")
+    raise NotRunning(f"{len(live)} supervisors are running: name one with --control, of {names}")
 
 
 def _path(option: str) -> Path:

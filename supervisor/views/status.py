@@ -79,7 +79,11 @@ class Status:
                 for slot in self.fleet.slots
                 for generation in sorted(slot.generations, key=lambda each: each.number)
             ],
-            "handover_off": self.fleet.shared.handover_off or None,
+            "handover_off": "; ".join(
+                f"{name}: {reason}" if name else reason
+                for name, reason in self.fleet.shared.handover_off.items()
+            )
+            or None,
             "companions": [] if self.companion is None else [self.companion.document()],
             "operations": [operation.document() for operation in self.operations.recent],
         }
@@ -88,7 +92,12 @@ class Status:
         image = self.fleet.launcher.image
         if image is None:
             return None
-        return {"state": image.state, "pid": image.pid, "reason": image.why_off or None}
+        return {
+            "state": image.state,
+            "pid": image.pid,
+            "reason": image.reason or None,
+            "left_out": image.left_out,
+        }
 
     def _full(self) -> dict[str, Any] | None:
         why, full_time = self.full(), self.fleet.full_time

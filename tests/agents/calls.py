@@ -7,6 +7,7 @@ The metadata is a JSON object. Each key may be left out:
                       "leaking_program", "program", "crash", "spawn", "fork", "thread", "to_thread",
                       "exit_handler" or "bad_exit"
     mb                megabytes of a leak
+    held              whether a job of any mode waits first as one that holds
     after             seconds of a shutdown callback
     prints            lines that a job prints, in mode "sleep" first, in mode "hold" last
     request_sleep     seconds that request_fnc sleeps before it accepts the job
@@ -17,7 +18,7 @@ The metadata is a JSON object. Each key may be left out:
     closes            descriptor of the worker that request_fnc closes, and another socket gets
     busy              whether the loop of the worker is kept half busy from then on
 
-A job that holds ends when the file `JOB_LOG` with ".go" behind it exists.
+A job that holds goes on when the file `JOB_LOG` with ".go" behind it exists.
 """
 
 from __future__ import annotations
@@ -85,6 +86,9 @@ async def entrypoint(ctx: JobContext) -> None:
         await asyncio.sleep(spec.get("after", 0))
 
     ctx.add_shutdown_callback(callback)
+    if mode == "hold" or spec.get("held"):
+        while not os.path.exists(os.environ["JOB_LOG"] + ".go"):
+            await asyncio.sleep(0.02)
     if mode == "block":
         time.sleep(seconds)
     elif mode == "swallow":
@@ -108,8 +112,6 @@ async def entrypoint(ctx: JobContext) -> None:
             await asyncio.sleep(0.1) if mode == "leak" else time.sleep(0.1)
         await asyncio.sleep(600)
     elif mode == "hold":
-        while not os.path.exists(os.environ["JOB_LOG"] + ".go"):
-            await asyncio.sleep(0.02)
         print_lines(spec)
     elif mode == "fork":
         child_pid = os.fork()  # it inherits whatever the job has open, livekit-agents' pipes among it

@@ -52,7 +52,20 @@ class Voice:
             await self.source.capture_frame(frame)
 
 
+async def unaware(ctx: JobContext) -> None:
+    """Speak at once, as an agent of the same name that knows nothing of handovers."""
+    try:
+        await ctx.connect()
+        note(ctx, "speaks")
+    except Exception as error:
+        note(ctx, "raised", error=type(error).__name__)
+        raise
+
+
 async def entrypoint(ctx: JobContext) -> None:
+    if os.environ.get("UNAWARE"):
+        await unaware(ctx)
+        return
     spec = json.loads(ctx.job.metadata)
     call = lastcall.call(ctx)
     voice = Voice()

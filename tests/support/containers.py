@@ -1,4 +1,8 @@
-"""podman and runc with a storage for the tests alone, and an image built from the shipped Dockerfile."""
+"""podman and runc with a storage for the tests alone, and an image built from the shipped Dockerfile.
+
+`python -m tests.support.containers` builds the image. scripts/fixtures does that before the tests: the build
+installs every dependency, which takes a minute.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +24,8 @@ from tests.support.left_out import CACHE
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "scripts" / "deploy"
+AGENT = ROOT / "tests" / "agents" / "calls.py"
+FILES = ("pyproject.toml", "README.md", "LICENSE")
 STORE = CACHE / "containers"
 # crun refuses hybrid cgroups, and the default limits need a capability that a sandbox may not have.
 CONF = """
@@ -37,6 +44,17 @@ FROM localhost/base:t
 RUN rm -f /usr/lib/python3*/EXTERNALLY-MANAGED && python3 -m venv /usr/local \\
     && ln -sf python3 /usr/local/bin/python
 """
+
+
+def _digest() -> str:
+    """Return the name of everything that gets into the image."""
+    sources = [ROOT / name for name in ("lastcall", "supervisor", "worker", "scripts")]
+    files = [path for source in sources for path in source.rglob("*") if path.is_file()]
+    found = hashlib.sha256()
+    for path in sorted([*files, *(ROOT / name for name in FILES), AGENT, CACHE / "trixie" / ".stamp"]):
+        if "__pycache__" not in path.parts:
+            found.update(os.path.relpath(path, ROOT).encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 class Podman:
@@ -69,22 +87,27 @@ class Podman:
         return done
 
     def build(self) -> None:
-        """Build the shipped Dockerfile for the tests' agent; what was built within a day is used again."""
+        """Build the shipped Dockerfile for the tests' agent, unless there is an image of the same files."""
+        digest = _digest()
+        self.image = f"localhost/lastcall-test:{digest}"
         STORE.mkdir(exist_ok=True)
+        # An image of yesterday has the dependencies of yesterday.
         self.run("image", "prune", "-a", "-f", "--filter", "until=24h")
+        if not self.run("image", "exists", self.image, check=False).returncode:
+            return
         if self.run("image", "exists", "localhost/python:3.13-slim", check=False).returncode:
             self._import_python()
         context = self.directory / "context"
         context.mkdir()
         shutil.copy(DEPLOY / "Dockerfile", context)
         shutil.copy(DEPLOY / ".dockerignore", context)
-        shutil.copy(ROOT / "tests" / "agents" / "calls.py", context / "agent.py")
+        shutil.copy(AGENT, context / "agent.py")
         (context / ".env").write_text("SECRET=1\n")
         source = self.directory / "source"
         for name in ("lastcall", "scripts"):  # links are followed: the copy has files in their place
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, source / name, ignore=ignore)
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
+        for name in FILES:
             shutil.copy(ROOT / name, source)
         subprocess.run(
             [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(context), str(source)],
@@ -94,9 +117,6 @@ class Podman:
         )
         (wheel,) = context.glob("*.whl")
         # The digest makes a layer that was built with another wheel another layer.
-        files = sorted(path for path in source.rglob("*") if path.is_file())
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        self.image = f"localhost/lastcall-test:{digest[:16]}"
         (context / "requirements.txt").write_text(f"# {digest}\n./{wheel.name}\n")
         # The machine's own certificates and pip settings, for as long as the build takes.
         own = [
@@ -185,3 +205,8 @@ class Container:
             if time.monotonic() > deadline:
                 raise AssertionError(f"not so within {timeout} s\n{self.logs()}")
             await asyncio.sleep(0.1)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as made:
+        Podman(Path(made)).build()

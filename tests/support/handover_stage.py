@@ -49,7 +49,6 @@ class Stage:
         self.turns: Any = ["bye"]
         self.leaving = Leaving(
             room=self.old,
-            agent_name="",
             capsule=self.capsule,
             busy=self.busy,
             say=self.steps.append,

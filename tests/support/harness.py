@@ -50,6 +50,25 @@ class StartRun(Protocol):
     ) -> Run: ...
 
 
+class JsonLines:
+    """The JSON objects in a file that grows, each of which is parsed once; a test looks every 10 ms."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0  # bytes
+        self._entries: list[dict[str, Any]] = []
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return all; a line that is still being written is none."""
+        with open(self._path, "rb") as file:
+            file.seek(self._read)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(end)
+        lines = whole.decode(errors="replace").split("\n")
+        self._entries += [json.loads(line) for line in lines if line.startswith("{")]
+        return list(self._entries)
+
+
 class Run:
     """One `lastcall` process. The arguments are its command line.
 
@@ -79,6 +98,8 @@ class Run:
         self.job_log = directory / "jobs"
         self.control = directory / "c.sock"
         self.server = DispatchServer() if livekit else None
+        self._log = JsonLines(self.err)
+        self._notes = JsonLines(self.job_log)
         self.signalled_at = 0.0
         self.tmp = Path(tempfile.mkdtemp(prefix="lc-"))  # short: there are limits to a socket's path
         self._arguments = list(arguments)
@@ -246,8 +267,7 @@ class Run:
 
     def notes(self) -> list[dict[str, Any]]:
         """Return the jobs' own log."""
-        lines = self.job_log.read_text().splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return self._notes.entries()
 
     def events(self, kind: str) -> list[Event]:
         return [event for event in self.livekit.events if event.kind == kind]
@@ -261,13 +281,7 @@ class Run:
 
     def log(self, event: str) -> list[dict[str, Any]]:
         """Return the supervisor's own log lines of one event; a line that is still being written is none."""
-        found = []
-        for line in self.err.read_text(errors="replace").split("\n")[:-1]:
-            if line.startswith("{"):
-                entry = json.loads(line)
-                if entry.get("event") == event:
-                    found.append(entry)
-        return found
+        return [entry for entry in self._log.entries() if entry.get("event") == event]
 
     def logs(self) -> str:
         if self._terminal is not None:
@@ -287,14 +301,13 @@ class Run:
     def left(self) -> list[psutil.Process]:
         """Return every living process of this run, wherever it went."""
         found = []
-        for process in psutil.process_iter():
-            if process.pid == os.getpid():
-                continue
-            try:
-                if process.environ().get(TOKEN) == self.token and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
+        mark = f"{TOKEN}={self.token}\0".encode()
+        for name in os.listdir("/proc"):
+            if name.isdigit() and int(name) != os.getpid():
+                # A process may have ended, or be another user's. A zombie has no environment.
+                with contextlib.suppress(OSError, psutil.Error):
+                    if mark in Path("/proc", name, "environ").read_bytes():
+                        found.append(psutil.Process(int(name)))
         return found
 
     async def nothing_left(self, timeout: float = 0.5) -> None:

@@ -34,7 +34,7 @@ ROOMS: dict[str, Room] = {
         idea="what supervisor and worker share",
         floors=(
             "errors clock exit_codes variables process memory backoff budget target_form garbage peers"
-            " image_wire succession",
+            " randomness image_wire succession",
             "inworld_keys proxies setup_errors",
             "condition wire settings broker_settings calls_over dial_checks",
             "stopping resources channel",
@@ -45,7 +45,8 @@ ROOMS: dict[str, Room] = {
         floors=(
             "names",
             "preflight child_processes forkserver",
-            "agent_server job_process process_pool image_process",
+            "agent_server job_process process_pool scout",
+            "image_process",
             "__main__",
         ),
     ),
@@ -99,12 +100,12 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor": Room(
         idea="starts workers, keeps them up, stops them",
         floors=(
-            "errors signals",
+            "errors signals metric_family",
             "config receipt",
             "processes",
             "logs environment outputs receipt_file inworld_endpoint",
             "fleet",
-            "inworld_broker",
+            "inworld_broker sentences",
             "program shutdown",
             "views",
             "signal_actions",
@@ -125,8 +126,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.processes": Room(
         idea="one edge of the operating system each",
         floors=(
-            "reaper cgroup descendants output_reader output_writer worker_channel socket_directory",
-            "child",
+            "reaper cgroup descendants output_reader line_breaks worker_channel socket_directory",
+            "child output_writer",
             "image",
             "launch",
         ),
@@ -148,7 +149,7 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.views": Room(
         idea="what is shown of a running supervisor, and what may be asked of it",
         floors=(
-            "sd_notify control_socket worker_metrics",
+            "sd_notify control_socket worker_metrics families",
             "status",
             "metrics commands service_manager",
             "http",
@@ -173,8 +174,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "command_line plain_text local_server parameters source_changes beside page_file drill_page",
-            "tables",
+            "examples plain_text local_server parameters source_changes beside page_file progress drill_page",
+            "command_line asking tables",
             "demo_view",
             "live_screen",
             "demo dev operate deployment receipts",

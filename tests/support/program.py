@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from lastcall.supervisor.views import control_socket
 from tests.support.harness import LASTCALL, Run
 
 # A program that prints its version. On SIGTERM it ends well, once the file "busy" is gone.
@@ -87,8 +87,8 @@ async def verb(r: Run, *arguments: str, code: int = 0, timeout: float = 30.0) ->
 
 
 async def status(r: Run) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(await verb(r, "status", "--json"))
-    return document
+    """Return what `lastcall status --json` prints, without the half a second in which that verb starts."""
+    return await asyncio.to_thread(control_socket.ask, r.control, "status")
 
 
 def ups(r: Run, version: str) -> int:

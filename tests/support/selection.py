@@ -1,4 +1,9 @@
-"""The markers that no test has to carry by hand: `alone` of slow machinery, and `quick`.
+"""The markers that no test has to carry by hand: `quick`, and the group of those that one process runs.
+
+Of the processes that run tests side by side, one runs the tests of a group, one after another. pytest-xdist
+begins with the largest groups. Two groups have the tests that wait most: `long`, and those of systems and
+containers. So their waits lie beside the tests that compute, and no process is left with a long test when the
+others are done. Tests that share a fixture of their module are a group too, or each process would make it.
 
 A test is `quick` when it starts no process. That is read from the code of the test and of the helpers that it
 uses, and then held while the test runs: a `quick` test that starts a process all the same fails.
@@ -28,18 +33,27 @@ NAMES = {
     "find_trial",
     "Sources",
 }
+# The group of each test with the marker.
+GROUPS = {"long": "long", "systemd": "machines", "container": "machines"}
+# Fixtures that are made once for a module.
+SHARED = {"wheel", "installed", "browser", "machine", "built"}
 # Audit events of CPython that stand for a new process.
 EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
 _quick: list[str] = []  # the test that runs now, when it is a quick one
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Mark what boots systems and containers as `alone`, and what starts no process as `quick`."""
+    """Mark what starts no process as `quick`, and what one process has to run as a group."""
     for item in items:
-        if any(item.get_closest_marker(name) for name in ("systemd", "container")):
-            item.add_marker("alone")
-        elif isinstance(item, pytest.Function) and not starts_processes(item):
+        if not isinstance(item, pytest.Function):
+            continue
+        group = next((name for marker, name in GROUPS.items() if item.get_closest_marker(marker)), "")
+        if not starts_processes(item):
             item.add_marker("quick")
+        if not group and SHARED & set(item.fixturenames):
+            group = item.path.stem
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def starts_processes(item: pytest.Function) -> bool:

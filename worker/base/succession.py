@@ -7,7 +7,7 @@ job of the arriving agent does so before its entrypoint runs. No participant see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 # Participants of a call that is handed over have the first two too, so that agents know each other.
@@ -21,6 +21,8 @@ REASON = "lastcall.reason"
 # The arriving agent sets this attribute to the epoch, at the moment from which the agent may speak. Only a
 # participant of the kind AGENT with the identity that the dispatch names is believed.
 SPEAKS = "lastcall.speaks"
+# An agent that has its voice back sets this attribute to the epoch of the successor that has failed.
+WITHDRAWN = "lastcall.withdrawn"
 # Between the identity of the first agent of a call and the epoch. Ours: rare in identities.
 MARK = "~"
 
@@ -96,5 +98,23 @@ def successor_identity(identity: str, epoch: int) -> str:
 
 def epoch_of(attributes: Mapping[str, str], call: str) -> int:
     """Return the epoch that a participant shows for a call; -1 for a participant of no or another call."""
-    text = attributes.get(EPOCH, "")
+    return _number(attributes, call, EPOCH)
+
+
+def speaks_at(attributes: Mapping[str, str], call: str) -> int:
+    """Return the epoch at which a participant says that it speaks in a call; -1 where it does not."""
+    epoch = _number(attributes, call, EPOCH)
+    return epoch if epoch == _number(attributes, call, SPEAKS) else -1
+
+
+def is_superseded(call: str, epoch: int, agents: Iterable[Mapping[str, str]]) -> bool:
+    """Tell whether an agent of this epoch has no right to speak, by the attributes of the other agents.
+
+    So it is when a later one speaks, or when an older one has taken its voice back from this epoch.
+    """
+    return any(speaks_at(each, call) > epoch or _number(each, call, WITHDRAWN) >= epoch for each in agents)
+
+
+def _number(attributes: Mapping[str, str], call: str, name: str) -> int:
+    text = attributes.get(name, "")
     return int(text) if attributes.get(CALL) == call and text.isdigit() else -1

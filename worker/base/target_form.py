@@ -13,6 +13,8 @@ FORMS = "path.py, path.py:attr, module:attr or -m module"
 # In front of the name of a module that is run as a program, and of the arguments of the program itself.
 MODULE = "-m"
 ARGUMENTS = "--args"
+# Folders of installed packages (sys.path of CPython, and of Debian's).
+INSTALLED = frozenset({"site-packages", "dist-packages"})
 # Bytes of a target: as a path may have (PATH_MAX of Linux, limits.h). The name of a module is part of one.
 MAX_BYTES = 4096
 

@@ -8,7 +8,7 @@ is the name of a class below in snake case, `v` the version, and each other key 
 
 Each side ignores types and keys that it does not know, so that either side may be the newer one. A known
 message that lacks a field without a default, a bad value in a field, and another version are errors. End of
-file is the death notice in both directions.
+file says in both directions that the other side has ended.
 
 All times are readings of the monotonic clock, which all processes of a machine share.
 """
@@ -40,7 +40,7 @@ ResourceFate = Literal["closed", "forced", "leaked"]
 StopCause = Literal["stop", "reload", "recycle", "stall", "handover"]
 # The steps of one try to hand over a call, as the leaving agent tells them (`worker.job.leaving`).
 HandoverStep = Literal[
-    "prepared", "impossible", "seen", "stranger", "silent", "speaks", "lost", "refused", "cancelled", "back"
+    "prepared", "impossible", "seen", "silent", "speaks", "lost", "refused", "cancelled", "back", "returned"
 ]
 # How a handover ended that was asked for.
 HandoverResult = Literal["done", "refused", "failed"]
@@ -161,8 +161,9 @@ class JobHandover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoverOff:
-    """The worker hands over no call any more."""
+    """No call of this agent name is handed over any more; the supervisor tells it to the other workers."""
 
+    agent_name: str
     reason: str
 
 
@@ -323,7 +324,7 @@ class AskMetrics:
     id: int
 
 
-WorkerHears = Hold | Fence | Drain | Served | HandOver | Terminate | AskMetrics
+WorkerHears = Hold | Fence | Drain | Served | HandOver | HandoverOff | Terminate | AskMetrics
 
 
 # -- what the Inworld broker says and hears ------------------------------------------------------------------
@@ -457,7 +458,7 @@ class CallStep:
     """A step of the handover of this epoch has been taken.
 
     `job`: the successor's, of `seen`. `detail`: the reason, of `impossible`, `refused` and `lost`. Of
-    `stranger` it is the sid and the identity, with a space between them.
+    `returned` it is the sid and the identity of an agent, with a space between them.
     """
 
     epoch: int

@@ -1,7 +1,8 @@
 """The arriving agent of a handover: it gets the capsule, and may speak once its predecessor is silent.
 
-`leaving` draws the way of both. The agent joins as any other. Its `connect` returns when the capsule is
-there, and `take_over` when it may speak:
+`leaving` draws the way of both. The agent joins as any other, if its entrypoint has called `lastcall.call`:
+another one would speak at once. `connect` returns when the capsule is there, and `take_over` when the agent
+may speak:
 
     the predecessor answers `takeover`       it is silent from then on, and waits for `speaks` for a second
     the predecessor refuses, or has          the call stays where it is: `Withdrawn`, and the job ends
@@ -9,7 +10,8 @@ there, and `take_over` when it may speak:
     the predecessor does not answer, or is   it is removed from the room, and the call goes on without its
     gone                                     last turns, perhaps without its capsule
 
-An answer that is older than its second gives no right to speak: the predecessor may be speaking again.
+An answer that is older than its second gives no right to speak: the predecessor may be speaking again. An
+agent that comes back to its room after a full reconnect looks whether it has lost the right meanwhile.
 """
 
 from __future__ import annotations
@@ -28,12 +30,26 @@ from lastcall.worker.base import succession
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.succession import Succession
 from lastcall.worker.job import deletions
-from lastcall.worker.job.leaving import AGENT, CAPSULE, DEPENDENT_KINDS, HELLO, TAKEOVER, TURNS
+from lastcall.worker.job.leaving import (
+    AGENT,
+    BACK_WITHIN,
+    CAPSULE,
+    DEPENDENT_KINDS,
+    HELLO,
+    NEWER,
+    TAKEOVER,
+    TURNS,
+    leave_now,
+)
 
 log = logging.getLogger("lastcall")
 
-# Seconds for an answer of the predecessor. Ours: an RPC takes 50 ms, and `on_takeover` has a second.
+# Seconds for the predecessor to answer `hello`. Ours: an RPC takes 50 ms.
 ANSWERS_WITHIN = 2.0
+# Seconds for the answer to `takeover`. Ours: `on_takeover` has a second, and where the answer is lost the
+# worker of the predecessor removes this agent 1.5 s after it (`handovers.SPEAKS_WITHIN`). Both must not be
+# removed.
+TAKEOVER_WITHIN = 3.0
 # livekit's clients take 7 s for the acknowledgement off this time; what is left is for the handler.
 RESPONSE_TIMEOUT = 10.0
 # Seconds for the capsule. Ours: 200 kB take 0.2 s.
@@ -52,7 +68,7 @@ GONE_WITHIN, REMOVALS = 1.0, 3
 # Errors of an RPC which say that the other side lives, and does not want.
 Code = rtc.RpcError.ErrorCode
 REFUSALS = frozenset({Code.APPLICATION_ERROR, Code.UNSUPPORTED_METHOD})
-CLIENT_INITIATED = 1
+STOPPING = "the worker of the successor is being stopped"
 
 
 class Withdrawn(Exception):
@@ -81,7 +97,8 @@ class Resumed:
     def state(self) -> Any:  # any JSON value
         """The value that the predecessor gave to `call.keep`; None if the predecessor died before.
 
-        Raises RuntimeError before `ctx.connect()` has returned.
+        After `call.take_over()` it is the newest: the predecessor may have kept another one meanwhile. Raises
+        RuntimeError before `ctx.connect()` has returned.
         """
         if not self._has_state:
             raise RuntimeError("call.resumed.state is there once ctx.connect() has returned")
@@ -104,14 +121,18 @@ class Arriving:
         remove: Callable[[str], Awaitable[bool]],
         withdraw: Callable[[], None],
         is_stopping: Callable[[], bool] = lambda: False,
+        is_asked_for: Callable[[], bool] = lambda: True,
     ) -> None:
         self.succession = found
         self.resumed = resumed
         self.may_speak = False
+        # Why this agent has to leave again.
+        self.withdrawn = ""
         self._job = job
         self._remove = remove
         self._withdraw = withdraw
         self._is_stopping = is_stopping
+        self._is_asked_for = is_asked_for
         self._room: Any = None
         self._name = ""
         self._parts: dict[str, asyncio.Future[bytes]] = {}
@@ -130,15 +151,17 @@ class Arriving:
         self._room, self._name = room, name
         deletions.forbid(name)
         loop = asyncio.get_running_loop()
-        for topic in (CAPSULE, TURNS):
+        for topic in (CAPSULE, TURNS, NEWER):
             self._parts[topic] = loop.create_future()
             room.register_byte_stream_handler(topic, functools.partial(self._on_stream, topic))
         room.on("participant_disconnected", self._on_disconnected)
         room.on("participant_connected", self._on_connected)
+        room.on("reconnected", self._on_reconnected)
         connect = room.connect
 
         @functools.wraps(connect)
         async def connected(*arguments: Any, **options: Any) -> Any:
+            await self._ended_if_withdrawn(self._may_join())
             result = await connect(*arguments, **options)
             await self._ended_if_withdrawn(self._arrive())
             return result
@@ -148,6 +171,8 @@ class Arriving:
     async def take_over(self) -> Any:
         """Return the last turns once the agent may speak. Raises Withdrawn."""
         async with self._taking:
+            if self.withdrawn:
+                raise Withdrawn(self.withdrawn)
             if not self.may_speak:
                 self._turns = await self._ended_if_withdrawn(self._take_over())
             return self._turns
@@ -162,23 +187,49 @@ class Arriving:
         try:
             return await work
         except Withdrawn as error:
-            log.info("lastcall.call: a successor leaves again", extra={"reason": str(error)})
-            self._withdraw()
+            self._give_up(str(error))
             raise
 
+    def stop(self) -> None:
+        """Leave again because the worker is being stopped, unless nobody else has the call."""
+        is_arriving = not (self.may_speak or self.withdrawn or self._taking.locked())
+        if is_arriving and self._room.isconnected() and self._predecessor is not None:
+            self._give_up(STOPPING)
+
+    def _give_up(self, why: str) -> None:
+        """Leave the room, and end the job: the call stays where it is, or has gone elsewhere."""
+        self.withdrawn, self.may_speak = why, False
+        log.info("lastcall.call: a successor leaves again", extra={"reason": why})
+        deletions.forbid(self._name)
+        self._withdraw()
+        self._spawn(leave_now(self._room))
+
     # -- until the capsule is there -------------------------------------------------------------------
+
+    async def _may_join(self) -> None:
+        """Raise Withdrawn in the job of an agent that knows nothing of handovers."""
+        if self.withdrawn:
+            raise Withdrawn(self.withdrawn)
+        if not self._is_asked_for():
+            log.warning(
+                "lastcall.call: a successor leaves before it joins: its entrypoint has to call"
+                " lastcall.call(ctx) before ctx.connect()"
+            )
+            raise Withdrawn("lastcall.call(ctx) was not called")
 
     async def _arrive(self) -> None:
         found = self.succession
         self._look_for_others()
         state: Any = None
         if self._predecessor is not None:
-            hello = await self._ask(HELLO)
-            if hello is not None:
-                line = await self._part(CAPSULE, CAPSULE_WITHIN)
-                if line is None and not self._left.is_set():
-                    raise Withdrawn("the capsule did not come")
-                state = None if line is None else json.loads(line)
+            if self._is_stopping():
+                raise Withdrawn(STOPPING)
+            hello = await self._ask(HELLO, ANSWERS_WITHIN)
+            line = None if hello is None else await self._part(CAPSULE, CAPSULE_WITHIN)
+            if line is not None:
+                state = json.loads(line)
+            elif await self._is_predecessor_there():
+                raise Withdrawn("the capsule did not come")
         self.resumed.restore(state)
         log.info(
             "lastcall.call: a call has come from another job",
@@ -196,11 +247,17 @@ class Arriving:
             if is_other and succession.epoch_of(each.attributes, found.call) >= found.epoch:
                 raise Withdrawn("another successor is in the room")
 
+    async def _is_predecessor_there(self) -> bool:
+        """Tell whether it is in the room. A full reconnect of this agent shows everybody leave and come."""
+        if self._predecessor is None:
+            await asyncio.sleep(BACK_WITHIN)
+        return self._predecessor is not None
+
     @property
     def _predecessor(self) -> Any:
         return self._room.remote_participants.get(self.succession.predecessor)
 
-    async def _ask(self, method: str) -> dict[str, Any] | None:
+    async def _ask(self, method: str, within: float) -> dict[str, Any] | None:
         """Return the predecessor's answer, or None if it does not answer. Raises Withdrawn if it refuses."""
         found = self.succession
         payload = {"epoch": found.epoch, "secret": found.secret, "job": self._job}
@@ -214,7 +271,7 @@ class Arriving:
         )
         leaving = asyncio.ensure_future(self._left.wait())
         try:
-            await asyncio.wait((asking, leaving), timeout=ANSWERS_WITHIN, return_when="FIRST_COMPLETED")
+            await asyncio.wait((asking, leaving), timeout=within, return_when="FIRST_COMPLETED")
             if not asking.done():
                 return None
             answer = json.loads(asking.result())
@@ -248,25 +305,34 @@ class Arriving:
         turns: Any = None
         while self._predecessor is not None:
             if self._is_stopping():
-                raise Withdrawn("the worker of the successor is being stopped")
+                raise Withdrawn(STOPPING)
             asked_at = now()
-            answer = await self._ask(TAKEOVER)
+            answer = await self._ask(TAKEOVER, TAKEOVER_WITHIN)
             if answer is None:
                 break
             if not answer.get("wait"):
-                turns = await self._turns_of(answer)
-                if now() - asked_at > LEASE + float(answer.get("took", 0.0)):
+                if NEWER in answer:
+                    self.resumed.restore(await self._last(NEWER, answer, self.resumed.state))
+                turns = await self._last(TURNS, answer, None)
+                if now() - asked_at <= LEASE + float(answer.get("took", 0.0)):
+                    return self._speak(turns)
+                if await self._is_predecessor_there():
                     raise Withdrawn("too late")
-                return self._speak(turns)
+                break
             await asyncio.sleep(ASK_AGAIN_AFTER)
         await self._go_on_alone()
         return self._speak(turns)
 
-    async def _turns_of(self, answer: dict[str, Any]) -> Any:
-        if "turns" in answer:
-            return json.loads(base64.b64decode(answer["turns"]))
-        line = await self._part(TURNS, LEASE)
-        return None if line is None else json.loads(line)
+    async def _last(self, topic: str, answer: dict[str, Any], without: Any) -> Any:
+        """Return what the answer holds, or announces; `without` where the predecessor has died meanwhile."""
+        line: bytes | None = base64.b64decode(answer[topic])
+        if not line:
+            line = await self._part(topic, LEASE)
+        if line is not None:
+            return json.loads(line)
+        if await self._is_predecessor_there():
+            raise Withdrawn("the last turns did not come")
+        return without
 
     def _speak(self, turns: Any) -> Any:
         """Say that this agent speaks. Nothing here awaits: the predecessor's second runs."""
@@ -350,8 +416,21 @@ class Arriving:
         if participant.identity != self.succession.predecessor:
             return
         self._left.clear()
+        self._end_if_superseded()
         if self._is_removing or self.may_speak:
             self._spawn(self._remove_again(participant.sid))
+
+    def _on_reconnected(self) -> None:
+        self._end_if_superseded()
+        if self.may_speak:  # a full reconnect has brought back the attributes of the begin
+            self._spawn(self._say_that_it_speaks())
+
+    def _end_if_superseded(self) -> None:
+        """Leave if this agent has lost the right to speak: it may have been removed, and not know."""
+        found = self.succession
+        agents = [each.attributes for each in self._room.remote_participants.values() if each.kind == AGENT]
+        if self.may_speak and succession.is_superseded(found.call, found.epoch, agents):
+            self._give_up("the call has gone on in another job")
 
     async def _remove_again(self, sid: str) -> None:
         if not await self._remove(sid):

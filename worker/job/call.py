@@ -69,6 +69,9 @@ MAX_MESSAGE_BYTES = 8192
 TELL_AGAIN_AFTER = 1.0
 # Seconds for the worker to have removed a predecessor. Ours: as `room_service.ANSWERS_WITHIN`, twice.
 REMOVED_WITHIN = 6.0
+# Seconds for a handover that the agent asks for. Ours: more than the worker takes with `[handover] wait` and
+# `patience` of a minute each, and a worker that is stuck has been killed before.
+HANDED_OVER_WITHIN = 300.0
 # Characters of a reason that are told.
 MAX_REASON = 200
 
@@ -150,7 +153,10 @@ class _Listening:
 
 
 class Call:
-    """The call of one job, as `lastcall.call(ctx)` returns it. Everything is for the job's event loop.
+    """The call of one job, as `lastcall.call(ctx)` returns it. Since 0.2.0.
+
+    Everything is for the job's event loop. Times are in seconds, and deadlines are readings of
+    `time.monotonic()`.
 
     `stopping` is the event that the time of the call is limited:
 
@@ -165,9 +171,13 @@ class Call:
         # Until the job ends. Without lastcall the end is not told, and nothing here needs it.
         self._ctx: Any = None if address is None else ctx
         self._job: str = ctx.job.id
+        # Whether code of the agent has asked for this call, and whether it has done so after its connect.
+        self.is_asked_for = found is None
+        self._is_late = found is None and address is not None and _is_connected(ctx)
         self._address = address or ""
         self._loop = asyncio.get_running_loop()
         self._sock: socket.socket | None = None
+        self._has_lost_worker = False
         self._connect_again: asyncio.TimerHandle | None = None
         self._listening: list[_Listening] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -275,7 +285,11 @@ class Call:
 
         Raises `lastcall.Withdrawn` if the call stays with the predecessor. The job is then shut down.
         """
-        return None if self._arriving is None else await self._arriving.take_over()
+        if self._arriving is None:
+            return None
+        turns = await self._arriving.take_over()
+        self._tell_keeps()  # from now on the call can be handed over from here
+        return turns
 
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[None]:
@@ -298,7 +312,7 @@ class Call:
             log.warning("lastcall.call: no handover, because there is no worker that could do it")
             return "refused"
         id = next(self._ids)
-        answer = await self._ask(AskHandover(id=id, reason=reason[:MAX_REASON]), None)
+        answer = await self._ask(AskHandover(id=id, reason=reason[:MAX_REASON]), HANDED_OVER_WITHIN)
         if not isinstance(answer, HandoverOver):
             return "failed"
         if answer.result != "done":
@@ -309,7 +323,7 @@ class Call:
         return answer.result
 
     def be_successor(self, found: Succession) -> None:
-        """Be the successor that a dispatch has asked for, before the entrypoint runs."""
+        """Be the successor that a dispatch has asked for, before the entrypoint runs. For lastcall."""
         from lastcall.worker.job.arriving import Arriving, Resumed
 
         assert self._ctx is not None
@@ -323,7 +337,8 @@ class Call:
             job=self._job,
             remove=self._remove_predecessor,
             withdraw=self._withdraw,
-            is_stopping=self.stopping.is_set,
+            is_stopping=lambda: self.stopping.is_set() or self._has_lost_worker,
+            is_asked_for=lambda: self.is_asked_for,
         )
         self._arriving.attach(self._ctx.room, job.room.name)
 
@@ -345,15 +360,24 @@ class Call:
             ctx = self._ctx
             self._leaving = Leaving(
                 room=None if ctx is None else ctx.room,
-                agent_name=getattr(None if ctx is None else ctx.job, "agent_name", ""),
                 capsule=self._capsule,
                 busy=self._busy,
                 say=self._say,
                 leave=self._leave,
                 call=self._job if found is None else found.call,
                 epoch=0 if found is None else found.epoch,
+                has_call=self._has_call,
             )
         return self._leaving
+
+    def _has_call(self) -> bool:
+        """Tell whether this job has the call: a successor has it from the takeover on."""
+        return self._arriving is None or self._arriving.may_speak
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether this job is a successor that has to leave again. For lastcall."""
+        return self._arriving is not None and bool(self._arriving.withdrawn)
 
     def _leave(self) -> None:
         if self._ctx is not None:
@@ -364,13 +388,15 @@ class Call:
         if about is None:
             return
         lacks = "no function of on_takeover" if self._leaving is None else self._leaving.lacks
+        if self._is_late:  # a successor of the same code would be withdrawn
+            lacks = "lastcall.call(ctx) was called after ctx.connect(), call it before"
         told_at, told_lacks = self._told_keeps
         if now() - told_at >= TELL_AGAIN_AFTER or lacks != told_lacks:
             self._told_keeps = (now(), lacks)
             self._say(CallKeeps(size=about[0], kept_at=about[1], lacks=lacks))
 
     async def _ask(
-        self, question: AskExtension | AskHandover | AskRemoval, within: float | None
+        self, question: AskExtension | AskHandover | AskRemoval, within: float
     ) -> CallHears | None:
         """Return the answer of the worker; None if there is none within so many seconds, or no worker."""
         if self._sock is None:
@@ -438,6 +464,8 @@ class Call:
             case Limit():
                 self.stopping.set(Notice(reason=message.cause, deadline=message.due_at))
                 self._answer(message.answers, message)
+                if self._arriving is not None:
+                    self._arriving.stop()
                 for listening in list(self._listening):
                     self._tell(listening)
             case HandoverOver(id=id) | Removed(id=id):
@@ -466,6 +494,10 @@ class Call:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
+            # The worker dies, and this job with it in some milliseconds.
+            self._has_lost_worker = True
+            if self._arriving is not None:
+                self._arriving.stop()
         for id in list(self._answers):
             self._answer(id, None)
 
@@ -539,7 +571,8 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
 
     `ctx` is the JobContext that the entrypoint got. Through its call an agent hears that the worker stops,
     while there is time to end the conversation. Where the job does not run under lastcall the call is inert
-    (`call.is_inert`): nothing is ever told, and one line of the log says so.
+    (`call.is_inert`): nothing is ever told, and one line of the log says so. An agent whose calls go on in
+    another job calls it before `ctx.connect()`.
 
     Raises RuntimeError outside the event loop of the job. Since 0.2.0.
     """
@@ -550,10 +583,17 @@ def call(ctx: Any) -> Call:  # Any: livekit-agents' JobContext, which is not typ
     made = _calls.get(ctx.proc)
     if made is None:
         made = _calls[ctx.proc] = Call(ctx, _addresses.get(ctx.proc))
+    made.is_asked_for = True
     return made
 
 
-def arrive(ctx: Any, found: Succession) -> None:
+def _is_connected(ctx: Any) -> bool:
+    room = getattr(ctx, "room", None)
+    return room is not None and bool(room.isconnected())
+
+
+def arrive(ctx: Any, found: Succession) -> Call:
     """Have the job of `ctx` be a successor, before its entrypoint runs. For lastcall."""
     made = _calls[ctx.proc] = Call(ctx, _addresses.get(ctx.proc), found)
     made.be_successor(found)
+    return made

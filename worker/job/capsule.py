@@ -100,6 +100,8 @@ class Capsule:
         self._line: bytes | None = None
         self._provider: Provider | None = None
         self._kept_at = 0.0
+        # How often something was kept: a state that was sent is old once this has changed.
+        self.version = 0
 
     def keep(self, state: object) -> None:
         """Keep a state as it is now, or a function that returns it when it is needed; the last one counts.
@@ -111,6 +113,7 @@ class Capsule:
         else:
             self._line, self._provider = encode(state), None
         self._kept_at = now()
+        self.version += 1
 
     @property
     def is_kept(self) -> bool:

@@ -9,7 +9,8 @@
                                ◄──── RPC takeover(secret) ────────  is ready to speak
                                is silent
                      ◄───────  silent
-                               ───── the last turns ─────────────►  may speak, sets `speaks`
+                               ───── the last turns, and the
+                               capsule if it was kept anew ──────►  may speak, sets `speaks`
                      ◄───────  speaks; the job ends
 
 An RPC method can be called by every participant of the room. So it answers one identity alone, which the
@@ -17,8 +18,11 @@ worker has named before the dispatch, of the kind AGENT, and only with the secre
 tells of a participant that publishes nothing up to 3 s late (subscriberUpdateInterval, pkg/rtc/room.go). A
 successor that is not known yet gets the capsule for its secret, and has to wait with the takeover.
 
-From the answer to `takeover` on the agent is silent until its worker says that the successor is gone
-(`TakeBack`).
+From the answer to `takeover` on the agent is silent, and one step decides which of the two speaks then.
+Either the agent sees the successor say so, and leaves. Or it refuses this successor for good
+(`CancelHandover`), and then its worker decides: the successor is removed, and the agent speaks again
+(`TakeBack`), or the agent leaves (`LeaveRoom`). A successor that was removed may come back without knowing (a
+full reconnect), and is removed again.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from lastcall.worker.job.capsule import Busy, Capsule, NotJson, TooLarge, encode
 log = logging.getLogger("lastcall")
 
 HELLO, TAKEOVER = "lastcall.hello", "lastcall.takeover"
-CAPSULE, TURNS = "lastcall.capsule", "lastcall.turns"
+CAPSULE, TURNS, NEWER = "lastcall.capsule", "lastcall.turns", "lastcall.newer"
 # Seconds for the function of `on_takeover`. Ours: an interruption of AgentSession takes 22 ms at most.
 SILENT_WITHIN = 1.0
 # Seconds in which a participant that has left is back, if only this client has reconnected. Ours: the server
@@ -52,12 +56,15 @@ SILENT_WITHIN = 1.0
 BACK_WITHIN = 0.2
 # Seconds for a job that shuts down to leave its room. Ours: a session closes within a second.
 LEAVES_WITHIN = 2.0
-# Bytes of the last turns in the answer of an RPC. Livekit's clients refuse more than 15360; base64 of it.
-MAX_TURNS = 10_000
+# Seconds of silence after which the agent decides without its worker. Ours: more than the worker takes
+# (`handovers.REMOVED_WITHIN`), so that this is for a fault of the worker alone.
+SILENT_AT_MOST = 45.0
+# Bytes of last turns and state in the answer of an RPC, before base64. Livekit's clients refuse 15361.
+MAX_INLINE = 10_000
 # As `ParticipantKind` of livekit's protocol has them.
 AGENT, DEPENDENT_KINDS = 4, frozenset({1, 2, 4})
 
-Phase = Literal["none", "getting ready", "ready", "seen", "silencing", "silent", "left"]
+Phase = Literal["none", "getting ready", "ready", "seen", "silencing", "silent", "withdrawn", "left"]
 Say = Callable[[CallStep], None]
 Function = Callable[[], Awaitable[object] | object]
 
@@ -67,41 +74,48 @@ class Refused(Exception):
 
 
 class Leaving:
-    """The leaving side of one call. `room` is that of the job, and `leave` ends the job."""
+    """The leaving side of one call. `room` is that of the job, and `leave` ends the job.
+
+    `epoch`: that of this agent. After a takeover that was taken back it is the epoch of the successor.
+    """
 
     def __init__(
         self,
         *,
         room: Any,
-        agent_name: str,
         capsule: Capsule,
         busy: Busy,
         say: Say,
         leave: Callable[[], None],
         call: str,
         epoch: int,
+        has_call: Callable[[], bool] = lambda: True,
     ) -> None:
         self.on_takeover: Function | None = None
         self.on_take_back: Function | None = None
         self.phase: Phase = "none"
         self._room = room
-        self._agent_name = agent_name
         self._capsule = capsule
         self._busy = busy
         self._say_step = say
         self._leave = leave
         self._call = call
         self._epoch = epoch
+        self._has_call = has_call
         self._order: BeginHandover | None = None
         self._line = b""
+        self._version = 0
         self._asked_at: float | None = None
         self._speaking: set[str] = set()
         self._is_listening = False
+        self._has_withdrawn = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def lacks(self) -> str:
         """Why the call can't be handed over, as far as its agent knows; empty when it can."""
+        if not self._has_call():
+            return "the agent has not the call yet"
         if not self._capsule.is_kept:
             return "no call.keep"
         if self.on_takeover is None:
@@ -123,20 +137,32 @@ class Leaving:
             self._spawn(self._get_ready(order))
 
     def cancel(self, epoch: int) -> None:
-        """Refuse the successor of this epoch. Once the agent is silent only `take_back` ends that."""
+        """Refuse the successor of this epoch from now on, unless it was seen to speak already.
+
+        A silent agent stays silent until `take_back` or `leave`.
+        """
         if self._is_at(epoch, "getting ready", "ready", "seen"):
             self._end(epoch)
-            self._say(epoch, "cancelled")
+        elif self._is_at(epoch, "silent"):
+            self.phase = "withdrawn"
+        elif not self._is_at(epoch, "withdrawn"):
+            return
+        if self.phase == "withdrawn":
+            self._say(epoch, "silent")
+        self._say(epoch, "cancelled")
 
     def take_back(self, epoch: int) -> None:
-        """Speak again: the successor is gone."""
-        if self._is_at(epoch, "silent"):
+        """Speak again: the successor is out of the room."""
+        if self._is_at(epoch, "silent", "withdrawn"):
+            self.phase, self._epoch, self._has_withdrawn = "withdrawn", epoch, True
             self._spawn(self._speak_again(epoch))
 
     def leave(self, epoch: int) -> None:
         """End the job: the successor speaks."""
-        if self._is_at(epoch, "silencing", "silent"):
+        if self._is_at(epoch, "silent", "withdrawn"):
             self._go(epoch)
+        elif epoch > self._epoch:
+            self._spawn(self._be_superseded())
 
     async def aclose(self) -> None:
         """End with the job."""
@@ -156,6 +182,7 @@ class Leaving:
             reason = f"busy for {order.wait:g} s"
         if not reason:
             try:
+                self._version = self._capsule.version
                 self._line = await self._capsule.read() or b"null"
             except (NotJson, TooLarge) as error:
                 reason = f"call.keep: {error}"
@@ -196,7 +223,10 @@ class Leaving:
         return json.dumps({"bytes": len(self._line)})
 
     async def _on_takeover(self, data: Any) -> str:
-        """Be silent, and answer with the last turns; while it is no good moment, say that it is not."""
+        """Be silent, and answer with the last turns; while it is no good moment, say that it is not.
+
+        A state that the agent has kept since the capsule was sent is a part of the answer.
+        """
         order, _, is_known = self._check(data)
         began = now()
         if self.phase != "seen":
@@ -218,24 +248,31 @@ class Leaving:
         deletions.forbid(self._room.name)
         try:
             async with asyncio.timeout(SILENT_WITHIN):
-                turns = encode(await _result(self.on_takeover))
+                parts = {TURNS: encode(await _result(self.on_takeover))}
+                if self._capsule.version != self._version:
+                    parts[NEWER] = await self._capsule.read() or b"null"
         except BaseException as error:  # the agent may be half silent: it is told to speak again
-            self.phase = "silent"
-            if not isinstance(error, asyncio.CancelledError):
-                log.error(
-                    "lastcall.call: a handover fails: the function of on_takeover raised, or was too slow",
-                    extra={"error": type(error).__name__},
-                )
+            self.phase = "withdrawn"
             self._spawn(self._speak_again(order.epoch, refused=f"on_takeover: {type(error).__name__}"))
+            if not isinstance(error, Exception):
+                raise
+            log.error(
+                "lastcall.call: a handover fails: the function of on_takeover raised, or was too slow",
+                extra={"error": type(error).__name__},
+            )
             raise self._no("the agent could not become silent") from None
         self.phase = "silent"
         self._say(order.epoch, "silent")
+        self._spawn(self._end_silence(order.epoch))
         self._look_whether_it_speaks()
         answer: dict[str, Any] = {"took": now() - began}
-        if len(turns) <= MAX_TURNS:
-            answer["turns"] = base64.b64encode(turns).decode()
-        else:
-            self._spawn(self._send(TURNS, turns))
+        left = MAX_INLINE
+        for topic, line in parts.items():
+            answer[topic] = base64.b64encode(line).decode() if len(line) <= left else ""
+            if len(line) <= left:
+                left -= len(line)
+            else:
+                self._spawn(self._send(topic, line))
         return json.dumps(answer)
 
     def _check(self, data: Any) -> tuple[BeginHandover, dict[str, Any], bool]:
@@ -275,7 +312,21 @@ class Leaving:
         ) as error:  # of livekit's client; the successor misses it, and the worker the successor
             log.warning("lastcall.call: a capsule can't be sent", extra={"error": type(error).__name__})
 
+    async def _end_silence(self, epoch: int) -> None:
+        """Decide what the worker has not decided in time: speak again where no successor is in the room."""
+        while True:
+            await asyncio.sleep(SILENT_AT_MOST)
+            order = self._order
+            if order is None or not self._is_at(epoch, "silent", "withdrawn"):
+                return
+            log.error("lastcall.call: the worker has left a silent agent alone")
+            if order.identity not in self._room.remote_participants:
+                self.take_back(epoch)
+
     async def _speak_again(self, epoch: int, refused: str = "") -> None:
+        if not self._room.isconnected():  # the job ends, as every job does whose room is gone
+            self._end(epoch)
+            return
         deletions.permit(self._room.name)
         try:
             async with asyncio.timeout(SILENT_WITHIN):
@@ -290,6 +341,13 @@ class Leaving:
             self._say(epoch, "refused", detail=refused)
         else:
             self._say(epoch, "back")
+            await self._show_withdrawn()
+
+    async def _show_withdrawn(self) -> None:
+        """Show the epoch that has no right to speak to a successor which comes back without knowing."""
+        shown = {succession.CALL: self._call, succession.WITHDRAWN: str(self._epoch)}
+        with contextlib.suppress(Exception):  # of livekit's client; the worker removes that successor too
+            await self._room.local_participant.set_attributes(shown)
 
     def _go(self, epoch: int) -> None:
         self._say(epoch, "speaks")
@@ -301,8 +359,7 @@ class Leaving:
     async def _leave_room(self) -> None:
         """Leave the room where the entrypoint goes on: from 1.5.2 on livekit-agents lets it for 15 s."""
         await asyncio.sleep(LEAVES_WITHIN)
-        if self._room.isconnected():
-            await self._room.disconnect()
+        await leave_now(self._room)
 
     def _end(self, epoch: int) -> None:
         """Wait for nobody any more. A later try has a later epoch, so that this one is refused for good."""
@@ -314,14 +371,11 @@ class Leaving:
     # -- what happens in the room ---------------------------------------------------------------------
 
     def _on_connected(self, participant: Any) -> None:
-        """Note an agent of the same name that is not the successor: a stock worker has taken the offer."""
-        order, shown = self._order, participant.attributes
-        if order is None or self.phase != "ready" or participant.kind != AGENT:
-            return
-        is_same = shown.get("lk.agent_name", "") == self._agent_name and "lk.publish_on_behalf" not in shown
-        if is_same and participant.identity != order.identity and succession.CALL not in shown:
+        """Have an agent of an epoch removed that has no right to speak: it may not know of its removal."""
+        epoch = succession.epoch_of(participant.attributes, self._call)
+        if participant.kind == AGENT and 0 <= epoch <= self._epoch:
             detail = f"{participant.sid} {participant.identity}"[:1000]
-            self._say(order.epoch, "stranger", detail=detail)
+            self._say(epoch, "returned", detail=detail)
 
     def _on_disconnected(self, participant: Any) -> None:
         order = self._order
@@ -345,7 +399,7 @@ class Leaving:
         if (
             successor is not None
             and successor.kind == AGENT
-            and successor.attributes.get(succession.SPEAKS) == str(order.epoch)
+            and succession.speaks_at(successor.attributes, self._call) == order.epoch
         ):
             self._go(order.epoch)
 
@@ -354,24 +408,29 @@ class Leaving:
 
     def _on_reconnected(self) -> None:
         """Look whether a successor speaks already, as after a removal that the agent was not told of."""
-        for each in self._room.remote_participants.values():
-            speaks = each.attributes.get(succession.SPEAKS, "")
-            if (
-                each.kind == AGENT
-                and succession.epoch_of(each.attributes, self._call) > self._epoch
-                and speaks
-            ):
-                self._spawn(self._be_superseded())
-                return
+        agents = [each for each in self._room.remote_participants.values() if each.kind == AGENT]
+        if succession.is_superseded(self._call, self._epoch, [each.attributes for each in agents]):
+            self._spawn(self._be_superseded())
+            return
+        for each in agents:
+            self._on_connected(each)
+        if self._has_withdrawn:  # a full reconnect has brought back the attributes of the begin
+            self._spawn(self._show_withdrawn())
 
     async def _be_superseded(self) -> None:
+        """Leave at once, without a word: another agent has the call."""
+        if self.phase == "left":
+            return
+        self.phase = "left"
         log.warning("lastcall.call: the call has gone on in another job, and this one ends")
         deletions.forbid(self._room.name)
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(SILENT_WITHIN):
-                await _result(self.on_takeover)
-        self.phase = "left"
-        self._leave()
+        try:
+            async with asyncio.timeout(LEAVES_WITHIN):
+                await asyncio.gather(_result(self.on_takeover), leave_now(self._room), return_exceptions=True)
+        except TimeoutError:
+            pass
+        finally:
+            self._leave()
 
     # -- small things ---------------------------------------------------------------------------------
 
@@ -389,6 +448,12 @@ class Leaving:
     @staticmethod
     def _no(text: str) -> rtc.RpcError:
         return rtc.RpcError(rtc.RpcError.ErrorCode.APPLICATION_ERROR, text)
+
+
+async def leave_now(room: Any) -> None:
+    """Leave a room, as the fastest way to be silent there."""
+    if room.isconnected():
+        await room.disconnect()
 
 
 async def _result(function: Function | None) -> Any:

@@ -1,7 +1,7 @@
 """The entrypoint of a job in a rehearsal: a call that goes on for a time after the stop began.
 
-The job says how it goes to the rehearsal itself, in datagrams, and not through the log: an agent may set up
-its log as it likes, and one that ends its process by `os._exit` would take unsent records with it.
+The job says how it goes in datagrams to the rehearsal, and not through the log. An agent may set up the log
+as it likes, and an agent that ends its process by `os._exit` would take unsent records along.
 """
 
 from __future__ import annotations

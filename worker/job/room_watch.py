@@ -9,6 +9,7 @@ in its room. The look begins before the entrypoint of the agent, and uses the pu
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from lastcall.worker.base import succession
 from lastcall.worker.base.calls_over import What
 from lastcall.worker.job import call
+
+log = logging.getLogger("lastcall")
 
 Tell = Callable[[str, What, int, str], None]
 
@@ -47,13 +50,14 @@ class WatchedEntrypoint:
 
     async def _succeed(self, context: Any, found: succession.Succession) -> None:
         """Run the entrypoint of an agent that goes on with a call. A successor that has to leave does so."""
-        from lastcall.worker.job.arriving import Withdrawn
-
-        call.arrive(context, found)
+        arrived = call.arrive(context, found)
         try:
             await self.user(context)
-        except Withdrawn:
-            return  # the job is being shut down, and the log has the reason
+        except Exception as error:
+            # Withdrawn, or whatever an agent raises that finds itself out of its room.
+            if not arrived.is_withdrawn:
+                raise
+            log.info("lastcall.call: the entrypoint has ended", extra={"error": type(error).__name__})
 
 
 def watch(room: Any, tell: Callable[[What, int, str], None]) -> None:

@@ -33,9 +33,9 @@ log = logging.getLogger("lastcall.worker")
 
 # Part of the path of each file of livekit-agents.
 IN_LIVEKIT_AGENTS = f"{os.sep}livekit{os.sep}agents{os.sep}"
-# Loop turns between the user's accept() and the answer. A signal or a control message that arrived while
-# the loop was blocked is read in the first, queued as a callback, run in the second, and may wake a task
-# that runs in the third; one to spare.
+# Loop turns between the user's accept() and the answer. A signal or a control message that arrived while the
+# loop was blocked is read in the first turn and queued as a callback. The callback runs in the second turn,
+# and may wake a task that runs in the third. One is to spare.
 GATE_TURNS = 4
 
 
@@ -134,7 +134,7 @@ def use_private_ports(server: AgentServer) -> None:
 
 
 def use_private_metrics_dir(server: AgentServer, suffix: str) -> None:
-    """Give this worker a Prometheus directory of its own: livekit-agents empties it at start."""
+    """Give this worker a private Prometheus directory: livekit-agents empties the directory at start."""
     base = server._prometheus_multiproc_dir or os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if base:
         path = os.path.join(base, suffix)
@@ -191,7 +191,7 @@ def gate_requests(server: AgentServer, *, admit: Admit, settle: Settle) -> None:
                 offer.job.attributes.update(found.attributes())  # for the job, which takes them out again
                 arguments.identity = found.identity
                 arguments.attributes = {**(arguments.attributes or {}), **found.shown}
-            # From here to the send inside accept() nothing of ours awaits.
+            # From here to the send inside accept() lastcall awaits nothing.
             error: BaseException | None = None
             try:
                 await accept(arguments)
@@ -393,7 +393,7 @@ async def ask_to_end(executor: Any, seconds: float) -> None:
     """Ask a job to shut down, as the server's termination does, and wait for its process to end.
 
     livekit-agents kills a job that has not acknowledged within `close_timeout` (10 s by default), with the
-    job's callbacks unrun; the deadline is ours to keep, so its own is moved out of the way.
+    job's callbacks unrun. lastcall keeps the deadline, so that of livekit-agents is moved out of the way.
     """
     options = getattr(executor, "_opts", None)
     if options is not None and hasattr(options, "close_timeout"):

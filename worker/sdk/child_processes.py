@@ -26,13 +26,13 @@ PRELOADED_FOR = {"livekit.plugins.inworld": "lastcall.worker.inworld.plugin.atta
 def lock_process_poll() -> None:
     """Read a forkserver child's exit status once, and take no living process for an ended one.
 
-    Two threads poll one process (the join thread and the loop's `is_alive`); both find the status pipe
-    readable, the second reads end of file and takes it for exit code 255, and a job that ended well is
+    Two threads poll one process: the join thread and the loop's `is_alive`. Both find the status pipe
+    readable. The second reads end of file and takes that for exit code 255, and a job that ended well is
     reported failed. The lock lies around the read only: the join thread waits for hours.
 
-    End of file is also all there is when the forkserver itself has been killed, and the job lives on: its
-    channels would be closed on it, which ends it. Its own end is seen by a pidfd, opened by the first look
-    at it, which the join thread takes at once.
+    End of file is also all there is when the forkserver itself has been killed, and the job lives on. Taken
+    for the end, it would have the job's channels closed, which ends the job. So a pidfd tells the end of the
+    process. The first look at the process opens the pidfd, and the join thread looks at once.
 
     A process whose call was over (`count_as_good`) has ended well, however it ended. `returncode` stays true.
     """
@@ -66,7 +66,7 @@ def lock_process_poll() -> None:
             self.pidfd = _pidfd(self.pid)
             multiprocessing.util.Finalize(self, os.close, (self.pidfd,))
 
-    poll.is_locked = True  # type: ignore[attr-defined]  # a mark on our own function
+    poll.is_locked = True  # type: ignore[attr-defined]  # a mark on the function above
     popen.poll = poll  # type: ignore[method-assign]  # that is the mend
 
 
@@ -90,7 +90,7 @@ def _pidfd(pid: int) -> int:
 
 
 def preload_ours() -> None:
-    """Add our modules to every forkserver preload list; livekit-agents sets the list itself, at its start."""
+    """Add modules of lastcall to every forkserver preload list. livekit-agents sets the list at its start."""
     context = multiprocessing.context.ForkServerContext
     original = context.set_forkserver_preload
 
@@ -113,7 +113,7 @@ def keep_interrupt_handler() -> None:
 
 
 def end_log_pipes() -> None:
-    """Have the end of a job's process be the end of its log, whoever else still holds the pipe.
+    """Have the end of a job's process be the end of its log, also while another process holds the pipe.
 
     A process that a job forked inherits the pipe, and livekit-agents says that a job has ended only once the
     pipe is at end of file. The job's whole drain would be spent waiting for a child that it left behind. The
@@ -132,5 +132,5 @@ def end_log_pipes() -> None:
                 pipe.shutdown(socket.SHUT_RD)
         original(self)
 
-    stop.is_bounded = True  # type: ignore[attr-defined]  # a mark on our own function
+    stop.is_bounded = True  # type: ignore[attr-defined]  # a mark on the function above
     LogQueueListener.stop = stop

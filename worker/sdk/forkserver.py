@@ -50,7 +50,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lastcall.worker.base import garbage
+from lastcall.worker.base import garbage, randomness
 from lastcall.worker.base.memory import oom_adjustment
 from lastcall.worker.base.process import FORKSERVER, set_name
 from lastcall.worker.base.stopping import SHIELDED
@@ -59,14 +59,16 @@ log = logging.getLogger("lastcall.worker")
 
 # Imported before the fork: the part that every job process has, and nothing of the agent. The command imports
 # `livekit.agents.ipc._preload`, because that loads models of 244 MB or none, as the agent's environment says.
-# `wsgiref.handlers` is first because it copies the whole environment, for CGI programs (prometheus_client
-# imports it and is none), and each variable would count as read.
 IMPORTED = (
-    "wsgiref.handlers",
     "livekit.agents",
     "lastcall.worker.job.setup",
     "lastcall.worker.inworld.plugin.attached",
 )
+# Imported before reads of the environment are noted: it copies the whole environment, for CGI programs
+# (prometheus_client imports it and is none), and each variable would count as read.
+READS_ALL = "wsgiref.handlers"
+# Stands among the names of variables for a copy of all of them.
+WHOLE = "*"
 # How the command of a forkserver begins, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
 COMMAND = "from multiprocessing.forkserver import main"
 # Variables that the interpreter and native libraries read by themselves: CPython's command line page,
@@ -83,6 +85,9 @@ TAKE_OVER_WITHIN = 5.0
 # Seconds for native threads to be gone that end in a fork, as those of OpenBLAS do (pthread_atfork(3)). Ours:
 # a thread that has been joined may stand in /proc for some microseconds.
 THREADS_END_WITHIN = 0.2
+# Major numbers of devices that a fork may share: memory, and terminals (admin-guide/devices.txt of Linux). A
+# graphics processor is none of them.
+PLAIN_DEVICES = {1, 4, 5, *range(136, 144)}
 LENGTH = struct.Struct("!I")
 TAKEN_OVER = b"\0"
 # Bytes of the answer at most; one that is not TAKEN_OVER is the text of an error. Ours: a line.
@@ -100,13 +105,23 @@ class Unlike(Exception):
 class Imports:
     """The traces of imports: descriptors, the variables that they read, and TLS contexts without defaults.
 
-    `why` says why a fork would be unlike; empty if the imports do not hinder one.
+    `unseeded` are the generators of random numbers that the imports have made. `why` says why a fork would be
+    unlike; empty if the imports do not hinder one.
     """
 
     opened: set[int] = field(default_factory=set)
     reads: set[str] = field(default_factory=set)
     contexts: list[ssl.SSLContext] = field(default_factory=list)
+    unseeded: randomness.Unseeded = field(default_factory=randomness.Unseeded)
     why: str = ""
+
+    def add(self, more: Imports) -> None:
+        """Add the traces of more imports in the same process."""
+        self.opened |= more.opened
+        self.reads |= more.reads
+        self.contexts += more.contexts
+        self.unseeded.update(more.unseeded)
+        self.why = self.why or more.why
 
 
 def fork(imports: Imports | None = None) -> None:
@@ -117,18 +132,19 @@ def fork(imports: Imports | None = None) -> None:
     handlers of what it has imported run, as in a new interpreter.
     """
     start_interpreter = getattr(multiprocessing.util, "spawnv_passfds", None)
-    if start_interpreter is None:
-        return
     waiting: _Waiting | None = None
     why = ""
     if imports is None:
-        imports = import_all(IMPORTED)
+        imports = Imports() if start_interpreter is None else import_all(IMPORTED)
     try:
-        waiting = _fork(imports)
+        if start_interpreter is not None:
+            waiting = _fork(imports)
     except Unlike as error:
         why = str(error)
     finally:
         _load_defaults(imports.contexts)
+    if start_interpreter is None:
+        return
 
     def spawnv_passfds(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
         nonlocal waiting, why
@@ -152,8 +168,13 @@ def fork(imports: Imports | None = None) -> None:
 def import_all(modules: Iterable[str]) -> Imports:
     """Import the modules, and note what that leaves. To be called before there is a second thread."""
     found = Imports()
+    importlib.import_module(READS_ALL)
     before = open_descriptors()
-    with _defaults_loaded_later(found.contexts), _reads_noted() as found.reads:
+    with (
+        _defaults_loaded_later(found.contexts),
+        _reads_noted() as found.reads,
+        randomness.noted(found.unseeded),
+    ):
         for module in modules:
             try:
                 importlib.import_module(module)
@@ -162,9 +183,9 @@ def import_all(modules: Iterable[str]) -> Imports:
                 found.why = f"an import failed: {error!r}"
                 return found
     found.opened = open_descriptors() - before
-    for fd in found.opened:
-        if not _is_file(fd):
-            found.why = f"an import has opened {os.readlink(f'/proc/self/fd/{fd}')}"
+    odd = [fd for fd in sorted(found.opened) if not _is_file(fd)]
+    if odd:
+        found.why = f"an import has opened {os.readlink(f'/proc/self/fd/{odd[0]}')}"
     if threading.active_count() > 1:
         found.why = "an import has started a thread"
     return found
@@ -365,6 +386,10 @@ def _reads_noted() -> Iterator[set[str]]:
             reads.add(name)
             return super().__getitem__(name)
 
+        def __iter__(self) -> Any:
+            reads.add(WHOLE)
+            return super().__iter__()
+
     # The object stays: modules may have it from `from os import environ`.
     os.environ.__class__ = Noted
     try:
@@ -415,6 +440,8 @@ def open_descriptors() -> set[int]:
 
 
 def _is_file(fd: int) -> bool:
-    """Tell whether a descriptor is a file, a directory or a device such as /dev/urandom."""
-    mode = os.fstat(fd).st_mode
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISCHR(mode)
+    """Tell whether a descriptor is a file, a directory, or a device such as /dev/urandom or a terminal."""
+    found = os.fstat(fd)
+    mode = found.st_mode
+    is_plain_device = stat.S_ISCHR(mode) and os.major(found.st_rdev) in PLAIN_DEVICES
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode) or is_plain_device

@@ -34,16 +34,27 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import NoReturn
 
+from lastcall.worker.base import randomness
 from lastcall.worker.base.errors import Incompatible
-from lastcall.worker.base.image_wire import GO, GO_FD, GO_WITHIN, MAX_BYTES, MAX_DESCRIPTORS, Answer, Request
+from lastcall.worker.base.image_wire import (
+    ADOPTED_WITHIN,
+    GO,
+    GO_FD,
+    GO_WITHIN,
+    MAX_BYTES,
+    MAX_DESCRIPTORS,
+    Answer,
+    Request,
+)
 from lastcall.worker.base.process import IMAGE, end_with_parent, name, rewrite_variable, set_name
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.variables import MARK
-from lastcall.worker.sdk import preflight
+from lastcall.worker.sdk import preflight, scout
 from lastcall.worker.sdk.forkserver import (
     IMPORTED,
     Imports,
@@ -70,10 +81,12 @@ READ_AGAIN = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
 LOOK_AGAIN_AFTER = 0.0005
 
 
-def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
+def serve(
+    settings: WorkerSettings, run_target: Callable[[], None], is_own: Callable[[str, str], bool]
+) -> tuple[WorkerSettings, Imports]:
     """Import, and fork a worker for each request. Return in each worker, with its settings.
 
-    The image itself ends here.
+    `run_target` and `is_own` are for `scout.look`. The image itself ends here.
     """
     assert settings.control_fd is not None
     supervisor = os.getppid()
@@ -82,25 +95,39 @@ def serve(settings: WorkerSettings) -> tuple[WorkerSettings, Imports]:
     own_name = name()
     set_name(IMAGE)
     imports = _import()
+    packages, left_out = 0, dict[str, str]()
+    if not imports.why:
+        found = scout.look(run_target, is_own)
+        more, left_out = scout.import_packages(found)
+        packages = len(found.packages) - len(left_out)
+        imports.add(more)
     if imports.why:
         _say(channel, Answer(ready=imports.why))
         os._exit(0)
     _forget_unused(imports.contexts)
+    bit_generators = randomness.generators_of_numpy()
     gc.freeze()
     for stream in (sys.stdout, sys.stderr):
         # The stream may be None or closed. Each worker would write once more what it has kept.
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    _say(channel, Answer(ready=""))
+    _say(channel, Answer(ready="", packages=packages, left_out=left_out))
     while True:
         packet, received = _next(channel)
         if not packet:
             os._exit(0)
         request = Request.decode(packet)
-        worker = _fork(channel, request)
-        if worker is not None:
+        if len(received) < len(request.numbers):  # the kernel drops those that have no room here
+            _say(channel, Answer(number=request.number, error="no room for the descriptors"))
+        elif (between := _fork(channel, request)) is not None:
+            try:
+                _become(channel, request, received, parent=between, supervisor=supervisor)
+            except (OSError, ValueError) as error:
+                with suppress(OSError):
+                    channel.send(Answer(number=request.number, error=f"no worker: {error}").encode())
+                os._exit(1)
             set_name(own_name)
-            _become(channel, request, received, parent=worker, supervisor=supervisor)
+            randomness.seed_anew(imports.unseeded, bit_generators)
             return WorkerSettings.from_json(request.settings), imports
         for fd in received:
             os.close(fd)
@@ -146,11 +173,12 @@ def _import() -> Imports:
     except Incompatible as error:  # the worker says so, and names what is missing
         imports.why = str(error)
         return imports
+    imports.why = preflight.untried()
+    if imports.why:
+        return imports
     more = import_all([*WORKER_MODULES, *(module for module in WARM_UP if _is_there(module))])
-    imports.opened |= more.opened
-    imports.reads |= more.reads - READ_AGAIN
-    imports.contexts += more.contexts
-    imports.why = more.why
+    more.reads -= READ_AGAIN
+    imports.add(more)
     if not imports.why and not _forks_alone():
         imports.why = "an import has started a thread"
     return imports
@@ -224,16 +252,13 @@ def _become(
     os.setsid()
     # Each interpreter makes one by itself. Two workers with the same one could use each other's managers.
     multiprocessing.process.current_process().authkey = os.urandom(32)
-    numbers = sys.modules.get("numpy.random")
-    if numbers is not None:
-        numbers.seed()  # numpy's own generator; `random` and OpenSSL see the fork by themselves
     place(received, request.numbers)
     for number in range(3, GO_FD + 1):
         if number in request.numbers:
             os.set_inheritable(number, False)
         else:
             os.close(number)  # what has filled it
-    until = time.monotonic() + GO_WITHIN
+    until = time.monotonic() + ADOPTED_WITHIN
     while os.getppid() == parent:
         if time.monotonic() > until:
             _end()

@@ -47,7 +47,7 @@ def at_job_end(end: Callable[[Any], Awaitable[None]]) -> None:
         finally:
             await original()
 
-    close_http_ctx.is_job_end = True  # type: ignore[attr-defined]  # a mark on our own function
+    close_http_ctx.is_job_end = True  # type: ignore[attr-defined]  # a mark on the function above
     http_context._close_http_ctx = close_http_ctx
 
 

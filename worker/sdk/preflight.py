@@ -30,6 +30,10 @@ from lastcall.worker.sdk.names import INWORLD, LIVEKIT, NAMES, PLUGIN, POOL, PYT
 STORE_ATTR, EXTENDED_ARG = dis.opmap["STORE_ATTR"], dis.opmap["EXTENDED_ARG"]
 
 
+# The newest versions that the tests of the image were run with: major and minor number.
+TRIED_UNTIL = {PYTHON: (3, 14), LIVEKIT: (1, 8)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lack:
     """A private name that the installed version lacks, or has in another form."""
@@ -117,6 +121,18 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def untried() -> str:
+    """Say which version is newer than those that an image was tried with; empty if none is.
+
+    An image depends on what an import leaves in the process, which no name tells.
+    """
+    for package, last in TRIED_UNTIL.items():
+        if _numbers(version_of(package))[:2] > last:
+            tried = ".".join(map(str, last))
+            return f"{package} {version_of(package)} is newer than {tried}, the last that was tried"
+    return ""
 
 
 def _numbers(text: str) -> tuple[int, ...]:

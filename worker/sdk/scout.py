@@ -1,0 +1,255 @@
+"""Find the installed packages that a target imports, and import those that a fork may bring along.
+
+    image                              scout, a fork                trial, a fork
+    forks, waits ────────────────────► runs the target
+    packages, changed variables ◄───── tells, is killed
+    forks, waits ─────────────────────────────────────────────────► imports, looks at itself
+    clean packages, reasons ◄────────────────────────────────────── tells after each, ends at the first reason
+    imports the clean packages
+
+The files of the agent run in the scout, as they run in each worker and in each job. The image runs none of
+them, so no state of their modules is shared.
+
+A package is left out if its import adds anything that a fork would lose or share: a thread, a process, or a
+descriptor that is not a plain file. So is one that reads a variable which the target changes before. Each
+process imports a package that was left out, as it would without an image. The trial goes on behind that
+package in another fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn  # what a fork tells is JSON
+
+from lastcall.worker.base.process import end_with_parent
+from lastcall.worker.base.target_form import INSTALLED
+from lastcall.worker.sdk.forkserver import WHOLE, Imports, import_all, is_single_threaded
+
+# Seconds for the target, and for each trial. Ours: programs import for some seconds. One that loads a model
+# for longer tells what it has imported until then.
+SCOUT_WITHIN = 10.0
+TRIAL_WITHIN = 20.0
+# Packages that a trial may refuse: each one costs another fork. Ours: an agent has one or two.
+MAX_REFUSED = 16
+# Characters of a reason. Ours: a line, because an error of an import may have any length.
+MAX_REASON = 200
+# Bytes of one line of a fork. Ours: some thousand modules.
+MAX_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 16
+
+
+@dataclass(slots=True)
+class Found:
+    """The imports of a target: the file of each module, in order. And the variables that it changes."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+    @property
+    def packages(self) -> dict[str, list[str]]:
+        """Return the modules by package, in the order in which their imports have begun."""
+        found: dict[str, list[str]] = {}
+        for name, file in self.files.items():
+            found.setdefault(package_of(name, file), []).append(name)
+        return found
+
+
+def look(run_target: Callable[[], None], is_own: Callable[[str, str], bool]) -> Found:
+    """Run the target in a fork, and return what it has imported; nothing if it does not tell.
+
+    `run_target` may raise anything. `is_own` tells by name and file whether a module is one of the program.
+    """
+    before, environment = set(sys.modules), dict(os.environ)
+
+    def run(tell: Callable[[object], None]) -> None:
+        def end(*_: object) -> NoReturn:
+            modules = [(name, _installed_file(each)) for name, each in list(sys.modules.items())]
+            files = {
+                name: file for name, file in modules if file and name not in before and not is_own(name, file)
+            }
+            names = {*environment, *os.environ}
+            tell([files, [name for name in names if environment.get(name) != os.environ.get(name)]])
+            tell(None)
+            os._exit(0)
+
+        # In time even where the target does not come to its end.
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, SCOUT_WITHIN)
+        with suppress(BaseException):
+            run_target()
+        end()
+
+    told = _told_by(run, SCOUT_WITHIN * 1.2)
+    return Found(files=told[0][0], changed=set(told[0][1])) if told else Found()
+
+
+def import_packages(found: Found) -> tuple[Imports, dict[str, str]]:
+    """Import the packages that a fork may bring along; return the traces, and why others are left out."""
+    packages = found.packages
+    waiting = list(packages)
+    imports, left_out = Imports(), dict[str, str]()
+    while waiting and len(left_out) < MAX_REFUSED:
+        told = _told_by(functools.partial(_try_each, packages, waiting, found), TRIAL_WITHIN)
+        clean = [package for package, why in told if not why]
+        for package in clean:
+            imports.add(import_all(packages[package]))
+        if imports.why:
+            break
+        for package in waiting[len(clean) : len(clean) + 1]:
+            reasons = [why for _, why in told if why]
+            late = f"its import ends the process, or takes more than {TRIAL_WITHIN:g} s"
+            left_out[package] = (reasons[0] if reasons else late)[:MAX_REASON]
+        waiting = waiting[len(clean) + 1 :]
+    return imports, left_out | dict.fromkeys(waiting, f"{MAX_REFUSED} others are left out")
+
+
+def _try_each(
+    packages: Mapping[str, list[str]], names: list[str], found: Found, tell: Callable[[object], None]
+) -> None:
+    """Import the packages, and tell about each; end with the first that is to be left out."""
+    for package in names:
+        why = _try(packages[package], found)
+        tell([package, why])
+        if why:
+            break
+
+
+def _try(modules: list[str], found: Found) -> str:
+    """Import the modules; return the reason why a fork must not bring them along."""
+    before, here = set(sys.modules), os.getcwd()
+    try:
+        imports = import_all(modules)
+    except BaseException as error:
+        return f"an import failed: {error!r}"
+    if imports.why:
+        return imports.why
+    for name in [name for name in sys.modules if name not in before]:
+        file = _installed_file(sys.modules[name])
+        if file and found.files.get(name, file) != file:
+            return f"{name} is another file here than in the target"
+    reads = found.changed & imports.reads
+    if reads or (found.changed and WHOLE in imports.reads):
+        return f"it reads {min(reads, default='the environment')}, and the target changes that before"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "it has a CUDA context"
+    if asyncio._get_running_loop() is not None:
+        return "it runs an event loop"
+    if Path(f"/proc/self/task/{os.getpid()}/children").read_text():
+        return "it has started a process"
+    if os.getcwd() != here:
+        return "it changes the working directory"
+    if len(os.listdir("/proc/self/task")) > 1:
+        # Some native threads end in the first fork (pthread_atfork(3)).
+        os.waitpid(_fork(lambda: None), 0)
+        if not is_single_threaded():
+            return "it has started a thread"
+    return ""
+
+
+# -- names --------------------------------------------------------------------------------------------------
+
+
+def _installed_file(module: object) -> str:
+    """Return the file of a module of an installed package; empty for others, and for one that is loading."""
+    # Not by getattr: a module that is loaded at its first use would be loaded by the question.
+    values = vars(module) if isinstance(module, ModuleType) else {}
+    file, spec = values.get("__file__"), values.get("__spec__")
+    if not isinstance(file, str) or spec is None or getattr(spec, "_initializing", False):
+        return ""
+    return file if not INSTALLED.isdisjoint(Path(file).parts) else ""
+
+
+def package_of(name: str, file: str) -> str:
+    """Return the name of the outermost package that is not a namespace, such as `livekit.plugins.openai`."""
+    parts, folder = name.split("."), Path(file).parent
+    depth = len(parts) if Path(file).stem == "__init__" else len(parts) - 1
+    if depth == 0 or not _is_package(folder):
+        return name
+    while depth > 1 and _is_package(folder.parent):
+        folder, depth = folder.parent, depth - 1
+    return ".".join(parts[:depth])
+
+
+def _is_package(folder: Path) -> bool:
+    return any(folder.glob("__init__.*"))
+
+
+# -- forks --------------------------------------------------------------------------------------------------
+
+
+def _told_by(run: Callable[[Callable[[object], None]], None], within: float) -> list[Any]:
+    """Run in a fork, and return what it tells until it ends, tells None, or its seconds are over.
+
+    The fork has no output: the workers will say the same. It is killed then, with all that it has started in
+    its session; and with this process.
+    """
+    reader, writer = os.pipe()
+
+    def tell(what: object) -> None:
+        text = json.dumps(what).encode() + b"\n"
+        while text:
+            text = text[os.write(writer, text) :]
+
+    def begin() -> None:
+        os.setsid()
+        end_with_parent()
+        os.close(reader)
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        os.close(null)
+        run(tell)
+
+    pid = _fork(begin)
+    os.close(writer)
+    told: list[Any] = []
+    try:
+        for each in _lines(reader, time.monotonic() + within):
+            if each is None:
+                break
+            told.append(each)
+    finally:
+        os.close(reader)
+        for kill in (os.killpg, os.kill):
+            with suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return told
+
+
+def _fork(run: Callable[[], None]) -> int:
+    with warnings.catch_warnings():
+        # CPython 3.12 warns of threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def _lines(reader: int, due: float) -> Iterator[Any]:
+    rest = b""
+    while len(rest) < MAX_BYTES:
+        ready, _, _ = select.select([reader], [], [], max(0.0, due - time.monotonic()))
+        chunk = os.read(reader, CHUNK_BYTES) if ready else b""
+        if not chunk:
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from map(json.loads, lines)
