@@ -89,10 +89,10 @@ def test_a_line_is_broken_between_words(line: str, width: int) -> None:
     """Each part fits, unless it begins with a word that does not. The words are those of before."""
     parts = broken(line, width).split("\n")
     assert " ".join(parts).split() == line.split()
-    if width > 2 * INDENT:
-        wide = [part for part in parts if cells(part.rstrip()) > width]
-        assert all(cells(part.split()[0]) > width - INDENT for part in wide if part.split()), parts
-        assert all(part.startswith(" " * INDENT) for part in parts[1:])
+    indent = min(INDENT, width // 3)
+    wide = [part for part in parts if cells(part.rstrip()) > width]
+    assert all(cells(part.split()[0]) > width - indent for part in wide if part.split()), parts
+    assert all(part.startswith(" " * indent) for part in parts[1:])
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from lastcall.supervisor.cli.parameters import (
     target_of,
     with_run_options,
 )
+from lastcall.supervisor.cli.plain_text import show
 from lastcall.supervisor.cli.progress import Progress
 from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.options import Config
@@ -239,7 +240,7 @@ def _rehearse(
             verdicts.append(verdict)
             progress.clear()
             if not as_json and html != page_file.STANDARD_OUTPUT:
-                print(drill_report.line(verdict), flush=True)
+                show(drill_report.line(verdict), indent=10)
     if as_json:
         print(json.dumps(drill_report.document(target, verdicts), indent=2))
     if junit is not None:
@@ -285,7 +286,7 @@ def _doctor(
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        print("\n".join(map(report.line, findings)))
+        show("\n".join(map(report.line, findings)), indent=report.INDENT)
         if names:
-            print(report.table(names))
+            show(report.table(names), indent=report.INDENT)
     return 0 if document["ok"] else 1

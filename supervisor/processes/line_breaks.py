@@ -16,13 +16,15 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 WORD = re.compile(r"( *)([^ ]+)")
 
 
-def broken(line: str, width: int) -> str:
+def broken(line: str, width: int, indent: int = INDENT) -> str:
     """Return a line, without the newline at its end, with newlines between words where it is too wide.
 
-    `width` is in cells. A word that is wider than the terminal stays whole, and the terminal breaks it.
+    `width` and `indent` are in cells. A word that is wider than the terminal stays whole, and the terminal
+    breaks it.
     """
+    indent = min(indent, width // 3)
     text = COLOUR.sub("", line)
-    if len(text) * 2 <= width or CONTROL.search(text) or cells(text) <= width or width <= 2 * INDENT:
+    if len(text) * 2 <= width or CONTROL.search(text) or cells(text) <= width:
         return line
     parts: list[str] = []
     column = 0
@@ -30,8 +32,8 @@ def broken(line: str, width: int) -> str:
         size = cells(COLOUR.sub("", word))
         is_first = not parts
         if not is_first and column + len(gap) + size > width:
-            parts.append(f"\n{' ' * INDENT}{word}")
-            column = INDENT + size
+            parts.append(f"\n{' ' * indent}{word}")
+            column = indent + size
         else:
             parts.append(gap + word)
             column += len(gap) + size
