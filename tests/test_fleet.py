@@ -262,7 +262,7 @@ async def test_many_reloads_leave_nothing_behind(run: StartRun, program: Program
     ],
 )
 def test_why_recycle(limits: dict[str, int], reason: str) -> None:
-    """A worker of 60 s, 7 jobs and 200 MB is due by each limit that it has reached, and by no other."""
+    """A worker of 60 s, 7 jobs and 200 private MB is due by each limit that it has reached, by no other."""
     from lastcall.supervisor.config import Recycle
     from lastcall.supervisor.fleet.stalls import why_recycle
     from lastcall.supervisor.fleet.states import SlotState
@@ -273,6 +273,7 @@ def test_why_recycle(limits: dict[str, int], reason: str) -> None:
     generation, _log = generation_in(SlotState.READY)
     generation.ready_at = now() - 60
     generation.reports.jobs_started = 7
-    generation.reports.beat = LastBeat(at=now(), rss_bytes=200_000_000)
+    generation.reports.beat = LastBeat(at=now(), rss_bytes=900_000_000)  # which has the image's pages
+    generation.private_bytes = 200_000_000
     why = why_recycle(Recycle(**limits), generation)
     assert reason in why if reason else why == ""

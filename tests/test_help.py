@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from lastcall.supervisor.cli import examples, operate, run
+from lastcall.supervisor.cli import examples, run
 from lastcall.supervisor.cli.parameters import with_arguments
 from tests.support.harness import AGENT, LASTCALL, Run, StartRun
 
@@ -31,9 +31,8 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 def verbs() -> dict[str, Any]:
     """Return the commands of the whole command line."""
-    if not any(command.name in operate.VERBS for command in run.app.registered_commands):
-        operate.add_to(run.app)
-    root: Any = typer.main.get_command(run.app)  # Any: click's classes, which newer versions of typer bundle
+    # Any: click's classes, which newer versions of typer bundle
+    root: Any = typer.main.get_command(run.whole())
     return dict(root.commands)
 
 

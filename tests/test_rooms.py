@@ -17,13 +17,13 @@ from lastcall.worker.local import livekit_server, room_server
 from lastcall.worker.local.livekit_server import Delays, DispatchServer
 from lastcall.worker.local.participants import MAX_RPC
 from lastcall.worker.local.room import FULL_RECONNECT, Room
-from lastcall.worker.local.rooms import DEPARTURE_TIMEOUT, Kind, Reason, Rooms
+from lastcall.worker.local.rooms import DEPARTURE_TIMEOUT, Effect, Kind, Reason, Rooms, Tell
 from lastcall.worker.local.ticks import AudioSource, AudioStream, LocalAudioTrack
 from lastcall.worker.local.twirp import MAX_METADATA
 from tests.support.fake_worker import FakeWorker, workers
 
 pytestmark = pytest.mark.core
-QUICK = Delays(affinity=0.0, check_enabled=0.0, removal=0.1, ghost=0.2)
+QUICK = Delays(affinity=0.0, check_enabled=0.0, removal=0.1, ghost=0.2, unpublished=0.0)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -143,7 +143,7 @@ async def test_a_full_reconnect_terminates_the_job_of_an_agent_that_is_back() ->
 )
 async def test_the_owner_of_a_room_ends_a_job(how: str, reason: int) -> None:
     """RemoveParticipant, DeleteRoom, and DeleteDispatch, which first asks the worker alone."""
-    delays = Delays(affinity=0.0, check_enabled=0.0, removal=0.5)
+    delays = Delays(affinity=0.0, check_enabled=0.0, removal=0.5, unpublished=0.0)
     async with (
         DispatchServer(delays=delays) as server,
         livekit_api(server) as client,
@@ -438,6 +438,27 @@ def test_when_a_room_without_people_closes() -> None:
     assert rooms.get("r") is room
     rooms.expire(20.0 + DEPARTURE_TIMEOUT)
     assert rooms.get("r") is None
+
+
+def test_who_never_publishes_is_shown_late() -> None:
+    """The join answer has everybody. The others are told at the next tick, or with the first track."""
+    rooms = Rooms()
+    for name in ("a", "b"):
+        rooms.join("r", models.ParticipantInfo(identity=name, permission={"can_publish": True}), 10.0)
+    room = rooms.get("r")
+    assert room is not None
+    a, b = (room.participants[name].sid for name in ("a", "b"))
+
+    def told(effects: list[Effect], sid: str) -> list[str]:
+        return [each.message["on"] for each in effects if isinstance(each, Tell) and each.sid == sid]
+
+    assert told(rooms.update(b, attributes={"k": "v"}), b) == ["participant_updated"]
+    assert rooms.expire(12.9) == []
+    assert told(rooms.expire(13.0), a) == ["participant_connected", "participant_updated"]
+    assert told(rooms.update(b, name="B"), a) == []
+    assert told(rooms.publish(b, "voice")[1], a) == ["participant_updated", "track_published"]
+    assert told(rooms.update(b, name="b"), a) == ["participant_updated"]
+    assert told(rooms.leave(b, Reason.CLIENT_INITIATED, 13.1), a) == ["participant_disconnected"]
 
 
 async def test_a_slow_client_hears_why_its_session_ends() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -345,6 +346,21 @@ async def test_wrong_command_line(run: StartRun, case: str) -> None:
     assert await r.exit(10) == 2
     assert expected in r.err.read_text()
     assert len(r.err.read_text().splitlines()) == 1
+
+
+async def test_a_supervisor_imports_what_it_needs(run: StartRun) -> None:
+    """It lives for months, and its first worker waits for its imports: no server, no drawing, no livekit."""
+    arguments = ["-X", "importtime", "-m", "lastcall", "run", "--http", "127.0.0.1:0", "--", "sleep", "100"]
+    r: Run = await run(command=[sys.executable, *arguments], livekit=False)
+    await r.until(lambda: r.log("ready"))
+    lines = [line for line in r.err.read_text().splitlines() if line.startswith("import time:")]
+    loaded = {line.rpartition("|")[2].strip() for line in lines}
+    assert {"lastcall.supervisor.app", "lastcall.supervisor.views.http", "uvloop"} <= loaded
+    others = {"aiohttp", "typer", "pydantic", "prometheus_client", "rich.console", "livekit"}
+    others |= {f"lastcall.supervisor.{name}" for name in ("picture", "doctor", "rehearsal", "deploy")}
+    assert not loaded & others
+    r.kill()
+    assert await r.exit() == 0
 
 
 async def test_busy_http_port(run: StartRun) -> None:

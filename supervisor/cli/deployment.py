@@ -101,7 +101,7 @@ def _unit(
         raise UsageError(f"{target!r} would not be in the image; expected a path below the build's directory")
     flags = {"grace": grace, "workers": workers, "control": None, "receipt": None, "http": None}
     in_file = {option for option, flag in flags.items() if flag is None and _is_set(config, option)}
-    config_file = os.path.abspath(loader.path) if loader.path and config.model_fields_set else ""
+    config_file = os.path.abspath(loader.path) if loader.path and config.given else ""
     place = _place_in_image(config_file) if config_file else ""
     is_missing = kind in IMAGES and bool(config_file) and not place
     if is_missing:
@@ -153,7 +153,7 @@ def _place_in_image(file: str) -> str:
 
 def _is_set(config: Config, option: str) -> bool:
     """Tell whether a configuration sets an option to a value that has a meaning in a unit."""
-    return option in config.model_fields_set and getattr(config, option) not in ("", "auto")
+    return option in config.given and getattr(config, option) not in ("", "auto")
 
 
 @contextmanager

@@ -302,13 +302,14 @@ class Operations:
         async with self._surge:
             if slot.is_stopping:
                 return ""  # scaled away meanwhile
-            cause: StopCause = "reload" if operation.verb == "reload" else "recycle"
+            verb: StopCause = "reload" if operation.verb == "reload" else "recycle"
+            hands_over = operation.id in self._hands_over
             before = list(slot.leaving)
-            why = await slot.replace(reason, launcher, cause=cause)
-            if not why and operation.id in self._hands_over:
+            why = await slot.replace(reason, launcher, cause="handover" if hands_over else verb)
+            if not why and hands_over:
                 for old in slot.leaving:
                     if old not in before:
-                        old.say(HandOver(id="", reason=cause))
+                        old.say(HandOver(id="", reason=verb))
         operation.done += not why
         return f"slot {slot.number}: {why}" if why else ""
 

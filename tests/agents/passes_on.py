@@ -85,6 +85,10 @@ async def entrypoint(ctx: JobContext) -> None:
         note(ctx, "speaks", again=True)
         voice.begin()
 
+    @call.on_stopping
+    def told(notice: lastcall.Notice) -> None:
+        note(ctx, "told", reason=notice.reason)
+
     async def after() -> None:
         if spec.get("deletes"):
             await ctx.delete_room()

@@ -15,7 +15,7 @@ from lastcall.worker.job import deletions
 from lastcall.worker.job.arriving import Arriving, Resumed
 from lastcall.worker.job.capsule import Busy, Capsule
 from lastcall.worker.job.leaving import Leaving
-from lastcall.worker.local.livekit_server import DispatchServer
+from lastcall.worker.local.livekit_server import Delays, DispatchServer
 from lastcall.worker.local.room import Room
 
 # Seconds; a condition ends each wait.
@@ -92,7 +92,7 @@ class Stage:
 
 @asynccontextmanager
 async def stage() -> AsyncIterator[Stage]:
-    async with DispatchServer() as server:
+    async with DispatchServer(delays=Delays(unpublished=0.0)) as server:
         made = Stage(server)
         try:
             yield made

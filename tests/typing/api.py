@@ -53,7 +53,7 @@ async def goodbye(ctx: JobContext) -> None:
     @this.on_stopping
     async def later(notice: Notice) -> None:
         """Take the notice."""
-        assert_type(notice.reason, Literal["stop", "reload", "recycle", "stall"])
+        assert_type(notice.reason, Literal["stop", "reload", "recycle", "stall", "handover"])
         assert_type((notice.deadline, notice.seconds_left, notice.is_first), tuple[float, float, bool])
 
     @this.on_stopping

@@ -35,8 +35,9 @@ MAX_TEXT = 8192
 JobFate = Literal["finished", "failed", "cut", "unassigned"]
 ResourceFate = Literal["closed", "forced", "leaked"]
 # Why the time of a call is limited: a reload or a recycle has replaced the worker, or the worker was stuck.
-# Every other stop of the worker or of the supervisor is `stop`.
-StopCause = Literal["stop", "reload", "recycle", "stall"]
+# The cause is `handover` where the reload or the recycle was asked to hand the calls over. Every other stop
+# of the worker or of the supervisor is `stop`.
+StopCause = Literal["stop", "reload", "recycle", "stall", "handover"]
 # The steps of one try to hand over a call, as the leaving agent tells them (`worker.job.leaving`).
 HandoverStep = Literal[
     "prepared", "impossible", "seen", "silent", "speaks", "lost", "refused", "cancelled", "back", "returned"

@@ -80,8 +80,9 @@ MAX_REASON = 200
 class Notice:
     """A call is told why its time is limited, and until when. Since 0.2.0.
 
-    `reason`: "reload" or "recycle" when a new worker has taken the place of this one, and "stall" when this
-    one was stuck. "stop" is for every other end of the worker or of the supervisor.
+    `reason`: "reload" or "recycle" when a new worker has taken the place of this one, and "handover" when
+    that was done to hand its calls over at once. A worker that was stuck is a "stall". Every other end of the
+    worker or of the supervisor is a "stop".
     `deadline`: the time by which the call should have ended by itself, as `time.monotonic()` tells it. A call
     that goes on is then asked to shut down, and counts as cut.
     `is_first`: False when the callback has been called before, and the deadline or the reason has changed.
@@ -305,7 +306,8 @@ class Call:
 
         After "done" the successor speaks, and this job shuts down. The answer is "refused" if the call can't
         be handed over, or another handover of the call is under way. It is "failed" if nobody took the call,
-        or the successor died. This agent then goes on, and the log says why.
+        the successor died, or the worker has not answered within 300 s. This agent then goes on, and the log
+        says why.
         """
         if self._sock is None:
             log.warning("lastcall.call: no handover, because there is no worker that could do it")

@@ -51,7 +51,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.local import room_server
 from lastcall.worker.local.room_server import RoomServer, Visitor
-from lastcall.worker.local.rooms import GHOST, PATH, Kind, Launch, Reason, Room
+from lastcall.worker.local.rooms import GHOST, PATH, UNPUBLISHED, Kind, Launch, Reason, Room
 from lastcall.worker.local.twirp import Twirp
 
 REGISTER_TIMEOUT = 10.0
@@ -72,13 +72,15 @@ class Delays:
     (measured, 200 to 210 ms). `check_enabled`: after a worker has registered, the next job is linked to its
     agent only so much later (CheckEnabledTimeout, pkg/agent/client.go). A job that is not linked is not
     terminated when its agent leaves. `removal`: from DeleteDispatch until an agent that stays is removed.
-    `ghost`: how long a participant without a connection stays.
+    `ghost`: how long a participant without a connection stays. `unpublished`: how late at most the others are
+    told of a participant that has never published.
     """
 
     affinity: float = 0.2
     check_enabled: float = 5.0
     removal: float = 3.0
     ghost: float = GHOST
+    unpublished: float = UNPUBLISHED
 
 
 # Seconds for which the server keeps what it knows of the workers: EnabledCacheTTL, pkg/agent/client.go.
@@ -197,6 +199,7 @@ class DispatchServer:
             agent_left=self._agent_left,
             emit=self._emit,
             ghost=self.delays.ghost,
+            unpublished=self.delays.unpublished,
         )
         self.app = web.Application(client_max_size=room_server.MAX_MESSAGE)
         self.app.router.add_get("/agent", self._agent)

@@ -296,9 +296,13 @@ class Room(rtc.EventEmitter[Any]):  # type: ignore[misc]  # livekit.rtc is not t
     def _handle(self, message: Message) -> None:
         match message:
             case {"on": "participant_connected", "participant": shown}:
-                self._come(shown)
-            case {"on": "participant_disconnected", "identity": identity, "reason": reason}:
-                self._gone(identity, reason)
+                known = self.remote_participants.get(shown["identity"])
+                if known is None or known.sid != shown["sid"]:  # the join answer may have had it
+                    self._come(shown)
+            case {"on": "participant_disconnected", "identity": identity, "sid": sid, "reason": reason}:
+                leaving = self.remote_participants.get(identity)
+                if leaving is not None and leaving.sid == sid:  # no later session of the identity
+                    self._gone(identity, reason)
             case {"on": "participant_updated", "participant": shown, "changed": changed}:
                 self._update(shown, changed)
             case {"on": "published", "sid": sid}:

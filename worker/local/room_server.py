@@ -28,6 +28,7 @@ from livekit.protocol import models
 from lastcall.worker.base.clock import now
 from lastcall.worker.local.rooms import (
     GHOST,
+    UNPUBLISHED,
     AgentLeft,
     Effect,
     Hangup,
@@ -74,8 +75,9 @@ class RoomServer:
         agent_left: Callable[[str], None],
         emit: Callable[..., None],
         ghost: float = GHOST,
+        unpublished: float = UNPUBLISHED,
     ) -> None:
-        self.state = Rooms(ghost=ghost)
+        self.state = Rooms(ghost=ghost, unpublished=unpublished)
         self._verify = verify
         self._launch = launch
         self._agent_left = agent_left
@@ -105,11 +107,11 @@ class RoomServer:
     def visit(
         self, room: str, identity: str, *, kind: models.ParticipantInfo.Kind = Kind.STANDARD
     ) -> Visitor:
-        """Have a participant join that has no connection, as a caller."""
+        """Have a participant join that has no connection, as a caller. The others see it at once."""
         visitor = Visitor(self)
         info = models.ParticipantInfo(identity=identity, kind=kind)
         info.permission.can_publish = True
-        self._join(room, info, visitor)
+        self._join(room, info, visitor, is_prompt=True)
         return visitor
 
     def open(self, room: str) -> None:
@@ -221,8 +223,10 @@ class RoomServer:
         self._sessions.pop(sid, None)
         self._perform(self.state.leave(sid, Reason.CLIENT_INITIATED, now()))
 
-    def _join(self, room: str, info: models.ParticipantInfo, session: Session) -> None:
-        effects = self.state.join(room, info, now())
+    def _join(
+        self, room: str, info: models.ParticipantInfo, session: Session, *, is_prompt: bool = False
+    ) -> None:
+        effects = self.state.join(room, info, now(), is_prompt=is_prompt)
         self._sessions[info.sid] = session
         is_agent = info.kind == Kind.AGENT
         self._emit("joined", room=room, identity=info.identity, participant=info.sid, is_agent=is_agent)

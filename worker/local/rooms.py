@@ -28,6 +28,9 @@ GHOST = 20.0
 # has ever joined: `departure_timeout` and `empty_timeout` of pkg/config/config.go.
 DEPARTURE_TIMEOUT = 20
 EMPTY_TIMEOUT = 300
+# Seconds between two looks of a room at the participants that have never published. The others are told of
+# them then, and not before (subscriberUpdateInterval and PushAndDequeueUpdates, pkg/rtc/room.go).
+UNPUBLISHED = 3.0
 
 Reason = models.DisconnectReason
 Kind = models.ParticipantInfo.Kind
@@ -77,6 +80,8 @@ class Room:
     """One room. Times are readings of the monotonic clock.
 
     `agents`: the job of each agent, by identity. `ghosts`: since when a session has no connection.
+    `published`: the sessions that have published. `prompt`: those of which the others are told at once.
+    `untold`: by identity, what the others are not told yet.
     `left_at`: of the last removal of a participant, an agent's included (pkg/rtc/room.go:1493).
     """
 
@@ -87,6 +92,9 @@ class Room:
     agents: dict[str, str] = field(default_factory=dict)
     ghosts: dict[str, float] = field(default_factory=dict)
     published: set[str] = field(default_factory=set)
+    prompt: set[str] = field(default_factory=set)
+    untold: dict[str, list[Message]] = field(default_factory=dict)
+    told_at: float = 0.0
     was_joined: bool = False
     left_at: float | None = None
 
@@ -102,9 +110,10 @@ class Room:
 class Rooms:
     """All rooms of one server, by name."""
 
-    def __init__(self, *, ghost: float = GHOST) -> None:
+    def __init__(self, *, ghost: float = GHOST, unpublished: float = UNPUBLISHED) -> None:
         self._rooms: dict[str, Room] = {}
         self._ghost = ghost
+        self._unpublished = unpublished
 
     def __iter__(self) -> Iterator[Room]:
         return iter(list(self._rooms.values()))
@@ -142,7 +151,7 @@ class Rooms:
             departure_timeout=DEPARTURE_TIMEOUT,
             creation_time=int(time.time()),
         )
-        room = self._rooms[name] = Room(info=info, created_at=now)
+        room = self._rooms[name] = Room(info=info, created_at=now, told_at=now)
         return room, self.dispatch(room, agent_dispatch.AgentDispatch()) if automatic else []
 
     def dispatch(self, room: Room, wanted: agent_dispatch.AgentDispatch) -> list[Effect]:
@@ -187,8 +196,13 @@ class Rooms:
 
     # -- participants ---------------------------------------------------------------------------------
 
-    def join(self, name: str, info: models.ParticipantInfo, now: float) -> list[Effect]:
-        """Let a session in. An older session of the identity is removed (pkg/service/roommanager.go:400)."""
+    def join(
+        self, name: str, info: models.ParticipantInfo, now: float, *, is_prompt: bool = False
+    ) -> list[Effect]:
+        """Let a session in. An older session of the identity is removed (pkg/service/roommanager.go:400).
+
+        `is_prompt`: whether the others are told at once, as of a participant that has published.
+        """
         room, effects = self.open(name, now, automatic=True)
         if info.identity in room.participants:
             room.left_at = now
@@ -203,6 +217,8 @@ class Rooms:
             effects += [
                 self._launch(room, id, JobType.JT_PARTICIPANT, info) for id in room.dispatches
             ]  # room.go:474
+        if is_prompt:
+            room.prompt.add(info.sid)
         others = room.others(info.identity)
         # The join answer comes first, with everybody who is there: of two that join at once exactly one sees
         # the other.
@@ -213,8 +229,9 @@ class Rooms:
             "others": [shown(each) for each in others],
         }
         effects.append(Tell(sid=info.sid, message=welcome))
-        effects += self._tell(others, {"on": "participant_connected", "participant": shown(info)})
-        return effects
+        return effects + self._tell_of(
+            room, info, {"on": "participant_connected", "participant": shown(info)}
+        )
 
     def leave(self, sid: str, reason: int, now: float) -> list[Effect]:
         """End a session, if it is still one."""
@@ -236,6 +253,10 @@ class Rooms:
         """End the sessions and the rooms whose time is over."""
         effects: list[Effect] = []
         for room in list(self._rooms.values()):
+            if now - room.told_at >= self._unpublished:
+                room.told_at = now
+                for identity in list(room.untold):
+                    effects += self._tell_untold(room, identity)
             for sid, since in list(room.ghosts.items()):
                 if now - since >= self._ghost:
                     effects += self.leave(sid, Reason.CONNECTION_TIMEOUT, now)
@@ -280,7 +301,8 @@ class Rooms:
             if not can_publish:
                 effects += [each for track in list(info.tracks) for each in self.unpublish(sid, track.sid)]
         message = {"on": "participant_updated", "participant": shown(info), "changed": changed}
-        return effects + self._tell(room.participants.values(), message)
+        effects.append(Tell(sid=sid, message=message))
+        return effects + self._tell_of(room, info, message)
 
     def publish(self, sid: str, name: str) -> tuple[str, list[Effect]]:
         """Publish an audio track, and return its sid; empty where the participant may not."""
@@ -290,7 +312,8 @@ class Rooms:
         room, info = found
         track = models.TrackInfo(sid=f"TR_{secrets.token_hex(6)}", name=name)
         info.tracks.append(track)
-        effects: list[Effect] = []
+        room.prompt.add(sid)
+        effects = self._tell_untold(room, info.identity)
         if sid not in room.published and info.kind not in DEPENDENT:
             room.published.add(sid)
             effects += [self._launch(room, id, JobType.JT_PUBLISHER, info) for id in room.dispatches]
@@ -355,16 +378,32 @@ class Rooms:
         if info is None:
             return []
         room.ghosts.pop(info.sid, None)
-        room.published.discard(info.sid)
         room.info.num_participants = sum(each.kind not in DEPENDENT for each in room.participants.values())
         effects: list[Effect] = [Hangup(sid=info.sid, reason=reason)]
         if tell_others:
-            message = {"on": "participant_disconnected", "identity": identity, "reason": int(reason)}
-            effects += self._tell(room.participants.values(), message)
+            message = {
+                "on": "participant_disconnected",
+                "identity": identity,
+                "sid": info.sid,
+                "reason": int(reason),
+            }
+            effects += self._tell_of(room, info, message)
+        room.published.discard(info.sid)
+        room.prompt.discard(info.sid)
         job_id = room.agents.pop(identity, "")
         if job_id:
             effects.append(AgentLeft(job_id=job_id))
         return effects
+
+    def _tell_of(self, room: Room, info: models.ParticipantInfo, message: Message) -> list[Effect]:
+        """Tell the others of a participant: at once, or later of one that has never published."""
+        room.untold.setdefault(info.identity, []).append(message)
+        is_late = self._unpublished > 0 and info.sid not in room.prompt
+        return [] if is_late else self._tell_untold(room, info.identity)
+
+    def _tell_untold(self, room: Room, identity: str) -> list[Effect]:
+        messages = room.untold.pop(identity, [])
+        return [each for message in messages for each in self._tell(room.others(identity), message)]
 
     def _launch(
         self, room: Room, dispatch_id: str, type: int, participant: models.ParticipantInfo | None = None
