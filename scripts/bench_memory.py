@@ -77,8 +77,7 @@ async def measure(mode: str, workers: int, agent: str, directory: Path) -> dict[
     async with DispatchServer() as server:
         with running(mode, workers, agent, server, directory) as pids:
             await server.until(lambda: len(server.available()) == workers, 180)
-            for pid in pids:
-                await started(pid, 120)
+            await settled(pids)
             below = processes_below(pids)
             tree = [*pids, *(process.pid for pid in pids for process in below[pid])]
             figures = {"pss_mb": sum(shares(pid).pss for pid in tree) / 1e6}
@@ -88,6 +87,21 @@ async def measure(mode: str, workers: int, agent: str, directory: Path) -> dict[
             if mode != STOCK:
                 figures["supervisor_rss_mb"] = rss_mb(pids[0])
             return figures
+
+
+async def settled(pids: list[int]) -> None:
+    """Wait until every process that is to come is there: no new one and nearly no CPU, three looks in a row.
+
+    One look is not enough on a busy machine, where a tree that waits for the processor seems idle.
+    """
+    before: set[int] = set()
+    alike = 0
+    while alike < 3:
+        for pid in pids:
+            await started(pid, 120)
+        tree = {process.pid for each in processes_below(pids).values() for process in each}
+        alike = alike + 1 if tree == before else 0
+        before = tree
 
 
 def _is_waiting_job(pid: int) -> bool:

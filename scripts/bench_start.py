@@ -28,12 +28,11 @@ from scripts.bench import (
     machine,
     rss_mb,
     start,
-    started,
     summary,
     supervised,
     until,
 )
-from scripts.bench_memory import IMAGE, MODES, OFF, PLAIN, STOCK, agent, running
+from scripts.bench_memory import IMAGE, MODES, OFF, PLAIN, STOCK, agent, running, settled
 from scripts.pages import write_section
 
 # Workers among which one is killed. The others go on, as they would in production.
@@ -104,8 +103,7 @@ async def replacements(mode: str, runs: int, path: str, directory: Path) -> list
         with running(mode, WORKERS, path, server, directory) as pids:
             await server.until(lambda: len(server.available()) == WORKERS, 180)
             for run in range(runs):
-                for pid in pids:
-                    await started(pid, 120)
+                await settled(pids)
                 victim = pids[0] if mode == STOCK else _a_worker(pids[0])
                 seen = len([event for event in server.events if event.kind == "registered"])
                 killed = time.monotonic()
