@@ -102,8 +102,11 @@ async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(
 
 
 @pytest.mark.core
-async def test_logs_are_livekits_own(run: StartRun) -> None:
-    """JSON lines with the extra fields, from the worker and from its job processes."""
+async def test_logs_are_livekits_own_and_stacks_are_dumped(run: StartRun) -> None:
+    """JSON lines with the extra fields, from the worker and from its job processes.
+
+    SIGUSR2: the worker writes where its main thread is, and lives on.
+    """
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=0.1)
@@ -113,21 +116,12 @@ async def test_logs_are_livekits_own(run: StartRun) -> None:
     assert (began["name"], began["level"], began["mode"]) == ("calls", "INFO", "sleep")
     assert began["job_id"] == job.job_id
     assert any(line["message"] == "registered worker" for line in lines)
-    r.kill()
-    assert await r.exit() == 0
-
-
-@pytest.mark.core
-async def test_stack_dump(run: StartRun) -> None:
-    """SIGUSR2: the worker writes where its main thread is, and lives on."""
-    r: Run = await run("run", "--grace", "30", AGENT)
-    await r.ready()
     os.kill(r.pid, signal.SIGUSR2)
     await r.until(lambda: "most recent call first" in r.err.read_text())
-    job = await r.dispatch(sleep=0.5)
+    after = await r.dispatch(sleep=0.5)
     r.kill()
     assert await r.exit() == 0
-    await r.clean(job)
+    await r.clean(job, after)
 
 
 @pytest.mark.core

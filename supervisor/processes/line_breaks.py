@@ -10,6 +10,8 @@ import unicodedata
 
 # Cells in front of each part of a line but the first. Ours: the parts are seen to belong together.
 INDENT = 4
+# Cells of the narrowest terminal for which lines are broken. Ours: a terminal that was given no size has 0.
+NARROWEST = 10
 # "Select Graphic Rendition", the sequences of colours: ECMA-48, 8.3.117.
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -24,7 +26,7 @@ def broken(line: str, width: int, indent: int = INDENT) -> str:
     """
     indent = min(indent, width // 3)
     text = COLOUR.sub("", line)
-    if len(text) * 2 <= width or CONTROL.search(text) or cells(text) <= width:
+    if width < NARROWEST or len(text) * 2 <= width or CONTROL.search(text) or cells(text) <= width:
         return line
     parts: list[str] = []
     column = 0
