@@ -94,8 +94,10 @@ async def exported(run: StartRun, directory: Path) -> set[str]:
     assert reasons == {"exited", "killed", "never ready", "not started", "left"}
     await r.ready()
     names: set[str] = set()
-    async with asyncio.timeout(20):
-        while not {"lastcall_pool_connections", "lastcall_worker_loop_lag_seconds"} <= names:
+    wanted = {"lastcall_pool_connections", "lastcall_worker_loop_lag_seconds", "lastcall_worker_pss_bytes"}
+    async with asyncio.timeout(60):
+        while not wanted <= names:
+            await status(r)  # memory is read for it after 5 s, and for a scrape after 30
             names = set(await scrape(r))
     r.kill()
     assert await r.exit() == 0
