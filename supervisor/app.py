@@ -22,6 +22,7 @@ from lastcall.supervisor.config import Config, calls
 from lastcall.supervisor.environment import Surroundings
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.fleet.fleet import Fleet
+from lastcall.supervisor.fleet.footprints import Footprints
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.stalls import Watch
 from lastcall.supervisor.fleet.states import Phase
@@ -55,6 +56,8 @@ SLOTS_END_WITHIN = 0.25
 # to fence. Measured as in `scripts/bench`, 2 workers on 2 cores, in ten turns with and without this pause.
 # From SIGTERM to the last FULL: p50 2.05 ms with the pause, 2.56 ms without. Each turn without took longer.
 FENCE_FIRST = 0.005
+# Seconds until the garbage of the start is collected although no worker runs. Ours: an image takes a few.
+TRIM_WITHIN = 5.0
 
 
 class App:
@@ -133,11 +136,13 @@ class App:
             log=self.log,
         )
         self.watch = Watch(self.fleet, self.operations, log=self.log)
+        self.footprints = Footprints(self.fleet)
         self.status = Status(
             fleet=self.fleet,
             shutdown=self.shutdown,
             operations=self.operations,
             watch=self.watch,
+            footprints=self.footprints,
             companion=self.companion,
             outputs=self._outputs,
         )
@@ -217,7 +222,6 @@ class App:
                 control=str(control),
                 **receipt.versions(),
             )
-            _trim()
             for line in (*configuration.warnings(self.around.environment), self._too_short()):
                 if line:
                     self.log.warning(line)
@@ -267,10 +271,22 @@ class App:
             "signals": self.signals.run(),
             "beats": self.watch.run(),
             "announcer": self.announcer.run(),
+            "memory": self._trim(),
+            "footprints": self.footprints.run(),
         }
         if self.companion is not None:
             beside["companion"] = self.companion.run()
         return beside
+
+    async def _trim(self) -> None:
+        """Give back what the start needed only once, when the first worker no longer waits for that."""
+        due = now() + TRIM_WITHIN
+        await self.fleet.changed.until(lambda: any(each.pid for each in self.fleet.generations), lambda: due)
+        gc.collect()
+        gc.freeze()
+        gc.enable()  # `__main__` has switched it off
+        with contextlib.suppress(OSError, AttributeError):  # not every libc has it
+            ctypes.CDLL(None).malloc_trim(0)
 
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Keep a fault in the work beside the workers from cancelling the workers."""
@@ -351,14 +367,6 @@ class App:
         except Exception:
             # A fault of lastcall after the stop. The exit code speaks of the stop, and the log of the fault.
             self.log.error("fault in lastcall", exc_info=True)
-
-
-def _trim() -> None:
-    """Give back what imports and the parsing of the configuration needed only once."""
-    gc.collect()
-    gc.freeze()
-    with contextlib.suppress(OSError, AttributeError):  # not every libc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _discard(_lines: bytes) -> None:

@@ -32,6 +32,8 @@ from lastcall.worker.base.stopping import SHIELDED
 
 # The broker's own descriptors, as its settings name them.
 CONTROL_FD, LISTEN_FD, LIFELINE_FD = 3, 4, 5
+# Options of the pool that are not among `BrokerSettings`: a broker is told the key over its control socket.
+NOT_FOR_BROKERS = ("enabled", "api_key_file")
 # Connections that wait until a new broker accepts them. Ours: more than the jobs of one machine.
 BACKLOG = 512
 # The variables that a broker gets of the supervisor's: to find programs and certificates, and the way out.
@@ -94,7 +96,7 @@ class BrokerEndpoint:
             token=secrets.token_urlsafe(32),
             close=close,
             grace=grace,
-            **config.model_dump(exclude={"enabled", "api_key_file"}),
+            **{name: getattr(config, name) for name in config.options if name not in NOT_FOR_BROKERS},
         )
         self._environment = _passed_on(environment)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+if TYPE_CHECKING:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 Kind = Literal["gauge", "counter", "histogram"]
 
@@ -37,6 +38,9 @@ class Family:
 
     def by(self, samples: Iterable[tuple[Sequence[str], float]]) -> CounterMetricFamily | GaugeMetricFamily:
         """Return samples of a counter or a gauge, each with the values of its labels in their order."""
+        # Not above: a supervisor that nobody scrapes never loads it, nor does the end of a stop.
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
         make = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
         family = make(self.name, self.help, labels=self.labels)
         for values, value in samples:
@@ -45,4 +49,6 @@ class Family:
 
     def spread(self, buckets: Sequence[tuple[str, float]], total: float) -> HistogramMetricFamily:
         """Return a histogram of the buckets, with the sum of all values."""
+        from prometheus_client.core import HistogramMetricFamily
+
         return HistogramMetricFamily(self.name, self.help, buckets=buckets, sum_value=total)

@@ -154,7 +154,7 @@ class Program:
             raise ConfigError(
                 "a reload can't turn a target into a command or back; restart lastcall for that"
             )
-        config = new.model_copy(update={name: getattr(current, name) for name in KEPT_BY_A_RELOAD})
+        config = new.changed({name: getattr(current, name) for name in KEPT_BY_A_RELOAD})
         environment = environment_of(self.environment, config, again=True)
         key = ""
         if self.companion is not None:

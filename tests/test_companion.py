@@ -18,7 +18,7 @@ from lastcall.worker.base import variables
 from lastcall.worker.local.inworld_server import Faults, InworldServer, Speech
 from tests.support.harness import HERE, Run, StartRun, lives
 from tests.support.inworld_job import Job
-from tests.support.program import Program, status, ups, verb
+from tests.support.program import Program, status, status_when, ups, verb
 
 SPEAKER = str(HERE / "agents" / "speaker.py")
 KEY = "the-real-key-of-the-account"
@@ -367,7 +367,7 @@ async def test_a_reload_with_another_proxy(run: StartRun, program: Program) -> N
             ("log_format", None),
             ("HTTPS_PROXY", "inworld-pool"),
         ]
-        (slot,) = (await status(r))["slots"]
+        (slot,) = (await status_when(r, lambda document: len(document["slots"]) == 1))["slots"]
         assert "s3cret" in psutil.Process(slot["pid"]).environ()["HTTPS_PROXY"]
         assert "HTTPS_PROXY" not in companion(r).environ()
         r.kill()

@@ -196,7 +196,7 @@ def test_help_shows_each_flag(columns: str) -> None:
     shown = " ".join(done.stdout.split())
     for name, flag in flags().items():
         spelt = f"{flag.short}, --{name}" if flag.short else f"--{name.replace('_', '-')}"
-        assert f"{spelt} {flag.metavar} {Config.model_fields[name].description}" in shown
+        assert f"{spelt} {flag.metavar} {Config.options[name].description}" in shown
     for default in (
         "[1]",
         "[3600]",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import termios
+import time
 from typing import Any
 
 import pytest
@@ -14,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lastcall.supervisor import logs
-from lastcall.supervisor.processes.line_breaks import INDENT, broken, cells
+from lastcall.supervisor.processes.line_breaks import INDENT, NARROWEST, broken, cells
 from lastcall.supervisor.processes.output_writer import OutputWriter
 from lastcall.supervisor.sentences import SENTENCES, receipt_sentence
 from tests.support.receipts import cut_stop, job
+from tests.support.terminal import Terminal
 
 
 class Lines:
@@ -84,15 +84,18 @@ def test_the_receipt_is_a_sentence() -> None:
 TEXT = st.text(st.sampled_from("ab é字\u0301 "), max_size=200)
 
 
-@given(TEXT, st.integers(1, 60))
+@given(TEXT, st.integers(0, 60))
 def test_a_line_is_broken_between_words(line: str, width: int) -> None:
     """Each part fits, unless it begins with a word that does not. The words are those of before."""
     parts = broken(line, width).split("\n")
     assert " ".join(parts).split() == line.split()
-    if width > 2 * INDENT:
-        wide = [part for part in parts if cells(part.rstrip()) > width]
-        assert all(cells(part.split()[0]) > width - INDENT for part in wide if part.split()), parts
-        assert all(part.startswith(" " * INDENT) for part in parts[1:])
+    if width < NARROWEST:
+        assert parts == line.split("\n")
+        return
+    indent = min(INDENT, width // 3)
+    wide = [part for part in parts if cells(part.rstrip()) > width]
+    assert all(cells(part.split()[0]) > width - indent for part in wide if part.split()), parts
+    assert all(part.startswith(" " * indent) for part in parts[1:])
 
 
 @pytest.mark.parametrize(
@@ -112,21 +115,23 @@ def test_where_a_line_is_broken(line: str, expected: str) -> None:
     assert broken(line, 12) == expected
 
 
-def test_a_writer_breaks_lines_on_a_terminal() -> None:
-    """With the width of the moment; other bytes, and a file, get what was written."""
-    master, slave = pty.openpty()
-    try:
-        termios.tcsetwinsize(slave, (24, 30))
-        writer = OutputWriter(slave)
-        writer.write(b"a line as a program wrote it to its output\n")
-        assert writer.flush(5)
-        writer.breaks_lines = True
-        writer.write(b"a line as a person reads it on a terminal \xff\n")
-        assert writer.flush(5)
-        assert os.read(master, 4096) == (
-            b"a line as a program wrote it to its output\r\n"
-            b"a line as a person reads it on\r\n    a terminal \xff\r\n"
-        )
-    finally:
-        os.close(slave)
-        os.close(master)
+def test_a_writer_breaks_lines_on_a_terminal(terminal: Terminal) -> None:
+    """With the width of the moment. A terminal without a size gets what was written, as other bytes do."""
+    writer = OutputWriter(terminal.slave)
+    writer.breaks_lines = True
+    writer.write(b"a line for a terminal that has no size\n")
+    assert writer.flush(5)
+    termios.tcsetwinsize(terminal.slave, (24, 30))
+    writer.write(b"a line as a person reads it on a terminal \xff\n")
+    assert writer.flush(5)
+    writer.breaks_lines = False
+    writer.write(b"a line as a program wrote it to its output\n")
+    expected = (
+        b"a line for a terminal that has no size\r\n"
+        b"a line as a person reads it on\r\n    a terminal \xff\r\n"
+        b"a line as a program wrote it to its output\r\n"
+    )
+    deadline = time.monotonic() + 10
+    while len(terminal.read()) < len(expected) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert terminal.read() == expected

@@ -44,7 +44,7 @@ async def test_ctrl_c_on_a_terminal(run: StartRun, terminal: Terminal) -> None:
     assert await r.exit(45) == 0
     shown = terminal.read().decode()
     stop = shown[shown.index("stopping (SIGINT): no new job is accepted") :]
-    assert stop.index("draining") < stop.index("processes left 0") < stop.index("lastcall rehearse agent.py")
+    assert stop.index("draining") < stop.index("0 left") < stop.index("lastcall rehearse agent.py")
     assert "Ctrl-C stops: no new call" in shown
     assert "Ctrl-C asks the calls that still run to end now" in stop
     assert "ended by themselves, 0 cut, 0 lost" in stop

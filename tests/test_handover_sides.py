@@ -306,6 +306,26 @@ async def test_a_successor_that_was_not_told_of_its_removal() -> None:
         assert not s.left.is_set()
 
 
+async def test_a_silent_agent_reconnects() -> None:
+    """Its worker decides, although the successor says that it speaks: that one may be about to be removed."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        await s.arriving._ask(leaving_module.TAKEOVER, PATIENCE)
+        s.leaving.cancel(1)
+        await s.new.local_participant.set_attributes({"lastcall.speaks": "1"})
+        reconnected = asyncio.Event()
+        s.old.on("reconnected", reconnected.set)
+        s.server.rooms.reconnect("r", "bot")
+        async with asyncio.timeout(PATIENCE):
+            await reconnected.wait()
+        assert "lastcall.speaks" in s.old.remote_participants["bot~1"].attributes
+        s.server.rooms.remove("r", "bot~1")
+        s.leaving.take_back(1)
+        await s.until(lambda: s.told("back"))
+        assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
+
+
 async def test_a_speaking_successor_reconnects() -> None:
     """It says again that it speaks, because a full reconnect has taken that from its attributes."""
     async with stage() as s:

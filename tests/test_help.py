@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from lastcall.supervisor.cli import examples, operate, run
+from lastcall.supervisor.cli import examples, run
 from lastcall.supervisor.cli.parameters import with_arguments
 from tests.support.harness import AGENT, LASTCALL, Run, StartRun
 
@@ -31,9 +31,8 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 def verbs() -> dict[str, Any]:
     """Return the commands of the whole command line."""
-    if not any(command.name in operate.VERBS for command in run.app.registered_commands):
-        operate.add_to(run.app)
-    root: Any = typer.main.get_command(run.app)  # Any: click's classes, which newer versions of typer bundle
+    # Any: click's classes, which newer versions of typer bundle
+    root: Any = typer.main.get_command(run.whole())
     return dict(root.commands)
 
 
@@ -121,10 +120,10 @@ async def test_words_after_tab(run: StartRun) -> None:
     assert await after_tab("run", "ag") == []  # and bash goes on with the names of files
     assert await after_tab("recycle", "--control", "/nowhere", "") == []
 
-    r: Run = await run("run", "--workers", "2", AGENT)
-    await r.ready(2)
+    r: Run = await run("run", AGENT)
+    await r.ready()
     job = await r.dispatch(sleep=60)
     control = ("--control", str(r.control))
-    assert await after_tab("recycle", *control, "") == ["0", "1"]
-    assert await after_tab("dump", *control, "1") == ["1"]
+    assert await after_tab("recycle", *control, "") == ["0"]
+    assert await after_tab("dump", *control, "1") == []
     assert await after_tab("handover", *control, "") == [job.job_id]

@@ -58,7 +58,11 @@ async def closed_in_order(server: InworldServer, r: Run, *, connections: int, co
 
 
 async def test_a_job_that_ends_by_itself(run: StartRun) -> None:
-    """It said everything; its connection is closed with a close frame, what it gave to `closing` before."""
+    """It said everything; its connection is closed with a close frame, what it gave to `closing` before.
+
+    livekit-agents goes on with the end of the job after a shutdown callback that raises: a job that has one
+    is closed in order all the same.
+    """
     async with inworld() as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
         await r.ready()
@@ -68,9 +72,15 @@ async def test_a_job_that_ends_by_itself(run: StartRun) -> None:
         await closed_in_order(server, r, connections=1, contexts=1)
         what = [note["what"] for note in r.notes() if note["job"] == job.job_id]
         assert what.index("callback") < what.index("extra closed")
+        over = r.directory / "over"
+        raises = await r.dispatch(mode="leave", until=str(over), text=LONG, raises=True)
+        await r.job_says(raises.job_id, "heard")
+        over.touch()
+        await r.job_says(raises.job_id, "extra closed")
+        await closed_in_order(server, r, connections=2, contexts=2)
         r.kill()
         assert await r.exit() == 0
-        await r.clean(job)
+        await r.clean(job, raises)
 
 
 async def test_a_stop_in_mid_speech(run: StartRun) -> None:
@@ -94,22 +104,6 @@ async def test_a_stop_in_mid_speech(run: StartRun) -> None:
         await r.clean(*jobs)
         await closed_in_order(server, r, connections=3, contexts=6)
         assert server.counts["cancel_requested"] == 6
-
-
-async def test_a_shutdown_callback_that_raises(run: StartRun) -> None:
-    """livekit-agents then goes on with the end of the job; it is closed in order all the same."""
-    async with inworld() as server:
-        r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
-        await r.ready()
-        over = r.directory / "over"
-        job = await r.dispatch(mode="leave", until=str(over), text=LONG, raises=True)
-        await r.job_says(job.job_id, "heard")
-        over.touch()
-        await r.job_says(job.job_id, "extra closed")
-        await closed_in_order(server, r, connections=1, contexts=1)
-        r.kill()
-        assert await r.exit() == 0
-        await r.clean(job)
 
 
 @pytest.mark.alone

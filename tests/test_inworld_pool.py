@@ -465,7 +465,7 @@ async def test_a_server_that_counts_more_contexts_than_we_do() -> None:
 
 async def test_idle_connections_are_closed_but_one() -> None:
     """Of eight connections seven are closed after their idle time, with code 1000, and one is kept."""
-    async with pair(idle_connection_timeout=0.1) as p:
+    async with pair(idle_connection_timeout=1.0) as p:
         for stream in await asyncio.gather(*(p.acquire() for _ in range(40))):
             stream.close()
         await p.settled()

@@ -301,14 +301,3 @@ def test_the_verb(tmp_path: Path) -> None:
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("lastcall: --html: no directory")
     assert wrong.stderr.count("\n") == 1
-
-
-def test_a_supervisor_loads_no_drawing() -> None:
-    """It lives for months, and what draws would take its memory."""
-    code = "import sys, lastcall.supervisor.cli.run; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    loaded = set(done.stdout.split())
-    assert "lastcall.supervisor.cli.receipts" in loaded
-    assert not {name for name in loaded if name.startswith(("rich.console", "lastcall.supervisor.picture"))}

@@ -21,7 +21,7 @@ from lastcall.worker.sdk import process_pool
 from lastcall.worker.warming import Warming
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.metrics import scrape
-from tests.support.program import status, verb
+from tests.support.program import status, status_when, verb
 
 
 async def readyz(r: Run) -> tuple[int, str]:
@@ -90,7 +90,7 @@ async def test_later_processes_that_fail(run: StartRun) -> None:
     assert [each["failures"] for each in failed[:4]] == [1, 2, 3, 4]
     await r.until(lambda: not r.livekit.available())
     assert (await r.livekit.dispatch("nobody")).outcome == "no_worker"
-    document = await status(r)
+    document = await status_when(r, lambda document: document["full"])
     (row,) = document["slots"]
     assert (row["state"], row["full"]) == ("ready", "cold")
     assert row["process_failures"] >= 4 and "no model" in row["process_failure"]

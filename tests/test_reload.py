@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.support.harness import AGENT, START, Run, StartRun, lives
-from tests.support.program import status, verb
+from tests.support.program import status, status_when, verb
 from tests.support.stream import IDLE, Stream
 
 
@@ -79,7 +79,7 @@ async def test_scale_down_under_a_stream(run: StartRun) -> None:
         await verb(r, "scale", "1", "--wait", timeout=60)
         await stream.some(3)
     await stream.all_ended()
-    assert len((await status(r))["slots"]) == 1
+    await status_when(r, lambda document: len(document["slots"]) == 1)
     r.kill()
     assert await r.exit() == 0
     await r.nothing_left()

@@ -7,12 +7,13 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lastcall.supervisor.processes.launch import CONTROL_FD
 from tests.support.harness import AGENT, Run, StartRun, lives
-from tests.support.program import status
+from tests.support.program import status, status_when
 
 CONFIG = "[stall]\nbeat = 0.3\nmisses = 4\ngrace = {grace}\n"
 
@@ -21,6 +22,11 @@ def config(tmp_path: Path, grace: float) -> str:
     path = tmp_path / "lastcall.toml"
     path.write_text(CONFIG.format(grace=grace))
     return str(path)
+
+
+def only_the_second(document: dict[str, Any]) -> bool:
+    """Tell whether the second generation is the only one, and serves."""
+    return [(s["generation"], s["state"]) for s in document["slots"]] == [(2, "ready")]
 
 
 @pytest.mark.core
@@ -61,8 +67,7 @@ async def test_stopped_worker(run: StartRun, tmp_path: Path) -> None:
     await r.until(lambda: r.log("worker is stopped: no stack to show"), 20)
     await r.until(lambda: len(r.log("slot ready")) == 2, 30)
     await r.until(lambda: not lives(stuck.pid) and not lives(note["pid"]), 30)
-    document = await status(r)
-    assert [(s["generation"], s["state"]) for s in document["slots"]] == [(2, "ready")]
+    document = await status_when(r, only_the_second)
     assert document["totals"]["cut"] == 1
     r.kill()
     assert await r.exit() == 0
@@ -139,8 +144,7 @@ async def test_worker_that_is_cut_off(run: StartRun, tmp_path: Path) -> None:
     for each in (first, second):
         await r.job_says(each.job_id, "ended")
     await r.until(lambda: not lives(worker.pid) and r.log("slot stopped"), 40)
-    document = await status(r)
-    assert [(s["generation"], s["state"]) for s in document["slots"]] == [(2, "ready")]
+    document = await status_when(r, only_the_second)
     assert document["totals"]["finished"] == document["totals"]["started"] >= 1
     # The worker has left its output to the supervisor.
     await r.until(lambda: r.out.read_text().count("x" * 1000) == 200)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -101,8 +102,11 @@ async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(
 
 
 @pytest.mark.core
-async def test_logs_are_livekits_own(run: StartRun) -> None:
-    """JSON lines with the extra fields, from the worker and from its job processes."""
+async def test_logs_are_livekits_own_and_stacks_are_dumped(run: StartRun) -> None:
+    """JSON lines with the extra fields, from the worker and from its job processes.
+
+    SIGUSR2: the worker writes where its main thread is, and lives on.
+    """
     r: Run = await run("run", "--grace", "30", AGENT)
     await r.ready()
     job = await r.dispatch(sleep=0.1)
@@ -112,21 +116,12 @@ async def test_logs_are_livekits_own(run: StartRun) -> None:
     assert (began["name"], began["level"], began["mode"]) == ("calls", "INFO", "sleep")
     assert began["job_id"] == job.job_id
     assert any(line["message"] == "registered worker" for line in lines)
-    r.kill()
-    assert await r.exit() == 0
-
-
-@pytest.mark.core
-async def test_stack_dump(run: StartRun) -> None:
-    """SIGUSR2: the worker writes where its main thread is, and lives on."""
-    r: Run = await run("run", "--grace", "30", AGENT)
-    await r.ready()
     os.kill(r.pid, signal.SIGUSR2)
     await r.until(lambda: "most recent call first" in r.err.read_text())
-    job = await r.dispatch(sleep=0.5)
+    after = await r.dispatch(sleep=0.5)
     r.kill()
     assert await r.exit() == 0
-    await r.clean(job)
+    await r.clean(job, after)
 
 
 @pytest.mark.core
@@ -345,6 +340,21 @@ async def test_wrong_command_line(run: StartRun, case: str) -> None:
     assert await r.exit(10) == 2
     assert expected in r.err.read_text()
     assert len(r.err.read_text().splitlines()) == 1
+
+
+async def test_a_supervisor_imports_what_it_needs(run: StartRun) -> None:
+    """It lives for months, and its first worker waits for its imports: no server, no drawing, no livekit."""
+    arguments = ["-X", "importtime", "-m", "lastcall", "run", "--http", "127.0.0.1:0", "--", "sleep", "100"]
+    r: Run = await run(command=[sys.executable, *arguments], livekit=False)
+    await r.until(lambda: r.log("ready"))
+    lines = [line for line in r.err.read_text().splitlines() if line.startswith("import time:")]
+    loaded = {line.rpartition("|")[2].strip() for line in lines}
+    assert {"lastcall.supervisor.app", "lastcall.supervisor.views.http", "uvloop"} <= loaded
+    others = {"aiohttp", "typer", "pydantic", "prometheus_client", "rich.console", "livekit"}
+    others |= {f"lastcall.supervisor.{name}" for name in ("picture", "doctor", "rehearsal", "deploy")}
+    assert not loaded & others
+    r.kill()
+    assert await r.exit() == 0
 
 
 async def test_busy_http_port(run: StartRun) -> None:

@@ -17,7 +17,7 @@ from lastcall.supervisor.cli.tables import COLUMNS, status_table
 def slot(number: int, *, jobs: int = 0, left: float | None = None, **more: Any) -> dict[str, Any]:
     return {
         "slot": number, "generation": 1, "state": "ready" if left is None else "draining",
-        "pid": 4000 + number, "lag_ms": 1.25, "rss_bytes": 150_000_000, "restarts": 0,
+        "pid": 4000 + number, "lag_ms": 1.25, "pss_bytes": 150_000_000, "restarts": 0,
         "last_exit": None, "process_failures": 0,
         "drain_left_s": left,
         "jobs": [{"id": f"AJ_{n}", "room": f"room-{number}-{n}", "age_s": float(n)} for n in range(jobs)],
@@ -47,8 +47,8 @@ def shown(document: dict[str, Any], width: int, height: int | None = None) -> li
         (140, set()),
         (80, set()),
         (64, {"lag ms"}),
-        (50, {"lag ms", "gen", "pid", "rss MB"}),
-        (40, {"lag ms", "gen", "pid", "rss MB", "restarts"}),
+        (50, {"lag ms", "gen", "pid", "pss MB"}),
+        (40, {"lag ms", "gen", "pid", "pss MB", "restarts"}),
     ],
 )
 def test_a_narrow_terminal_loses_columns(width: int, lost: set[str]) -> None:

@@ -11,15 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from lastcall.supervisor.cli.plain_text import plain_name
+from lastcall.supervisor.cli.plain_words import Word
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base import variables
-
-# A word, and the text that zsh and fish show beside the word.
-Word = tuple[str, str]
 
 
 def socket_of(control: str) -> Path:
@@ -32,18 +28,16 @@ def socket_of(control: str) -> Path:
     return control_socket.find(control)
 
 
-def slot_words(context: typer.Context) -> list[Word]:
+def slot_words(given: dict[str, Any]) -> list[Word]:
     """Return the numbers of the slots, with their states."""
-    return [
-        (str(slot["slot"]), f"{slot['state']}, {len(slot['jobs'])} jobs") for slot in _slots(context.params)
-    ]
+    return [(str(slot["slot"]), f"{slot['state']}, {len(slot['jobs'])} jobs") for slot in _slots(given)]
 
 
-def job_words(context: typer.Context) -> list[Word]:
+def job_words(given: dict[str, Any]) -> list[Word]:
     """Return the ids of the jobs, with their rooms. In brackets typer would look for the name of a style."""
     return [
         (job["id"], plain_name(job["room"]).replace("[", "("))
-        for slot in _slots(context.params)
+        for slot in _slots(given)
         for job in slot["jobs"]
     ]
 

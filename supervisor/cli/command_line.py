@@ -1,13 +1,18 @@
-"""The frame that all verbs share: the root of the command line, and its errors in one line."""
+"""The frame that all verbs share: the root of the command line, and its errors in one line.
+
+typer is imported here, and where verbs use it themselves. `plain_words` reads most command lines without.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from lastcall.supervisor.cli import examples
+from lastcall.supervisor.cli.plain_words import SESSION, Argument, Completion, Option, Word
 from lastcall.supervisor.errors import UsageError
 
 HELP = "Run LiveKit agent workers so that a stop cuts no call."
@@ -24,8 +29,46 @@ def new() -> typer.Typer:
 
 
 def add(app: typer.Typer, name: str, verb: Callable[..., Any], *, help: str | None = None) -> None:
-    """Add one verb with its examples; without `help` the docstring of the verb is its help."""
-    app.command(name, help=help, epilog=examples.epilog(name))(verb)
+    """Add one verb with its examples; without `help` the docstring of the verb is its help.
+
+    A parameter `session` of the verb gets the object that `read` is given.
+    """
+
+    def called(context: typer.Context, **values: Any) -> Any:
+        return verb(**values, **({SESSION: context.obj} if has_session else {}))
+
+    parameters = list(inspect.signature(verb, eval_str=True).parameters.values())
+    has_session = any(each.name == SESSION for each in parameters)
+    shown = [_for_typer(each) for each in parameters if each.name != SESSION]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    # typer reads the parameters of a verb from these two, and the help from the docstring.
+    called.__signature__ = inspect.Signature([context, *shown])  # type: ignore[attr-defined]  # as inspect documents
+    called.__annotations__ = {each.name: each.annotation for each in (context, *shown)}
+    called.__doc__ = verb.__doc__
+    app.command(name, help=help, epilog=examples.epilog(name))(called)
+
+
+def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
+    shown = parameter.annotation
+    for given in get_args(shown)[1:]:
+        if isinstance(given, Option):
+            shown = Annotated[
+                get_args(shown)[0], typer.Option(*given.names, metavar=given.metavar, help=given.help)
+            ]
+        elif isinstance(given, Argument):
+            words = None if given.completion is None else _words_of(given.completion)
+            shown = Annotated[
+                get_args(shown)[0],
+                typer.Argument(metavar=given.metavar, help=given.help, autocompletion=words),
+            ]
+    return parameter.replace(annotation=shown, kind=parameter.KEYWORD_ONLY)
+
+
+def _words_of(completion: Completion) -> Callable[[typer.Context], list[Word]]:
+    def words(context: typer.Context) -> list[Word]:
+        return completion(context.params)
+
+    return words
 
 
 def read(app: typer.Typer, arguments: list[str], session: object) -> int:

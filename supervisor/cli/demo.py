@@ -21,6 +21,7 @@ from lastcall.supervisor.cli.local_server import local_server
 from lastcall.supervisor.cli.plain_text import status_line, totals_text
 from lastcall.supervisor.config.options import Config, Inworld
 from lastcall.supervisor.environment import surroundings
+from lastcall.supervisor.fleet.footprints import LOOK_FOR_STATUS_EVERY
 from lastcall.supervisor.picture.reading import check
 from lastcall.supervisor.picture.terminal import StopPicture
 from lastcall.supervisor.picture.timeline import lay_out
@@ -83,7 +84,8 @@ async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None
         async def show() -> None:
             await (screen.follow(draw) if screen else _write_lines(app.status, around.stdout.write))
 
-        code = await run_with(app, {"the table": show, "the clock": lambda: _stop_after(app, seconds)})
+        beside = {"the table": show, "the clock": lambda: _stop_after(app, seconds)}
+        code = await run_with(app, beside | {"the memory": lambda: _look_at_memory(app)})
         if screen is not None:
             screen.close()
             console.print(StopPicture(lay_out(check(app.receipt, "the receipt"))))
@@ -101,6 +103,13 @@ async def _write_lines(status: Status, write: Callable[[bytes], None]) -> None:
     while True:
         await asyncio.sleep(LINE_INTERVAL)
         write(f"{now() - began:5.0f} s  {status_line(status.document())}\n".encode())
+
+
+async def _look_at_memory(app: App) -> None:
+    """Have figures of memory for the table, as `lastcall status` has."""
+    while True:
+        await asyncio.sleep(LOOK_FOR_STATUS_EVERY)
+        await app.footprints.look(LOOK_FOR_STATUS_EVERY)
 
 
 async def _stop_after(app: App, seconds: float | None) -> None:

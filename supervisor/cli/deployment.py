@@ -31,6 +31,7 @@ from lastcall.supervisor.cli.parameters import (
     target_of,
     with_run_options,
 )
+from lastcall.supervisor.cli.plain_text import show
 from lastcall.supervisor.cli.progress import Progress
 from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.options import Config
@@ -100,7 +101,7 @@ def _unit(
         raise UsageError(f"{target!r} would not be in the image; expected a path below the build's directory")
     flags = {"grace": grace, "workers": workers, "control": None, "receipt": None, "http": None}
     in_file = {option for option, flag in flags.items() if flag is None and _is_set(config, option)}
-    config_file = os.path.abspath(loader.path) if loader.path and config.model_fields_set else ""
+    config_file = os.path.abspath(loader.path) if loader.path and config.given else ""
     place = _place_in_image(config_file) if config_file else ""
     is_missing = kind in IMAGES and bool(config_file) and not place
     if is_missing:
@@ -152,7 +153,7 @@ def _place_in_image(file: str) -> str:
 
 def _is_set(config: Config, option: str) -> bool:
     """Tell whether a configuration sets an option to a value that has a meaning in a unit."""
-    return option in config.model_fields_set and getattr(config, option) not in ("", "auto")
+    return option in config.given and getattr(config, option) not in ("", "auto")
 
 
 @contextmanager
@@ -239,7 +240,7 @@ def _rehearse(
             verdicts.append(verdict)
             progress.clear()
             if not as_json and html != page_file.STANDARD_OUTPUT:
-                print(drill_report.line(verdict), flush=True)
+                show(drill_report.line(verdict), indent=10)
     if as_json:
         print(json.dumps(drill_report.document(target, verdicts), indent=2))
     if junit is not None:
@@ -285,7 +286,7 @@ def _doctor(
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        print("\n".join(map(report.line, findings)))
+        show("\n".join(map(report.line, findings)), indent=report.INDENT)
         if names:
-            print(report.table(names))
+            show(report.table(names), indent=report.INDENT)
     return 0 if document["ok"] else 1

@@ -7,15 +7,17 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from lastcall.supervisor.cli import command_line
+from lastcall.supervisor.cli import plain_words
 from lastcall.supervisor.cli.asking import job_words, slot_words, socket_of
 from lastcall.supervisor.cli.plain_text import waits_for
+from lastcall.supervisor.cli.plain_words import Argument, Option
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
+
+if TYPE_CHECKING:
+    import typer
 
 # Seconds between two questions to the supervisor. Ours: for eyes, and for scripts that wait.
 REFRESH_INTERVAL = 0.5
@@ -23,15 +25,17 @@ POLL_INTERVAL = 0.1
 # Seconds after which a verb that waits says so again. Ours: a person looks up, and a log stays short.
 SAY_AGAIN_EVERY = 10.0
 
-Control = Annotated[str, typer.Option("--control", metavar="PATH", help="Control socket of the supervisor.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Return when it is done; non-zero if it failed.")]
+Control = Annotated[str, Option(("--control",), "PATH", "Control socket of the supervisor.")]
+Wait = Annotated[bool, Option(("--wait",), help="Return when it is done; non-zero if it failed.")]
 HandOver = Annotated[
-    bool, typer.Option("--handover", help="Have the calls of old workers go on in new ones, where possible.")
+    bool, Option(("--handover",), help="Have the calls of old workers go on in new ones, where possible.")
 ]
 
 
 def add_to(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
+    from lastcall.supervisor.cli import command_line
+
     for name, verb in VERBS.items():
         command_line.add(app, name, verb)
 
@@ -46,15 +50,22 @@ def read(arguments: list[str]) -> int:
 
     Raises UsageError, NotRunning and Refused.
     """
+    verb = VERBS[arguments[0]]
+    values = plain_words.read(verb, arguments[1:])
+    if values is not None:
+        verb(**values)
+        return 0
+    from lastcall.supervisor.cli import command_line
+
     app = command_line.new()
-    command_line.add(app, arguments[0], VERBS[arguments[0]])  # typer takes milliseconds for each
+    command_line.add(app, arguments[0], verb)  # typer takes milliseconds for each
     return command_line.read(app, arguments, None)
 
 
 def _status(
     control: Control = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="The whole document as JSON.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, Option(("--json",), help="The whole document as JSON.")] = False,
+    watch: Annotated[bool, Option(("--watch",), help="Go on showing it, until Ctrl-C.")] = False,
 ) -> None:
     """Show what a running supervisor does."""
     path = socket_of(control)
@@ -140,9 +151,7 @@ def _reload(control: Control = "auto", wait: Wait = False, handover: HandOver = 
 
 
 def _recycle(
-    slot: Annotated[
-        int, typer.Argument(metavar="SLOT", help="The number of the slot.", autocompletion=slot_words)
-    ],
+    slot: Annotated[int, Argument("SLOT", "The number of the slot.", completion=slot_words)],
     control: Control = "auto",
     wait: Wait = False,
     handover: HandOver = False,
@@ -155,9 +164,7 @@ def _recycle(
 def _handover(
     job: Annotated[
         str,
-        typer.Argument(
-            metavar="JOB", help="The id of the job, as in lastcall status --json.", autocompletion=job_words
-        ),
+        Argument("JOB", "The id of the job, as in lastcall status --json.", completion=job_words),
     ],
     control: Control = "auto",
     wait: Wait = False,
@@ -171,7 +178,7 @@ def _handover(
 
 
 def _scale(
-    workers: Annotated[int, typer.Argument(metavar="N", help="How many workers there shall be.")],
+    workers: Annotated[int, Argument("N", help="How many workers there shall be.")],
     control: Control = "auto",
     wait: Wait = False,
 ) -> None:
@@ -180,9 +187,7 @@ def _scale(
 
 
 def _dump(
-    slot: Annotated[
-        int | None, typer.Argument(metavar="SLOT", help="Only this slot.", autocompletion=slot_words)
-    ] = None,
+    slot: Annotated[int | None, Argument("SLOT", "Only this slot.", completion=slot_words)] = None,
     control: Control = "auto",
 ) -> None:
     """Have workers write where their main thread is."""

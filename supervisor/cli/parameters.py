@@ -8,34 +8,23 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-import typer
-
+from lastcall.supervisor.cli.plain_words import Argument, Option
 from lastcall.supervisor.config.options import Config, flags
 from lastcall.supervisor.errors import UsageError
 from lastcall.worker.base import target_form
 
-_TARGET = typer.Argument(metavar="TARGET", help=Config.model_fields["target"].description)
+_TARGET = Argument("TARGET", Config.options["target"].description)
 OptionalTarget = Annotated[str | None, _TARGET]
-Module = Annotated[
-    str | None, typer.Option("-m", metavar="MODULE", help="TARGET as `python -m MODULE start` has it.")
-]
+Module = Annotated[str | None, Option(("-m",), "MODULE", "TARGET as `python -m MODULE start` has it.")]
 # The words that follow, as JSON: `given_in` makes the value of them before the command line is read.
-Arguments = Annotated[
-    str | None, typer.Option("--args", metavar="ARG…", help="All that follows, for the program itself.")
-]
+Arguments = Annotated[str | None, Option(("--args",), "ARG…", "All that follows, for the program itself.")]
 # The one option of `run` that is no key of the file.
 CONFIG_FILE_DEFAULT = "lastcall.toml, or [tool.lastcall] of pyproject.toml"
-ConfigFile = Annotated[
-    str | None, typer.Option(metavar="FILE", help=f"Configuration.  [{CONFIG_FILE_DEFAULT}]")
-]
+ConfigFile = Annotated[str | None, Option(("--config",), "FILE", f"Configuration.  [{CONFIG_FILE_DEFAULT}]")]
 
 Watch = Annotated[
     list[str] | None,
-    typer.Option(
-        "--watch",
-        metavar="GLOB",
-        help="More files that reload, as in 'prompts/**/*.md'; may be given again.",
-    ),
+    Option(("--watch",), "GLOB", "More files that reload, as in 'prompts/**/*.md'; may be given again."),
 ]
 
 
@@ -73,14 +62,14 @@ def needed_target(target: str | None, module: str | None) -> str:
 
 def help_of(name: str, default: object = None) -> str:
     """Return the help of an option; a `default` is shown in place of the default in the definition."""
-    field = Config.model_fields[name]
-    shown = field.default if default is None else default
+    option = Config.options[name]
+    shown = option.default if default is None else default
     if isinstance(shown, float):
         shown = f"{shown:g}"
     auto = flags()[name].auto
     if auto and shown == "auto":
         shown = f"auto: {auto}"
-    return f"{field.description}  [{shown}]" if shown else str(field.description)
+    return f"{option.description}  [{shown}]" if shown else option.description
 
 
 def with_run_options(
@@ -100,11 +89,10 @@ def with_run_options(
             default=None,
             annotation=Annotated[
                 str | None,
-                typer.Option(
-                    f"--{name.replace('_', '-')}",
-                    *([flag.short] if flag.short else []),
-                    metavar=flag.metavar,
-                    help=help_of(name, shown.get(name)),
+                Option(
+                    (f"--{name.replace('_', '-')}", *([flag.short] if flag.short else [])),
+                    flag.metavar,
+                    help_of(name, shown.get(name)),
                 ),
             ],
         )
@@ -115,16 +103,14 @@ def with_run_options(
     def decorate(verb: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(verb)
         def called(**given: Any) -> Any:
-            values = {each.name: given.pop(each.name) for each in generated}
+            values = {each.name: given.pop(each.name, None) for each in generated}
             return verb(flags=values, **given)
 
         signature = inspect.signature(verb, eval_str=True)
         parameters: list[inspect.Parameter] = []
         for each in signature.parameters.values():
             parameters += generated if each.name == "flags" else [each.replace(kind=each.KEYWORD_ONLY)]
-        # typer reads the parameters of a verb from these two.
         called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # as inspect documents
-        called.__annotations__ = {each.name: each.annotation for each in parameters}
         return called
 
     return decorate

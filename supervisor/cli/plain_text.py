@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
+
+from lastcall.supervisor.processes.line_breaks import broken
 
 SELDOM = ("ended_by_server", "handed_over")
 
@@ -38,3 +42,14 @@ def totals_text(document: dict[str, Any]) -> str:
 def plain_name(text: str) -> str:
     """Return a name without characters that a terminal obeys: callers choose the names of rooms."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def show(text: str, *, indent: int) -> None:
+    """Print lines to standard output. On a terminal those that are too wide are broken between words.
+
+    Each further part of a line is behind `indent` cells.
+    """
+    if sys.stdout.isatty():
+        width = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        text = "\n".join(broken(line, width, indent) for line in text.split("\n"))
+    print(text, flush=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Coroutine
-from typing import Annotated, Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from lastcall.supervisor.cli import command_line, deployment, receipts
+from lastcall.supervisor.cli import plain_words
 from lastcall.supervisor.cli.parameters import (
     Arguments,
     ConfigFile,
@@ -21,6 +19,7 @@ from lastcall.supervisor.cli.parameters import (
     with_arguments,
     with_run_options,
 )
+from lastcall.supervisor.cli.plain_words import Option
 from lastcall.supervisor.config.loading import Loader
 from lastcall.supervisor.config.paths import working_directory
 from lastcall.supervisor.config.sources import FILE_NAMES
@@ -28,6 +27,9 @@ from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.supervisor.signals import Inbox
 from lastcall.worker.base import variables
 from lastcall.worker.base.target_form import FORMS
+
+if TYPE_CHECKING:
+    import typer
 
 RUN_HELP = """Run workers under supervision.
 
@@ -58,9 +60,6 @@ class _Session:
         self.work: Coroutine[Any, Any, int] | None = None
 
 
-app = command_line.new()
-
-
 def _places_of_config(file: str | None) -> list[str]:
     """Return the files that a configuration is looked for in."""
     named = file or os.environ.get(variables.CONFIG)
@@ -69,14 +68,13 @@ def _places_of_config(file: str | None) -> list[str]:
 
 @with_run_options()
 def _run(
-    context: typer.Context,
+    session: _Session,
     flags: dict[str, str | None],
     target: OptionalTarget = None,
     module: Module = None,
     arguments: Arguments = None,
     config: ConfigFile = None,
 ) -> None:
-    session: _Session = context.obj
     target = target_of(target, module)
     given = {"target": target, "args": arguments_of(arguments), "command": session.command or None, **flags}
     if target and session.command:
@@ -101,13 +99,13 @@ def _run(
     defaults={**DEV_DEFAULTS, "http": "a free port"},
 )
 def _dev(
-    context: typer.Context,
+    session: _Session,
     flags: dict[str, str | None],
     target: OptionalTarget = None,
     module: Module = None,
     arguments: Arguments = None,
     env_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="KEY=value lines for the worker, read at each reload.")
+        str | None, Option((), "FILE", "KEY=value lines for the worker, read at each reload.")
     ] = None,
     watch: Watch = None,
     config: ConfigFile = None,
@@ -129,7 +127,6 @@ def _dev(
     }
 
     load = Loader(given, os.environ, file=config, defaults=DEV_DEFAULTS)
-    session: _Session = context.obj
     assert session.inbox is not None
     session.work = dev(
         session.inbox,
@@ -141,26 +138,34 @@ def _dev(
 
 
 def _demo(
-    context: typer.Context,
-    seconds: Annotated[float | None, typer.Option(help="Stop by itself after so many seconds.")] = None,
-    workers: Annotated[int, typer.Option("--workers", "-w", help="Workers to run.")] = 2,
-    rate: Annotated[float, typer.Option(help="Dispatches a second.")] = 1.0,
+    session: _Session,
+    seconds: Annotated[float | None, Option(help="Stop by itself after so many seconds.")] = None,
+    workers: Annotated[int, Option(("--workers", "-w"), help="Workers to run.")] = 2,
+    rate: Annotated[float, Option(help="Dispatches a second.")] = 1.0,
 ) -> None:
     """Show it: local servers, a sample agent, calls flowing. Ctrl-C shows the whole stop."""
     from lastcall.supervisor.cli.demo import demo
 
-    session: _Session = context.obj
     assert session.inbox is not None
     if workers < 1 or not 0 < rate < 1000 or (seconds is not None and not 0 < seconds < float("inf")):
         raise UsageError("--workers, --rate and --seconds: expected more than 0, and a rate below 1000")
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
-command_line.add(app, "run", _run, help=RUN_HELP)
-command_line.add(app, "dev", _dev)
-command_line.add(app, "demo", _demo)
-deployment.add_to(app)
-receipts.add_to(app)
+# The verbs that supervise, and the help of the one whose docstring is not for its users.
+VERBS: dict[str, Callable[..., None]] = {"run": _run, "dev": _dev, "demo": _demo}
+
+
+def whole() -> typer.Typer:
+    """Return the command line with every verb."""
+    from lastcall.supervisor.cli import command_line, deployment, operate, receipts
+
+    app = command_line.new()
+    for name, verb in VERBS.items():
+        command_line.add(app, name, verb, help=RUN_HELP if verb is _run else None)
+    for verbs in (deployment, receipts, operate):
+        verbs.add_to(app)
+    return app
 
 
 def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any, int]:
@@ -179,16 +184,16 @@ def read(arguments: list[str], inbox: Inbox | None) -> int | Coroutine[Any, Any,
     asked_for_nothing = not arguments
     if asked_for_nothing:
         arguments = ["--help"]
-    if arguments[0] not in (
-        "run",
-        "demo",
-        "dev",
-    ):  # rich, which the others need, costs a supervisor megabytes
-        from lastcall.supervisor.cli import operate
-
-        operate.add_to(app)
     session = _Session(inbox, command)
-    code = command_line.read(app, arguments, session)
+    verb = VERBS.get(arguments[0])
+    values = None if verb is None else plain_words.read(verb, arguments[1:])
+    if verb is not None and values is not None:
+        verb(session=session, **values)
+        code = 0
+    else:
+        from lastcall.supervisor.cli import command_line
+
+        code = command_line.read(whole(), arguments, session)
     if session.work is not None:
         return session.work
     return 2 if asked_for_nothing else code

@@ -27,11 +27,11 @@ STATE_COLOURS = {
 JOBS_SHOWN = 6
 # The columns of a slot, and whether their text stands at the right.
 COLUMNS = {
-    "slot": True, "gen": True, "state": False, "pid": True, "jobs": True, "lag ms": True, "rss MB": True,
+    "slot": True, "gen": True, "state": False, "pid": True, "jobs": True, "lag ms": True, "pss MB": True,
     "restarts": True, "rooms (age s)": False,
 }  # fmt: skip
 # The columns that a narrow terminal loses, the first one first. The others say whether calls are served.
-LOST_FIRST = ("lag ms", "gen", "pid", "rss MB", "restarts")
+LOST_FIRST = ("lag ms", "gen", "pid", "pss MB", "restarts")
 # Cells. Ours: the name of one room, and its age.
 ROOMS_AT_LEAST = 16
 GAP = 2
@@ -176,7 +176,7 @@ def _cells(slot: dict[str, Any]) -> dict[str, Text]:
     jobs = slot["jobs"]
     rooms = ", ".join(f"{plain_name(job['room'])} ({job['age_s']:.0f})" for job in jobs[:JOBS_SHOWN])
     more = f" +{len(jobs) - JOBS_SHOWN}" if len(jobs) > JOBS_SHOWN else ""
-    rss = slot["rss_bytes"]
+    pss = slot.get("pss_bytes")
     return {
         "slot": Text(str(slot["slot"])),
         "gen": Text(str(slot["generation"])),
@@ -184,7 +184,7 @@ def _cells(slot: dict[str, Any]) -> dict[str, Text]:
         "pid": Text(str(slot["pid"] or "-")),
         "jobs": Text(str(len(jobs))),
         "lag ms": Text("-" if slot["lag_ms"] is None else f"{slot['lag_ms']:.1f}"),
-        "rss MB": Text("-" if not rss else f"{rss / 1e6:.0f}"),
+        "pss MB": Text("-" if not pss else f"{pss / 1e6:.0f}"),
         "restarts": Text(str(slot["restarts"])),
         "rooms (age s)": Text(
             rooms + more if jobs else slot["last_exit"] or "",
@@ -213,6 +213,10 @@ def _headline(document: dict[str, Any]) -> Text:
         f"  {totals['started']} jobs, {totals['finished']} finished, {totals['failed']} failed,",
         f" {totals['cut']} cut, {totals['lost']} lost",
     )  # fmt: skip
+    if memory := document.get("memory"):
+        image = memory["image_pss_bytes"]
+        shared = f", {image / 1e6:.0f} of them the image" if image else ""
+        line.append(f"\n{memory['pss_bytes'] / 1e6:.0f} MB of memory{shared}", "dim")
     if document["held"]:
         line.append("  on hold", "yellow")
     elif full := document["full"]:

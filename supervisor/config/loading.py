@@ -7,22 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from lastcall.supervisor.config.options import Config, Section
-from lastcall.supervisor.config.sources import FILE_NAMES, read_environment, read_file, section_of
-from lastcall.supervisor.config.values import FOR_ELSEWHERE, shown
+from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.section import Section, WrongValue, section_of
+from lastcall.supervisor.config.sources import FILE_NAMES, read_environment, read_file
+from lastcall.supervisor.config.values import shown
 from lastcall.supervisor.errors import ConfigError, UsageError
 from lastcall.worker.base import variables
-
-# Expectations by the type of a pydantic error, where pydantic's own words name things of Python.
-EXPECTATIONS = {
-    "missing": "more values",
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-    "list_type": "a list",
-    "tuple_type": "a list",
-}
 
 
 def load(
@@ -61,7 +51,7 @@ class Loader:
         self._name = file or environ.get(variables.CONFIG) or None
         self._named_by = "--config" if file else variables.CONFIG
         self._defaults = dict(defaults or {})
-        self._context = {FOR_ELSEWHERE: for_elsewhere}
+        self._for_elsewhere = for_elsewhere
         self._path: Path | None = None
         self._has_loaded = False
 
@@ -87,40 +77,37 @@ class Loader:
         self._check(from_environment, where="environment")
         self._check(given, where="", error=UsageError)
         merged = _merge(_merge(_merge(self._defaults, from_file), from_environment), given)
-        config = Config.model_validate(merged, context=self._context)
+        config = Config.of(merged, is_elsewhere=self._for_elsewhere)
         self._path, self._has_loaded = path, True
         return config
 
     def _check(self, values: dict[str, Any], *, where: str, error: type[Exception] = ConfigError) -> None:
         try:
-            Config.model_validate(values, context=self._context)
-        except ValidationError as failure:
-            raise error(_one_line(failure, where)) from None
+            Config.of(values, is_elsewhere=self._for_elsewhere)
+        except WrongValue as wrong:
+            raise error(_one_line(wrong, where)) from None
 
 
-def _one_line(failure: ValidationError, where: str) -> str:
-    problem = failure.errors(include_url=False)[0]
-    keys = [str(part) for part in problem["loc"]]
+def _one_line(wrong: WrongValue, where: str) -> str:
+    keys = wrong.keys
     name = ".".join(keys)
     if where == "environment":
         name = variables.PREFIX + "__".join(keys).upper()
     prefix = f"{where}: " if where else ""
-    if problem["type"] == "extra_forbidden":
+    if not wrong.expected:
         return f"{prefix}unknown key {name!r}{_nearest(keys)}"
     option = name if where else f"--{name.replace('_', '-')}"
-    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    expected = EXPECTATIONS.get(problem["type"], expected.partition(", unable to parse")[0])
-    return f"{prefix}{option}: got {shown(problem['input'])}, expected {expected.removeprefix('expected ')}"
+    return f"{prefix}{option}: got {shown(wrong.value)}, expected {wrong.expected.removeprefix('expected ')}"
 
 
-def _nearest(keys: list[str]) -> str:
-    model: type[Section] = Config
+def _nearest(keys: tuple[str, ...]) -> str:
+    section: type[Section] = Config
     for key in keys[:-1]:
-        section = section_of(model.model_fields[key])
-        assert section is not None, "only a section can have an unknown key in it"
-        model = section
-    near = difflib.get_close_matches(keys[-1], model.model_fields, n=1)
-    known = ", ".join(model.model_fields)
+        below = section_of(section.options[key])
+        assert below is not None, "only a section can have an unknown key in it"
+        section = below
+    near = difflib.get_close_matches(keys[-1], section.options, n=1)
+    known = ", ".join(section.options)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {known}"
 
 

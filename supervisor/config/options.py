@@ -8,10 +8,9 @@ a field with a description; a `Flag` puts the option on the command line too.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-
+from lastcall.supervisor.config.section import Field, Section
 from lastcall.supervisor.config.values import (
     Backoff,
     HttpAddress,
@@ -21,8 +20,6 @@ from lastcall.supervisor.config.values import (
     TargetText,
     WebSocketUrl,
     WritableFile,
-    check_number,
-    check_text,
 )
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, installed_entrypoint_wait
 from lastcall.worker.base.settings import DEFAULT_FINISH, HandoverSettings
@@ -39,22 +36,6 @@ class Flag:
     metavar: str
     short: str = ""
     auto: str = ""
-
-
-class Section(BaseModel):
-    """Options that are one table of the file. A section's docstring is its line on the page."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        annotation = cls.model_fields[info.field_name].annotation
-        if annotation in (int, float) or get_origin(annotation) is tuple:
-            check_number(value)
-        check_text(value)
-        return value
 
 
 class Stop(Section):
@@ -137,7 +118,9 @@ class Recycle(Section):
         Field(description="Seconds, less up to a tenth, so that not all workers are due at once."),
     ] = 0
     max_jobs: Annotated[int, Field(ge=0, description="Begun by one worker.")] = 0
-    max_rss_mb: Annotated[int, Field(ge=0, description="Megabytes of the worker itself.")] = 0
+    max_rss_mb: Annotated[
+        int, Field(ge=0, description="Megabytes of the worker itself, without what it shares with others.")
+    ] = 0
 
 
 class JobLimits(Section):
@@ -179,7 +162,7 @@ class Handover(Section):
         """The options as a worker gets them."""
         return HandoverSettings(
             enabled=self.enabled,
-            on_cloud=self.enabled and "enabled" in self.model_fields_set,
+            on_cloud=self.enabled and "enabled" in self.given,
             wait=self.wait,
             patience=self.patience,
             limit=self.limit,
@@ -207,10 +190,12 @@ class Config(Section):
     """Every option of `lastcall run`."""
 
     target: Annotated[TargetText, Field(description="path.py, path.py:attr, module:attr or -m module.")] = ""
-    args: Annotated[list[str], Field(description="For the program of the target itself, after `start`.")] = []
+    args: Annotated[  # each configuration gets a copy of the list
+        list[str], Field(description="For the program of the target itself, after `start`.")
+    ] = []  # noqa: RUF012
     command: Annotated[
         list[str], Field(description='An opaque worker in place of a target, as in ["node", "agent.js"].')
-    ] = []
+    ] = []  # noqa: RUF012
     workers: Annotated[
         int, Field(ge=1, le=1000, description="Workers to keep up."), Flag(metavar="N", short="-w")
     ] = 1
@@ -266,7 +251,7 @@ def flags() -> dict[str, Flag]:
     """Return the options that the command line of `run` takes, by name."""
     return {
         name: each
-        for name, field in Config.model_fields.items()
-        for each in field.metadata
+        for name, option in Config.options.items()
+        for each in option.metadata
         if isinstance(each, Flag)
     }

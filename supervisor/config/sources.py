@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin
 
-from pydantic.fields import FieldInfo
-
-from lastcall.supervisor.config.options import Config, Section
+from lastcall.supervisor.config.options import Config
+from lastcall.supervisor.config.section import Option, Section, section_of
 from lastcall.supervisor.config.user_files import read_text
 from lastcall.supervisor.config.values import shown
 from lastcall.supervisor.errors import ConfigError, Unreadable
@@ -33,22 +32,16 @@ JSON_FORMS: dict[object, str] = {
 }
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """Return the section that a field of `Config` is; None for a single option."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
-
-
 def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return the options that the environment sets. Raises ConfigError for a variable that is no JSON."""
     values: dict[str, Any] = {}
-    for keys, field in _options(Config):
+    for keys, option in _options(Config):
         name = _variable(keys)
         value: Any = environ.get(name, "")
         if not value:
             continue
-        kind = get_origin(field.annotation)
-        if section_of(field) is not None or kind in (list, tuple):
+        kind = get_origin(option.annotation)
+        if section_of(option) is not None or kind in (list, tuple):
             value = _decoded(name, value, JSON_FORMS[kind])
         if value is not None:
             _place(values, keys, value)
@@ -100,16 +93,14 @@ def warnings(environ: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def _options(
-    model: type[Section], above: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+def _options(section: type[Section], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Option]]:
     """Yield each section and option with its keys, a section in front of its options."""
-    for name, field in model.model_fields.items():
+    for name, option in section.options.items():
         keys = (*above, name)
-        yield keys, field
-        section = section_of(field)
-        if section is not None:
-            yield from _options(section, keys)
+        yield keys, option
+        below = section_of(option)
+        if below is not None:
+            yield from _options(below, keys)
 
 
 def _variable(keys: tuple[str, ...]) -> str:

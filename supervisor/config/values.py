@@ -1,4 +1,4 @@
-"""Types of option values with checks that pydantic lacks. Each error text says what was expected."""
+"""Types of option values, with their checks. Each error text says what was expected."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationInfo
-
+from lastcall.supervisor.config.section import Field, OnlyHere
 from lastcall.supervisor.config.user_files import words_of
 from lastcall.worker.base import target_form
 from lastcall.worker.base.dial_checks import check_host, check_url
@@ -18,11 +17,9 @@ from lastcall.worker.base.dial_checks import check_host, check_url
 LONGEST_SECONDS = 10_000_000
 # Characters of a value in an error. Ours: an error is a line to be read.
 MOST_SHOWN = 200
-# A key of the context of a validation: whether the values are for another machine than this one.
-FOR_ELSEWHERE = "for_elsewhere"
 
-Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
-SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_SECONDS, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_SECONDS)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
 
 
 def shown(value: Any) -> str:
@@ -31,20 +28,6 @@ def shown(value: Any) -> str:
     # A password may have any character that should have been escaped, so all in front of the last @ goes.
     text = re.sub("(://).*@", r"\1…@", text)
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
-
-
-def check_text(value: Any) -> None:
-    """Refuse text that can't be a path, a name or an argument of a program. Raises ValueError."""
-    for each in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(each, str) and "\0" in each:
-            raise ValueError("expected text without a NUL byte")
-
-
-def check_number(value: Any) -> None:
-    """Refuse booleans where numbers belong: pydantic takes true for 1. Raises ValueError."""
-    for each in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(each, bool):
-            raise ValueError("expected a number, not a boolean")
 
 
 def _check_target(value: str) -> str:
@@ -104,18 +87,14 @@ def check_writable(value: str) -> str:
     return value
 
 
-def _check_writable_here(value: str, info: ValidationInfo) -> str:
-    return value if (info.context or {}).get(FOR_ELSEWHERE) else check_writable(value)
-
-
 def _check_url(value: str, schemes: tuple[str, str]) -> str:
     check_url(value, schemes)
     return value
 
 
-TargetText = Annotated[str, AfterValidator(_check_target)]
-HttpAddress = Annotated[str, AfterValidator(_check_address)]
-Backoff = Annotated[tuple[SecondsOrZero, SecondsOrZero], AfterValidator(_check_backoff)]
-WritableFile = Annotated[str, AfterValidator(_check_writable_here)]
-WebSocketUrl = Annotated[str, AfterValidator(lambda value: _check_url(value, ("ws", "wss")))]
-HttpUrl = Annotated[str, AfterValidator(lambda value: _check_url(value, ("http", "https")))]
+TargetText = Annotated[str, _check_target]
+HttpAddress = Annotated[str, _check_address]
+Backoff = Annotated[tuple[SecondsOrZero, SecondsOrZero], _check_backoff]
+WritableFile = Annotated[str, OnlyHere(check_writable)]
+WebSocketUrl = Annotated[str, lambda value: _check_url(value, ("ws", "wss"))]
+HttpUrl = Annotated[str, lambda value: _check_url(value, ("http", "https"))]

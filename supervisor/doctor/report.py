@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,24 +11,26 @@ from lastcall.supervisor.doctor.facts import Finding, Name
 
 SCHEMA = 1
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+# Cells in front of the reason of a finding.
+INDENT = 22
 
 
 def line(finding: Finding) -> str:
     """Return one finding; what to do stands below why."""
     head = f"{MARKS[finding.verdict]}  {finding.check:<14}  {finding.why}"
-    return f"{head}\n{'':22}do: {finding.do}" if finding.do else head
+    return f"{head}\n{'':{INDENT}}do: {finding.do}" if finding.do else head
 
 
 def table(names: Sequence[Name]) -> str:
-    """Return the private names that lastcall uses, by package, one a line."""
-    lines, package = [], ""
-    for each in names:
-        if each.package != package:
-            package = each.package
-            lines.append(f"\nprivate names of {package} {each.version}")
-        has = f"{each.lack}: {each.without or 'not supported'}" if each.lack else f"for {each.needed_by}"
-        lines.append(f"{'lacks' if each.lack else 'has':<5} {each.name:<42} {has}")
-    return "\n".join(lines)
+    """Return the private names that lastcall uses: their number by package, and those that are missing."""
+    lines = []
+    for package, group in itertools.groupby(names, lambda each: f"{each.package} {each.version}"):
+        found = list(group)
+        missing = [each for each in found if each.lack]
+        has = len(found) - len(missing)
+        lines.append(f"private names of {package}: {has} of {len(found)} are there")
+        lines += [f"lacks {each.name}  {each.lack}: {each.without or 'not supported'}" for each in missing]
+    return "\n".join(["", *lines, "lastcall doctor --json lists them"])
 
 
 def document(findings: Sequence[Finding], names: Sequence[Name]) -> dict[str, Any]:

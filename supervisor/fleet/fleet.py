@@ -85,6 +85,13 @@ class Fleet:
     def generations(self) -> Iterator[Generation]:
         return (generation for slot in self.slots for generation in slot.generations)
 
+    @property
+    def image_pids(self) -> set[int]:
+        """The processes that workers are forked from; in a reload there are two."""
+        launchers = (self.launcher, *(generation.launcher for generation in self.generations))
+        images = (launcher.image for launcher in launchers)
+        return {image.pid for image in images if image is not None and image.pid is not None}
+
     def find(self, slot: int, number: int) -> Generation | None:
         """Return a generation of a slot, if there is something to say of it."""
         return next((each for each in self.generations if (each.slot, each.number) == (slot, number)), None)

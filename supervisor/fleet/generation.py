@@ -91,6 +91,8 @@ class Generation:
         self.is_candidate = False
         self.reports = WorkerView(slot, number, ledger=shared.ledger, record=shared.record, log=self.log)
         self.stopping = StopState()
+        # The private memory of the worker itself in bytes, at the last look; None before it.
+        self.private_bytes: int | None = None
         self.launcher = launcher
         self._launched: Launched | None = None
         self._channel: Channel[WorkerHears, WorkerSays] | None = None

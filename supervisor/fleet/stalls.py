@@ -155,13 +155,14 @@ def _owes_beats(generation: Generation) -> bool:
 
 def why_recycle(limits: Recycle, generation: Generation, age_factor: float = 1.0) -> str:
     """Return which limit a worker has reached, or nothing."""
-    beat = generation.reports.beat
-    if generation.ready_at is None or beat is None:
+    if generation.ready_at is None or generation.reports.beat is None:
         return ""
     if limits.max_age and now() - generation.ready_at >= limits.max_age * age_factor:
         return f"recycle: older than {limits.max_age:g} s"
     if limits.max_jobs and generation.reports.jobs_started >= limits.max_jobs:
         return f"recycle: {generation.reports.jobs_started} jobs"
-    if limits.max_rss_mb and beat.rss_bytes >= limits.max_rss_mb * 1_000_000:
-        return f"recycle: {beat.rss_bytes // 1_000_000} MB"
+    # Private memory: resident memory has the pages of the image, and PSS grows when another worker ends.
+    private = generation.private_bytes or 0
+    if limits.max_rss_mb and private >= limits.max_rss_mb * 1_000_000:
+        return f"recycle: {private // 1_000_000} MB"
     return ""

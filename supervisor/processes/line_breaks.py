@@ -10,19 +10,23 @@ import unicodedata
 
 # Cells in front of each part of a line but the first. Ours: the parts are seen to belong together.
 INDENT = 4
+# Cells of the narrowest terminal for which lines are broken. Ours: a terminal that was given no size has 0.
+NARROWEST = 10
 # "Select Graphic Rendition", the sequences of colours: ECMA-48, 8.3.117.
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 WORD = re.compile(r"( *)([^ ]+)")
 
 
-def broken(line: str, width: int) -> str:
+def broken(line: str, width: int, indent: int = INDENT) -> str:
     """Return a line, without the newline at its end, with newlines between words where it is too wide.
 
-    `width` is in cells. A word that is wider than the terminal stays whole, and the terminal breaks it.
+    `width` and `indent` are in cells. A word that is wider than the terminal stays whole, and the terminal
+    breaks it.
     """
+    indent = min(indent, width // 3)
     text = COLOUR.sub("", line)
-    if len(text) * 2 <= width or CONTROL.search(text) or cells(text) <= width or width <= 2 * INDENT:
+    if width < NARROWEST or len(text) * 2 <= width or CONTROL.search(text) or cells(text) <= width:
         return line
     parts: list[str] = []
     column = 0
@@ -30,8 +34,8 @@ def broken(line: str, width: int) -> str:
         size = cells(COLOUR.sub("", word))
         is_first = not parts
         if not is_first and column + len(gap) + size > width:
-            parts.append(f"\n{' ' * INDENT}{word}")
-            column = INDENT + size
+            parts.append(f"\n{' ' * indent}{word}")
+            column = indent + size
         else:
             parts.append(gap + word)
             column += len(gap) + size

@@ -84,7 +84,7 @@ class OutputWriter:
         try:
             width = os.get_terminal_size(self._fd).columns
         except OSError:
-            return data  # no terminal
+            return data  # no terminal, or none any more
         lines = data.decode(errors="surrogateescape").split("\n")
         return "\n".join(broken(line, width) for line in lines).encode(errors="surrogateescape")
 

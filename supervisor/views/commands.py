@@ -56,7 +56,7 @@ class Commands:
         """Return the verbs by name; each takes a request of the control socket and returns the answer."""
         operations = self._operations
         return {
-            "status": lambda _request: self._status.document(),
+            "status": lambda _request: self._status.fresh_document(),
             "operation": lambda request: operations.find(_integer(request, "id")).document(),
             "reload": lambda request: operations.reload(hands_over=_flag(request, "handover")).document(),
             "recycle": lambda request: operations.recycle(

@@ -16,7 +16,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,8 @@ TIMEOUT = 5.0
 LIVE_WITHIN = 1.0
 WHAT_NOW = "start one with lastcall run agent.py"
 
-Verb = Callable[[dict[str, Any]], dict[str, Any]]
+Document = dict[str, Any]
+Verb = Callable[[Document], Document | Awaitable[Document]]
 
 
 @asynccontextmanager
@@ -95,7 +96,8 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ve
         answer["error"] = f"not a request of version {VERSION}: {error!r}"
     else:
         try:
-            answer |= {"ok": True, "result": verb(request)}
+            result = verb(request)
+            answer |= {"ok": True, "result": result if isinstance(result, dict) else await result}
         except Refused as error:
             answer["error"] = str(error)
     writer.write(json.dumps(answer).encode() + b"\n")

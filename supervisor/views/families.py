@@ -96,6 +96,26 @@ WORKER_MEMORY = _family(
     "resident memory of the worker itself, not of its jobs",
     *("slot", "generation"),
 )
+WORKER_PSS = _family(
+    "gauge",
+    "worker_pss_bytes",
+    "memory of the worker and of all processes below it; what is shared counts in parts",
+    *("slot", "generation"),
+)
+WORKER_PRIVATE = _family(
+    "gauge",
+    "worker_private_memory_bytes",
+    "memory of the same processes that none of them shares",
+    *("slot", "generation"),
+)
+IMAGE_PSS = _family(
+    "gauge",
+    "image_pss_bytes",
+    "memory of the image; what is shared counts in parts. 0 without an image",
+)
+IMAGE_PRIVATE = _family(
+    "gauge", "image_private_memory_bytes", "memory of the image that no worker shares; 0 without an image"
+)
 STOPPING = _family("gauge", "stopping", "1 while a stop is under way")
 GRACE_LEFT = _family(
     "gauge", "grace_left_seconds", "seconds that are left of the stop's budget; 0 without a stop"

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 
+from lastcall.supervisor.fleet.footprints import LOOK_EVERY
 from lastcall.supervisor.fleet.operations import OperationVerb
 from lastcall.supervisor.fleet.states import SlotState
 from lastcall.supervisor.views import families
@@ -63,6 +64,7 @@ class Collector:
         yield families.LAG.by((label, beat.lag_ms / 1000) for label, beat in alive)
         yield families.LAST_BEAT.by((label, max(0.0, now() - beat.at)) for label, beat in alive)
         yield families.WORKER_MEMORY.by((label, beat.rss_bytes) for label, beat in alive)
+        yield from self._memory()
         yield families.ACCEPTING.of(sum(generation.accepts for generation in generations))
         yield families.WANTED.of(self._status.operations.wanted)
         yield families.HELD.of(float(fleet.is_held))
@@ -72,6 +74,19 @@ class Collector:
             ((str(slot.number),), fleet.shared.process_failures[slot.number]) for slot in fleet.slots
         )
         yield families.STALLS.of(self._status.watch.stalls)
+
+    def _memory(self) -> Iterator[Metric]:
+        footprints = self._status.footprints
+        seen = [
+            ((str(generation.slot), str(generation.number)), footprint)
+            for generation in self._status.fleet.generations
+            if (footprint := footprints.of((generation.slot, generation.number))) and generation.is_alive
+        ]
+        yield families.WORKER_PSS.by((label, footprint.pss) for label, footprint in seen)
+        yield families.WORKER_PRIVATE.by((label, footprint.private) for label, footprint in seen)
+        images = footprints.images()
+        yield families.IMAGE_PSS.of(sum(each.pss for each in images))
+        yield families.IMAGE_PRIVATE.of(sum(each.private for each in images))
 
     def _jobs(self) -> Iterator[Metric]:
         fleet = self._status.fleet
@@ -122,6 +137,7 @@ class Metrics:
 
     async def text(self) -> bytes:
         """Return the exposition. A worker that does not answer in time shows its last figures."""
+        await self._status.footprints.look(LOOK_EVERY)
         asked = [g for g in self._status.fleet.generations if g.is_alive and g.was_ready and not g.is_opaque]
         for generation in asked:
             generation.reports.metrics_asked += 1

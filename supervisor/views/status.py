@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from lastcall.supervisor.fleet.fleet import Fleet
+from lastcall.supervisor.fleet.footprints import LOOK_FOR_STATUS_EVERY, Footprint, Footprints
 from lastcall.supervisor.fleet.generation import Generation
 from lastcall.supervisor.fleet.operations import Operations
 from lastcall.supervisor.fleet.slot import Slot
@@ -36,6 +37,7 @@ class Status:
     shutdown: Shutdown
     operations: Operations
     watch: Watch
+    footprints: Footprints
     companion: Companion | None
     outputs: Outputs
 
@@ -57,8 +59,13 @@ class Status:
         self.fleet.note_full()
         return ", ".join(FULL_TEXTS[reason] for reason in self.fleet.full_time.reasons)
 
+    async def fresh_document(self) -> dict[str, Any]:
+        """Return the status with figures of memory that are no older than some seconds."""
+        await self.footprints.look(LOOK_FOR_STATUS_EVERY)
+        return self.document()
+
     def document(self) -> dict[str, Any]:
-        """Return the status, ready for JSON."""
+        """Return the status, ready for JSON. The figures of memory are those of the last look."""
         stop = self.shutdown.stop
         return {
             "schema": SCHEMA,
@@ -73,9 +80,10 @@ class Status:
             "full": self._full(),
             "workers": self.operations.wanted,
             "image": self._image(),
+            "memory": self._memory(),
             "totals": {"started": self.fleet.ledger.started, **self.fleet.ledger.totals},
             "slots": [
-                _row(slot, generation)
+                _row(slot, generation, self.footprints.of((slot.number, generation.number)))
                 for slot in self.fleet.slots
                 for generation in sorted(slot.generations, key=lambda each: each.number)
             ],
@@ -99,6 +107,18 @@ class Status:
             "left_out": image.left_out,
         }
 
+    def _memory(self) -> dict[str, Any] | None:
+        footprints = self.footprints
+        if footprints.looked_at is None:
+            return None
+        images = footprints.images()
+        return {
+            "age_s": round(now() - footprints.looked_at, 1),
+            "pss_bytes": footprints.total_pss,
+            "image_pss_bytes": sum(each.pss for each in images),
+            "image_private_bytes": sum(each.private for each in images),
+        }
+
     def _full(self) -> dict[str, Any] | None:
         why, full_time = self.full(), self.fleet.full_time
         if full_time.since is None:
@@ -112,7 +132,7 @@ def _left(deadlines: Deadlines) -> float:
     return round(max(0.0, deadlines.drain_at - now()), 1)
 
 
-def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
+def _row(slot: Slot, generation: Generation, footprint: Footprint | None) -> dict[str, Any]:
     beat = generation.reports.beat
     return {
         "slot": slot.number,
@@ -125,6 +145,8 @@ def _row(slot: Slot, generation: Generation) -> dict[str, Any]:
         "lag_ms": beat.lag_ms if beat else None,
         "load": beat.load if beat else None,
         "rss_bytes": beat.rss_bytes if beat else None,
+        "pss_bytes": footprint.pss if footprint else None,
+        "private_bytes": footprint.private if footprint else None,
         "full": generation.full_because or None,
         "process_failures": generation.reports.process_failures,
         "process_failure": generation.reports.process_failure or None,

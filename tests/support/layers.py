@@ -117,7 +117,7 @@ ROOMS: dict[str, Room] = {
     ),
     "lastcall.supervisor.config": Room(
         idea="every option, written once; where values come from",
-        floors=("paths user_files calls", "env_file values", "options", "sources", "loading"),
+        floors=("paths user_files calls section", "env_file values", "options", "sources", "loading"),
     ),
     "lastcall.supervisor.receipt": Room(
         idea="what a stop did: jobs, resources, processes; and the document that says so",
@@ -142,7 +142,7 @@ ROOMS: dict[str, Room] = {
             "stopper",
             "slot",
             "fleet",
-            "operations",
+            "operations footprints",
             "stalls",
         ),
     ),
@@ -174,8 +174,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.supervisor.cli": Room(
         idea="one module for each group of verbs",
         floors=(
-            "examples plain_text local_server parameters source_changes beside page_file progress drill_page",
-            "command_line asking tables",
+            "examples plain_words plain_text local_server source_changes beside page_file progress",
+            "command_line parameters asking tables drill_page",
             "demo_view",
             "live_screen",
             "demo dev operate deployment receipts",

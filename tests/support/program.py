@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,15 @@ async def verb(r: Run, *arguments: str, code: int = 0, timeout: float = 30.0) ->
 async def status(r: Run) -> dict[str, Any]:
     """Return what `lastcall status --json` prints, without the half a second in which that verb starts."""
     return await asyncio.to_thread(control_socket.ask, r.control, "status")
+
+
+async def status_when(r: Run, holds: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Return the status once it is so: a process has ended before the supervisor knows that it has."""
+    deadline = time.monotonic() + 10
+    while not holds(document := await status(r)):
+        assert time.monotonic() < deadline, (document, r.logs())
+        await asyncio.sleep(0.02)
+    return document
 
 
 def ups(r: Run, version: str) -> int:

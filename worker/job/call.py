@@ -306,7 +306,8 @@ class Call:
 
         After "done" the successor speaks, and this job shuts down. The answer is "refused" if the call can't
         be handed over, or another handover of the call is under way. It is "failed" if nobody took the call,
-        or the successor died. This agent then goes on, and the log says why.
+        the successor died, or the worker has not answered within 300 s. This agent then goes on, and the log
+        says why.
         """
         if self._sock is None:
             log.warning("lastcall.call: no handover, because there is no worker that could do it")

@@ -409,7 +409,9 @@ class Leaving:
     def _on_reconnected(self) -> None:
         """Look whether a successor speaks already, as after a removal that the agent was not told of."""
         agents = [each for each in self._room.remote_participants.values() if each.kind == AGENT]
-        if succession.is_superseded(self._call, self._epoch, [each.attributes for each in agents]):
+        if self.phase in ("silencing", "silent", "withdrawn"):  # the takeover decides
+            self._look_whether_it_speaks()
+        elif succession.is_superseded(self._call, self._epoch, [each.attributes for each in agents]):
             self._spawn(self._be_superseded())
             return
         for each in agents:

@@ -146,7 +146,8 @@ def _try(modules: list[str], found: Found) -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "it has a CUDA context"
-    if asyncio._get_running_loop() is not None:
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
         return "it runs an event loop"
     if Path(f"/proc/self/task/{os.getpid()}/children").read_text():
         return "it has started a process"
@@ -164,11 +165,11 @@ def _try(modules: list[str], found: Found) -> str:
 
 
 def _installed_file(module: object) -> str:
-    """Return the file of a module of an installed package; empty for others, and for one that is loading."""
+    """Return the file of a module of an installed package; empty for others."""
     # Not by getattr: a module that is loaded at its first use would be loaded by the question.
     values = vars(module) if isinstance(module, ModuleType) else {}
     file, spec = values.get("__file__"), values.get("__spec__")
-    if not isinstance(file, str) or spec is None or getattr(spec, "_initializing", False):
+    if not isinstance(file, str) or spec is None:
         return ""
     return file if not INSTALLED.isdisjoint(Path(file).parts) else ""
 
