@@ -31,7 +31,7 @@ from lastcall.worker.call_channels import Calls
 from lastcall.worker.job.call import Call
 from lastcall.worker.local.livekit_server import DispatchServer, Event
 from lastcall.worker.local.rooms import Kind
-from scripts.bench import machine, start, started, summary, supervised, until
+from scripts.bench import machine, start, summary, supervised, until
 from scripts.pages import write_section
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,8 @@ FRAME = 0.02
 # Bytes of a capsule that is ready: that of a call of ten minutes.
 READY_BYTES = 22_000
 JOBS = 50
+# Processes that wait for a job beside these, and seconds until a tree that is all started is at rest.
+IDLE, SETTLED_AFTER = 2, 3.0
 # Settings under which no handover gives up because the machine is busy.
 PATIENT = "[handover]\npatience = 30\nlimit = 1000\n[stall]\nmisses = 60\n"
 
@@ -246,7 +248,7 @@ async def goodbye(jobs: int, directory: Path) -> tuple[float, list[float]]:
     """Stop one worker, and return what the fence took, and when after it each job was told."""
     job_log = directory / "jobs"
     job_log.touch()
-    environment = {"JOB_LOG": str(job_log), "IDLE": "4" if jobs else "1"}
+    environment = {"JOB_LOG": str(job_log), "IDLE": str(IDLE)}
     async with (
         DispatchServer() as server,
         side(
@@ -256,7 +258,8 @@ async def goodbye(jobs: int, directory: Path) -> tuple[float, list[float]]:
         for number in range(jobs):
             await server.dispatch(f"room-{number}", metadata="{}")
         await until(lambda: len(notes(job_log, "started")) == jobs, 120, 0.1)
-        await started(supervisor.process.pid, 120)
+        await until(lambda: supervisor.warmed >= jobs + IDLE, 120, 0.1)
+        await asyncio.sleep(SETTLED_AFTER)
         sent = time.monotonic()
         supervisor.process.terminate()
         await server.until(lambda: not server.available(), 20)
@@ -358,6 +361,7 @@ async def main() -> None:
     figures["old"] = await asyncio.to_thread(older, given.older, given.runs)
     fences = max(3, given.runs // 3)
     figures["idle"] = await goodbyes(fences, 0)
+    print(json.dumps(figures), file=sys.stderr)
     figures["busy"] = await goodbyes(fences, JOBS)
     print(json.dumps(figures, indent=2))
     if given.write:
