@@ -58,7 +58,7 @@ async def test_recycle_by_private_memory(run: StartRun, tmp_path: Path) -> None:
     config.write_text("[recycle]\nmax_rss_mb = 1\n[stall]\nbeat = 0.3\n")
     r: Run = await run("run", "--grace", "40", "--config", str(config), AGENT)
     await r.ready()
-    await r.until(lambda: r.log("recycle done"), 60)
+    await r.until(lambda: r.log("recycle done") and r.log("slot draining"), 60)
     (reason,) = {line["reason"] for line in r.log("slot draining")}
     assert reason.startswith("recycle: ") and reason.endswith(" MB")
     r.kill()
