@@ -85,6 +85,8 @@ async def test_a_second_signal_cuts_every_call(run: StartRun, tmp_path: Path) ->
     r = await bare(run, tmp_path)
     call = await r.dispatch(sleep=100)
     await r.job_says(call.job_id, "started")
+    # A process that is still starting is not ended by this worker's end, and stays.
+    await r.until(lambda: r.out.read_text().count('"process initialized"') == 2, 30)
     r.kill()
     await r.until(lambda: not r.livekit.available())
     r.kill()
