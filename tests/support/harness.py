@@ -192,7 +192,7 @@ class Run:
         assert result.outcome == "assigned", (result, self.logs())
         return result
 
-    async def job_says(self, job_id: str, what: str, timeout: float = 15.0) -> dict[str, Any]:
+    async def job_says(self, job_id: str, what: str, timeout: float = 30.0) -> dict[str, Any]:
         """Wait for a line of a job's own log."""
         found: list[dict[str, Any]] = []
 
@@ -250,14 +250,14 @@ class Run:
         print(self.logs())
         return self.process.returncode
 
-    async def until(self, condition: Callable[[], object], timeout: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], object], timeout: float = 20.0) -> None:
         """Look again and again until the condition holds. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while not condition():
             self._read_terminal()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not so within {timeout} s\n{self.logs()}")
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
 
     def _read_terminal(self) -> bytes:
         """Take what is there: a program that nobody reads from comes to a halt."""
