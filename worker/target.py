@@ -230,10 +230,9 @@ def check_server_is_known(text: str, missing: list[str]) -> None:
     `missing` are the variables that would have given them. Raises TargetError.
     """
     if missing:
-        names, verb = " and ".join(missing), "are" if missing[1:] else "is"
         raise TargetError(
-            f"{text}: {names} {verb} not set, expected as for python agent.py start: put them into the"
-            f" environment or into env_file; lastcall dev needs no LiveKit server"
+            f"{text}: got no {', '.join(missing)}, expected the LiveKit server and its key: set them in"
+            " the environment or in env_file, as for python agent.py start; lastcall dev needs none"
         )
 
 

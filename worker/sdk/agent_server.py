@@ -33,7 +33,7 @@ log = logging.getLogger("lastcall.worker")
 
 # Part of the path of each file of livekit-agents.
 IN_LIVEKIT_AGENTS = f"{os.sep}livekit{os.sep}agents{os.sep}"
-# What a server object needs to run, and the variable that sets each where the agent does not.
+# The attributes that a server object needs to run, each with the variable in place of the argument.
 NEEDED = {
     "_ws_url": "LIVEKIT_URL",
     "_api_key": "LIVEKIT_API_KEY",
@@ -109,8 +109,8 @@ def url_of(server: AgentServer) -> str:
 def missing_of(server: AgentServer) -> list[str]:
     """Return the variables without which `run()` of the server object would raise ValueError.
 
-    The constructor has read the environment, so nothing that the agent sets is left out. A class with a `run`
-    of its own may set a URL there, so for its servers the list is empty.
+    The constructor has read the environment, so nothing that the agent sets is left out. A class that
+    overrides `run` may set a URL there, so the list of its servers is empty.
     """
     if type(server).run is not AgentServer.run:
         return []
