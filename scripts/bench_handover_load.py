@@ -12,6 +12,8 @@ import argparse
 import asyncio
 import base64
 import json
+import os
+import resource
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lastcall.worker.local.livekit_server import DispatchServer
 from lastcall.worker.local.room_server import Visitor
 from lastcall.worker.local.rooms import Kind
-from scripts.bench import machine, started, until
+from scripts.bench import children, machine, started, until
 from scripts.bench_handover import Side, notes, side
 from scripts.pages import write_section
 
@@ -99,7 +101,16 @@ class LongCalls:
         self._callers.clear()
 
     def two_at_once(self) -> int:
-        """Return how often two agents of a room spoke at a time, by the notes of the agents."""
+        """Return how often two agents of a room spoke at a time, by the notes of the agents.
+
+        An agent that is killed notes no end. It ends when the server loses its connection.
+        """
+        lost = {
+            (each.detail["room"], each.detail["identity"]): each.at
+            for each in self.server.events
+            if each.kind == "ghost"
+        }
+        identities = {each["job"]: each["identity"] for each in notes(self.job_log, "connected")}
         spans: dict[str, list[tuple[float, float]]] = {}
         speaking: dict[str, tuple[float, str]] = {}
         for line in self.job_log.read_text().splitlines():
@@ -109,17 +120,33 @@ class LongCalls:
             elif each["what"] in ("silent", "disconnected", "ended") and each["job"] in speaking:
                 begun, room = speaking.pop(each["job"])
                 spans.setdefault(room, []).append((begun, each["at"]))
-        for begun, room in speaking.values():
-            spans.setdefault(room, []).append((begun, float("inf")))
+        for job, (begun, room) in speaking.items():
+            end = lost.get((room, identities[job]), float("inf"))
+            spans.setdefault(room, []).append((begun, end))
         return sum(
             earlier[1] > later[0] for each in spans.values() for earlier, later in pairwise(sorted(each))
         )
 
 
+def spent() -> float:
+    """Return the processor seconds of all processes below this one, those that have ended included."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime + sum(_spent(pid) for pid in children(os.getpid()))
+
+
+def _spent(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    ticks = sum(int(each) for each in fields[11:15])  # with the children that were waited for
+    return ticks / os.sysconf("SC_CLK_TCK") + sum(_spent(child) for child in children(pid))
+
+
 async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
     """Stop a supervisor of long calls, and that of their successors in the middle, again and again."""
     totals: Counter[str] = Counter()
-    alive = 0
+    alive, processor, of_server = 0, 0.0, 0.0
     seconds: list[float] = []
     async with DispatchServer() as server, AsyncExitStack() as stack:
         long = LongCalls(server, directory, stack, calls)
@@ -128,7 +155,7 @@ async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
             await long.begin(turn, serving)
             first = await long.serve(calls // 8)
             second = await long.serve(calls // 4 - calls // 8)
-            began = time.monotonic()
+            began, spent_before, by_server = time.monotonic(), spent(), time.process_time()
             serving.process.terminate()
             await serving.handed_over(calls // 4)
             first.process.terminate()
@@ -138,6 +165,8 @@ async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
                 reasons = Counter(str(job.get("handover")) for job in receipt["jobs"] if job["fate"] == "cut")
                 print(f"  {receipt['outcome']} {receipt['totals']} {dict(reasons)}", file=sys.stderr)
             seconds.append(time.monotonic() - began)
+            processor += spent() - spent_before
+            of_server += time.process_time() - by_server
             alive += long.served(turn)
             print(f"  round {turn + 1}/{rounds}: {long.served(turn)} of {calls} alive", file=sys.stderr)
             await long.hang_up()
@@ -154,6 +183,8 @@ async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
         "failed": totals["failed"],
         "two_at_once": doubled,
         "longest_stops_s": round(max(seconds), 1),
+        "processor_s_each": round(processor / max(1, totals["handed_over"]), 2),
+        "of_server_s_each": round(of_server / max(1, totals["handed_over"]), 2),
     }
 
 
