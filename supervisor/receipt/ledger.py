@@ -12,8 +12,8 @@ from lastcall.worker.base.wire import HandoverResult, JobFate
 # How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its
 # worker ended without a word about the job.
 EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "handed_over", "lost"]
-# Jobs that are remembered after their end, because a successor may be seen late, and `lastcall handover` names
-# the job that has the call. Ours: more than a stop of a large worker hands over.
+# Jobs that are remembered after their end: a successor may be seen late, and `lastcall handover` names it.
+# Ours: more than a stop of a large worker hands over.
 MAX_TRIED = 1000
 
 
