@@ -12,8 +12,6 @@ import argparse
 import asyncio
 import base64
 import json
-import os
-import resource
 import sys
 import tempfile
 import time
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lastcall.worker.local.livekit_server import DispatchServer
 from lastcall.worker.local.room_server import Visitor
 from lastcall.worker.local.rooms import Kind
-from scripts.bench import children, machine, started, until
+from scripts.bench import machine, started, until
 from scripts.bench_handover import Side, notes, side
 from scripts.pages import write_section
 
@@ -128,25 +126,10 @@ class LongCalls:
         )
 
 
-def spent() -> float:
-    """Return the processor seconds of all processes below this one, those that have ended included."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return ended.ru_utime + ended.ru_stime + sum(_spent(pid) for pid in children(os.getpid()))
-
-
-def _spent(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    ticks = sum(int(each) for each in fields[11:15])  # with the children that were waited for
-    return ticks / os.sysconf("SC_CLK_TCK") + sum(_spent(child) for child in children(pid))
-
-
 async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
     """Stop a supervisor of long calls, and that of their successors in the middle, again and again."""
     totals: Counter[str] = Counter()
-    alive, processor, of_server = 0, 0.0, 0.0
+    alive = 0
     seconds: list[float] = []
     async with DispatchServer() as server, AsyncExitStack() as stack:
         long = LongCalls(server, directory, stack, calls)
@@ -155,7 +138,7 @@ async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
             await long.begin(turn, serving)
             first = await long.serve(calls // 8)
             second = await long.serve(calls // 4 - calls // 8)
-            began, spent_before, by_server = time.monotonic(), spent(), time.process_time()
+            began = time.monotonic()
             serving.process.terminate()
             await serving.handed_over(calls // 4)
             first.process.terminate()
@@ -165,8 +148,6 @@ async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
                 reasons = Counter(str(job.get("handover")) for job in receipt["jobs"] if job["fate"] == "cut")
                 print(f"  {receipt['outcome']} {receipt['totals']} {dict(reasons)}", file=sys.stderr)
             seconds.append(time.monotonic() - began)
-            processor += spent() - spent_before
-            of_server += time.process_time() - by_server
             with suppress(TimeoutError):  # the server shows an agent that was killed for some time
                 await until(lambda turn=turn: long.served(turn) == calls, 30, 0.2)  # type: ignore[misc]
             alive += long.served(turn)
@@ -185,8 +166,6 @@ async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
         "failed": totals["failed"],
         "two_at_once": doubled,
         "longest_stops_s": round(max(seconds), 1),
-        "processor_s_each": round(processor / max(1, totals["handed_over"]), 2),
-        "of_server_s_each": round(of_server / max(1, totals["handed_over"]), 2),
     }
 
 
