@@ -46,7 +46,7 @@ class Worker:
         self.removed: list[str] = []
         self.dispatches: list[dict[str, str]] = []
         self.deleted: list[str] = []
-        self.agents: list[str] = []
+        self.agents: list[str] | None = []
         self.error: RoomServiceError | None = None
         self.url = "wss://sfu.example"
         self.is_closing = False
@@ -104,7 +104,7 @@ class Worker:
             asyncio.get_running_loop().call_soon(self.handovers.hear, "AJ_1", step)
         return "AD_1"
 
-    async def agents_of(self, room: str, dispatch_id: str) -> list[str]:
+    async def agents_of(self, room: str, dispatch_id: str) -> list[str] | None:
         assert (room, dispatch_id) == ("r", "AD_1")
         return self.agents
 
@@ -416,6 +416,44 @@ async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
     assert "without lastcall" in worker.handovers.lacks(worker.job)
     worker.job.agent_name = "b"
     assert not worker.handovers.lacks(worker.job), "another agent name is handed over"
+
+
+async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a stop a worker deletes that of a successor without a process; the call is tried again at once."""
+    worker = Worker(patience=10)
+    worker.agents = None
+    worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
+    async with asyncio.timeout(5):
+        outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert (outcome.result, outcome.reason) == ("failed", module.GIVEN_BACK)
+
+    begun: list[asyncio.Future[None]] = []
+    monkeypatch.setattr(worker.handovers, "_begin", lambda work: begun.append(asyncio.ensure_future(work)))
+    worker.deleted.clear()
+    found = Succession(call="AJ_0", epoch=1, count=1, predecessor="p", identity="i", secret="s")
+    for id, has_process in (("AJ_7", False), ("AJ_8", True)):
+        asked = SimpleNamespace(id=id, room=SimpleNamespace(name="r"), dispatch_id=f"AD_{id}", type=0)
+        worker.jobs.accept(asked, found)
+        if has_process:
+            worker.jobs.launch(id, SimpleNamespace(pid=None), asked)
+    worker.handovers.give_back()
+    await asyncio.gather(*begun)
+    assert worker.deleted == ["AD_AJ_7"]
+
+    tries: list[float] = []
+
+    async def hand_over(job: Job, _reason: str, _wait: float) -> module.Outcome:
+        tries.append(now())
+        if len(tries) == 1:
+            return module.failed(module.GIVEN_BACK)
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(module, "TRY_AGAIN_AFTER", 60)
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    async with asyncio.timeout(5):
+        await worker.handovers.hand_over_all("test", lambda: None)
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize("how", ["slow", "failed", "nobody"])

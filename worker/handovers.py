@@ -92,6 +92,7 @@ ROOM_JOB = 0
 ENDED_WELL = frozenset({1, 5, 10})
 CLOUD = ".livekit.cloud"
 NOBODY = "nobody took it"
+GIVEN_BACK = "the worker that took it gave it back"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -327,12 +328,35 @@ class Handovers:
                 for task in [each for each in running if each.done()]:
                     job, outcome = running.pop(task), task.result()
                     again_at[job.id] = now() + TRY_AGAIN_AFTER
-                    if outcome.result == "refused":
+                    if outcome.reason == GIVEN_BACK:
+                        again_at[job.id] = now()
+                    elif outcome.result == "refused":
                         given_up.add(job.id)
                     elif outcome.reason == NOBODY:
                         width = max(1, width - 1)
                     elif outcome.result == "done":
                         width = min(PARALLEL, width + 1)
+
+    def give_back(self) -> None:
+        """Delete the dispatches of successors that have no process yet, because this worker is being stopped.
+
+        Such a job would leave again. Until it could, its call would have no other successor, and in a short
+        grace none at all.
+        """
+        for job in self._jobs:
+            if job.succession is not None and not job.launched:
+                self._begin(self._give_back(job))
+
+    async def _give_back(self, job: Job) -> None:
+        service = self._service()
+        if service is None:
+            return
+        try:
+            await service.delete_dispatch(job.room, job.dispatch_id)
+        except RoomServiceError as error:
+            log.warning(
+                "a dispatch can't be given back", extra={"job_id": job.id, "error": str(error)}
+            )  # the successor leaves by itself
 
     async def before(self, drain_at: Callable[[], float | None]) -> None:
         """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
@@ -397,7 +421,7 @@ class Handovers:
         if stranger:
             return await self._remove_stranger(job, attempt, stranger)
         if not attempt.has("seen"):
-            return await self._withdraw(job, attempt, NOBODY)
+            return await self._withdraw(job, attempt, NOBODY if stranger is None else GIVEN_BACK)
         await self._until(job, attempt, READY_WITHIN + attempt.wait, "silent", "refused", "lost", "speaks")
         if not attempt.has("silent", "speaks"):
             why = next(
@@ -607,8 +631,11 @@ class Handovers:
                 "a successor can't be removed", extra={"job_id": job.id, "error": str(error)}
             )  # the old agent refuses it
 
-    async def _until_seen(self, job: Job, attempt: Try) -> str:
-        """Wait for the successor. Return the identity of another agent that has taken the dispatch."""
+    async def _until_seen(self, job: Job, attempt: Try) -> str | None:
+        """Wait for the successor. Return the identity of another agent that has taken the dispatch.
+
+        Returns "" if the dispatch was given back (`give_back`), and None where there is no such news.
+        """
         due = now() + self._settings.patience
         looking = asyncio.get_running_loop().create_task(self._other_agent(job, attempt))
         looking.add_done_callback(lambda _task: self._changed.notify())
@@ -616,18 +643,23 @@ class Handovers:
             await self._changed.until(
                 lambda: attempt.has("seen") or looking.done() or self._has_ended(job), lambda: due
             )
-            return looking.result() if looking.done() and not attempt.has("seen") else ""
+            return looking.result() if looking.done() and not attempt.has("seen") else None
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
 
     async def _other_agent(self, job: Job, attempt: Try) -> str:
-        """Return the identity of an agent that has taken the dispatch and is not the successor."""
+        """Return the identity of an agent that has taken the dispatch and is not the successor.
+
+        Returns "" once the dispatch is gone.
+        """
         while True:
             await asyncio.sleep(LOOK_AGAIN_AFTER)
             service = self._service()
             with suppress(RoomServiceError):  # the next look says more
                 agents = [] if service is None else await service.agents_of(job.room, attempt.dispatch_id)
+                if agents is None:
+                    return ""
                 for each in agents:
                     if each != attempt.identity:
                         return each

@@ -159,20 +159,20 @@ class RoomService:
         made = await self._post("AgentDispatchService/CreateDispatch", room, body)
         return str(made.get("id", ""))
 
-    async def agents_of(self, room: str, dispatch_id: str) -> list[str]:
-        """Return the identities of the agents that have taken a dispatch. Raises RoomServiceError.
+    async def agents_of(self, room: str, dispatch_id: str) -> list[str] | None:
+        """Return the identities of the agents that have taken a dispatch; None once it is deleted.
+
+        Raises RoomServiceError.
 
         The server knows them 0.2 s after the dispatch, and 5 s after it where a worker has registered since
         the dispatch before (CheckEnabled in pkg/rtc/agentclient.go).
         """
         wanted = {"room": room, "dispatch_id": dispatch_id}
         found = await self._post("AgentDispatchService/ListDispatch", room, wanted)
-        jobs = [
-            job
-            for dispatch in found.get("agent_dispatches") or ()
-            if dispatch.get("id") == dispatch_id
-            for job in (dispatch.get("state") or {}).get("jobs") or ()
-        ]
+        dispatches = [each for each in found.get("agent_dispatches") or () if each.get("id") == dispatch_id]
+        if not dispatches:
+            return None
+        jobs = [job for each in dispatches for job in (each.get("state") or {}).get("jobs") or ()]
         identities = [(job.get("state") or {}).get("participant_identity", "") for job in jobs]
         return [each for each in identities if each]
 
