@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from tests.support.layers import ROOMS, SAME_NAME_ALLOWED, floors_of
+from tests.support.sources import nodes_of
 
 ROOT = Path(__file__).parent.parent
 # The modules of lastcall that use each foreign package; a module that is not listed may not import it.
@@ -59,7 +60,7 @@ def imports(path: Path) -> list[tuple[str, int]]:
     """Return each imported module's full name, in functions too; relative imports are resolved."""
     package = path.relative_to(ROOT).parent.parts
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -36,6 +36,7 @@ from lastcall.worker.sdk import (
 from lastcall.worker.sdk.names import INWORLD, NAMES, PrivateName
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.renaming import SITE, without
+from tests.support.sources import nodes_of
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("lastcall", "supervisor", "worker")
@@ -74,7 +75,7 @@ PUBLIC_MODULES = {
 
 def nodes(paths: set[Path]) -> Iterator[tuple[Path, ast.AST]]:
     for path in sorted(paths):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             yield path, node
 
 
@@ -101,12 +102,12 @@ def used() -> dict[str, set[str]]:
         if isinstance(node, ast.Attribute):
             root = node.value.id if isinstance(node.value, ast.Name) else ""
             is_foreign = path in edges and root in FOREIGN and node.attr not in PUBLIC | OURS
-            is_own = root in ("self", "cls") or ast.unparse(node) in DOCUMENTED
+            is_own = root in ("self", "cls") or f"{root}.{node.attr}" in DOCUMENTED
             if (is_private(node.attr) and not is_own) or is_foreign:
                 found[node.attr].add(place)
         elif isinstance(node, ast.Constant) and path in edges and is_private(node.value):
             found[str(node.value)].add(place)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
             name = node.args[1]
             if isinstance(name, ast.Constant) and is_private(name.value):
                 found[str(name.value)].add(place)

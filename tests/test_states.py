@@ -27,6 +27,7 @@ from lastcall.supervisor.fleet.states import (
 from lastcall.worker.inworld.pool import lifecycles
 from tests.support.generations import generation_in
 from tests.support.meanings import meanings
+from tests.support.sources import nodes_of
 
 
 @pytest.mark.parametrize("state", SlotState)
@@ -99,7 +100,7 @@ def test_the_page_shows_the_table() -> None:
 
 
 def literals(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
 

@@ -101,11 +101,13 @@ def test_a_room_can_not_steer_the_terminal() -> None:
 
 
 def test_a_verb_says_what_it_waits_for() -> None:
-    """The slots that start or drain, and how long the calls of those may take; the others are not named."""
-    starting = slot(1, state="starting", since_s=3.0)
+    """The slots that start or drain, and how long each may yet take; the others are not named."""
+    starting = slot(1, state="starting", since_s=3.0, start_left_s=117.0)
     assert waits_for(status(slot(0, jobs=2, left=22.0), starting, slot(2))) == (
-        "slot 0 draining (2 jobs, at most 22 s yet), slot 1 starting (for 3 s)"
+        "slot 0 draining (2 jobs, at most 22 s yet), slot 1 starting (for 3 s, at most 117 s yet)"
     )
+    older = slot(1, state="starting", since_s=3.0)
+    assert waits_for(status(older)) == "slot 1 starting (for 3 s)"
     assert waits_for(status(slot(0))) == ""
 
 

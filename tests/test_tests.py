@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import selection
+from tests.support.sources import nodes_of
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("test_*.py"))
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
+def imported(path: Path) -> Iterator[str]:
     """Yield the full name of each module, and of each name in a module, that a file imports."""
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -26,14 +27,14 @@ def imported(tree: ast.AST) -> Iterator[str]:
 def test_no_test_imports_from_another_test_file() -> None:
     """A helper that two test files use is in tests/support: a test file can be moved or removed alone."""
     for path in FILES:
-        for name in imported(ast.parse(path.read_text())):
+        for name in imported(path):
             assert not name.startswith("tests.test_"), f"{path.name}: {name}"
 
 
 def test_each_test_says_what_it_promises() -> None:
     """The docstring of a test is made of sentences, and the last one ends with a full stop."""
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
                 says = ast.get_docstring(node) or ""
                 assert says.endswith("."), f"{path.name}:{node.lineno}: {node.name}: {says!r}"
@@ -43,7 +44,7 @@ def test_a_fixture_that_tests_share_makes_them_a_group() -> None:
     """Of several processes that run tests, each would make the fixture anew for the tests that it gets."""
     shared = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef):
                 decorators = " ".join(ast.unparse(each) for each in node.decorator_list)
                 if "pytest.fixture" in decorators and "scope=" in decorators:

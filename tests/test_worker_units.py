@@ -29,6 +29,7 @@ from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SHIELDED, unshielded
 from lastcall.worker.base.wire import MAX_LINE_BYTES, Counts, Decoder, encode
 from lastcall.worker.job import setup
+from tests.support.sources import nodes_of
 
 Pair = tuple[wire.Vocabulary[Any], wire.Message]
 VOCABULARIES: tuple[tuple[wire.Vocabulary[Any], object], ...] = (
@@ -297,7 +298,7 @@ def test_variables_have_their_names_in_one_place() -> None:
     for path in [*(root / "worker").rglob("*.py"), *(root / "supervisor").rglob("*.py")]:
         if path.name in ("variables.py", "sample.py"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             spelled = isinstance(node, ast.Constant) and node.value in names - {prefix}
             assert not spelled, f"{path}:{getattr(node, 'lineno', 0)}"
 

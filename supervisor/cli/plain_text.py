@@ -18,7 +18,7 @@ def status_line(document: dict[str, Any]) -> str:
 
 
 def waits_for(document: dict[str, Any]) -> str:
-    """Return the slots of a status that start or drain, each with the seconds that its calls have yet."""
+    """Return the slots of a status that start or drain, each with the seconds that it has yet."""
     waits = []
     for slot in document["slots"]:
         left = slot["drain_left_s"]
@@ -26,7 +26,9 @@ def waits_for(document: dict[str, Any]) -> str:
             jobs = len(slot["jobs"])
             waits.append(f"slot {slot['slot']} {slot['state']} ({jobs} jobs, at most {left:.0f} s yet)")
         elif slot["state"] == "starting":
-            waits.append(f"slot {slot['slot']} starting (for {slot['since_s']:.0f} s)")
+            due = slot.get("start_left_s")  # a supervisor of another version may not say it
+            yet = "" if due is None else f", at most {due:.0f} s yet"
+            waits.append(f"slot {slot['slot']} starting (for {slot['since_s']:.0f} s{yet})")
     return ", ".join(waits)
 
 

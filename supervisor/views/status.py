@@ -129,7 +129,11 @@ class Status:
 
 def _left(deadlines: Deadlines) -> float:
     """Return the seconds for which calls may still run before they are asked to shut down."""
-    return round(max(0.0, deadlines.drain_at - now()), 1)
+    return _until(deadlines.drain_at)
+
+
+def _until(at: float) -> float:
+    return round(max(0.0, at - now()), 1)
 
 
 def _row(slot: Slot, generation: Generation, footprint: Footprint | None) -> dict[str, Any]:
@@ -142,6 +146,7 @@ def _row(slot: Slot, generation: Generation, footprint: Footprint | None) -> dic
         "worker_id": generation.reports.worker_id or None,
         "agent_name": generation.reports.agent_name,
         "since_s": round(now() - generation.since, 1),
+        "start_left_s": None if generation.ready_by is None else _until(generation.ready_by),
         "lag_ms": beat.lag_ms if beat else None,
         "load": beat.load if beat else None,
         "rss_bytes": beat.rss_bytes if beat else None,

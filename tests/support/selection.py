@@ -3,7 +3,8 @@
 Of the processes that run tests side by side, one runs the tests of a group, one after another. pytest-xdist
 begins with the largest groups. Two groups have the tests that wait most: `long`, and those of systems and
 containers. So their waits lie beside the tests that compute, and no process is left with a long test when the
-others are done. Tests that share a fixture of their module are a group too, or each process would make it.
+others are done. Tests that share a fixture of their module are a group too, or each process would make it. So
+are those that read the sources, which take a second to parse.
 
 A test is `quick` when it starts no process. That is read from the code of the test and of the helpers that it
 uses, and then held while the test runs: a `quick` test that starts a process all the same fails.
@@ -48,7 +49,10 @@ def mark(items: list[pytest.Item]) -> None:
         if not isinstance(item, pytest.Function):
             continue
         group = next((name for marker, name in GROUPS.items() if item.get_closest_marker(marker)), "")
-        if not starts_processes(item):
+        names = set(_names(item.function, set()))
+        if not group and "nodes_of" in names:
+            group = "sources"
+        if not starts_processes(item, names):
             item.add_marker("quick")
         if not group and SHARED & set(item.fixturenames):
             group = item.path.stem
@@ -56,13 +60,13 @@ def mark(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
-def starts_processes(item: pytest.Function) -> bool:
+def starts_processes(item: pytest.Function, names: set[str]) -> bool:
     """Tell whether a test starts processes, by its markers, its fixtures and the names that the code uses."""
     if any(item.get_closest_marker(name) for name in ("lint", "promtool", "browser")) or FIXTURES & set(
         item.fixturenames
     ):
         return True
-    return not NAMES.isdisjoint(_names(item.function, set()))
+    return not NAMES.isdisjoint(names)
 
 
 def _names(thing: Any, seen: set[int]) -> Iterator[str]:  # Any: whatever a module of the tests may hold
