@@ -425,6 +425,29 @@ async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
     assert not worker.handovers.lacks(worker.job), "another agent name is handed over"
 
 
+async def test_calls_whose_time_is_over() -> None:
+    """Each is told of once: not tried, or still under way when its job is about to be killed."""
+    worker = Worker(patience=10)
+    worker.launch("AJ_2")
+    worker.launch("AJ_3")  # keeps nothing
+    worker.handovers.hear("AJ_2", KEEPS)
+    worker.answers = {BeginHandover: [step("prepared")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+
+    def late() -> list[tuple[str, str]]:
+        return [(each.id, each.reason) for each in worker.told if isinstance(each, JobHandover)]
+
+    for _ in range(2):
+        worker.handovers.note_late(is_last=False)
+        assert late() == [("AJ_2", module.NO_TIME)]
+    for _ in range(2):
+        worker.handovers.note_late(is_last=True)
+        assert late() == [("AJ_2", module.NO_TIME), ("AJ_1", module.NO_TIME)]
+    handing.cancel()
+    await asyncio.gather(handing, return_exceptions=True)
+
+
 async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a stop a worker deletes that of a successor without a process; the call is tried again at once."""
     worker = Worker(patience=10)
