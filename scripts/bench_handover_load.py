@@ -2,7 +2,7 @@
 
 A supervisor serves so many calls that last longer than its grace. Two others have a quarter as many warm
 processes between them. The first is stopped, and one of the others as soon as it serves some of the calls.
-Each call should then be served by the last supervisor. The agents speak in frames of 0.2 s, which leave the
+Each call should then be served by the last supervisor. The agents speak in frames of 1 s, which leave the
 processor of a small machine to the handovers.
 """
 
@@ -31,7 +31,7 @@ from scripts.bench_handover import Side, notes, side
 from scripts.pages import write_section
 
 # Seconds of a frame of an agent, and of grace.
-LONG_FRAME = 0.2
+LONG_FRAME = 1.0
 LONG_GRACE = 10.0
 LONG = "[stall]\nmisses = 60\n"
 
@@ -101,28 +101,33 @@ class LongCalls:
     def two_at_once(self) -> int:
         """Return how often two agents of a room spoke at a time, by the notes of the agents.
 
-        An agent that is killed notes no end. It ends when the server loses its connection.
+        An agent that is killed notes no end. It ends when the server loses or removes it.
         """
-        lost = {
-            (each.detail["room"], each.detail["identity"]): each.at
-            for each in self.server.events
-            if each.kind == "ghost"
-        }
+        sessions: dict[str, tuple[str, str]] = {}
+        lost: dict[tuple[str, str], float] = {}
+        for each in self.server.events:
+            who = (str(each.detail.get("room")), str(each.detail.get("identity")))
+            if each.kind == "joined":
+                sessions[str(each.detail["participant"])] = who
+            elif each.kind == "hangup":
+                lost.setdefault(sessions[str(each.detail["participant"])], each.at)
+            elif each.kind in ("ghost", "left"):
+                lost.setdefault(who, each.at)
         identities = {each["job"]: each["identity"] for each in notes(self.job_log, "connected")}
         spans: dict[str, list[tuple[float, float]]] = {}
         speaking: dict[str, tuple[float, str]] = {}
         for line in self.job_log.read_text().splitlines():
-            each = json.loads(line)
-            if each["what"] == "speaks":
-                speaking.setdefault(each["job"], (each["at"], each["room"]))
-            elif each["what"] in ("silent", "disconnected", "ended") and each["job"] in speaking:
-                begun, room = speaking.pop(each["job"])
-                spans.setdefault(room, []).append((begun, each["at"]))
+            note = json.loads(line)
+            if note["what"] == "speaks":
+                speaking.setdefault(note["job"], (note["at"], note["room"]))
+            elif note["what"] in ("silent", "disconnected", "ended") and note["job"] in speaking:
+                begun, room = speaking.pop(note["job"])
+                spans.setdefault(room, []).append((begun, note["at"]))
         for job, (begun, room) in speaking.items():
             end = lost.get((room, identities[job]), float("inf"))
             spans.setdefault(room, []).append((begun, end))
         return sum(
-            earlier[1] > later[0] for each in spans.values() for earlier, later in pairwise(sorted(each))
+            earlier[1] > later[0] for times in spans.values() for earlier, later in pairwise(sorted(times))
         )
 
 

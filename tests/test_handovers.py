@@ -312,17 +312,24 @@ async def test_an_agent_that_comes_back_after_its_removal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "is_over"), [(1, True), (5, True), (10, True), (0, False), (4, False), (14, False)]
+    ("reason", "is_over"),
+    [(1, True), (5, True), (10, True), (None, True), (0, False), (4, False), (14, False)],
 )
-async def test_an_agent_that_leaves_its_room(reason: int, is_over: bool) -> None:
-    """The call is over if the agent or the server has ended it; after every other end a successor goes on."""
+async def test_an_agent_that_leaves_its_room(reason: int | None, is_over: bool) -> None:
+    """The call is over if the agent or the server has ended it; after every other end a successor goes on.
+
+    A job may say that its call is over, and nothing of its room.
+    """
     worker = Worker()
     worker.people = [successor("" if is_over else "1")]
     worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
     await worker.changed.until(lambda: worker.dispatches)
     await asyncio.sleep(0)
-    worker.jobs.in_room("AJ_1", "left", reason, "")
+    if reason is None:
+        worker.jobs.over("AJ_1", lambda _executor: None)
+    else:
+        worker.jobs.in_room("AJ_1", "left", reason, "")
     outcome = await handing
     assert worker.removed == (["bot~1"] if is_over else [])
     assert (outcome.reason, outcome.successor) == (("the call has ended", "") if is_over else ("", "AJ_2"))
@@ -416,6 +423,29 @@ async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
     assert "without lastcall" in worker.handovers.lacks(worker.job)
     worker.job.agent_name = "b"
     assert not worker.handovers.lacks(worker.job), "another agent name is handed over"
+
+
+async def test_calls_whose_time_is_over() -> None:
+    """Each is told of once: not tried, or still under way when its job is about to be killed."""
+    worker = Worker(patience=10)
+    worker.launch("AJ_2")
+    worker.launch("AJ_3")  # keeps nothing
+    worker.handovers.hear("AJ_2", KEEPS)
+    worker.answers = {BeginHandover: [step("prepared")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.dispatches)
+
+    def late() -> list[tuple[str, str]]:
+        return [(each.id, each.reason) for each in worker.told if isinstance(each, JobHandover)]
+
+    for _ in range(2):
+        worker.handovers.note_late(is_last=False)
+        assert late() == [("AJ_2", module.NO_TIME)]
+    for _ in range(2):
+        worker.handovers.note_late(is_last=True)
+        assert late() == [("AJ_2", module.NO_TIME), ("AJ_1", module.NO_TIME)]
+    handing.cancel()
+    await asyncio.gather(handing, return_exceptions=True)
 
 
 async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

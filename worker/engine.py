@@ -256,6 +256,7 @@ class Engine:
         """
         asked: set[str] = set()
         self._take_calls_over()
+        self.handovers.note_late(is_last=False)
 
         def unasked() -> list[Job]:
             return [job for job in self.jobs.running if job.id not in asked and due_at(job.id) <= now()]
@@ -276,6 +277,7 @@ class Engine:
                 if now() >= kill_at:
                     break
             self._take_calls_over()
+            self.handovers.note_late(is_last=True)
             await self._end_processes(self.jobs.outliving)
             for job in self.jobs.running:
                 if not job.was_killed:

@@ -93,6 +93,7 @@ ENDED_WELL = frozenset({1, 5, 10})
 CLOUD = ".livekit.cloud"
 NOBODY = "nobody took it"
 GIVEN_BACK = "the worker that took it gave it back"
+NO_TIME = "no time was left for it"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,6 +161,8 @@ class Handovers:
         self._tries: dict[str, Try] = {}
         self._keeps: dict[str, CallKeeps] = {}
         self._untold: set[str] = set()
+        # The jobs of which is told that their time is over. Only a late success is told of them.
+        self._late: set[str] = set()
         self._taken: dict[tuple[str, int], None] = {}
 
     # -- what others ask ------------------------------------------------------------------------------
@@ -198,6 +201,7 @@ class Handovers:
         """Forget a job that has ended."""
         self._keeps.pop(job_id, None)
         self._untold.discard(job_id)
+        self._late.discard(job_id)
 
     def is_taken(self, found: Succession) -> bool:
         """Tell whether a dispatch was taken here before, and remember it: the server may repeat one."""
@@ -376,6 +380,18 @@ class Handovers:
             await self.hand_over_all("the end of grace", drain_at)
             await self._sleep(TRY_AGAIN_AFTER)
 
+    def note_late(self, *, is_last: bool) -> None:
+        """Say of calls that they are not handed over, because the drain is over before their first try.
+
+        With `is_last` also of those whose handover is under way: their jobs are about to be killed.
+        """
+        for job in self._jobs.running:
+            was_tried = job.epoch > (0 if job.succession is None else job.succession.epoch)
+            is_late = job.id in self._tries if was_tried else not self.lacks(job)
+            if is_late and (is_last or not was_tried) and not job.successor and job.id not in self._late:
+                self._note(job, failed(NO_TIME), "the end of grace")
+                self._late.add(job.id)
+
     def due_at(self, job_id: str) -> float:
         """Return until when a job is not asked to shut down: for a moment, while it is handed over."""
         return now() + LOOK_AGAIN_AFTER if job_id in self._tries else 0.0
@@ -383,6 +399,8 @@ class Handovers:
     # -- one try --------------------------------------------------------------------------------------
 
     def _note(self, job: Job, outcome: Outcome, reason: str) -> None:
+        if job.id in self._late and outcome.result != "done":
+            return
         extra = {"job_id": job.id, "room": job.room, "reason": reason}
         if outcome.result == "done":
             log.info("a call is handed over", extra={**extra, "successor": outcome.successor})
@@ -618,7 +636,9 @@ class Handovers:
         if job.has_ended:  # by the kernel; how it ended is known a little later
             await self._changed.until(lambda: job not in self._jobs, lambda: due)
             return job.fate == "finished"
-        return job.presence.left_at is not None and job.presence.reason in ENDED_WELL
+        if job.presence.left_at is None:  # a process may end before its room has told of the end
+            return job.is_over and not job.was_told_to_end
+        return job.presence.reason in ENDED_WELL
 
     async def _end_successor(self, job: Job, attempt: Try) -> None:
         await self._delete_dispatch(job, attempt)
