@@ -126,6 +126,8 @@ async def entrypoint(ctx: JobContext) -> None:
     ctx.add_shutdown_callback(after)
     ctx.room.on("data_received", lambda packet: wanted.put_nowait(packet.data.decode()))
     ctx.room.on("disconnected", lambda reason: note(ctx, "disconnected", reason=int(reason)))
+    if os.environ.get("LOCAL_ROOM"):  # without lastcall an entrypoint that goes on has 15 s
+        ctx.room.on("disconnected", lambda _reason: wanted.put_nowait("hang up"))
     await ctx.connect()
     resumed = call.resumed
     track = rtc.LocalAudioTrack.create_audio_track("voice", voice.source)
