@@ -44,6 +44,7 @@ from tests.support.passed_on import (
 
 SECRET = "my card is 4111"
 ENDED = ("JS_SUCCESS", "JS_FAILED")
+PATIENCE_OF_TRY = "LASTCALL_HANDOVER__PATIENCE"
 
 
 def written(r: Run) -> str:
@@ -396,29 +397,36 @@ async def is_taken_by_a_stranger(call: PassedCall, worker: str) -> None:
     assert "without lastcall" in control_socket.ask(r.control, "status")["handover_off"]
 
 
+async def beside_a_stranger(run: StartRun, workers: int, check_enabled: float) -> tuple[Run, list[str], str]:
+    """Start workers and one without lastcall. Return the run, the ids of the workers, and that of the other.
+
+    `check_enabled`: the seconds after which the server names the agent of a dispatch.
+    """
+    command, environment = (
+        ("run", "--grace", "60", "-w", str(workers), AGENT),
+        PATIENT | {PATIENCE_OF_TRY: "10"},
+    )
+    r = await run(*command, rooms=True, environment=environment)
+    await r.ready(workers)
+    ids = [each.id for each in r.livekit.available()]
+    stranger = PATIENT | beside(r) | {"LOCAL_ROOM": "1", "IDENTITY": "stranger"}
+    await run(command=[sys.executable, AGENT, "start"], livekit=False, environment=stranger)
+    await r.ready(workers + 1)
+    r.livekit.delays = replace(r.livekit.delays, check_enabled=check_enabled)
+    return r, ids, next(each.id for each in r.livekit.available() if each.id not in ids)
+
+
 @pytest.mark.core
 async def test_a_worker_without_lastcall_takes_the_dispatch(run: StartRun) -> None:
     """Its agent is removed, the dispatch is deleted, and handover is off with one line of the log.
 
     So it is in the other worker of that agent name too, from its next beat on, until a reload. Another agent
-    of the name stays. The server has not named the agent by then, because its worker has just registered. Or
-    it does so before the agent is in the room.
+    of the name stays. The server has not named the agent by then, because its worker has just registered.
     """
-    environment = PATIENT | {"LASTCALL_HANDOVER__PATIENCE": "10"}
-    r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=environment)
-    await r.ready(2)
-    ids = [each.id for each in r.livekit.available()]
+    r, ids, worker = await beside_a_stranger(run, 2, 600)
     call, other = [await begun(r, room, only=id) for room, id in zip(("room", "other"), ids, strict=True)]
     innocent = r.livekit.rooms.visit("room", "agent-AJ_innocent", kind=Kind.AGENT)
     innocent.say(do="update", attributes={"lk.agent_name": ""})
-    await run(
-        command=[sys.executable, AGENT, "start"],
-        livekit=False,
-        environment=PATIENT | beside(r) | {"LOCAL_ROOM": "1", "IDENTITY": "stranger"},
-    )
-    await r.ready(3)
-    worker = next(each.id for each in r.livekit.available() if each.id not in ids)
-    r.livekit.delays = replace(r.livekit.delays, check_enabled=600)
     await is_taken_by_a_stranger(call, worker)
     assert len(call.notes("speaks")) == 2 and call.notes("disconnected"), "until then both speak"
     assert innocent.is_connected
@@ -433,14 +441,15 @@ async def test_a_worker_without_lastcall_takes_the_dispatch(run: StartRun) -> No
     tries = [event for event in r.events("dispatch_created") if event.detail["room"] == "other"]
     assert len(tries) <= 1, "one try takes longer than a beat"
     assert len(r.log("handover is switched off")) == 1
-
-    operation = control_socket.ask(r.control, "reload")
+    control_socket.ask(r.control, "reload")
     assert control_socket.ask(r.control, "status")["handover_off"] is None
-    assert (await over(r, operation))["state"] == "done"
-    new = next(each.id for each in r.livekit.available() if each.id not in (*ids, worker))
-    r.livekit.delays = replace(r.livekit.delays, check_enabled=0)
-    await is_taken_by_a_stranger(await begun(r, "later", only=new), worker)
-    assert len(r.log("handover is switched off")) == 2
+
+
+async def test_a_worker_without_lastcall_that_the_server_names_at_once(run: StartRun) -> None:
+    """Its agent has not joined yet when the dispatch is deleted, and is removed when it does."""
+    r, (own,), worker = await beside_a_stranger(run, 1, 0)
+    await is_taken_by_a_stranger(await begun(r, "room", only=own), worker)
+    assert len(r.log("handover is switched off")) == 1
 
 
 async def test_an_agent_of_the_same_name_that_knows_nothing_of_handovers(run: StartRun) -> None:

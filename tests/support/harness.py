@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
@@ -76,10 +77,10 @@ class Run:
     `livekit` starts a local LiveKit server beside the process. With `rooms` jobs can join rooms of that
     server. No variable of the tester's LiveKit or Inworld account reaches the process.
 
-    `late` are the ends of the waits of this process, each with the seconds by which it was late.
+    `late` are the ends of the last waits of this process, each with the seconds by which it was late.
     """
 
-    late: ClassVar[list[tuple[float, float]]] = []
+    late: ClassVar[deque[tuple[float, float]]] = deque(maxlen=50_000)
 
     def __init__(
         self,
