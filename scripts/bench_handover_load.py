@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,16 @@ class LongCalls:
         self._callers.clear()
 
     def two_at_once(self) -> int:
-        """Return how often two agents of a room spoke at a time, by the notes of the agents."""
+        """Return how often two agents of a room spoke at a time, by the notes of the agents.
+
+        An agent that is killed notes no end. It ends when the server loses its connection.
+        """
+        lost = {
+            (each.detail["room"], each.detail["identity"]): each.at
+            for each in self.server.events
+            if each.kind == "ghost"
+        }
+        identities = {each["job"]: each["identity"] for each in notes(self.job_log, "connected")}
         spans: dict[str, list[tuple[float, float]]] = {}
         speaking: dict[str, tuple[float, str]] = {}
         for line in self.job_log.read_text().splitlines():
@@ -109,8 +118,9 @@ class LongCalls:
             elif each["what"] in ("silent", "disconnected", "ended") and each["job"] in speaking:
                 begun, room = speaking.pop(each["job"])
                 spans.setdefault(room, []).append((begun, each["at"]))
-        for begun, room in speaking.values():
-            spans.setdefault(room, []).append((begun, float("inf")))
+        for job, (begun, room) in speaking.items():
+            end = lost.get((room, identities[job]), float("inf"))
+            spans.setdefault(room, []).append((begun, end))
         return sum(
             earlier[1] > later[0] for each in spans.values() for earlier, later in pairwise(sorted(each))
         )
@@ -138,6 +148,8 @@ async def load(rounds: int, calls: int, directory: Path) -> dict[str, Any]:
                 reasons = Counter(str(job.get("handover")) for job in receipt["jobs"] if job["fate"] == "cut")
                 print(f"  {receipt['outcome']} {receipt['totals']} {dict(reasons)}", file=sys.stderr)
             seconds.append(time.monotonic() - began)
+            with suppress(TimeoutError):  # the server shows an agent that was killed for some time
+                await until(lambda turn=turn: long.served(turn) == calls, 30, 0.2)  # type: ignore[misc]
             alive += long.served(turn)
             print(f"  round {turn + 1}/{rounds}: {long.served(turn)} of {calls} alive", file=sys.stderr)
             await long.hang_up()

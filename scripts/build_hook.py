@@ -1,7 +1,8 @@
-"""Refuse to build from a tree that has lost its links: the wheel would lack most of lastcall."""
+"""Refuse to build from a tree that has lost its links, and link the package for an editable install."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ class LinksHook(BuildHookInterface[BuilderConfig]):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Look at the two links. Raises SystemExit with one line where one is no directory."""
+        """Look at the two links, and make the third.
+
+        Raises SystemExit with one line where one of the two is no directory.
+        """
         for name in ("supervisor", "worker"):
             link = Path(self.root) / "lastcall" / name
             if not link.is_dir():
@@ -23,3 +27,8 @@ class LinksHook(BuildHookInterface[BuilderConfig]):
                     f"lastcall/{name} is no directory, expected a link to ../{name}: unpacking a zip loses"
                     f" links; clone the repository, or make the link with: ln -sfn ../{name} lastcall/{name}"
                 )
+        if version == "editable":
+            place = Path(self.root) / "build" / "editable"  # named as dev-mode-dirs in pyproject.toml
+            place.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # of another environment, made before or beside this one
+                (place / "lastcall").symlink_to(Path("..", "..", "lastcall"))

@@ -329,6 +329,8 @@ class App:
         due = max(stop.deadlines.end_at, now() + SLOTS_END_WITHIN)
         await asyncio.wait({workers}, timeout=due - now())
         workers.cancel()
+        for generation in self.fleet.generations:
+            generation.write_off()
 
     async def _watch_readiness(self) -> None:
         while True:

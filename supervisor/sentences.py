@@ -11,17 +11,22 @@ from types import MappingProxyType
 from typing import Any
 
 from lastcall.supervisor.logs import Text
+from lastcall.worker.base.exit_codes import Exit
 
 
 def receipt_sentence(receipt: Mapping[str, Any]) -> str:
-    """Return the outcome of a stop in one line."""
+    """Return the outcome of a stop in one line.
+
+    A wrong target is not said again: it stands in the line of the failed slot, and in the last line of all.
+    """
+    has_fault = receipt["fault"] and receipt["exit_code"] != Exit.CONFIG
     return "; ".join(
         [
             f"receipt: {receipt['outcome']}, exit code {receipt['exit_code']},"
             f" {receipt['seconds']:.1f} s of {receipt['grace']:g} s",
             _jobs(receipt["jobs"]),
             f"{_forced(receipt)}processes left {receipt['left']}",
-            *([f"fault: {receipt['fault']}"] if receipt["fault"] else []),
+            *([f"fault: {receipt['fault']}"] if has_fault else []),
         ]
     )
 

@@ -76,6 +76,8 @@ def test_the_receipt_is_a_sentence() -> None:
     assert receipt_sentence(one).endswith(
         "; 1 job was running when the stop began: 1 handed over; processes left 0; fault: OSError(28)"
     )
+    wrong = receipt_sentence(cut_stop(fault="no such file", exit_code=78))
+    assert "no such file" not in wrong, "the failed slot has said it, and the last line says it"
     assert "0 jobs were running when the stop began; " in receipt_sentence(cut_stop(jobs=[]))
     assert "{" not in logged("receipt", receipt=cut_stop())
     assert json.loads(logged("receipt", console=False, receipt=cut_stop()))["receipt"] == cut_stop()

@@ -46,6 +46,23 @@ def entry(id: str) -> JobEntry:
     return JobEntry(id=id, room="r", dispatch_id="d", slot=0, generation=1, accepted_at=10.0)
 
 
+def test_a_worker_whose_end_is_not_seen() -> None:
+    """Its jobs have a fate in the receipt all the same: a machine may be too busy for an end in time."""
+    generation, _ = generation_in(S.KILLING)
+    ledger = generation.shared.ledger
+    for id in ("told", "killed", "passed on", "nobody's"):
+        ledger.start(entry(id))
+    ledger.begin_stop()
+    ledger.cut(0, 1, "told", at=now())
+    ledger.handover(0, 1, "passed on", "done", "", "AJ_2")
+    generation._cut = frozenset({"killed", "passed on"})
+    generation.write_off()
+    fates = {each.id: each.fate for each in ledger.at_stop}
+    assert fates == {"told": "cut", "killed": "cut", "passed on": "handed_over", "nobody's": "lost"}
+    generation.write_off()
+    assert (ledger.totals["cut"], ledger.totals["handed_over"], ledger.totals["lost"]) == (2, 1, 1)
+
+
 def test_a_cut_counts_when_it_is_certain() -> None:
     """From the request to shut down on, once, however the job or its worker ends."""
     ledger = Ledger()

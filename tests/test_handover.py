@@ -95,6 +95,9 @@ async def test_a_call_goes_on_in_another_slot(run: StartRun) -> None:
     await call.is_heard("bot~1")
     assert call.turns == ["bot", "bot~1"]
     await r.until(lambda: call.notes("stored", call.id), PATIENCE)
+    again = await asyncio.to_thread(subprocess.run, verb, capture_output=True, text=True)
+    assert again.returncode == 1, again
+    assert f"handed over already, to job {call.jobs[1]!r}" in again.stderr and len(call.jobs) == 2
     assert call.caller.is_connected
     call.say("keep while it is read")
     await call.note("keep while it is read")

@@ -458,6 +458,30 @@ async def test_a_successor_whose_worker_stops(when: str) -> None:
         assert not s.heard and s.old.isconnected()
 
 
+async def test_a_successor_whose_worker_dies_at_the_answer() -> None:
+    """It leaves the call to the old agent, because it would end with its worker. The old one speaks again."""
+    async with stage() as s:
+        has_lost_worker = False
+        s.arriving._has_lost_worker = lambda: has_lost_worker
+        await s.begin()
+        await s.arrive()
+
+        async def be_silent() -> object:
+            nonlocal has_lost_worker
+            has_lost_worker = True
+            return await s.be_silent()
+
+        s.leaving.on_takeover = be_silent
+        with pytest.raises(Withdrawn, match="worker of the successor has died"):
+            await s.arriving.take_over()
+        assert not s.arriving.may_speak
+        await s.until(lambda: s.withdrawn.is_set() and s.told("lost"))
+        s.leaving.cancel(1)
+        s.leaving.take_back(1)
+        await s.until(lambda: s.told("back"))
+        assert s.heard == ["silent", "speaks again"] and s.old.isconnected() and not s.left.is_set()
+
+
 async def test_a_successor_without_the_call_is_not_handed_over() -> None:
     """The leaving side refuses before the takeover, and not after it."""
     async with stage() as s:

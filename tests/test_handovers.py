@@ -46,7 +46,7 @@ class Worker:
         self.removed: list[str] = []
         self.created: list[dict[str, str]] = []
         self.deleted: list[str] = []
-        self.agents: list[str] = []
+        self.agents: list[str] | None = []
         self.others = [
             Dispatch(id="AD_0", agent_name="a", agents=("bot",)),
             Dispatch(id="AD_2", agent_name="b"),
@@ -110,6 +110,8 @@ class Worker:
 
     async def dispatches(self, room: str) -> list[Dispatch]:
         assert room == "r"
+        if self.agents is None:
+            return self.others
         return [Dispatch(id="AD_1", agent_name="a", agents=tuple(self.agents)), *self.others]
 
     async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
@@ -484,6 +486,44 @@ async def test_a_stranger_with_the_identity_of_the_agent(how: str) -> None:
     assert outcome.result == "refused" and "without lastcall" in outcome.reason
     assert (worker.removed, worker.deleted) == ([], [])
     assert "without lastcall" in worker.handovers.off["a"]
+
+
+async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a stop a worker deletes that of a successor without a process; the call is tried again at once."""
+    worker = Worker(patience=10)
+    worker.agents = None
+    worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
+    async with asyncio.timeout(5):
+        outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert (outcome.result, outcome.reason) == ("failed", module.GIVEN_BACK)
+
+    begun: list[asyncio.Future[None]] = []
+    monkeypatch.setattr(worker.handovers, "_begin", lambda work: begun.append(asyncio.ensure_future(work)))
+    worker.deleted.clear()
+    found = Succession(call="AJ_0", epoch=1, count=1, predecessor="p", identity="i", secret="s")
+    for id, has_process in (("AJ_7", False), ("AJ_8", True)):
+        asked = SimpleNamespace(id=id, room=SimpleNamespace(name="r"), dispatch_id=f"AD_{id}", type=0)
+        worker.jobs.accept(asked, found)
+        if has_process:
+            worker.jobs.launch(id, SimpleNamespace(pid=None), asked)
+    worker.handovers.give_back()
+    await asyncio.gather(*begun)
+    assert worker.deleted == ["AD_AJ_7"]
+
+    tries: list[float] = []
+
+    async def hand_over(job: Job, _reason: str, _wait: float) -> module.Outcome:
+        tries.append(now())
+        if len(tries) == 1:
+            return module.failed(module.GIVEN_BACK)
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(module, "TRY_AGAIN_AFTER", 60)
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    async with asyncio.timeout(5):
+        await worker.handovers.hand_over_all("test", lambda: None)
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize("how", ["slow", "failed", "nobody"])

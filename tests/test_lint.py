@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -70,6 +71,17 @@ def test_workflows() -> None:
     lint("check-jsonschema", "--builtin-schema", "vendor.github-issue-forms", *forms)
     config = site / "ISSUE_TEMPLATE" / "config.yml"
     lint("check-jsonschema", "--builtin-schema", "vendor.github-issue-config", config)
+
+
+def test_actions_are_those_that_were_looked_at() -> None:
+    """A tag can be moved to other code, and a commit can't: each action is named by one, with the version."""
+    used = [
+        line.partition("uses: ")[2]
+        for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+        for line in path.read_text().splitlines()
+        if "uses: " in line
+    ]
+    assert used and [each for each in used if not re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", each)] == []
 
 
 def built(name: str) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Any
 import livekit.agents.cli
 import livekit.plugins.inworld
 import pytest
+from livekit.agents import AgentServer
 from livekit.agents.ipc import proc_pool, supervised_proc
 
 from lastcall.worker import scratch
@@ -210,6 +211,13 @@ def load(_patch: pytest.MonkeyPatch) -> None:
     assert agent_server.load_of(SimpleNamespace(_worker_load=None)) == 0.0  # what a load_fnc returned
 
 
+def key(_patch: pytest.MonkeyPatch) -> None:
+    """A key that can't be seen is not missed; livekit-agents looks for it at each start."""
+    server = AgentServer()
+    del server._api_key, server._api_secret
+    assert not {"LIVEKIT_API_KEY", "LIVEKIT_API_SECRET"} & set(agent_server.missing_of(server))
+
+
 def agent_name(_patch: pytest.MonkeyPatch) -> None:
     assert agent_server.agent_name(SimpleNamespace()) == ""
 
@@ -383,6 +391,8 @@ def stacks(patch: pytest.MonkeyPatch) -> None:
 
 
 LESSER = {
+    "_api_key": key,
+    "_api_secret": key,
     "_load_threshold": full_by_load,
     "_get_effective_load": full_by_load,
     "_connection_task": registration,

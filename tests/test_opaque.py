@@ -104,8 +104,8 @@ async def test_sigterm_during_backoff(run: StartRun) -> None:
     await r.until(lambda: len(r.log("slot backoff")) >= 2)
     r.kill()
     began = time.monotonic()
-    assert await r.exit(5) == 0
-    assert time.monotonic() - began < 2
+    assert await r.exit() == 0
+    assert time.monotonic() - began < 10, "the backoff is 20 s"
     assert r.receipt()["outcome"] == "clean"
 
 

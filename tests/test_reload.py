@@ -154,7 +154,7 @@ async def test_cap_is_exact_under_simultaneous_offers(run: StartRun, tmp_path: P
     results = await asyncio.gather(*(r.livekit.dispatch(f"r{n}", metadata=spec) for n in range(10)))
     taken = [result for result in results if result.outcome == "assigned"]
     assert len(taken) == 2, results
-    await r.until(lambda: not r.livekit.available(), 1.0)
+    await r.until(lambda: not r.livekit.available())
     for result in taken:
         await r.job_says(result.job_id, "started")
     r.let_go()

@@ -69,13 +69,14 @@ async def test_unreachable_livekit_server(run: StartRun) -> None:
 
 @pytest.mark.core
 async def test_no_livekit_url(run: StartRun) -> None:
-    """livekit-agents' own error is reported in one line, and the slot backs off; a stop then is clean."""
+    """No start could succeed: exit 78 at the first load, and one line with what is missing and what to do."""
     empty = {"LIVEKIT_URL": "", "LIVEKIT_API_KEY": "", "LIVEKIT_API_SECRET": ""}
     r: Run = await run("run", "--grace", "30", AGENT, livekit=False, environment=empty)
-    await r.until(lambda: r.log("slot backoff"), 30)
-    assert "ws_url is required" in r.log("slot failed")[0]["reason"]
-    r.kill()
-    assert await r.exit(15) == 0
+    assert await r.exit(30) == 78
+    said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
+    assert len(said) == 1, r.logs()
+    assert "got no LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET, expected" in said[0]
+    assert len(r.log("slot starting")) == 1 and "Traceback" not in r.logs()
     await r.nothing_left()
 
 

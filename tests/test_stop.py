@@ -187,10 +187,10 @@ async def test_idle_worker(run: StartRun) -> None:
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     r.kill()
-    assert await r.exit(10) == 0
+    assert await r.exit() == 0
     assert [e.at for e in r.events("full") if e.at >= r.signalled_at]
     await r.clean()
-    assert r.receipt()["seconds"] < 5
+    assert r.receipt()["seconds"] < 10, "grace is 40 s"
 
 
 @pytest.mark.alone
@@ -371,8 +371,8 @@ async def test_sigquit_kills_at_once(run: StartRun) -> None:
     await r.job_says(job.job_id, "started")
     began = time.monotonic()
     r.kill(signal.SIGQUIT)
-    assert await r.exit(5) == 75
-    assert time.monotonic() - began < 3
+    assert await r.exit() == 75
+    assert time.monotonic() - began < 10, "grace is 40 s"
     assert r.fates() == {job.job_id: "cut"}
     await r.nothing_left()
 

@@ -282,6 +282,39 @@ async def test_url_that_can_be_none(run: StartRun, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
+async def test_server_of_a_file_that_the_agent_reads(run: StartRun, tmp_path: Path) -> None:
+    """A URL that the agent reads from a .env file counts, and the key that is not there is missed."""
+    write(tmp_path / ".env", "LIVEKIT_URL=ws://127.0.0.1:9\n")
+    write(tmp_path / "agent.py", ELSEWHERE["dotenv"])
+    r = await run("run", "agent.py", cwd=tmp_path, livekit=False, environment={"LIVEKIT_URL": ""})
+    await refused(r, "agent.py: got no LIVEKIT_API_KEY, LIVEKIT_API_SECRET, expected")
+
+
+def test_servers_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL and a key that the agent gives to its server are not looked for in the environment."""
+    from livekit.agents import AgentServer, WorkerOptions
+
+    from lastcall.worker.sdk import agent_server
+
+    class Late(AgentServer):  # type: ignore[misc]  # livekit-agents is not type-checked here
+        async def run(self, **options: bool) -> None:
+            """Find a server, and run."""
+
+    async def entrypoint(_: object) -> None:
+        """Take a call."""
+
+    for name in ("LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    options = WorkerOptions(entrypoint_fnc=entrypoint, ws_url="ws://x", api_key="k", api_secret="s")
+    whole, empty = agent_server.as_server(options), agent_server.as_server(AgentServer())
+    assert whole is not None and empty is not None
+    assert agent_server.missing_of(whole) == []
+    assert agent_server.missing_of(empty) == ["LIVEKIT_URL", "LIVEKIT_API_KEY", "LIVEKIT_API_SECRET"]
+    assert agent_server.missing_of(Late()) == []
+    monkeypatch.setenv("LIVEKIT_URL", "ws://x")
+    assert agent_server.missing_of(AgentServer()) == ["LIVEKIT_API_KEY", "LIVEKIT_API_SECRET"]
+
+
 OWN_SERVER = """
 import asyncio, threading
 from livekit.agents import AgentServer, JobContext

@@ -45,7 +45,7 @@ async def test_ctrl_c(run: StartRun, terminal: Terminal, times: int) -> None:
         assert r.livekit.jobs[job.job_id].ended_at is not None
     else:
         assert (code, receipt["outcome"]) == (75, "cut"), terminal.text
-        assert took < 5
+        assert took < 12, "the callbacks of a call run 15 s after the second"
     await r.nothing_left()
 
 
@@ -163,8 +163,8 @@ async def test_kill_in_the_same_turn_as_the_stop(run: StartRun) -> None:
     os.kill(r.pid, signal.SIGQUIT)
     began = time.monotonic()
     os.kill(r.pid, signal.SIGCONT)
-    assert await r.exit(10) == 75
-    assert time.monotonic() - began < 5
+    assert await r.exit() == 75
+    assert time.monotonic() - began < 15, "grace is 60 s"
     assert r.receipt()["reason"] in ("SIGTERM", "SIGQUIT")
     assert r.fates() == {job.job_id: "cut"}
     await r.nothing_left()

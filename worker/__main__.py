@@ -160,6 +160,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
     if local_url:
         _refuse_other_server(text, url, local_url)
     else:
+        loading.check_server_is_known(text, agent_server.missing_of(server))
         loading.check_server_url(text, url)
     agent_server.set_up_logging(server, coloured=host.settings.coloured)
     for lack in lacks:

@@ -389,7 +389,8 @@ class Engine:
             self._requests.begin(self._hand_over(job, reason))
 
     def hand_over_before(self, drain_at: Callable[[], float | None]) -> None:
-        """Have the calls go on elsewhere that a drain would cut at its end."""
+        """Have the calls go on elsewhere that a drain would cut at its end, or that are yet to come here."""
+        self.handovers.give_back()
         self._requests.begin(self.handovers.before(drain_at))
 
     async def _hand_over_all(self, reason: str) -> None:

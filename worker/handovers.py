@@ -93,6 +93,7 @@ ENDED_WELL = frozenset({1, 5, 10})
 EVICTED = 2
 CLOUD = ".livekit.cloud"
 NOBODY = "nobody took it"
+GIVEN_BACK = "the worker that took it gave it back"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -332,12 +333,35 @@ class Handovers:
                 for task in [each for each in running if each.done()]:
                     job, outcome = running.pop(task), task.result()
                     again_at[job.id] = now() + TRY_AGAIN_AFTER
-                    if outcome.result == "refused":
+                    if outcome.reason == GIVEN_BACK:
+                        again_at[job.id] = now()
+                    elif outcome.result == "refused":
                         given_up.add(job.id)
                     elif outcome.reason == NOBODY:
                         width = max(1, width - 1)
                     elif outcome.result == "done":
                         width = min(PARALLEL, width + 1)
+
+    def give_back(self) -> None:
+        """Delete the dispatches of successors that have no process yet, because this worker is being stopped.
+
+        Such a job would leave again. Until it could, its call would have no other successor, and in a short
+        grace none at all.
+        """
+        for job in self._jobs:
+            if job.succession is not None and not job.launched:
+                self._begin(self._give_back(job))
+
+    async def _give_back(self, job: Job) -> None:
+        service = self._service()
+        if service is None:
+            return
+        try:
+            await service.delete_dispatch(job.room, job.dispatch_id)
+        except RoomServiceError as error:
+            log.warning(
+                "a dispatch can't be given back", extra={"job_id": job.id, "error": str(error)}
+            )  # the successor leaves by itself
 
     async def before(self, drain_at: Callable[[], float | None]) -> None:
         """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
@@ -403,7 +427,7 @@ class Handovers:
         if stranger:
             return await self._remove_stranger(job, attempt, stranger)
         if not attempt.has("seen"):
-            return await self._withdraw(job, attempt, NOBODY)
+            return await self._withdraw(job, attempt, NOBODY if stranger is None else GIVEN_BACK)
         await self._until(job, attempt, READY_WITHIN + attempt.wait, "silent", "refused", "lost", "speaks")
         if not attempt.has("silent", "speaks"):
             why = next(
@@ -616,22 +640,25 @@ class Handovers:
                 "a successor can't be removed", extra={"job_id": job.id, "error": str(error)}
             )  # the old agent refuses it
 
-    async def _until_seen(self, job: Job, attempt: Try) -> str:
-        """Wait for the successor. Return the identity of another agent that has taken the dispatch."""
+    async def _until_seen(self, job: Job, attempt: Try) -> str | None:
+        """Wait for the successor. Return the identity of another agent that has taken the dispatch.
+
+        Returns "" if the dispatch was given back (`give_back`), and None where there is no such news.
+        """
         due = now() + self._settings.patience
         looking = asyncio.get_running_loop().create_task(self._other_agent(job, attempt))
         looking.add_done_callback(lambda _task: self._changed.notify())
 
-        def other() -> str:
+        def other() -> str | None:
             if attempt.has("seen"):
-                return ""
+                return None
             if job.presence.left_at is not None and job.presence.reason == EVICTED:
                 return job.presence.identity
-            return looking.result() if looking.done() else ""
+            return looking.result() if looking.done() else None
 
         try:
             await self._changed.until(
-                lambda: attempt.has("seen") or other() or self._has_ended(job), lambda: due
+                lambda: attempt.has("seen") or looking.done() or self._has_ended(job), lambda: due
             )
             return other()
         finally:
@@ -639,27 +666,32 @@ class Handovers:
             await asyncio.gather(looking, return_exceptions=True)
 
     async def _other_agent(self, job: Job, attempt: Try) -> str:
-        """Return the identity of an agent that has taken the dispatch, empty where it is the successor.
+        """Return the identity of an agent that has taken the dispatch and is not the successor.
 
-        The server names the agent, but 5 s late where a worker has registered since the dispatch before
-        (`RoomService.dispatches`). Until then an agent has taken the dispatch which has come since, and for
-        which no other dispatch waits.
+        Returns "" once the dispatch is gone.
         """
         while True:
             await asyncio.sleep(LOOK_AGAIN_AFTER)
             with suppress(RoomServiceError):  # the next look says more
                 taken_by = await self._taken_by(job, attempt)
-                if taken_by is not None:
-                    return taken_by if taken_by != attempt.identity else ""
+                if taken_by is not None and taken_by != attempt.identity:
+                    return taken_by
 
     async def _taken_by(self, job: Job, attempt: Try) -> str | None:
-        """Return the identity of the agent that has taken the dispatch. Raises RoomServiceError."""
+        """Return the identity of the agent that has taken the dispatch, and "" once the dispatch is gone.
+
+        The server names the agent, but 5 s late where a worker has registered since the dispatch before
+        (`RoomService.dispatches`). Until then an agent has taken the dispatch which has come since, and for
+        which no other dispatch waits. Returns None where nobody has. Raises RoomServiceError.
+        """
         service = self._service()
-        dispatches = [] if service is None else await service.dispatches(job.room)
+        if service is None:
+            return None
+        dispatches = await service.dispatches(job.room)
+        ours = next((each for each in dispatches if each.id == attempt.dispatch_id), None)
+        if ours is None or ours.agents:
+            return "" if ours is None else ours.agents[0]
         named = {agent for each in dispatches for agent in each.agents}
-        ours = next((each.agents for each in dispatches if each.id == attempt.dispatch_id), ())
-        if ours:
-            return ours[0]
         waiting = [each.id for each in dispatches if each.agent_name == job.agent_name and not each.agents]
         if attempt.beside is None or waiting != [attempt.dispatch_id]:
             return None

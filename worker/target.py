@@ -210,8 +210,8 @@ def _load(
 def check_server_url(text: str, url: str) -> None:
     """Refuse a server object with a URL that livekit-agents could only try in vain, again and again.
 
-    Without a URL livekit-agents says so itself. Raises TargetError. The environment alone does not decide,
-    because the program of the target may set another URL.
+    Raises TargetError. The environment alone does not decide, because the program of the target may set
+    another URL.
     """
     if not url:
         return
@@ -222,6 +222,18 @@ def check_server_url(text: str, url: str) -> None:
         _, at, rest = url.rpartition("@")
         shown = f"…@{rest}" if at else rest
         raise TargetError(f"{text}: {source}: got {shown!r}, {error}") from None
+
+
+def check_server_is_known(text: str, missing: list[str]) -> None:
+    """Refuse a server object without a URL or a key, with which livekit-agents would end at each start.
+
+    `missing` are the variables that would have given them. Raises TargetError.
+    """
+    if missing:
+        raise TargetError(
+            f"{text}: got no {', '.join(missing)}, expected the LiveKit server and its key: set them in"
+            " the environment or in env_file, as for python agent.py start; lastcall dev needs none"
+        )
 
 
 def address_of(url: str) -> str:

@@ -35,7 +35,10 @@ async def entrypoint(ctx: JobContext) -> None:
             notice = await call.stopping  # the newest one
         logger.info("good-bye", extra={"reason": notice.reason})
         try:
-            await session.say(GOODBYE, allow_interruptions=False)
+            if session.tts is None:
+                logger.warning("without a tts= nothing is said")
+            else:
+                await session.say(GOODBYE, allow_interruptions=False)
         finally:  # the call ends too if the sentence can't be said, as in an outage of the TTS
             ctx.shutdown(reason="good-bye")
 

@@ -390,6 +390,11 @@ class Generation:
             why |= post_mortem(self.reports, launched.relays[1].last, oom_kills_before=self._oom_kills)
         self.change(event, **{name: value for name, value in why.items() if value})
 
+    def write_off(self) -> None:
+        """Give the jobs a fate whose worker was killed, and has not been seen to end: the stop is over."""
+        if not self.ended:
+            self.shared.ledger.lose(self.slot, self.number, now(), cut=self._cut)
+
     # -- what is said to the program, and done to it --------------------------------------------------
 
     def say(self, message: WorkerHears) -> None:

@@ -156,6 +156,9 @@ class Operations:
 
     def hand_over(self, job_id: str) -> Operation:
         """Have a call go on in another job, of whatever worker takes it. Raises Refused."""
+        successor = self._fleet.ledger.successor_of(job_id)
+        if successor:
+            raise Refused(f"job {job_id!r} was handed over already, to job {successor!r}")
         entry = self._fleet.ledger.find(job_id)
         generation = None if entry is None else self._fleet.find(entry.slot, entry.generation)
         if entry is None or generation is None:

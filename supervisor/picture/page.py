@@ -47,6 +47,9 @@ svg .on-phase { fill: var(--back); }
 table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; vertical-align: top; }
+.jobs { min-width: 46rem; } .jobs td:first-child { min-width: 10rem; }
+.jobs td:nth-child(2) { min-width: 9rem; }
+.short td:first-child { white-space: nowrap; }
 th { color: var(--dim); font-weight: 500; white-space: nowrap; }
 ul { padding-left: 1.2rem; color: var(--dim); overflow-wrap: anywhere; }
 """
@@ -188,29 +191,30 @@ def _tables(timeline: Timeline) -> str:
     jobs = [
         (
             bar.job.room,
-            bar.job.id,
+            bar.fate,
             str(bar.job.slot),
             duration(bar.job.seconds),
             "" if bar.end is None else duration(bar.end),
             "" if bar.asked is None else duration(bar.asked),
-            bar.fate,
+            bar.job.id,
         )
         for bar in timeline.bars
     ]
-    heads = ("room", "job", "slot", "length", "ended at", "asked to end at", "fate")
+    # A phone shows the first two, and the others when the table is moved.
+    heads = ("room", "fate", "slot", "length", "ended at", "asked to end at", "job")
     phases = [(span.name, duration(span.start), duration(span.end - span.start)) for span in timeline.phases]
     marks = [(duration(mark.at), mark.text) for mark in timeline.marks]
     return (
-        (_table(heads, jobs) if jobs else "")
+        (_table(heads, jobs, kind="jobs") if jobs else "")
         + _table(("phase", "began at", "took"), phases)
         + (_table(("at", "what"), marks) if marks else "")
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "short") -> str:
     head = "".join(f"<th>{escape(each)}</th>" for each in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}</table></div>\n'
+    return f'<div class="scroll"><table class="{kind}">\n<tr>{head}</tr>\n{body}</table></div>\n'
 
 
 def _list(lines: Sequence[str]) -> str:

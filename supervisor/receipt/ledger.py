@@ -12,8 +12,9 @@ from lastcall.worker.base.wire import HandoverResult, JobFate
 # How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its
 # worker ended without a word about the job.
 EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "handed_over", "lost"]
-# Jobs that are remembered after their end, because a successor may be seen late. Ours: for seconds each.
-MAX_TRIED = 100
+# Jobs that are remembered after their end: a successor may be seen late, and `lastcall handover` names it.
+# Ours: more than a stop of a large worker hands over.
+MAX_TRIED = 1000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +67,7 @@ class Ledger:
         }  # fmt: skip
         self.handovers: Counter[HandoverResult] = Counter()
         self._at_stop: list[JobEntry] | None = None
-        # The last jobs that ended after a failed handover, and the fates that were changed later.
+        # The last jobs that ended after a handover, or a try, and the fates that were changed later.
         self._tried: dict[tuple[int, int, str], JobEntry] = {}
         self._retold: Counter[EntryFate] = Counter()
 
@@ -118,7 +119,7 @@ class Ledger:
         entry = self.running.get((slot, generation, id))
         if entry is None and result == "done":
             entry = self._tried.get((slot, generation, id))
-            if entry is not None and entry.fate is not None:
+            if entry is not None and entry.fate is not None and not entry.successor:
                 self.totals[entry.fate] -= 1
                 self._retold[entry.fate] += 1
                 entry.fate = "handed_over"
@@ -131,6 +132,11 @@ class Ledger:
     def find(self, id: str) -> JobEntry | None:
         """Return a running job."""
         return next((each for each in self.running.values() if each.id == id), None)
+
+    def successor_of(self, id: str) -> str:
+        """Return the job in which the call of another one has gone on; empty for a job that none followed."""
+        entries = (*self.running.values(), *self._tried.values())
+        return next((each.successor for each in entries if each.id == id), "")
 
     def count(self, fate: EntryFate) -> int:
         """Return how many jobs have a fate, those included whose fate is certain while they still run.
@@ -166,7 +172,7 @@ class Ledger:
             if self._at_stop is not None and entry in self._at_stop:
                 self._at_stop.remove(entry)
             return
-        if entry.tries and not entry.successor:
+        if entry.tries:
             self._tried[slot, generation, id] = entry
             if len(self._tried) > MAX_TRIED:
                 del self._tried[next(iter(self._tried))]

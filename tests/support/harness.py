@@ -31,7 +31,7 @@ SAMPLE = str(HERE.parent / "lastcall" / "worker" / "local" / "sample.py")  # the
 LASTCALL = [sys.executable, "-m", "lastcall"]
 TOKEN = "LASTCALL_WORKER_TEST_TOKEN"  # lastcall warns of no variable with this prefix
 START = 40.0
-LOOK_EVERY = 0.01
+LOOK_EVERY = 0.02
 
 
 class StartRun(Protocol):
@@ -198,7 +198,7 @@ class Run:
         assert result.outcome == "assigned", (result, self.logs())
         return result
 
-    async def job_says(self, job_id: str, what: str, timeout: float = 15.0) -> dict[str, Any]:
+    async def job_says(self, job_id: str, what: str, timeout: float = 30.0) -> dict[str, Any]:
         """Wait for a line of a job's own log."""
         found: list[dict[str, Any]] = []
 
@@ -256,7 +256,7 @@ class Run:
         print(self.logs())
         return self.process.returncode
 
-    async def until(self, condition: Callable[[], object], timeout: float = 10.0) -> None:
+    async def until(self, condition: Callable[[], object], timeout: float = 20.0) -> None:
         """Look again and again until the condition holds. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while not condition():

@@ -121,6 +121,7 @@ class Arriving:
         remove: Callable[[str], Awaitable[bool]],
         withdraw: Callable[[], None],
         is_stopping: Callable[[], bool] = lambda: False,
+        has_lost_worker: Callable[[], bool] = lambda: False,
         is_asked_for: Callable[[], bool] = lambda: True,
     ) -> None:
         self.succession = found
@@ -132,6 +133,7 @@ class Arriving:
         self._remove = remove
         self._withdraw = withdraw
         self._is_stopping = is_stopping
+        self._has_lost_worker = has_lost_worker
         self._is_asked_for = is_asked_for
         self._room: Any = None
         self._name = ""
@@ -335,9 +337,15 @@ class Arriving:
         return without
 
     def _speak(self, turns: Any) -> Any:
-        """Say that this agent speaks. Nothing here awaits: the predecessor's second runs."""
+        """Say that this agent speaks. Nothing here awaits: the predecessor's second runs.
+
+        A job whose worker has died ends within milliseconds. So it leaves the call to the predecessor, which
+        would go when it hears that this agent speaks.
+        """
         if not self._room.isconnected():
             raise Withdrawn("the room is gone")
+        if self._has_lost_worker() and self._predecessor is not None:
+            raise Withdrawn("the worker of the successor has died")
         self.may_speak = True
         deletions.permit(self._name)
         self._spawn(self._say_that_it_speaks())

@@ -339,6 +339,7 @@ class Call:
             remove=self._remove_predecessor,
             withdraw=self._withdraw,
             is_stopping=lambda: self.stopping.is_set() or self._has_lost_worker,
+            has_lost_worker=lambda: self._has_lost_worker,
             is_asked_for=lambda: self.is_asked_for,
         )
         self._arriving.attach(self._ctx.room, job.room.name)

@@ -33,6 +33,12 @@ log = logging.getLogger("lastcall.worker")
 
 # Part of the path of each file of livekit-agents.
 IN_LIVEKIT_AGENTS = f"{os.sep}livekit{os.sep}agents{os.sep}"
+# The attributes that a server object needs to run, each with the variable in place of the argument.
+NEEDED = {
+    "_ws_url": "LIVEKIT_URL",
+    "_api_key": "LIVEKIT_API_KEY",
+    "_api_secret": "LIVEKIT_API_SECRET",
+}
 # Loop turns between the user's accept() and the answer. A signal or a control message that arrived while the
 # loop was blocked is read in the first turn and queued as a callback. The callback runs in the second turn,
 # and may wake a task that runs in the third. One is to spare.
@@ -98,6 +104,17 @@ def as_server(value: object) -> AgentServer | None:
 def url_of(server: AgentServer) -> str:
     """Return the URL that the server object will connect to."""
     return str(server._ws_url or "")
+
+
+def missing_of(server: AgentServer) -> list[str]:
+    """Return the variables without which `run()` of the server object would raise ValueError.
+
+    The constructor has read the environment, so nothing that the agent sets is left out. A class that
+    overrides `run` may set a URL there, so the list of its servers is empty.
+    """
+    if type(server).run is not AgentServer.run:
+        return []
+    return [variable for name, variable in NEEDED.items() if not getattr(server, name, "not known")]
 
 
 def has_entrypoint(server: AgentServer) -> bool:

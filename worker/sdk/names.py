@@ -79,6 +79,8 @@ READY = "the look at the connection"
 PORTS = "the separation of workers on one host"
 KILL = "the kill of a job"
 FOLLOW = "the pause after job processes that fail"
+KEY = "the refusal of an agent without a LiveKit server"
+NO_KEY = "livekit-agents says so at each start, and the supervisor starts it again"
 AT_ONCE = "livekit-agents starts failed processes again at once, ten a second"
 PAST_PROXY = "the way to a local server past the proxy"
 THROUGH_PROXY = "dev, demo, rehearse and doctor reach their local server through the proxy"
@@ -125,6 +127,8 @@ NAMES = (
         since="1.7.0",
     ),
     PrivateName(owner=SERVER, name="_ws_url", kind="attribute", needed_by="a local server"),
+    PrivateName(owner=SERVER, name="_api_key", kind="attribute", needed_by=KEY, without=NO_KEY),
+    PrivateName(owner=SERVER, name="_api_secret", kind="attribute", needed_by=KEY, without=NO_KEY),
     PrivateName(owner=SERVER, name="_entrypoint_fnc", kind="attribute", needed_by="the look at a target"),
     PrivateName(owner=SERVER, name="_port", kind="attribute", needed_by=PORTS),
     PrivateName(owner=SERVER, name="_host", kind="attribute", needed_by=PORTS),
