@@ -318,17 +318,24 @@ async def test_an_agent_that_comes_back_after_its_removal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "is_over"), [(1, True), (5, True), (10, True), (0, False), (4, False), (14, False)]
+    ("reason", "is_over"),
+    [(1, True), (5, True), (10, True), (None, True), (0, False), (4, False), (14, False)],
 )
-async def test_an_agent_that_leaves_its_room(reason: int, is_over: bool) -> None:
-    """The call is over if the agent or the server has ended it; after every other end a successor goes on."""
+async def test_an_agent_that_leaves_its_room(reason: int | None, is_over: bool) -> None:
+    """The call is over if the agent or the server has ended it; after every other end a successor goes on.
+
+    A job may say that its call is over, and nothing of its room.
+    """
     worker = Worker()
     worker.people = [successor("" if is_over else "1")]
     worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
     await worker.changed.until(lambda: worker.created)
     await asyncio.sleep(0)
-    worker.jobs.in_room("AJ_1", "left", reason, "")
+    if reason is None:
+        worker.jobs.over("AJ_1", lambda _executor: None)
+    else:
+        worker.jobs.in_room("AJ_1", "left", reason, "")
     outcome = await handing
     assert worker.removed == (["bot~1"] if is_over else [])
     assert (outcome.reason, outcome.successor) == (("the call has ended", "") if is_over else ("", "AJ_2"))

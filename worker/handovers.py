@@ -627,7 +627,9 @@ class Handovers:
         if job.has_ended:  # by the kernel; how it ended is known a little later
             await self._changed.until(lambda: job not in self._jobs, lambda: due)
             return job.fate == "finished"
-        return job.presence.left_at is not None and job.presence.reason in ENDED_WELL
+        if job.presence.left_at is None:  # a process may end before its room has told of the end
+            return job.is_over and not job.was_told_to_end
+        return job.presence.reason in ENDED_WELL
 
     async def _end_successor(self, job: Job, attempt: Try) -> None:
         await self._delete_dispatch(job, attempt)
