@@ -27,7 +27,7 @@ from lastcall.worker.base.wire import (
 )
 from lastcall.worker.handovers import Handovers
 from lastcall.worker.jobs import Job, Jobs
-from lastcall.worker.room_service import Participant, RoomServiceError
+from lastcall.worker.room_service import Dispatch, Participant, RoomServiceError
 
 KEEPS = CallKeeps(size=5, kept_at=1.0)
 
@@ -44,9 +44,13 @@ class Worker:
         self.answers: dict[type, list[CallStep]] = {}
         self.people: list[Participant] = []
         self.removed: list[str] = []
-        self.dispatches: list[dict[str, str]] = []
+        self.created: list[dict[str, str]] = []
         self.deleted: list[str] = []
         self.agents: list[str] | None = []
+        self.others = [
+            Dispatch(id="AD_0", agent_name="a", agents=("bot",)),
+            Dispatch(id="AD_2", agent_name="b"),
+        ]
         self.error: RoomServiceError | None = None
         self.url = "wss://sfu.example"
         self.is_closing = False
@@ -96,7 +100,7 @@ class Worker:
         restarts: bool,
     ) -> str:
         assert (room, agent_name, metadata, deployment, restarts) == ("r", "a", "m", "", False)
-        self.dispatches.append(attributes)
+        self.created.append(attributes)
         self.changed.notify()
         if self.error is not None:
             raise self.error
@@ -104,9 +108,11 @@ class Worker:
             asyncio.get_running_loop().call_soon(self.handovers.hear, "AJ_1", step)
         return "AD_1"
 
-    async def agents_of(self, room: str, dispatch_id: str) -> list[str] | None:
-        assert (room, dispatch_id) == ("r", "AD_1")
-        return self.agents
+    async def dispatches(self, room: str) -> list[Dispatch]:
+        assert room == "r"
+        if self.agents is None:
+            return self.others
+        return [Dispatch(id="AD_1", agent_name="a", agents=tuple(self.agents)), *self.others]
 
     async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
         self.deleted.append(dispatch_id)
@@ -187,7 +193,7 @@ async def test_a_call_is_handed_over() -> None:
     }
     outcome = await worker.handovers.hand_over(worker.job, "test")
     assert (outcome.result, outcome.successor, worker.job.successor) == ("done", "AJ_2", "AJ_2")
-    (attributes,) = worker.dispatches
+    (attributes,) = worker.created
     found = taken_from(attributes)
     assert attributes == {"k": "v"} and found is not None
     assert (found.call, found.epoch, found.count, found.reason) == ("AJ_1", 1, 1, "test")
@@ -324,7 +330,7 @@ async def test_an_agent_that_leaves_its_room(reason: int | None, is_over: bool) 
     worker.people = [successor("" if is_over else "1")]
     worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
-    await worker.changed.until(lambda: worker.dispatches)
+    await worker.changed.until(lambda: worker.created)
     await asyncio.sleep(0)
     if reason is None:
         worker.jobs.over("AJ_1", lambda _executor: None)
@@ -344,7 +350,7 @@ async def test_a_takeover_that_comes_late(monkeypatch: pytest.MonkeyPatch, is_de
     worker.people = [successor()]
     worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
-    await worker.changed.until(lambda: worker.dispatches)
+    await worker.changed.until(lambda: worker.created)
     worker.job.gone = is_dead
     assert (await handing).reason == (
         "the agent died" if is_dead else "the successor was not ready within 0.05 s"
@@ -370,8 +376,8 @@ async def test_a_fault_in_a_handover(monkeypatch: pytest.MonkeyPatch, when: str)
 
     async def fail(*_arguments: Any, **_options: Any) -> Any:
         nonlocal faults
-        faults -= 1
-        if when == "dispatch" or faults >= 0:
+        faults -= bool(worker.created)
+        if when == "dispatch" or (worker.created and faults >= 0):
             raise KeyError("a fault")
         return []
 
@@ -398,26 +404,57 @@ async def test_a_key_without_the_right() -> None:
     assert len([each for each in worker.told if isinstance(each, HandoverOff)]) == 1
 
 
-@pytest.mark.parametrize("is_ours", [True, False])
-async def test_an_agent_beside_the_successor(is_ours: bool) -> None:
-    """The one that has taken the dispatch is removed. Every other agent of the name stays."""
+def agent(identity: str, name: str = "a", **shown: str) -> Participant:
+    """Return an agent of the room that is not the successor."""
+    return Participant(
+        identity=identity,
+        keeps_open=False,
+        is_agent=True,
+        agent_name=name,
+        sid=f"PA_{identity}",
+        attributes={"lk.agent_name": name, **shown},
+    )
+
+
+@pytest.mark.parametrize("how", ["successor", "named", "seen", "late"])
+async def test_an_agent_beside_the_successor(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The one that has taken the dispatch is removed. Every other agent of the room stays.
+
+    The server names it, also before it joins. Sooner it is the one that has come, if no other dispatch waits.
+    """
+    monkeypatch.setattr(module, "LOOK_AGAIN_AFTER", 0.01)
     worker = Worker(patience=10)
-    other = Participant(identity="agent-AJ_9", keeps_open=False, is_agent=True, agent_name="a", sid="PA_9")
-    worker.people = [other]
-    worker.agents = ["bot~1"] if is_ours else ["agent-AJ_9"]
+    worker.handovers._begin = lambda work: worker.begun.append(asyncio.ensure_future(work))
+    worker.people = [agent("agent-AJ_8")]
     worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
+    if how == "late":
+        worker.others.append(Dispatch(id="AD_3", agent_name="a"))
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
-    await worker.changed.until(lambda: worker.dispatches)
+    await worker.changed.until(lambda: worker.created)
     await asyncio.sleep(0.1)
-    if is_ours:
+    shown = {"lastcall.call": "AJ_7"}
+    worker.people += [agent("bot"), agent("agent-AJ_7", **shown), agent("agent-AJ_6", "b")]
+    if how != "named":
+        worker.people.append(agent("agent-AJ_9"))
+    if how in ("named", "successor"):
+        worker.agents = ["bot~1"] if how == "successor" else ["agent-AJ_9"]
+    await asyncio.sleep(0.1)
+    assert handing.done() is (how in ("named", "seen"))
+    if how == "late":
+        worker.others.pop()
+    if how == "successor":
         for each in (step("seen", job="AJ_2"), step("silent"), step("speaks")):
             worker.handovers.hear("AJ_1", each)
     outcome = await handing
     off = [each for each in worker.told if isinstance(each, HandoverOff)]
-    if is_ours:
+    if how == "successor":
         assert (outcome.result, off, worker.removed, worker.deleted) == ("done", [], [], []), outcome
         return
     assert outcome.result == "refused" and "without lastcall" in outcome.reason
+    if how == "named":  # before it has joined
+        assert worker.removed == []
+        worker.people.append(agent("agent-AJ_9"))
+        await asyncio.gather(*worker.begun)
     assert (worker.removed, worker.deleted) == (["agent-AJ_9"], ["AD_1"])
     assert [each.agent_name for each in off] == ["a"]
     assert "without lastcall" in worker.handovers.lacks(worker.job)
@@ -446,6 +483,39 @@ async def test_calls_whose_time_is_over() -> None:
         assert late() == [("AJ_2", module.NO_TIME), ("AJ_1", module.NO_TIME)]
     handing.cancel()
     await asyncio.gather(handing, return_exceptions=True)
+
+
+async def test_an_old_agent_that_leaves_because_its_successor_speaks() -> None:
+    """It may have hung, and have been removed. Its end is not the end of the call."""
+    worker = Worker()
+    worker.answers = {BeginHandover: [step("prepared")], str: [step("seen", job="AJ_2")]}
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.created)
+    worker.people = [successor("1")]
+    worker.jobs.in_room("AJ_1", "left", 1, "")
+    worker.changed.notify()
+    outcome = await handing
+    assert (outcome.result, outcome.successor) == ("done", "AJ_2")
+    assert (worker.removed, worker.deleted) == ([], [])
+
+
+@pytest.mark.parametrize("how", ["named", "evicted"])
+async def test_a_stranger_with_the_identity_of_the_agent(how: str) -> None:
+    """It throws the old agent out of the room. It is not removed, because nobody else has the call."""
+    worker = Worker(patience=10)
+    worker.answers = {BeginHandover: [step("prepared")]}
+    worker.people = [agent("bot")]
+    if how == "named":
+        worker.agents = ["bot"]
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.created)
+    if how == "evicted":
+        worker.jobs.in_room("AJ_1", "left", module.EVICTED, "")
+        worker.changed.notify()
+    outcome = await handing
+    assert outcome.result == "refused" and "without lastcall" in outcome.reason
+    assert (worker.removed, worker.deleted) == ([], [])
+    assert "without lastcall" in worker.handovers.off["a"]
 
 
 async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from lastcall.worker.base.wire import NUL
 from lastcall.worker.jobs import Job, Jobs
 from lastcall.worker.local.livekit_server import Delays, DispatchServer
 from lastcall.worker.local.rooms import Kind
-from lastcall.worker.room_service import Participant, Requests, RoomService, RoomServiceError
+from lastcall.worker.room_service import Dispatch, Participant, Requests, RoomService, RoomServiceError
 from lastcall.worker.second_jobs import OURS, OUTAGE_WITHIN, SecondJobs
 
 pytestmark = pytest.mark.core
@@ -317,12 +317,13 @@ async def test_requests_about_rooms() -> None:
         _, made = room.dispatches.values()
         assert (made.metadata, dict(made.attributes)) == ("m", {"k": "v"})
         first, dispatch = room.dispatches
-        assert await service.agents_of("r", dispatch) == []
+        made_before = Dispatch(id=first, agent_name="")
+        assert await service.dispatches("r") == [made_before, Dispatch(id=dispatch, agent_name="a")]
         taken = protocol.Job(id="AJ_1", dispatch_id=dispatch)
         taken.state.participant_identity = "bot"
         server.rooms.state.link("r", room.info.sid, taken)
-        assert await service.agents_of("r", dispatch) == ["bot"]
-        assert await service.agents_of("r", first) == []
+        taken_by = Dispatch(id=dispatch, agent_name="a", agents=("bot",))
+        assert await service.dispatches("r") == [made_before, taken_by]
         with pytest.raises(RoomServiceError, match="401 unauthenticated"):
             await RoomService(server.url, server.api_key, "x" * 32, {}).create_dispatch("r", "", "", "", {})
         for url in (f"{server.url}/", server.url.replace("ws", "http")):

@@ -15,8 +15,7 @@ on. The old agent leaves if the server shows that the new one speaks. Else the o
 new one is out of the room. So two agents never speak, and one does in the end.
 
 A worker stops to hand over when its key may not dispatch. It does so too when a dispatch was taken by a
-worker without lastcall, of which the server tells (ListDispatch). That agent is removed, and until then two
-agents talk.
+worker without lastcall, of which the server tells. That agent is removed, and until then two agents talk.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ from lastcall.worker.base.wire import (
     TakeBack,
 )
 from lastcall.worker.jobs import Job, Jobs
-from lastcall.worker.room_service import Participant, RoomService, RoomServiceError
+from lastcall.worker.room_service import AGENT_NAME, Participant, RoomService, RoomServiceError
 
 log = logging.getLogger("lastcall.worker")
 
@@ -72,8 +71,8 @@ LOOK_AGAIN_AFTER = 0.25
 REMOVED_WITHIN = 30.0
 # Seconds for a room to show that the new agent speaks, where the old one has gone meanwhile.
 SHOWN_WITHIN = 3.0
-# Seconds for which the room is looked at further then, so that a late takeover is told. Ours: more than
-# READY_WITHIN.
+# Seconds for which the room is looked at further then, so that a late takeover is told, or an agent removed
+# that comes late. Ours: more than READY_WITHIN, and than the start of a process takes.
 LATE_WITHIN = 15.0
 # Calls that one worker hands over at a time, and seconds that each round takes. Ours: 50 calls in the 5 s
 # that a grace of 10 s leaves. A handover takes 0.6 s, and on a busy machine twice that.
@@ -90,6 +89,8 @@ ROOM_JOB = 0
 # After every other one a caller may be in the room: the network was lost, or a successor had the agent
 # removed.
 ENDED_WELL = frozenset({1, 5, 10})
+# livekit.DisconnectReason of an agent whose identity another one has joined with: DUPLICATE_IDENTITY.
+EVICTED = 2
 CLOUD = ".livekit.cloud"
 NOBODY = "nobody took it"
 GIVEN_BACK = "the worker that took it gave it back"
@@ -98,7 +99,10 @@ NO_TIME = "no time was left for it"
 
 @dataclass(slots=True, kw_only=True)
 class Try:
-    """One try to hand over a call. `steps` are those that the old agent has told of this epoch."""
+    """One try to hand over a call. `steps` are those that the old agent has told of this epoch.
+
+    `beside`: the agents of the room before the dispatch, or None where the server does not say.
+    """
 
     epoch: int
     identity: str
@@ -106,6 +110,7 @@ class Try:
     wait: float = 0.0
     steps: dict[str, CallStep] = field(default_factory=dict)
     dispatch_id: str = ""
+    beside: frozenset[str] | None = None
 
     def has(self, *steps: str) -> bool:
         return any(step in self.steps for step in steps)
@@ -421,6 +426,7 @@ class Handovers:
         )
         if not self._say(job.id, order):
             return refused("the job does not listen")
+        attempt.beside = await self._agents_beside(job)  # while the old agent gets ready
         await self._until(job, attempt, attempt.wait + PREPARED_WITHIN, "prepared", "impossible")
         if attempt.has("impossible"):
             return refused(attempt.steps["impossible"].detail)
@@ -616,6 +622,9 @@ class Handovers:
         A new agent goes on alone then, after it has removed an old one that hangs. An old one that wakes
         before refuses it. If the call has ended in order, there is nothing to go on with.
         """
+        with suppress(RoomServiceError):  # an old one that was removed may leave by itself when it wakes
+            if _speaks(await self._people(job), job, attempt):
+                return self._done(job, attempt)
         if await self._has_ended_well(job):
             await self._end_successor(job, attempt)
             return failed("the call has ended")
@@ -659,11 +668,19 @@ class Handovers:
         due = now() + self._settings.patience
         looking = asyncio.get_running_loop().create_task(self._other_agent(job, attempt))
         looking.add_done_callback(lambda _task: self._changed.notify())
+
+        def other() -> str | None:
+            if attempt.has("seen"):
+                return None
+            if job.presence.left_at is not None and job.presence.reason == EVICTED:
+                return job.presence.identity
+            return looking.result() if looking.done() else None
+
         try:
             await self._changed.until(
                 lambda: attempt.has("seen") or looking.done() or self._has_ended(job), lambda: due
             )
-            return looking.result() if looking.done() and not attempt.has("seen") else None
+            return other()
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
@@ -675,27 +692,78 @@ class Handovers:
         """
         while True:
             await asyncio.sleep(LOOK_AGAIN_AFTER)
-            service = self._service()
             with suppress(RoomServiceError):  # the next look says more
-                agents = [] if service is None else await service.agents_of(job.room, attempt.dispatch_id)
-                if agents is None:
-                    return ""
-                for each in agents:
-                    if each != attempt.identity:
-                        return each
+                taken_by = await self._taken_by(job, attempt)
+                if taken_by is not None and taken_by != attempt.identity:
+                    return taken_by
+
+    async def _taken_by(self, job: Job, attempt: Try) -> str | None:
+        """Return the identity of the agent that has taken the dispatch, and "" once the dispatch is gone.
+
+        The server names the agent, but 5 s late where a worker has registered since the dispatch before
+        (`RoomService.dispatches`). Until then an agent has taken the dispatch which has come since, and for
+        which no other dispatch waits. Returns None where nobody has. Raises RoomServiceError.
+        """
+        service = self._service()
+        if service is None:
+            return None
+        dispatches = await service.dispatches(job.room)
+        ours = next((each for each in dispatches if each.id == attempt.dispatch_id), None)
+        if ours is None or ours.agents:
+            return "" if ours is None else ours.agents[0]
+        named = {agent for each in dispatches for agent in each.agents}
+        waiting = [each.id for each in dispatches if each.agent_name == job.agent_name and not each.agents]
+        if attempt.beside is None or waiting != [attempt.dispatch_id]:
+            return None
+        agents = await self._agents_beside(job) or frozenset()
+        return next(iter(agents - attempt.beside - named), None)
+
+    async def _agents_beside(self, job: Job) -> frozenset[str] | None:
+        """Return the agents of the name in the room that show no call; None where the server does not say."""
+        try:
+            people = await self._people(job)
+        except RoomServiceError:
+            return None
+        return frozenset(
+            each.identity
+            for each in people
+            if each.is_agent
+            and each.attributes.get(AGENT_NAME) == job.agent_name
+            and succession.CALL not in each.attributes
+        )
 
     async def _remove_stranger(self, job: Job, attempt: Try, identity: str) -> Outcome:
+        """End a try whose dispatch another agent has taken; that one is removed, unless the call is its.
+
+        An agent of the same identity as the old one has thrown it out of the room, or is about to.
+        """
         reason = "a worker without lastcall, or of an older version, serves the same agent name"
         self._switch_off(job, reason)
-        service = self._service()
+        if identity == job.presence.identity:
+            self._say(job.id, CancelHandover(epoch=attempt.epoch))
+            return refused(reason)
+        if not await self._remove_agent(job, identity):
+            # DeleteDispatch removes an agent only if it is in the room by then (DeleteAgentDispatch in
+            # pkg/rtc/room.go). One that joins later would speak until its worker has ended it, for 15 s.
+            self._begin(self._keep_out(job, identity))
+        await self._withdraw(job, attempt, "")
+        return refused(reason)
+
+    async def _keep_out(self, job: Job, identity: str) -> None:
+        """Remove an agent that is to join yet."""
+        until = now() + LATE_WITHIN
+        while now() < until and not self._is_closing() and not await self._remove_agent(job, identity):
+            await self._sleep(LOOK_AGAIN_AFTER)
+
+    async def _remove_agent(self, job: Job, identity: str) -> bool:
+        """Remove an agent from the room; tell whether it was there."""
         try:
             for each in await self._people(job):
-                if each.is_agent and each.identity == identity and service is not None:
-                    await service.remove(job.room, identity, each.sid)
+                if each.is_agent and each.identity == identity:
+                    return await self._remove(job, each)
         except RoomServiceError as error:
             log.warning("an agent can't be removed", extra={"job_id": job.id, "error": str(error)})
-        await self._withdraw(job, attempt, "")  # one that joins later is removed with the dispatch
-        return refused(reason)
+        return False
 
     def _switch_off(self, job: Job, reason: str) -> None:
         if job.agent_name not in self.off:
@@ -723,10 +791,10 @@ class Handovers:
             raise RoomServiceError("no URL or key of the LiveKit server")
         return await service.participants(job.room)
 
-    async def _remove(self, job: Job, successor: Participant) -> bool:
-        """Remove a successor; tell whether it is gone. Raises RoomServiceError."""
+    async def _remove(self, job: Job, agent: Participant) -> bool:
+        """Remove an agent from the room; tell whether it was there. Raises RoomServiceError."""
         service = self._service()
-        return service is not None and await service.remove(job.room, successor.identity, successor.sid)
+        return service is not None and await service.remove(job.room, agent.identity, agent.sid)
 
     async def _delete_dispatch(self, job: Job, attempt: Try) -> None:
         service = self._service()

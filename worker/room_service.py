@@ -25,6 +25,8 @@ log = logging.getLogger("lastcall.worker")
 ANSWERS_WITHIN = 3.0
 # Seconds that a token is valid. Ours: more than any request takes, and little for a clock that is wrong.
 TOKEN_SECONDS = 60
+# The attribute in which the server shows the name of an agent (pkg/agent/worker.go, AssignJob).
+AGENT_NAME = "lk.agent_name"
 # Kinds of participants that keep no room open (pkg/rtc/participant.go, IsDependent).
 DEPENDENT = frozenset({"AGENT", "EGRESS"})
 
@@ -44,7 +46,7 @@ class RoomServiceError(Exception):
 class Participant:
     """One participant of a room. `keeps_open`: the room stays for it, as for a caller.
 
-    The server itself writes the name of an agent into its attributes (pkg/agent/worker.go, AssignJob).
+    The server itself writes the name of an agent into its attributes (`AGENT_NAME`).
     `attributes`: those of a handover are in `base.succession`.
     """
 
@@ -54,6 +56,15 @@ class Participant:
     agent_name: str
     sid: str = field(default="", compare=False)
     attributes: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatch:
+    """A dispatch of a room. `agents`: the identities of those that have taken it, once the server knows."""
+
+    id: str
+    agent_name: str
+    agents: tuple[str, ...] = ()
 
 
 class Requests:
@@ -129,7 +140,7 @@ class RoomService:
                     identity=each.get("identity", ""),
                     keeps_open=kind not in DEPENDENT,
                     is_agent=kind == "AGENT",
-                    agent_name=attributes.get("lk.agent_name", ""),
+                    agent_name=attributes.get(AGENT_NAME, ""),
                     sid=each.get("sid", ""),
                     attributes=attributes,
                 )
@@ -159,22 +170,24 @@ class RoomService:
         made = await self._post("AgentDispatchService/CreateDispatch", room, body)
         return str(made.get("id", ""))
 
-    async def agents_of(self, room: str, dispatch_id: str) -> list[str] | None:
-        """Return the identities of the agents that have taken a dispatch; None once it is deleted.
+    async def dispatches(self, room: str) -> list[Dispatch]:
+        """Return the dispatches of a room. Raises RoomServiceError.
 
-        Raises RoomServiceError.
-
-        The server knows them 0.2 s after the dispatch, and 5 s after it where a worker has registered since
-        the dispatch before (CheckEnabled in pkg/rtc/agentclient.go).
+        The server names the agent 0.2 s after the dispatch, and 5 s after it where a worker has registered
+        since the dispatch before (CheckEnabled in pkg/rtc/agentclient.go).
         """
-        wanted = {"room": room, "dispatch_id": dispatch_id}
-        found = await self._post("AgentDispatchService/ListDispatch", room, wanted)
-        dispatches = [each for each in found.get("agent_dispatches") or () if each.get("id") == dispatch_id]
-        if not dispatches:
-            return None
-        jobs = [job for each in dispatches for job in (each.get("state") or {}).get("jobs") or ()]
-        identities = [(job.get("state") or {}).get("participant_identity", "") for job in jobs]
-        return [each for each in identities if each]
+        found = await self._post("AgentDispatchService/ListDispatch", room, {"room": room})
+        made = []
+        for each in found.get("agent_dispatches") or ():
+            jobs = (each.get("state") or {}).get("jobs") or ()
+            agents = [(job.get("state") or {}).get("participant_identity", "") for job in jobs]
+            dispatch = Dispatch(
+                id=each.get("id", ""),
+                agent_name=each.get("agent_name", ""),
+                agents=tuple(agent for agent in agents if agent),
+            )
+            made.append(dispatch)
+        return made
 
     async def delete_dispatch(self, room: str, dispatch_id: str) -> None:
         """Have the server end a dispatch and its jobs. Raises RoomServiceError."""

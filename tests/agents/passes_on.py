@@ -1,7 +1,8 @@
 """An agent that speaks without a pause and can be handed over. Data of the caller says what it does.
 
-The data is "hang up", "busy", "idle", or "hand over" (the agent asks for a successor itself). The metadata is
-a JSON object, which `request_fnc` reads strictly:
+The data is "hang up", "busy", "idle", "hand over" (the agent asks for a successor itself), "keep: " with
+JSON, "keep while it is read", or the name of a state in `STATES`. The metadata is a JSON object, which
+`request_fnc` reads strictly:
 
     keeps        what the agent gives to `call.keep`; without it a counter of turns
     holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists,
@@ -9,12 +10,16 @@ a JSON object, which `request_fnc` reads strictly:
     after        seconds of a shutdown callback
     keeps_nothing   whether the agent calls no `keep`
     deletes      whether a shutdown callback deletes the room
+
+As `python passes_on.py start`, with the variable LOCAL_ROOM, it is the agent of a worker without lastcall.
+Its jobs join rooms of the local server. IDENTITY is that of its agents.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -22,7 +27,7 @@ from typing import Any
 
 from calls import half_busy, note  # type: ignore[import-not-found]  # beside this file, as an agent's own modules are
 from livekit import rtc
-from livekit.agents import JobContext, JobExecutorType, JobRequest, WorkerOptions, cli
+from livekit.agents import JobContext, JobExecutorType, JobProcess, JobRequest, WorkerOptions, cli
 
 import lastcall
 
@@ -50,6 +55,16 @@ class Voice:
         frame = rtc.AudioFrame(bytes(2 * samples), 48000, 1, samples)
         while True:
             await self.source.capture_frame(frame)
+
+
+# States for `call.keep`, by name.
+STATES: dict[str, Any] = {
+    "too large": "x" * 300_000,
+    "no JSON": {"x": b"x"},
+    "a function that returns too much": lambda: "x" * 300_000,
+    "a function that returns no JSON": lambda: {"x": b"x"},
+    "a function that raises": lambda: json.loads("{}")["my card is 4111"],
+}
 
 
 async def unaware(ctx: JobContext) -> None:
@@ -89,6 +104,19 @@ async def entrypoint(ctx: JobContext) -> None:
     def told(notice: lastcall.Notice) -> None:
         note(ctx, "told", reason=notice.reason)
 
+    def keep(state: Any) -> None:
+        try:
+            call.keep(state)
+        except (TypeError, ValueError) as error:
+            note(ctx, "refused", error=type(error).__name__)
+        else:
+            note(ctx, "kept")
+
+    async def older() -> str:
+        call.keep("newer")
+        await asyncio.sleep(0)
+        return "older"
+
     async def after() -> None:
         if spec.get("deletes"):
             await ctx.delete_room()
@@ -98,6 +126,8 @@ async def entrypoint(ctx: JobContext) -> None:
     ctx.add_shutdown_callback(after)
     ctx.room.on("data_received", lambda packet: wanted.put_nowait(packet.data.decode()))
     ctx.room.on("disconnected", lambda reason: note(ctx, "disconnected", reason=int(reason)))
+    if os.environ.get("LOCAL_ROOM"):  # without lastcall an entrypoint that goes on has 15 s
+        ctx.room.on("disconnected", lambda _reason: wanted.put_nowait("hang up"))
     await ctx.connect()
     resumed = call.resumed
     track = rtc.LocalAudioTrack.create_audio_track("voice", voice.source)
@@ -128,7 +158,11 @@ async def entrypoint(ctx: JobContext) -> None:
                 await stack.aclose()
             elif what == "hand over":
                 note(ctx, "answered", result=await call.hand_over("memory"))
-            note(ctx, what)
+            elif what.startswith("keep: "):
+                keep(json.loads(what.removeprefix("keep: ")))
+            elif what in STATES or what == "keep while it is read":
+                keep(STATES.get(what, older))
+            note(ctx, what.partition(":")[0])
     note(ctx, "ended")
     ctx.shutdown(reason="done")
 
@@ -140,10 +174,19 @@ async def request(offer: JobRequest) -> None:
         "what": "asked",
         "at": time.monotonic(),
         "attributes": dict(offer.job.attributes),
+        "digest": hashlib.sha256(offer.job.metadata.encode()).hexdigest(),
+        "agent_name": offer.job.agent_name,
     }
     with open(os.environ["JOB_LOG"], "a") as file:
         file.write(json.dumps(line) + "\n")
-    await offer.accept(identity="bot")
+    await offer.accept(identity=os.environ.get("IDENTITY", "bot"))
+
+
+def prewarm(_process: JobProcess) -> None:
+    if os.environ.get("LOCAL_ROOM"):
+        from lastcall.worker.local import room
+
+        room.install()
 
 
 if __name__ == "__main__":
@@ -151,6 +194,8 @@ if __name__ == "__main__":
         WorkerOptions(
             entrypoint_fnc=entrypoint,
             request_fnc=request,
+            prewarm_fnc=prewarm,
+            port=0,
             load_fnc=half_busy,
             load_threshold=float("inf"),
             num_idle_processes=int(os.environ.get("IDLE", "1")),

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 import psutil
 
@@ -30,6 +31,7 @@ SAMPLE = str(HERE.parent / "lastcall" / "worker" / "local" / "sample.py")  # the
 LASTCALL = [sys.executable, "-m", "lastcall"]
 TOKEN = "LASTCALL_WORKER_TEST_TOKEN"  # lastcall warns of no variable with this prefix
 START = 40.0
+LOOK_EVERY = 0.02
 
 
 class StartRun(Protocol):
@@ -74,7 +76,11 @@ class Run:
 
     `livekit` starts a local LiveKit server beside the process. With `rooms` jobs can join rooms of that
     server. No variable of the tester's LiveKit or Inworld account reaches the process.
+
+    `late` are the ends of the last waits of this process, each with the seconds by which it was late.
     """
+
+    late: ClassVar[deque[tuple[float, float]]] = deque(maxlen=50_000)
 
     def __init__(
         self,
@@ -255,9 +261,12 @@ class Run:
         deadline = time.monotonic() + timeout
         while not condition():
             self._read_terminal()
-            if time.monotonic() > deadline:
+            began = time.monotonic()
+            if began > deadline:
                 raise TimeoutError(f"not so within {timeout} s\n{self.logs()}")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(LOOK_EVERY)
+            ended = time.monotonic()
+            self.late.append((ended, ended - began - LOOK_EVERY))
 
     def _read_terminal(self) -> bytes:
         """Take what is there: a program that nobody reads from comes to a halt."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
+import os
+import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,11 @@ PATIENCE = 40.0
 # A worker may be slow beside other tests: nobody is to give up before it.
 # Long frames leave the processor to the others.
 PATIENT = {"LASTCALL_HANDOVER__PATIENCE": "30", "LASTCALL_STALL__MISSES": "30", "FRAME": "0.1"}
+# Seconds between the voices of two agents where nothing has died. Ours: 30 ms, and more for a busy machine.
+PAUSE = 0.5
+# Seconds from the death of a party until one agent speaks, and from the takeover on where the old one hangs,
+# or is dead and still shown: docs/handover.md.
+RESUMES, IS_ALONE = 2.0, 3.5
 ENDS = ("silent", "disconnected", "ended")
 
 
@@ -34,6 +43,7 @@ class PassedCall:
         self.room = room
         self.caller = caller
         self.id = job.job_id
+        self._struck_at: dict[str, float] = {}
 
     @property
     def jobs(self) -> list[str]:
@@ -69,6 +79,11 @@ class PassedCall:
         ]
 
     @property
+    def turns(self) -> list[str]:
+        """The identities that the caller has heard, one after the other."""
+        return [identity for identity, _ in itertools.groupby(self.voices())]
+
+    @property
     def agent(self) -> str:
         """The identity of the only agent in the room."""
         room = self.server.livekit.rooms.state.get(self.room)
@@ -80,8 +95,17 @@ class PassedCall:
         room = self.server.livekit.rooms.state.get(self.room)
         return room is not None and identity in room.participants
 
+    def strike(self, job: str, number: signal.Signals) -> float:
+        """Kill or freeze the process of a job, and return when."""
+        (pid,) = {each["pid"] for each in self.notes("connected", job)}
+        os.kill(pid, number)
+        return self._struck_at.setdefault(job, time.monotonic())
+
     def spans(self) -> list[tuple[float, float, str]]:
-        """Return when which job spoke, by the notes of the agents: begin, end, job."""
+        """Return when which job spoke, by the notes of the agents: begin, end, job.
+
+        A job that was struck speaks no more; the caller hears whether one speaks again that was frozen.
+        """
         spans = []
         notes = self.server.notes()
         for job in self.jobs:
@@ -92,38 +116,37 @@ class PassedCall:
                 if each["what"] == "speaks" and begun is None:
                     begun = each["at"]
                 elif each["what"] in ENDS and begun is not None:
-                    spans.append((begun, each["at"], job))
+                    spans.append((begun, min(each["at"], self._lost_at(job)), job))
                     begun = None
             if begun is not None:
                 spans.append((begun, self._lost_at(job), job))
         return sorted(spans)
 
     def _lost_at(self, job: str) -> float:
-        """Return when the server lost the connection of an agent, which was killed and has noted no end."""
-        connected = self.notes("connected", job)
-        events = self.server.events("ghost")
-        return next(
-            (
-                each.at
-                for each in events
-                if each.detail == {"room": self.room, "identity": connected[0]["identity"]}
-            ),
-            float("inf"),
-        )
+        """Return when a job was struck, or when the server lost its connection."""
+        (connected,) = self.notes("connected", job)
+        lost = {"room": self.room, "identity": connected["identity"]}
+        ghosts = [each.at for each in self.server.events("ghost") if each.detail == lost]
+        return min([self._struck_at.get(job, math.inf), *ghosts])
 
     def never_two(self) -> None:
         """Assert that no two agents spoke at a time."""
         for (_, end, old), (begin, _, new) in itertools.pairwise(self.spans()):
             assert old == new or end <= begin, (self.spans(), self.server.notes())
 
-    def longest_silence(self, since: float) -> float:
-        """Return the seconds of the longest time in which no agent spoke, from a moment on."""
-        pauses = [
-            begin - max(end, since)
-            for (_, end, _), (begin, _, _) in itertools.pairwise(self.spans())
-            if begin > since
-        ]
-        return max(pauses, default=0.0)
+    def lives_on(self, since: float, within: float) -> None:
+        """Assert that no two agents spoke at a time, and that from `within` seconds on one did all the time.
+
+        A busy machine has so many seconds more as the waits of this process were late in that time.
+        """
+        assert self.caller.is_connected
+        self.never_two()
+        spans = self.spans()
+        ends = [(end, begin) for (_, end, _), (begin, _, _) in itertools.pairwise(spans) if begin > since]
+        assert spans and spans[-1][1] == math.inf, spans
+        for end, begin in ends:
+            late = sum(seconds for at, seconds in Run.late if max(since, end) <= at <= begin)
+            assert begin <= since + within + late or begin - end <= PAUSE + late, (since, late, spans)
 
 
 async def begun(server: Run, room: str, *, only: str = "", agent_name: str = "", **spec: Any) -> PassedCall:
@@ -137,6 +160,12 @@ async def begun(server: Run, room: str, *, only: str = "", agent_name: str = "",
     await call.note("speaks")
     await call.is_heard("bot")
     return call
+
+
+def job_of(r: Run, id: str) -> dict[str, Any]:
+    """Return what the status of a supervisor has of a job."""
+    status = control_socket.ask(r.control, "status")
+    return next(job for slot in status["slots"] for job in slot["jobs"] if job["id"] == id)
 
 
 def beside(server: Run) -> dict[str, str]:
@@ -170,6 +199,13 @@ def at_the_answer(call: PassedCall, act: Callable[[], None]) -> None:
         return relay(sid, to, message)
 
     state.relay = watched  # type: ignore[method-assign]
+
+
+def strike_at_the_answer(call: PassedCall, job: str, number: signal.Signals) -> list[float]:
+    """Kill or freeze a job then; return a list that gets the time."""
+    struck_at: list[float] = []
+    at_the_answer(call, lambda: struck_at.append(call.strike(job, number)))
+    return struck_at
 
 
 def hand_over(r: Run, job: str) -> dict[str, Any]:

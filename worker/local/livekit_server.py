@@ -281,7 +281,9 @@ class DispatchServer:
         A room that does not exist is made, and so gets the automatic dispatch too.
         """
         state = self.open_room(room)
-        self.rooms.perform(self.rooms.state.dispatch(state, dispatch))
+        effects = self.rooms.state.dispatch(state, dispatch)
+        self._emit("dispatch_created", room=room, dispatch=dispatch.id)
+        self.rooms.perform(effects)
         return dispatch
 
     def delete_dispatch(self, room: str, dispatch_id: str) -> agent_dispatch.AgentDispatch | None:

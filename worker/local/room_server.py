@@ -144,6 +144,13 @@ class RoomServer:
         if info is not None:
             self._perform([Tell(sid=info.sid, message={"on": "reconnect"})])
 
+    def lose(self, room: str, identity: str) -> None:
+        """Lose the connection of a client without a word, as of one that answers no ping."""
+        found = self.state.get(room)
+        info = None if found is None else found.participants.get(identity)
+        if info is not None:
+            self._sessions[info.sid].drop()
+
     def forget_everything(self) -> None:
         """Drop every connection without a word, and every room."""
         sessions = list(self._sessions.values())

@@ -80,7 +80,7 @@ def set_up_logging(server: AgentServer | None, *, coloured: bool) -> None:
     """Log as `python agent.py start` would: JSON lines on standard output, job processes included."""
     from livekit.agents.cli import log as cli_log
 
-    level = os.environ.get("LIVEKIT_LOG_LEVEL") or _log_level(server)
+    level = (os.environ.get("LIVEKIT_LOG_LEVEL") or _log_level(server)).upper()  # the CLI takes any case
     cli_log.setup_logging(level, devmode=coloured, console=False)
 
 
