@@ -254,8 +254,10 @@ async def test_children_are_not_told_the_address(run: StartRun, listener: Listen
 
 async def test_failed_reload_is_in_the_status(run: StartRun, program: Program, listener: Listener) -> None:
     """READY=1 ends a reload that has failed as well: the STATUS says why, and since when, until one works."""
+    # On a busy machine it takes seconds until the broken program has read that it is to fail.
+    program.config.write_text("[reload]\nsettle = 5\n")
     r: Run = await run("run", *program.arguments, livekit=False, environment=listener.environment)
-    await r.until(lambda: listener.said("READY=1"))
+    await r.until(lambda: listener.said("READY=1") and "up 1" in r.out.read_text())
     program.write("broken")
     r.kill(signal.SIGHUP)
     await r.until(lambda: len(listener.said("READY=1")) == 2)
