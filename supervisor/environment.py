@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.processes.output_writer import OutputWriter
 from lastcall.supervisor.signals import has_terminal
 from lastcall.worker.base import variables
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.settings import WorkerSettings
 
 

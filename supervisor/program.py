@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from lastcall.supervisor import config as configuration
@@ -19,6 +19,7 @@ from lastcall.supervisor.inworld_endpoint import check_way_out, key_of
 from lastcall.supervisor.processes.image import Image
 from lastcall.supervisor.processes.launch import Launcher, image_environment, worker_command
 from lastcall.supervisor.processes.reaper import Reaper
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.settings import WorkerSettings
 
 # The supervisor itself was set up by these keys: a reload keeps the old value, and logs that it does.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.fleet.fleet import Fleet
@@ -17,6 +16,7 @@ from lastcall.supervisor.inworld_broker import Companion
 from lastcall.supervisor.receipt import StopRecord
 from lastcall.worker.base.budget import plan
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.records import dataclass
 
 # Seconds between two log lines of a drain in which nothing changes. Ours: 360 lines in an hour of grace.
 REPORT_EVERY = 10.0

@@ -11,10 +11,10 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.stopping import STOP_SIGNALS
 
 _ONE_MORE_OR_FEWER = (

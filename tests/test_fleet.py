@@ -61,6 +61,8 @@ async def test_surge_bounds_how_many_start_at_a_time(run: StartRun, program: Pro
 @pytest.mark.parametrize("how", ["broken", "missing"])
 async def test_broken_new_version(run: StartRun, program: Program, how: str) -> None:
     """The old one keeps serving; the reason is in status, log and the exit code of the verb."""
+    # On a busy machine it takes seconds until the broken program has read that it is to fail.
+    program.config.write_text("[reload]\nsettle = 5\n")
     r: Run = await run("run", "-w", "2", *program.arguments, livekit=False)
     await r.until(lambda: ups(r, "1") == 2)
     if how == "broken":

@@ -690,7 +690,10 @@ pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
 
 
 def test_packages_of_a_target(tmp_path: Path) -> None:
-    """The image imports the packages of a target that a fork may bring along, and none of its files."""
+    """The image imports the packages of a target that a fork may bring along, and none of its files.
+
+    That the working directory is gone changes nothing.
+    """
     installed = tmp_path / "site-packages"
     for name, text in PACKAGES.items():
         (installed / name).mkdir(parents=True)
@@ -704,6 +707,9 @@ def test_packages_of_a_target(tmp_path: Path) -> None:
 import runpy
 sys.path.append({str(installed)!r})
 os.environ["RAN_IN"] = {str(tmp_path / "ran")!r}
+os.mkdir({str(tmp_path / "gone")!r})
+os.chdir({str(tmp_path / "gone")!r})
+os.rmdir({str(tmp_path / "gone")!r})
 def run_target():
     sys.path.insert(0, {str(tmp_path / "agent")!r})
     runpy.run_path({str(tmp_path / "agent" / "agent.py")!r})

@@ -254,8 +254,10 @@ async def test_children_are_not_told_the_address(run: StartRun, listener: Listen
 
 async def test_failed_reload_is_in_the_status(run: StartRun, program: Program, listener: Listener) -> None:
     """READY=1 ends a reload that has failed as well: the STATUS says why, and since when, until one works."""
+    # On a busy machine it takes seconds until the broken program has read that it is to fail.
+    program.config.write_text("[reload]\nsettle = 5\n")
     r: Run = await run("run", *program.arguments, livekit=False, environment=listener.environment)
-    await r.until(lambda: listener.said("READY=1"))
+    await r.until(lambda: listener.said("READY=1") and "up 1" in r.out.read_text())
     program.write("broken")
     r.kill(signal.SIGHUP)
     await r.until(lambda: len(listener.said("READY=1")) == 2)
@@ -296,7 +298,8 @@ async def test_stop_before_ready(run: StartRun, listener: Listener) -> None:
     r: Run = await run("run", AGENT, environment={**listener.environment, "LIVEKIT_URL": "ws://127.0.0.1:9"})
     await r.until(lambda: r.log("slot starting"), START)
     await r.until(lambda: listener.said("EXTEND_TIMEOUT_USEC="))
-    assert listener.said("EXTEND_TIMEOUT_USEC=") == ["EXTEND_TIMEOUT_USEC=60000000"]
+    # Again every ten seconds, for as long as it takes to make the image.
+    assert set(listener.said("EXTEND_TIMEOUT_USEC=")) == {"EXTEND_TIMEOUT_USEC=60000000"}
     r.kill()
     assert await r.exit() == 0
     assert "STOPPING=1" in listener.lines() and "READY=1" not in listener.lines()

@@ -234,7 +234,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 async def test_wrong_target(run: StartRun, tmp_path: Path, case: str) -> None:
-    """Exit 78 within the import time of livekit-agents, one line that says what to do, no traceback.
+    """Exit 78, without a second try: one line that says what to do, no traceback.
 
     Three workers find the same, at an import of the target and after one, and one of them is heard.
     """
@@ -243,7 +243,7 @@ async def test_wrong_target(run: StartRun, tmp_path: Path, case: str) -> None:
         write(tmp_path, "app.py", text)
     workers = "3" if case in ("syntax", "no_session") else "1"
     r: Run = await run("run", "-w", workers, target, cwd=tmp_path, livekit=False)
-    assert await r.exit(20) == 78
+    assert await r.exit(START) == 78
     said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
     assert len(said) == 1, r.logs()
     assert expected in said[0]
@@ -256,7 +256,7 @@ async def test_working_directory_that_is_gone(run: StartRun, tmp_path: Path) -> 
     (tmp_path / "gone").mkdir()
     here = ("sh", "-c", 'cd gone; rmdir ../gone; exec "$@"', "sh")
     r: Run = await run("run", "app.py", cwd=tmp_path, livekit=False, prefix=here)
-    assert await r.exit(20) == 78
+    assert await r.exit(START) == 78
     said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
     assert len(said) == 1 and "app.py: the working directory is gone" in said[0], r.logs()
     assert "Traceback" not in r.logs()
@@ -490,7 +490,7 @@ async def test_places_behind_a_locked_directory(run: StartRun, tmp_path: Path, p
     arguments = ["run", "--http", "off", *options, "--", "sleep", "100"]
     command = [*AS_OTHERS, *_python(), *arguments]
     r: Run = await run(command=command, cwd=tmp_path, environment=environment, livekit=False)
-    assert await r.exit(20) == code
+    assert await r.exit(START) == code
     said = r.err.read_text()
     assert said.startswith(
         f"lastcall: {says}" if code == 2 or "got" not in says else "lastcall: environment: "
@@ -578,7 +578,7 @@ async def test_limit_of_open_files(run: StartRun, limit: int) -> None:
     """Too low for a single worker: exit 78, and one line that names the limit and what is needed."""
     prefix = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"]
     r: Run = await run("run", "--", "sleep", "100", prefix=prefix, livekit=False)
-    assert await r.exit(20) == 78
+    assert await r.exit(START) == 78
     said = r.err.read_text()
     assert "open files" in said and "ulimit -n" in said and said.count("\n") == 1
     await r.nothing_left()

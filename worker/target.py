@@ -84,14 +84,15 @@ def parse(text: str, arguments: Sequence[str] = ()) -> Target:
 def parts_of(text: str) -> Callable[[str, str], bool]:
     """Return a function that tells by name and file whether a module is one of the program of a TARGET.
 
-    The program may be an installed package too.
+    The program may be an installed package too. A TARGET that can't be loaded, as from a working directory
+    that is gone, has no modules.
     """
     try:
         form = target_form.parse(text)
-    except ValueError:
+        folder = os.path.dirname(os.path.realpath(form.file)) if form.file else ""
+    except (ValueError, OSError):
         return lambda name, file: False
     top = form.module.partition(".")[0]
-    folder = os.path.dirname(os.path.realpath(form.file)) if form.file else ""
     # The environment of an agent may be below its directory, so a directory counts only inside of that.
     inside = f"{folder}{os.sep}" if not target_form.INSTALLED.isdisjoint(folder.split(os.sep)) else ""
     return lambda name, file: name.partition(".")[0] == top or (bool(inside) and file.startswith(inside))

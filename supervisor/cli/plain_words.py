@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin
+
+from lastcall.worker.base.records import dataclass
 
 # A word that a shell offers after Tab, and the text that zsh and fish show beside the word.
 Word = tuple[str, str]

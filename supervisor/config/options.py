@@ -7,7 +7,7 @@ a field with a description; a `Flag` puts the option on the command line too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from lastcall.supervisor.config.section import Field, Section
@@ -22,6 +22,7 @@ from lastcall.supervisor.config.values import (
     WritableFile,
 )
 from lastcall.worker.base.budget import DEFAULT_GRACE, Shares, installed_entrypoint_wait
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.settings import DEFAULT_FINISH, HandoverSettings
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, dataclass_transform, get_args, get_origin, get_type_hints
+
+from lastcall.worker.base.records import dataclass
 
 # Words of a file or a variable, in any case, besides the booleans of TOML and JSON.
 TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})

@@ -13,11 +13,11 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.worker.base import memory
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.records import dataclass
 
 # Seconds for which the figures of a look count for a scrape and for recycling.
 LOOK_EVERY = 30.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 from lastcall.supervisor.config import Config
@@ -21,6 +21,7 @@ from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.processes.launch import Launcher
 from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.wire import HandOver, StopCause
 
 # Operations that can still be looked at. Ours: `--wait` asks several times a second.

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
 
 from lastcall.worker.base.backoff import Backoff
+from lastcall.worker.base.records import dataclass
 
 # Of each delay. Ours: enough to spread a few slots, and no delay is much shorter than the one configured.
 JITTER = 0.2

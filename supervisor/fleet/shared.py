@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from lastcall.supervisor.config import Config
 from lastcall.supervisor.fleet.histogram import Histogram
 from lastcall.supervisor.processes.descendants import Swept
 from lastcall.supervisor.receipt import Ledger, StopRecord
+from lastcall.worker.base.records import dataclass
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,11 +8,12 @@ loop in `stopper` asks it, does what it says, and asks again.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import assert_never
 
 from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.worker.base.budget import Deadlines, earliest
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.wire import StopCause
 
 

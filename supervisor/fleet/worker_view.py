@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, assert_never
 
 from lastcall.supervisor.receipt import EntryFate, JobEntry, Ledger, ResourceEntry, StopRecord
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.wire import (
     Beat,
     Drained,

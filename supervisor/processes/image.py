@@ -24,7 +24,6 @@ import random
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lastcall.supervisor.errors import SpawnError
@@ -36,6 +35,7 @@ from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.image_wire import GO, GO_FD, MAX_BYTES, Answer, Request
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.stopping import SHIELDED
 from lastcall.worker.base.variables import MARK
 

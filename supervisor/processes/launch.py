@@ -18,7 +18,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lastcall.supervisor.errors import SpawnError
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
@@ -29,6 +29,7 @@ from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
 from lastcall.supervisor.processes.socket_directory import make as make_scratch
 from lastcall.worker.base import target_form, variables
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.stopping import SHIELDED
 

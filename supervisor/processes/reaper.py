@@ -18,7 +18,8 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from lastcall.worker.base.records import dataclass
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 SFD_NONBLOCK = 0o4000  # signalfd(2); the same two bits as O_NONBLOCK and O_CLOEXEC on x86-64 and arm64

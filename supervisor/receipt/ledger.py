@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Literal
 
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.wire import HandoverResult, JobFate
 
 # How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its

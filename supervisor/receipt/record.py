@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from lastcall.worker.base.budget import Deadlines
+from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.wire import ResourceFate
 
 Asked = Literal["stop", "hurry", "kill"]

@@ -16,7 +16,6 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 from lastcall.supervisor.config.user_files import words_of
 from lastcall.supervisor.errors import ConfigError
 from lastcall.supervisor.views.status import Status
+from lastcall.worker.base.records import dataclass
 
 if TYPE_CHECKING:
     from lastcall.supervisor.views.metrics import Metrics

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from lastcall.worker.base.records import dataclass
 
 USEC = 1_000_000
 # Seconds that each extension of a timer reaches, and seconds until it is said again. Ours: the rest of the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +18,7 @@ from lastcall.supervisor.receipt import JobEntry
 from lastcall.supervisor.shutdown import Shutdown
 from lastcall.worker.base.budget import Deadlines
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.records import dataclass
 
 SCHEMA = 1
 FULL_TEXTS: dict[str, str] = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 
 from lastcall.worker.base import variables
 from lastcall.worker.base.budget import DEFAULT_GRACE
+from lastcall.worker.base.records import dataclass
 
 # The broker's name in status, log and receipt.
 COMPANION_NAME = "inworld-pool"

@@ -17,8 +17,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+
+from lastcall.worker.base.records import dataclass
 
 # Seconds. Ours: an hour is longer than nearly every call, and an operator can still wait for it.
 DEFAULT_GRACE = 3600.0

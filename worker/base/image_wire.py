@@ -15,7 +15,9 @@ has given the request up, or has ended.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
+
+from lastcall.worker.base.records import dataclass
 
 # Bytes of a packet, and descriptors beside it. Ours: settings are below 2 kB, and a worker has eight.
 MAX_BYTES = 1 << 16

@@ -10,8 +10,9 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from lastcall.worker.base.records import dataclass
 
 # Errors of reading about a process that has ended, or that /proc hides from other users (hidepid).
 NOT_THERE = (FileNotFoundError, ProcessLookupError, PermissionError)

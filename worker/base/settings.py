@@ -6,11 +6,12 @@ import json
 import math
 import os
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from typing import Any
 
 from lastcall.worker.base import variables
 from lastcall.worker.base.budget import DEFAULT_GRACE, Deadlines, Shares, installed_entrypoint_wait, plan
+from lastcall.worker.base.records import dataclass
 
 # Seconds. Before the shutdown callbacks livekit-agents gives the entrypoint 15 s, the session 60 s, and
 # `on_session_end` 300 s (ipc/job_proc_lazy_main.py, and `session_end_timeout` in worker.py, both of 1.8).

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from lastcall.worker.base.records import dataclass
 
 FORMS = "path.py, path.py:attr, module:attr or -m module"
 # In front of the name of a module that is run as a program, and of the arguments of the program itself.

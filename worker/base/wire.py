@@ -19,11 +19,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, field, fields
 from types import UnionType
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lastcall.worker.base.errors import WireError
+from lastcall.worker.base.records import dataclass
 
 VERSION = 2
 # Ours: the workers' own metrics are the longest message, and `exposition` stays below half of this.

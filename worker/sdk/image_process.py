@@ -29,11 +29,9 @@ import multiprocessing.process
 import os
 import select
 import socket
-import ssl
 import sys
 import time
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -97,14 +95,15 @@ def serve(
     imports = _import()
     packages, left_out = 0, dict[str, str]()
     if not imports.why:
-        found = scout.look(run_target, is_own)
+        # The scout takes no time of the first start where there is another processor.
+        found = scout.look(run_target, is_own, meanwhile=lambda: imports.add(_warm_up()))
+    if not imports.why:
         more, left_out = scout.import_packages(found)
         packages = len(found.packages) - len(left_out)
         imports.add(more)
     if imports.why:
         _say(channel, Answer(ready=imports.why))
         os._exit(0)
-    _forget_unused(imports.contexts)
     bit_generators = randomness.generators_of_numpy()
     gc.freeze()
     for stream in (sys.stdout, sys.stderr):
@@ -164,7 +163,7 @@ def _next(channel: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _import() -> Imports:
-    """Import, and tell whether a fork of this process would be like a worker that has imported by itself."""
+    """Import what a worker has; tell whether a fork would be like a worker that has imported by itself."""
     imports = import_all(IMPORTED)
     if imports.why:
         return imports
@@ -176,20 +175,17 @@ def _import() -> Imports:
     imports.why = preflight.untried()
     if imports.why:
         return imports
-    more = import_all([*WORKER_MODULES, *(module for module in WARM_UP if _is_there(module))])
-    more.reads -= READ_AGAIN
-    imports.add(more)
-    if not imports.why and not _forks_alone():
-        imports.why = "an import has started a thread"
+    imports.add(import_all(WORKER_MODULES))
     return imports
 
 
-def _forget_unused(contexts: list[ssl.SSLContext]) -> None:
-    """Collect garbage, and leave out contexts that nothing else holds. Each worker would load for them."""
-    held = [weakref.ref(context) for context in contexts]
-    contexts.clear()
-    gc.collect()
-    contexts += [context for context in (each() for each in held) if context is not None]
+def _warm_up() -> Imports:
+    """Import the warm-up, and tell whether forks of this process are safe."""
+    imports = import_all([module for module in WARM_UP if _is_there(module)])
+    imports.reads -= READ_AGAIN
+    if not imports.why and not _forks_alone():
+        imports.why = "an import has started a thread"
+    return imports
 
 
 def _is_there(module: str) -> bool:

@@ -67,10 +67,13 @@ class Found:
         return found
 
 
-def look(run_target: Callable[[], None], is_own: Callable[[str, str], bool]) -> Found:
-    """Run the target in a fork, and return what it has imported; nothing if it does not tell.
+def look(
+    run_target: Callable[[], None], is_own: Callable[[str, str], bool], meanwhile: Callable[[], None]
+) -> Found:
+    """Run the target in a fork, and `meanwhile` here; return what the target alone has imported.
 
-    `run_target` may raise anything. `is_own` tells by name and file whether a module is one of the program.
+    Returns nothing if the fork does not tell. `run_target` may raise anything. `is_own` tells by name and
+    file whether a module is one of the program.
     """
     before, environment = set(sys.modules), dict(os.environ)
 
@@ -92,8 +95,9 @@ def look(run_target: Callable[[], None], is_own: Callable[[str, str], bool]) -> 
             run_target()
         end()
 
-    told = _told_by(run, SCOUT_WITHIN * 1.2)
-    return Found(files=told[0][0], changed=set(told[0][1])) if told else Found()
+    told = _told_by(run, SCOUT_WITHIN * 1.2, meanwhile)
+    files, changed = told[0] if told else ({}, ())
+    return Found({name: file for name, file in files.items() if name not in sys.modules}, set(changed))
 
 
 def import_packages(found: Found) -> tuple[Imports, dict[str, str]]:
@@ -129,7 +133,8 @@ def _try_each(
 
 def _try(modules: list[str], found: Found) -> str:
     """Import the modules; return the reason why a fork must not bring them along."""
-    before, here = set(sys.modules), os.getcwd()
+    # Not by its name, because the directory may have been removed.
+    before, here = set(sys.modules), os.stat(".")
     try:
         imports = import_all(modules)
     except BaseException as error:
@@ -151,7 +156,7 @@ def _try(modules: list[str], found: Found) -> str:
         return "it runs an event loop"
     if Path(f"/proc/self/task/{os.getpid()}/children").read_text():
         return "it has started a process"
-    if os.getcwd() != here:
+    if not os.path.samestat(os.stat("."), here):
         return "it changes the working directory"
     if len(os.listdir("/proc/self/task")) > 1:
         # Some native threads end in the first fork (pthread_atfork(3)).
@@ -192,9 +197,14 @@ def _is_package(folder: Path) -> bool:
 # -- forks --------------------------------------------------------------------------------------------------
 
 
-def _told_by(run: Callable[[Callable[[object], None]], None], within: float) -> list[Any]:
+def _told_by(
+    run: Callable[[Callable[[object], None]], None],
+    within: float,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Any]:
     """Run in a fork, and return what it tells until it ends, tells None, or its seconds are over.
 
+    They begin when `meanwhile` has returned.
     The fork has no output: the workers will say the same. It is killed then, with all that it has started in
     its session; and with this process.
     """
@@ -219,6 +229,7 @@ def _told_by(run: Callable[[Callable[[object], None]], None], within: float) -> 
     os.close(writer)
     told: list[Any] = []
     try:
+        meanwhile()
         for each in _lines(reader, time.monotonic() + within):
             if each is None:
                 break
