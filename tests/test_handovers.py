@@ -470,7 +470,7 @@ async def test_calls_whose_time_is_over() -> None:
     worker.handovers.hear("AJ_2", KEEPS)
     worker.answers = {BeginHandover: [step("prepared")]}
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
-    await worker.changed.until(lambda: worker.dispatches)
+    await worker.changed.until(lambda: worker.created)
 
     def late() -> list[tuple[str, str]]:
         return [(each.id, each.reason) for each in worker.told if isinstance(each, JobHandover)]
