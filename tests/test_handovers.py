@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ class Worker:
         self.removed: list[str] = []
         self.dispatches: list[dict[str, str]] = []
         self.deleted: list[str] = []
-        self.agents: list[str] | None = []
+        self.agents: list[str] = []
         self.error: RoomServiceError | None = None
         self.url = "wss://sfu.example"
         self.is_closing = False
@@ -451,8 +452,9 @@ async def test_calls_whose_time_is_over() -> None:
 async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a stop a worker deletes that of a successor without a process; the call is tried again at once."""
     worker = Worker(patience=10)
-    worker.agents = None
     worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
+    looks: Iterator[list[str] | None] = iter([None, [], None])
+    monkeypatch.setattr(worker, "agents_of", lambda *_: asyncio.sleep(0, next(looks)))
     async with asyncio.timeout(5):
         outcome = await worker.handovers.hand_over(worker.job, "test")
     assert (outcome.result, outcome.reason) == ("failed", module.GIVEN_BACK)

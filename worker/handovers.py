@@ -671,16 +671,18 @@ class Handovers:
     async def _other_agent(self, job: Job, attempt: Try) -> str:
         """Return the identity of an agent that has taken the dispatch and is not the successor.
 
-        Returns "" once the dispatch is gone.
+        Returns "" once a dispatch that was there is gone.
         """
+        was_there = False
         while True:
             await asyncio.sleep(LOOK_AGAIN_AFTER)
             service = self._service()
             with suppress(RoomServiceError):  # the next look says more
                 agents = [] if service is None else await service.agents_of(job.room, attempt.dispatch_id)
-                if agents is None:
+                if agents is None and was_there:
                     return ""
-                for each in agents:
+                was_there = agents is not None
+                for each in agents or ():
                     if each != attempt.identity:
                         return each
 
