@@ -461,18 +461,22 @@ async def test_a_successor_whose_worker_stops(when: str) -> None:
 async def test_a_successor_whose_worker_dies_at_the_answer() -> None:
     """It leaves the call to the old agent, because it would end with its worker. The old one speaks again."""
     async with stage() as s:
-        has_lost_worker = False
-        s.arriving._has_lost_worker = lambda: has_lost_worker
+        lives = True
+
+        async def ask_worker(_within: float) -> bool:
+            return lives
+
+        s.arriving._ask_worker = ask_worker
         await s.begin()
         await s.arrive()
 
         async def be_silent() -> object:
-            nonlocal has_lost_worker
-            has_lost_worker = True
+            nonlocal lives
+            lives = False
             return await s.be_silent()
 
         s.leaving.on_takeover = be_silent
-        with pytest.raises(Withdrawn, match="worker of the successor has died"):
+        with pytest.raises(Withdrawn, match="worker of the successor does not answer"):
             await s.arriving.take_over()
         assert not s.arriving.may_speak
         await s.until(lambda: s.withdrawn.is_set() and s.told("lost"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -521,8 +522,10 @@ async def test_a_stranger_with_the_identity_of_the_agent(how: str) -> None:
 async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a stop a worker deletes that of a successor without a process; the call is tried again at once."""
     worker = Worker(patience=10)
-    worker.agents = None
     worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
+    dispatch = Dispatch(id="AD_1", agent_name="a")
+    looks: Iterator[list[Dispatch]] = iter([[], [dispatch], []])
+    monkeypatch.setattr(worker, "dispatches", lambda *_: asyncio.sleep(0, next(looks)))
     async with asyncio.timeout(5):
         outcome = await worker.handovers.hand_over(worker.job, "test")
     assert (outcome.result, outcome.reason) == ("failed", module.GIVEN_BACK)

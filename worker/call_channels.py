@@ -36,12 +36,14 @@ from lastcall.worker.base.wire import (
     AskExtension,
     AskHandover,
     AskRemoval,
+    AskToSpeak,
     CallHears,
     CallJoined,
     CallKeeps,
     CallStep,
     Drain,
     Limit,
+    MaySpeak,
     encode,
 )
 
@@ -180,6 +182,8 @@ class Calls:
                 self._say_limit(channel)
             case AskExtension():
                 self._extend(channel, message)
+            case AskToSpeak(id=id):
+                self._send(channel, MaySpeak(id=id))
             case CallKeeps() | CallStep() | AskHandover() | AskRemoval():
                 if channel.job:
                     self.hear(channel.job, message)

@@ -688,12 +688,16 @@ class Handovers:
     async def _other_agent(self, job: Job, attempt: Try) -> str:
         """Return the identity of an agent that has taken the dispatch and is not the successor.
 
-        Returns "" once the dispatch is gone.
+        Returns "" once a dispatch that was there is gone.
         """
+        was_there = False
         while True:
             await asyncio.sleep(LOOK_AGAIN_AFTER)
             with suppress(RoomServiceError):  # the next look says more
                 taken_by = await self._taken_by(job, attempt)
+                if taken_by == "" and not was_there:
+                    continue
+                was_there = True
                 if taken_by is not None and taken_by != attempt.identity:
                     return taken_by
 

@@ -484,7 +484,14 @@ class AskRemoval:
     sid: str
 
 
-CallSays = CallJoined | AskExtension | CallKeeps | CallStep | AskHandover | AskRemoval
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskToSpeak:
+    """The predecessor of this call is silent; answered by `MaySpeak` of this id, if the worker lives."""
+
+    id: int
+
+
+CallSays = CallJoined | AskExtension | CallKeeps | CallStep | AskHandover | AskRemoval | AskToSpeak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -551,7 +558,14 @@ class Removed:
     is_gone: bool
 
 
-CallHears = Limit | BeginHandover | CancelHandover | TakeBack | LeaveRoom | HandoverOver | Removed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaySpeak:
+    """The answer to `AskToSpeak`."""
+
+    id: int
+
+
+CallHears = Limit | BeginHandover | CancelHandover | TakeBack | LeaveRoom | HandoverOver | Removed | MaySpeak
 Message = WorkerSays | WorkerHears | BrokerSays | BrokerHears | RehearsedJobSays | CallSays | CallHears
 M = TypeVar("M", bound=Message)
 Said = TypeVar("Said", bound=Message)

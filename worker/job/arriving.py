@@ -121,7 +121,7 @@ class Arriving:
         remove: Callable[[str], Awaitable[bool]],
         withdraw: Callable[[], None],
         is_stopping: Callable[[], bool] = lambda: False,
-        has_lost_worker: Callable[[], bool] = lambda: False,
+        may_speak: Callable[[float], Awaitable[bool]] | None = None,
         is_asked_for: Callable[[], bool] = lambda: True,
     ) -> None:
         self.succession = found
@@ -133,7 +133,7 @@ class Arriving:
         self._remove = remove
         self._withdraw = withdraw
         self._is_stopping = is_stopping
-        self._has_lost_worker = has_lost_worker
+        self._ask_worker = may_speak
         self._is_asked_for = is_asked_for
         self._room: Any = None
         self._name = ""
@@ -316,7 +316,9 @@ class Arriving:
                 if NEWER in answer:
                     self.resumed.restore(await self._last(NEWER, answer, self.resumed.state))
                 turns = await self._last(TURNS, answer, None)
-                if now() - asked_at <= LEASE + float(answer.get("took", 0.0)):
+                until = asked_at + LEASE + float(answer.get("took", 0.0))
+                await self._confirmed_by_worker(until - now())
+                if now() <= until:
                     return self._speak(turns)
                 if await self._is_predecessor_there():
                     raise Withdrawn("too late")
@@ -324,6 +326,16 @@ class Arriving:
             await asyncio.sleep(ASK_AGAIN_AFTER)
         await self._go_on_alone()
         return self._speak(turns)
+
+    async def _confirmed_by_worker(self, within: float) -> None:
+        """Raise Withdrawn where the worker of this job does not answer: it may have been killed.
+
+        A job ends some milliseconds after its worker, and the end of file tells of the end up to 50 ms late.
+        The predecessor would go when it hears that this agent speaks, and nobody would have the call.
+        """
+        lives = self._ask_worker is None or (within > 0 and await self._ask_worker(within))
+        if not lives and await self._is_predecessor_there():
+            raise Withdrawn("the worker of the successor does not answer")
 
     async def _last(self, topic: str, answer: dict[str, Any], without: Any) -> Any:
         """Return what the answer holds, or announces; `without` where the predecessor has died meanwhile."""
@@ -337,15 +349,9 @@ class Arriving:
         return without
 
     def _speak(self, turns: Any) -> Any:
-        """Say that this agent speaks. Nothing here awaits: the predecessor's second runs.
-
-        A job whose worker has died ends within milliseconds. So it leaves the call to the predecessor, which
-        would go when it hears that this agent speaks.
-        """
+        """Say that this agent speaks. Nothing here awaits: the predecessor's second runs."""
         if not self._room.isconnected():
             raise Withdrawn("the room is gone")
-        if self._has_lost_worker() and self._predecessor is not None:
-            raise Withdrawn("the worker of the successor has died")
         self.may_speak = True
         deletions.permit(self._name)
         self._spawn(self._say_that_it_speaks())

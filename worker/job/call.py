@@ -29,6 +29,7 @@ from lastcall.worker.base.wire import (
     AskExtension,
     AskHandover,
     AskRemoval,
+    AskToSpeak,
     BeginHandover,
     CallHears,
     CallJoined,
@@ -40,6 +41,7 @@ from lastcall.worker.base.wire import (
     HandoverResult,
     LeaveRoom,
     Limit,
+    MaySpeak,
     Removed,
     StopCause,
     TakeBack,
@@ -339,7 +341,7 @@ class Call:
             remove=self._remove_predecessor,
             withdraw=self._withdraw,
             is_stopping=lambda: self.stopping.is_set() or self._has_lost_worker,
-            has_lost_worker=lambda: self._has_lost_worker,
+            may_speak=self._worker_lives,
             is_asked_for=lambda: self.is_asked_for,
         )
         self._arriving.attach(self._ctx.room, job.room.name)
@@ -352,6 +354,10 @@ class Call:
         id = next(self._ids)
         answer = await self._ask(AskRemoval(id=id, sid=sid), REMOVED_WITHIN)
         return isinstance(answer, Removed) and answer.is_gone
+
+    async def _worker_lives(self, within: float) -> bool:
+        id = next(self._ids)
+        return isinstance(await self._ask(AskToSpeak(id=id), within), MaySpeak)
 
     def _side(self) -> Leaving:
         """Return the leaving side of this call, made when the agent first says that it can leave."""
@@ -398,7 +404,7 @@ class Call:
             self._say(CallKeeps(size=about[0], kept_at=about[1], lacks=lacks))
 
     async def _ask(
-        self, question: AskExtension | AskHandover | AskRemoval, within: float
+        self, question: AskExtension | AskHandover | AskRemoval | AskToSpeak, within: float
     ) -> CallHears | None:
         """Return the answer of the worker; None if there is none within so many seconds, or no worker."""
         if self._sock is None:
@@ -470,7 +476,7 @@ class Call:
                     self._arriving.stop()
                 for listening in list(self._listening):
                     self._tell(listening)
-            case HandoverOver(id=id) | Removed(id=id):
+            case HandoverOver(id=id) | Removed(id=id) | MaySpeak(id=id):
                 self._answer(id, message)
             case BeginHandover():
                 self._side().begin(message)
