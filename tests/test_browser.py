@@ -57,6 +57,14 @@ def test_the_page_shows_the_stop(browser: Any, tmp_path: Path, scheme: Literal["
     backgrounds = {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 28)"}
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == backgrounds[scheme]
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no scrolling sideways"
+    tab.set_viewport_size(
+        {"width": 390, "height": 844}
+    )  # a phone: tables and drawing are moved in their place
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    fates = tab.locator(".jobs td:nth-child(2)").evaluate_all(
+        "all => all.map(e => e.getBoundingClientRect().x)"
+    )
+    assert len(fates) == 4 and max(fates) < 300, "the fate is seen without moving the table"
     assert said == []
     assert [url for url in requested if not url.startswith(("file:", "data:"))] == []
     tab.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
