@@ -392,8 +392,10 @@ class Handovers:
         """
         for job in self._jobs.running:
             was_tried = job.epoch > (0 if job.succession is None else job.succession.epoch)
-            is_late = job.id in self._tries if was_tried else not self.lacks(job)
-            if is_late and (is_last or not was_tried) and not job.successor and job.id not in self._late:
+            is_late = is_last and job.id in self._tries
+            if not was_tried and job.id in self._keeps:
+                is_late = not self.lacks(job)
+            if is_late and not job.successor and job.id not in self._late:
                 self._note(job, failed(NO_TIME), "the end of grace")
                 self._late.add(job.id)
 
