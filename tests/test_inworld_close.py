@@ -81,11 +81,11 @@ async def test_no_connection_opens_after_the_close(hang: bool) -> None:
 
 
 async def test_close_amid_everything() -> None:
-    """8 closes, each amid speech, finishing contexts, waiters and dials: nothing is left at the server.
+    """15 closes, each amid speech, finishing contexts, waiters and dials: nothing is left at the server.
 
     Fails if connections are closed over contexts that are about to end.
     """
-    for seed in range(8):
+    for seed in range(15):
         chance = random.Random(seed)
         async with pair(faults=Faults(handshake_delay=0.005, closed_delay=0.005)) as p:
 
@@ -404,9 +404,9 @@ async def storm(p: Pair, cancels: int, seed: int, *, may_lose: bool = False) -> 
 
 
 async def test_storm_of_cancellations() -> None:
-    """4,000 random cancels among 20 callers that nobody cancels: none of these fails, nothing leaks."""
+    """10,000 random cancels among 20 callers that nobody cancels: none of these fails, nothing leaks."""
     async with pair(max_connections=8) as p:
-        await storm(p, 4_000, seed=1)
+        await storm(p, 10_000, seed=1)
         await p.settled()
         assert p.server.peak_connections <= 8 and p.server.peak_contexts <= 5
         assert not p.server.events_of("context_refused")
