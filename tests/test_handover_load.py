@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lastcall.supervisor.views import control_socket
 from tests.support.harness import StartRun
 from tests.support.passed_on import AGENT, PATIENCE, PATIENT, begun, beside, over
@@ -11,6 +13,7 @@ CALLS = 8
 ENVIRONMENT = PATIENT | {"LASTCALL_HANDOVER__WAIT": "0.3", "FRAME": "0.2", "IDLE": "2"}
 
 
+@pytest.mark.timeout(300)
 async def test_a_stop_of_many_calls_and_a_reload_of_their_successors(run: StartRun) -> None:
     """The second worker has a quarter as many warm processes, and is replaced in the middle: no call is cut.
 
