@@ -77,6 +77,7 @@ def test_help_shows_the_examples() -> None:
         (["rehearse"], 2, ["'TARGET'", "agent.py"]),
         (["run"], 2, ["nothing to run", "lastcall run agent.py"]),
         (["stauts"], 2, ["'stauts'", "lastcall --help"]),
+        (["demo", "--rate", "1000"], 2, ["--rate: got 1000", "more than 0 and less than 1000"]),
     ],
 )
 def test_an_error_names_the_next_command(

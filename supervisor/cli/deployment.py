@@ -65,12 +65,14 @@ def _unit(
     target: OptionalTarget = None,
     module: Module = None,
     arguments: Arguments = None,
-    grace: Annotated[float | None, typer.Option(metavar="S", help=help_of("grace"))] = None,
+    grace: Annotated[float | None, typer.Option(metavar="SECONDS", help=help_of("grace"))] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "-w", metavar="N", help=help_of("workers"))
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the service.  [lastcall]")] = None,
-    image: Annotated[str | None, typer.Option(help="For compose and k8s.  [NAME:latest]")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the service.  [lastcall]")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="In compose and k8s.  [NAME:latest]")
+    ] = None,
     program: Annotated[
         str | None,
         typer.Option("--exec", metavar="PATH", help="For systemd: the lastcall to start.  [this one]"),

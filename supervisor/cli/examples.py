@@ -31,7 +31,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "recycle": (("lastcall recycle 0 --wait", "a new worker for slot 0"),),
     "rehearse": (
-        ("lastcall rehearse agent.py", "seven stops, about two minutes"),
+        ("lastcall rehearse agent.py", "seven stops, some minutes"),
         ("lastcall rehearse agent.py --junit rehearsal.xml", "in a pipeline"),
         ("lastcall rehearse agent.py --html rehearsal.html", "each stop as a picture"),
     ),

@@ -171,8 +171,8 @@ def _handover(
 ) -> None:
     """Have a call go on in another job, with its state.
 
-    The agent has to keep its state by lastcall.call. The caller stays in the room, and one of the two agents
-    speaks at every moment. If nobody takes the call it stays where it is.
+    The agent has to keep its state by lastcall.call. The caller stays in the room, and the two agents never
+    speak at a time. If nobody takes the call it stays where it is.
     """
     _operate(socket_of(control), wait, "handover", job=job)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,16 +140,22 @@ def _dev(
 
 def _demo(
     session: _Session,
-    seconds: Annotated[float | None, Option(help="Stop by itself after so many seconds.")] = None,
-    workers: Annotated[int, Option(("--workers", "-w"), help="Workers to run.")] = 2,
-    rate: Annotated[float, Option(help="Dispatches a second.")] = 1.0,
+    seconds: Annotated[float | None, Option((), "SECONDS", "Stop by itself after that time.")] = None,
+    workers: Annotated[int, Option(("--workers", "-w"), "N", "Workers to run.")] = 2,
+    rate: Annotated[float, Option((), "N", "Dispatches a second.")] = 1.0,
 ) -> None:
     """Show it: local servers, a sample agent, calls flowing. Ctrl-C shows the whole stop."""
     from lastcall.supervisor.cli.demo import demo
 
     assert session.inbox is not None
-    if workers < 1 or not 0 < rate < 1000 or (seconds is not None and not 0 < seconds < float("inf")):
-        raise UsageError("--workers, --rate and --seconds: expected more than 0, and a rate below 1000")
+    for option, value, below in (
+        ("--workers", workers, math.inf),
+        ("--rate", rate, 1000.0),
+        ("--seconds", 1.0 if seconds is None else seconds, math.inf),
+    ):
+        if not 0 < value < below:
+            limit = "" if below == math.inf else f" and less than {below:g}"
+            raise UsageError(f"{option}: got {value:g}, expected more than 0{limit}")
     session.work = demo(session.inbox, workers=workers, rate=rate, seconds=seconds)
 
 
