@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lastcall.worker import handovers as module
+from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.settings import HandoverSettings
@@ -26,6 +27,7 @@ from lastcall.worker.base.wire import (
     LeaveRoom,
     TakeBack,
 )
+from lastcall.worker.engine import Engine
 from lastcall.worker.handovers import Handovers
 from lastcall.worker.jobs import Job, Jobs
 from lastcall.worker.room_service import Dispatch, Participant, RoomServiceError
@@ -657,3 +659,30 @@ async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytes
     worker.is_closing = True
     await worker.handovers.before(lambda: now() + 60)
     assert tried == ["AJ_1"]
+
+
+async def test_a_handover_that_was_asked_for_begins_with_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is replaced hands over once it takes no more, also where nothing else happens there."""
+    engine = Engine(
+        SimpleNamespace(_request_fnc=None, _queue_msg=None),
+        changed=Condition(),
+        must_refuse=lambda: False,
+        report=lambda _message: None,
+        calls_over=CallsOver(),
+    )
+    begun: list[str] = []
+
+    async def hand_over_all(reason: str, _until: Any) -> None:
+        begun.append(reason)
+
+    monkeypatch.setattr(engine.handovers, "hand_over_all", hand_over_all)
+    engine.ended = True  # so that the fence tells no server
+    engine.hand_over("", "reload")
+    await asyncio.sleep(0.05)
+    await engine.fence()
+    assert not begun
+    engine.hand_over_before(lambda: None)
+    async with asyncio.timeout(5):
+        while not begun:
+            await asyncio.sleep(0.01)
+    assert begun == ["reload"]

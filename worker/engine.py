@@ -394,6 +394,7 @@ class Engine:
         """Have the calls go on elsewhere that a drain would cut at its end, or that are yet to come here."""
         self.handovers.give_back()
         self._requests.begin(self.handovers.before(drain_at))
+        self._changed.notify()  # those whose handover was asked for wait for the fence
 
     async def _hand_over_all(self, reason: str) -> None:
         until = now() + ALL_WITHIN

@@ -75,8 +75,8 @@ class Forked:
         os.close(self._writer)
 
     def end(self) -> None:
-        os.close(self._writer)
         self.child.send(signal.SIGKILL)
+        os.close(self._writer)  # after it, or the worker would sometimes end by itself
 
 
 class Image:
