@@ -29,7 +29,7 @@ from lastcall.worker.base.process import FORKSERVER, IMAGE
 from lastcall.worker.sdk import preflight
 from lastcall.worker.sdk.scout import package_of
 from tests.support.generations import generation_in
-from tests.support.harness import AGENT, Run, StartRun, lives
+from tests.support.harness import AGENT, Run, StartRun, lives, name_of
 from tests.support.program import status, verb
 
 ON = {"LASTCALL_START__IMAGE": "true"}
@@ -60,7 +60,7 @@ def importers(directory: Path) -> list[int]:
 
 
 def images(r: Run) -> list[psutil.Process]:
-    return [p for p in psutil.Process(r.pid).children() if p.name() == IMAGE.decode()]
+    return [p for p in psutil.Process(r.pid).children() if name_of(p) == IMAGE.decode()]
 
 
 def channels(pid: int) -> set[str]:

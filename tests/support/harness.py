@@ -301,7 +301,7 @@ class Run:
         """Return the living worker processes, children of the supervisor."""
         children = psutil.Process(self.pid).children()
         others = ("forkserver", "lastcall-image")
-        return [p for p in children if "lastcall.worker" in _command(p) and p.name() not in others]
+        return [p for p in children if "lastcall.worker" in _command(p) and name_of(p) not in others]
 
     def family(self) -> list[psutil.Process]:
         process = psutil.Process(self.pid)
@@ -366,6 +366,14 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def name_of(process: psutil.Process) -> str:
+    """Return the name of a process; empty for one that has ended."""
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
 
 
 def lives(pid: int) -> bool:
