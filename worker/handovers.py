@@ -354,18 +354,7 @@ class Handovers:
         """
         for job in self._jobs:
             if job.succession is not None and not job.launched:
-                self._begin(self._give_back(job))
-
-    async def _give_back(self, job: Job) -> None:
-        service = self._service()
-        if service is None:
-            return
-        try:
-            await service.delete_dispatch(job.room, job.dispatch_id)
-        except RoomServiceError as error:
-            log.warning(
-                "a dispatch can't be given back", extra={"job_id": job.id, "error": str(error)}
-            )  # the successor leaves by itself
+                self._begin(self._delete_dispatch(job, job.dispatch_id))
 
     async def before(self, drain_at: Callable[[], float | None]) -> None:
         """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
@@ -524,7 +513,7 @@ class Handovers:
 
     async def _take_back(self, job: Job, attempt: Try) -> Outcome:
         self._say(job.id, TakeBack(epoch=attempt.epoch))
-        await self._delete_dispatch(job, attempt)
+        await self._delete_dispatch(job, attempt.dispatch_id)
         await self._until(job, attempt, ANSWERS_WITHIN, "back")
         return failed("the successor did not speak")
 
@@ -652,7 +641,7 @@ class Handovers:
         return job.presence.reason in ENDED_WELL
 
     async def _end_successor(self, job: Job, attempt: Try) -> None:
-        await self._delete_dispatch(job, attempt)
+        await self._delete_dispatch(job, attempt.dispatch_id)
         try:
             successor = _successor(await self._people(job), attempt)
             if successor is not None:
@@ -802,17 +791,17 @@ class Handovers:
         service = self._service()
         return service is not None and await service.remove(job.room, agent.identity, agent.sid)
 
-    async def _delete_dispatch(self, job: Job, attempt: Try) -> None:
+    async def _delete_dispatch(self, job: Job, dispatch_id: str) -> None:
         service = self._service()
-        if service is None or not attempt.dispatch_id:
+        if service is None or not dispatch_id:
             return
         try:
-            await service.delete_dispatch(job.room, attempt.dispatch_id)
+            await service.delete_dispatch(job.room, dispatch_id)
         except RoomServiceError as error:
             if "not_found" not in str(error):
                 log.warning(
                     "a dispatch can't be deleted", extra={"job_id": job.id, "error": str(error)}
-                )  # the old agent refuses a successor
+                )  # the old agent refuses a successor, and one without a process leaves by itself
 
     async def _answer(self, job_id: str, id: int, reason: str) -> None:
         job = self._jobs.get(job_id)
