@@ -74,7 +74,7 @@ class Start(Section):
     image: Annotated[
         bool,
         Field(description="Fork livekit workers from one process that has imported livekit-agents."),
-    ] = False
+    ] = True
 
 
 class Restart(Section):
