@@ -12,6 +12,7 @@ from typing import Any
 
 from lastcall.supervisor.logs import Text
 from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.plurals import counted
 
 
 def receipt_sentence(receipt: Mapping[str, Any]) -> str:
@@ -34,8 +35,8 @@ def receipt_sentence(receipt: Mapping[str, Any]) -> str:
 def _jobs(jobs: list[dict[str, Any]]) -> str:
     fates = Counter(str(job["fate"]).replace("_", " ") for job in jobs)
     ends = ", ".join(f"{count} {fate}" for fate, count in fates.items())
-    said = "1 job was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
-    return f"{said} running when the stop began{ends and f': {ends}'}"
+    was = "was" if len(jobs) == 1 else "were"
+    return f"{counted(len(jobs), 'job')} {was} running when the stop began{ends and f': {ends}'}"
 
 
 def _forced(receipt: Mapping[str, Any]) -> str:
@@ -45,9 +46,8 @@ def _forced(receipt: Mapping[str, Any]) -> str:
 
 def _started(event: dict[str, Any]) -> str:
     take = event.pop
-    workers = take("workers")
     return (
-        f"lastcall {take('lastcall')} runs {take('target')}: {workers} worker{'' if workers == 1 else 's'},"
+        f"lastcall {take('lastcall')} runs {take('target')}: {counted(take('workers'), 'worker')},"
         f" grace {take('grace'):g} s, pid {take('pid')}, http {take('http')}, control {take('control')}"
         f" (livekit-agents {take('livekit-agents')}, Python {take('python')})"
     )

@@ -164,7 +164,7 @@ SCENARIOS: dict[str, tuple[Mapping[str, Steps], float, Mapping[str, str]]] = {
         }, 12,
         {
             "LastcallLastStopCutJobs/cut": "2 calls of /r.json were cut in the last stop",
-            "LastcallLastStopCutJobs/lost": "1 calls of /r.json were lost in the last stop",
+            "LastcallLastStopCutJobs/lost": "Calls of /r.json that were lost in the last stop: 1",
         },
     ),
     "a stop of long ago cut jobs": ({LAST_CUT: [(2, LONG)], LAST_AT: [(0, 10), (600, LONG)]}, 80, {}),

@@ -71,7 +71,7 @@ def fleet_of(*pids: int, is_stopping: bool = False) -> Any:
     return SimpleNamespace(generations=generations, image_pids=set(), is_stopping=is_stopping)
 
 
-async def looked(footprints: Footprints, at_most_every: float, is_done: Callable[[], bool]) -> None:
+async def looked(footprints: Footprints, at_most_every: float, is_done: Callable[[], object]) -> None:
     """Look until it is so: on a busy machine a look goes on after nobody waits for it any more."""
     async with asyncio.timeout(30):
         await footprints.look(at_most_every)
@@ -80,8 +80,9 @@ async def looked(footprints: Footprints, at_most_every: float, is_done: Callable
 
 
 async def test_a_look_is_taken_as_seldom_as_it_may() -> None:
-    """Figures count for a while; a process that is gone has none, and a stop reads nothing."""
-    footprints = Footprints(fleet_of(os.getpid(), 1 << 22))
+    """Figures count for a while. A new process is looked at, one that is gone is not. A stop reads none."""
+    fleet = fleet_of(os.getpid(), 1 << 22)
+    footprints = Footprints(fleet)
     await looked(footprints, LOOK_EVERY, lambda: footprints.looked_at is not None)
     first = footprints.looked_at
     own = footprints.of((0, 1))
@@ -91,6 +92,9 @@ async def test_a_look_is_taken_as_seldom_as_it_may() -> None:
     assert footprints.looked_at == first
     await looked(footprints, 0.0, lambda: footprints.looked_at != first)
     assert footprints.looked_at > first
+    fleet.image_pids.add(os.getpid())
+    assert footprints.images() == []
+    await looked(footprints, LOOK_EVERY, footprints.images)
     stopping = Footprints(fleet_of(os.getpid(), is_stopping=True))
     await stopping.look(0.0)
     assert stopping.looked_at is None

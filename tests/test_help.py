@@ -77,6 +77,7 @@ def test_help_shows_the_examples() -> None:
         (["rehearse"], 2, ["'TARGET'", "agent.py"]),
         (["run"], 2, ["nothing to run", "lastcall run agent.py"]),
         (["stauts"], 2, ["'stauts'", "lastcall --help"]),
+        (["--show-completion", "ksh"], 2, ["'ksh'", "'bash', 'zsh', 'fish'"]),
         (["demo", "--rate", "1000"], 2, ["--rate: got 1000", "more than 0 and less than 1000"]),
     ],
 )
@@ -98,6 +99,13 @@ def test_an_error_names_the_next_command(
     (line,) = done.stderr.splitlines()
     assert line.startswith("lastcall: ")
     assert [each for each in says if each not in line] == [], line
+
+
+def test_completion_for_a_shell_by_name() -> None:
+    """The script is that of the shell which was asked for, whatever shell asks."""
+    for words in (["--show-completion", "zsh"], ["--show-completion=zsh"]):
+        done = subprocess.run([*LASTCALL, *words], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.startswith("#compdef lastcall\n")
 
 
 async def after_tab(*words: str) -> list[str]:

@@ -61,13 +61,17 @@ def test_compose_file() -> None:
     lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *files)
 
 
+def workflows() -> list[Path]:
+    own = (ROOT / ".github" / "workflows").glob("*.yml")
+    return [*sorted(own), ROOT / "examples" / "ci" / "rehearse.yml"]
+
+
 def test_workflows() -> None:
     """The schemas of the hosting site know every key of workflows and of forms for issues."""
     site = ROOT / ".github"
-    workflows = [*sorted((site / "workflows").glob("*.yml")), ROOT / "examples" / "ci" / "rehearse.yml"]
     forms = [path for path in (site / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
-    assert len(workflows) == 3 and len(forms) == 2
-    lint("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    assert len(workflows()) == 3 and len(forms) == 2
+    lint("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows())
     lint("check-jsonschema", "--builtin-schema", "vendor.github-issue-forms", *forms)
     config = site / "ISSUE_TEMPLATE" / "config.yml"
     lint("check-jsonschema", "--builtin-schema", "vendor.github-issue-config", config)
@@ -77,7 +81,7 @@ def test_actions_are_those_that_were_looked_at() -> None:
     """A tag can be moved to other code, and a commit can't: each action is named by one, with the version."""
     used = [
         line.partition("uses: ")[2]
-        for path in sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+        for path in workflows()
         for line in path.read_text().splitlines()
         if "uses: " in line
     ]

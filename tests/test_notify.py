@@ -215,7 +215,7 @@ async def test_life_of_a_service(run: StartRun, listener: Listener) -> None:
     assert lines.index("READY=1") < lines.index("STOPPING=1")
     (extension, *_) = listener.said("EXTEND_TIMEOUT_USEC=")
     assert 15 < int(extension.partition("=")[2]) / 1e6 <= 20
-    assert "STATUS=running: 1 of 1 workers accept, 0 jobs" in lines
+    assert "STATUS=running: 1 of 1 worker accepting, 0 jobs" in lines
     assert any(line.startswith("STATUS=draining: 0 jobs, ") for line in lines)
     assert not listener.said("WATCHDOG")
 
@@ -271,7 +271,7 @@ async def test_failed_reload_is_in_the_status(run: StartRun, program: Program, l
     program.write("2")
     r.kill(signal.SIGHUP)
     await r.until(lambda: len(listener.said("READY=1")) == 4)
-    await r.until(lambda: listener.said("STATUS=")[-1] == "STATUS=running: 1 of 1 workers accept, 0 jobs")
+    await r.until(lambda: listener.said("STATUS=")[-1] == "STATUS=running: 1 of 1 worker accepting, 0 jobs")
     r.kill()
     assert await r.exit() == 0
 
@@ -284,7 +284,7 @@ async def test_ready_waits_for_every_worker(run: StartRun, listener: Listener) -
     assert len(r.events("registered")) == 2
     job = await r.dispatch(sleep=2)
     await r.job_says(job.job_id, "started")
-    await r.until(lambda: "STATUS=running: 2 of 2 workers accept, 1 job" in listener.lines())
+    await r.until(lambda: "STATUS=running: 2 of 2 workers accepting, 1 job" in listener.lines())
     r.kill()
     assert await r.exit() == 0
     assert listener.said("STATUS=draining: 1 job, ")

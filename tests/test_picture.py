@@ -181,7 +181,7 @@ def test_what_was_not_in_order_is_said() -> None:
         "fault: a bug",
         "no answer to the fence from slot 1, 2: its event loop was blocked",
         "livekit of slot 1: forced",
-        "inworld-pool: closed (3 connections closed)",
+        "inworld-pool: closed (connections closed 3)",
         "all jobs since the start: 10 started, 9 finished, 1 cut",
         "processes: 1 killed, 1 swept, 2 left",
     )

@@ -10,9 +10,12 @@ from pathlib import Path
 import jsonschema
 import yaml
 
+from lastcall.supervisor.fleet.states import SlotState
 from lastcall.supervisor.receipt import Ledger, StopRecord, textfile, write
 from lastcall.supervisor.views.families import POOL
-from tests.support.harness import AGENT, Run, StartRun
+from lastcall.worker.base.wire import Beat, Fenced, Ready
+from tests.support.generations import generation_in
+from tests.support.harness import AGENT, LASTCALL, Run, StartRun
 from tests.support.metrics import Samples, scrape
 from tests.support.program import status, verb
 
@@ -62,21 +65,43 @@ async def test_metrics_say_what_happened(run: StartRun) -> None:
     assert await r.exit() == 0
 
 
-async def test_status_while_it_stops(run: StartRun) -> None:
-    """The document is of its schema in a stop as well, and says why and how long."""
+async def test_status_while_it_stops(run: StartRun, tmp_path: Path) -> None:
+    """The document is of its schema in a stop too, and says why and how long. `drain --wait` follows it."""
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
     job = await r.dispatch("long", mode="hold")
     await r.job_says(job.job_id, "started")
-    r.kill()
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        command = [*LASTCALL, "drain", "--wait", "--control", str(r.control)]
+        verb = await asyncio.create_subprocess_exec(*command, stdout=file)
     await r.until(lambda: r.log("stop draining"))
     document = await status(r)
     jsonschema.validate(document, SCHEMA)
-    assert (document["phase"], document["reason"]) == ("draining", "SIGTERM")
+    assert (document["phase"], document["reason"]) == ("draining", "drain was asked for")
     assert 0 < document["grace_left_s"] <= 60
     assert [j["room"] for s in document["slots"] for j in s["jobs"]] == ["long"]
+    assert document["slots"][0]["rss_bytes"] > 10_000_000, "the fence has no figures, so the last ones stay"
+    await r.until(lambda: re.search(r"^draining: 1 job, \d+ s left$", said.read_text(), re.MULTILINE))
     r.let_go()
     assert await r.exit() == 0
+    assert await asyncio.wait_for(verb.wait(), 15) == 0
+    assert said.read_text().endswith("\nstopped; the receipt says how it went\n")
+
+
+def test_a_figure_that_is_not_known_yet() -> None:
+    """A worker that has registered and not beaten yet has figures of null, and no sample in the metrics."""
+    generation, _log = generation_in(SlotState.READY)
+    view = generation.reports
+    view.take(Ready(worker_id="AW_1", warm=True))
+    assert view.beat is not None and view.beat.registered and not view.beat.accepting
+    assert (view.beat.rss_bytes, view.beat.lag_ms, view.beat.load) == (None, None, None)
+    beat = Beat(lag_ms=1.5, load=0.25, rss_bytes=9_000_000, registered=True, accepting=True, warm=True)
+    view.take(beat)
+    for again in (Ready(worker_id="AW_2", warm=True), Fenced(reason="SIGTERM", at=1.0)):
+        view.take(again)
+        assert not view.beat.accepting
+        assert (view.beat.rss_bytes, view.beat.lag_ms, view.beat.load) == (9_000_000, 1.5, 0.25)
 
 
 async def exported(run: StartRun, directory: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lastcall.supervisor.cli.demo_view import DemoView, next_press, what_next
-from lastcall.supervisor.cli.plain_text import waits_for
+from lastcall.supervisor.cli.plain_text import status_line, waits_for
 from lastcall.supervisor.cli.tables import COLUMNS, status_table
+from lastcall.worker.base.plurals import counted
 
 
 def slot(number: int, *, jobs: int = 0, left: float | None = None, **more: Any) -> dict[str, Any]:
@@ -87,9 +89,21 @@ def test_rows_beyond_the_screen_are_counted(height: int, stop: bool) -> None:
     assert seen + hidden == 12
     if stop:
         calls = sum(line.endswith(" 22") for line in lines)
-        more = next((int(line.split()[1]) for line in lines if line.endswith("calls") and line[0] == "+"), 0)
+        more = next((int(line.split()[1]) for line in lines if re.fullmatch(r"\+ .* calls?", line)), 0)
         assert calls + more == 24
         assert calls or height < 7, "a row for a call comes before a row for a slot"
+
+
+def test_one_of_a_thing_is_singular() -> None:
+    """A count stands with the noun that fits, in a line of plain text and in the table."""
+    assert [counted(n, "process") for n in (0, 1, 2)] == ["0 processes", "1 process", "2 processes"]
+    document = status(slot(0, jobs=1, process_failures=1, process_failure="late"), slot(1))
+    document["totals"]["started"] = 1
+    assert status_line(document).startswith("running: slot 0 ready 1 job, slot 1 ready 0 jobs; 1 started,")
+    pool = {"name": "pool", "state": "ready", "connections": 1, "contexts": 1, "waiters": 0, "clients": 1}
+    text = "\n".join(shown({**document, "companions": [pool]}, 80, 4))
+    parts = ("  1 job, 8 finished", "1 job process did not", "1 connection, 1 context, 0", "1 job connected")
+    assert [part for part in parts if part not in text] == []
 
 
 def test_a_room_can_not_steer_the_terminal() -> None:
@@ -108,6 +122,7 @@ def test_a_verb_says_what_it_waits_for() -> None:
     )
     older = slot(1, state="starting", since_s=3.0)
     assert waits_for(status(older)) == "slot 1 starting (for 3 s)"
+    assert waits_for(status(slot(0, jobs=1, left=5.0))) == "slot 0 draining (1 job, at most 5 s yet)"
     assert waits_for(status(slot(0))) == ""
 
 

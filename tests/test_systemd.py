@@ -80,7 +80,7 @@ async def test_start_waits_and_stop_outlasts_its_timer(machine: Machine) -> None
         assert unit.show("ActiveState") == "activating", unit.journal()
         server.refuse_connections = False
         await unit.until(lambda: unit.show("ActiveState") == "active", START)
-        await unit.until(lambda: unit.show("StatusText") == "running: 1 of 1 workers accept, 0 jobs")
+        await unit.until(lambda: unit.show("StatusText") == "running: 1 of 1 worker accepting, 0 jobs")
         job = await call(unit, server)
         stopping = asyncio.create_task(stop(unit))
         await unit.until(lambda: unit.show("StatusText").startswith("draining: 1 job, "))

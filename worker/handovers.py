@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 from lastcall.worker.base import succession
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.plurals import counted
 from lastcall.worker.base.settings import HandoverSettings
 from lastcall.worker.base.succession import Succession, successor_identity
 from lastcall.worker.base.wire import (
@@ -238,7 +239,7 @@ class Handovers:
         if keeps.lacks:
             return keeps.lacks
         if count >= settings.limit:
-            return f"handed over {count} times already, and handover.limit is {settings.limit}"
+            return f"handed over {counted(count, 'time')} already, and handover.limit is {settings.limit}"
         if not job.presence.is_in_room or job.presence.is_away:
             return "the agent is not in its room"
         if job.successor or job.was_told_to_end or job.is_over or job.has_ended:

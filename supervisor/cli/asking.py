@@ -16,6 +16,7 @@ from lastcall.supervisor.cli.plain_words import Word
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base import variables
+from lastcall.worker.base.plurals import counted
 
 
 def socket_of(control: str) -> Path:
@@ -30,7 +31,9 @@ def socket_of(control: str) -> Path:
 
 def slot_words(given: dict[str, Any]) -> list[Word]:
     """Return the numbers of the slots, with their states."""
-    return [(str(slot["slot"]), f"{slot['state']}, {len(slot['jobs'])} jobs") for slot in _slots(given)]
+    return [
+        (str(slot["slot"]), f"{slot['state']}, {counted(len(slot['jobs']), 'job')}") for slot in _slots(given)
+    ]
 
 
 def job_words(given: dict[str, Any]) -> list[Word]:

@@ -6,6 +6,7 @@ typer is imported here, and where verbs use it themselves. `plain_words` reads m
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, get_args
 
@@ -16,6 +17,9 @@ from lastcall.supervisor.cli.plain_words import SESSION, Argument, Completion, O
 from lastcall.supervisor.errors import UsageError
 
 HELP = "Run LiveKit agent workers so that a stop cuts no call."
+
+# The options that typer adds.
+FOR_COMPLETION = ("--install-completion", "--show-completion")
 
 # Newer versions of typer bundle click, so the class is taken from a name that typer exports.
 CommandLineError: Any = typer.BadParameter.__base__
@@ -73,6 +77,12 @@ def _words_of(completion: Completion) -> Callable[[typer.Context], list[Word]]:
 
 def read(app: typer.Typer, arguments: list[str], session: object) -> int:
     """Run one verb with the session as the object of its context; return its exit code. Raises UsageError."""
+    option, is_long, _ = (arguments[0] if arguments else "").partition("=")
+    is_completion = option in FOR_COMPLETION
+    if is_completion and (is_long or arguments[1:]):
+        # typer would ignore the name of a shell, and use the shell that it runs in. typer takes a name where
+        # it is told to find out none (`get_completion_inspect_parameters` of typer/completion.py).
+        os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
     try:
         result = typer.main.get_command(app).main(
             args=arguments,
@@ -87,6 +97,12 @@ def read(app: typer.Typer, arguments: list[str], session: object) -> int:
         raise UsageError(f"{message}{end} See {where} --help.") from None
     except typer.Abort:
         return 130
+    except OSError as error:
+        if not is_completion:
+            raise
+        raise UsageError(
+            f"{option}: {error.filename}: {error.strerror}; --show-completion prints the script"
+        ) from None
     return int(result or 0)
 
 

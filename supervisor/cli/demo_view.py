@@ -9,6 +9,7 @@ from rich.text import Text
 
 from lastcall.supervisor.cli.plain_text import plain_name, waits_for
 from lastcall.supervisor.cli.tables import stop_ruler
+from lastcall.worker.base.plurals import counted
 
 # By how many Ctrl-C were meant in this stop.
 NEXT_PRESS = (
@@ -61,7 +62,7 @@ class DemoView:
         for slot, job in calls[: self._rows]:
             yield self._bar(slot, job, width, plain=options.ascii_only)
         if len(calls) > self._rows:
-            yield Text(f"+ {len(calls) - self._rows} more calls", style="dim")
+            yield Text(f"+ {counted(len(calls) - self._rows, 'more call')}", style="dim")
         if not calls:
             waits = waits_for(document)
             yield Text(f"waits for {waits}" if waits else "no call runs", style="dim")

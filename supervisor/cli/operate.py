@@ -15,6 +15,7 @@ from lastcall.supervisor.cli.plain_text import waits_for
 from lastcall.supervisor.cli.plain_words import Argument, Option
 from lastcall.supervisor.errors import NotRunning, Refused
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.base.plurals import counted
 
 if TYPE_CHECKING:
     import typer
@@ -110,13 +111,18 @@ def _watch(path: Path, as_json: bool) -> None:
         console.print("the supervisor has ended")
 
 
-def _drain(control: Control = "auto", wait: Wait = False) -> None:
+def _drain(
+    control: Control = "auto",
+    wait: Annotated[
+        bool, Option(("--wait",), help="Return when it is over; the receipt says how it went.")
+    ] = False,
+) -> None:
     """Stop: as SIGTERM does."""
     path = socket_of(control)
     control_socket.ask(path, "drain")
     if not wait:
         return
-    said, say_again_at = -1, 0.0
+    said, say_again_at = "", 0.0
     while True:
         try:
             document = control_socket.ask(path, "status")
@@ -124,10 +130,10 @@ def _drain(control: Control = "auto", wait: Wait = False) -> None:
             print("stopped; the receipt says how it went")
             return
         jobs = sum(len(slot["jobs"]) for slot in document["slots"])
-        if jobs != said or time.monotonic() >= say_again_at:
-            said, say_again_at = jobs, time.monotonic() + SAY_AGAIN_EVERY
-            left = document["grace_left_s"] or 0
-            print(f"{document['phase']}: {jobs} jobs, {left:.0f} s left", flush=True)
+        text = f"{document['phase']}: {counted(jobs, 'job')}"
+        if text != said or time.monotonic() >= say_again_at:
+            said, say_again_at = text, time.monotonic() + SAY_AGAIN_EVERY
+            print(f"{text}, {document['grace_left_s'] or 0:.0f} s left", flush=True)
         time.sleep(POLL_INTERVAL)
 
 

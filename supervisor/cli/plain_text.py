@@ -7,13 +7,16 @@ import sys
 from typing import Any
 
 from lastcall.supervisor.processes.line_breaks import broken
+from lastcall.worker.base.plurals import counted
 
 SELDOM = ("ended_by_server", "handed_over")
 
 
 def status_line(document: dict[str, Any]) -> str:
     """Return the phase, each slot, and how many jobs there were."""
-    slots = ", ".join(f"slot {s['slot']} {s['state']} {len(s['jobs'])} jobs" for s in document["slots"])
+    slots = ", ".join(
+        f"slot {s['slot']} {s['state']} {counted(len(s['jobs']), 'job')}" for s in document["slots"]
+    )
     return f"{document['phase']}: {slots}; {totals_text(document)}"
 
 
@@ -23,8 +26,8 @@ def waits_for(document: dict[str, Any]) -> str:
     for slot in document["slots"]:
         left = slot["drain_left_s"]
         if left is not None:
-            jobs = len(slot["jobs"])
-            waits.append(f"slot {slot['slot']} {slot['state']} ({jobs} jobs, at most {left:.0f} s yet)")
+            jobs = counted(len(slot["jobs"]), "job")
+            waits.append(f"slot {slot['slot']} {slot['state']} ({jobs}, at most {left:.0f} s yet)")
         elif slot["state"] == "starting":
             due = slot.get("start_left_s")  # a supervisor of another version may not say it
             yet = "" if due is None else f", at most {due:.0f} s yet"

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lastcall.supervisor.cli.plain_text import plain_name
+from lastcall.worker.base.plurals import counted
 
 STATE_COLOURS = {
     "ready": "green",
@@ -66,11 +67,11 @@ class StatusView:
             yield _slots(slots[:shown_slots], width)
         if hidden := slots[shown_slots:]:
             jobs = sum(len(slot["jobs"]) for slot in hidden)
-            yield Text(f"{_more(shown_slots, len(hidden), 'slots')} with {jobs} jobs", style="dim")
+            yield Text(f"{_more(shown_slots, len(hidden), 'slot')} with {counted(jobs, 'job')}", style="dim")
         if shown_calls:
             yield _call_table(calls[:shown_calls], width)
         if shown_calls < len(calls):
-            yield Text(_more(shown_calls, len(calls) - shown_calls, "calls"), style="dim")
+            yield Text(_more(shown_calls, len(calls) - shown_calls, "call"), style="dim")
         yield from tail
 
 
@@ -123,7 +124,7 @@ def _fitting(rows: int, slots: int, calls: int) -> tuple[int, int]:
 
 def _more(shown: int, hidden: int, what: str) -> str:
     """Return the count of the rows that are not shown."""
-    return f"+ {hidden} more {what}" if shown else f"+ {hidden} {what}"
+    return f"+ {counted(hidden, f'more {what}' if shown else what)}"
 
 
 def _calls(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -200,8 +201,9 @@ def _companion_line(companion: dict[str, Any]) -> Text:
     line = Text.assemble(f"{companion['name']}  ", (state, STATE_COLOURS.get(state, "")))
     if "connections" in companion:
         line.append(
-            f"  {companion['connections']} connections, {companion['contexts']} contexts,"
-            f" {companion['waiters']} waiting, {companion['clients']} jobs connected"
+            f"  {counted(companion['connections'], 'connection')},"
+            f" {counted(companion['contexts'], 'context')}, {companion['waiters']} waiting,"
+            f" {counted(companion['clients'], 'job')} connected"
         )
     return line
 
@@ -210,7 +212,7 @@ def _headline(document: dict[str, Any]) -> Text:
     totals = document["totals"]
     line = Text.assemble(
         ("lastcall ", "bold"), f"pid {document['pid']}  ", (document["phase"], "bold"),
-        f"  {totals['started']} jobs, {totals['finished']} finished, {totals['failed']} failed,",
+        f"  {counted(totals['started'], 'job')}, {totals['finished']} finished, {totals['failed']} failed,",
         f" {totals['cut']} cut, {totals['lost']} lost",
     )  # fmt: skip
     if memory := document.get("memory"):
@@ -224,7 +226,9 @@ def _headline(document: dict[str, Any]) -> Text:
         line.append(f"\nno worker has taken a job for {full['since_s']:.0f} s ({why})", "yellow")
     for slot in document["slots"]:
         if slot["process_failures"]:
-            failed = f"slot {slot['slot']}: {slot['process_failures']} job processes did not get ready"
+            failed = (
+                f"slot {slot['slot']}: {counted(slot['process_failures'], 'job process')} did not get ready"
+            )
             line.append(f"\n{failed}, the last: {slot['process_failure']}", "yellow")
     if document["reason"]:
         line.append(f"\nstopping ({document['reason']}), {document['grace_left_s']:.0f} s left", "yellow")

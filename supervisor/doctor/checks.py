@@ -12,6 +12,7 @@ from lastcall.supervisor.config import calls
 from lastcall.supervisor.deploy.service import KILL_MARGIN, Timers, seconds
 from lastcall.supervisor.doctor.facts import Facts, Finding, Severity
 from lastcall.worker.base import variables
+from lastcall.worker.base.plurals import counted
 
 Check = Callable[[Facts], Finding | None]
 
@@ -318,7 +319,7 @@ def shield(facts: Facts) -> Finding:
     if not trial.looked_at:
         why = "no process was warm for a job, so none could be looked at"
         return Finding(check="shield", verdict="warn", why=why, do="lastcall rehearse TARGET looks at jobs")
-    why = f"{trial.looked_at} processes of a worker looked at: SIGTERM and SIGINT end none of them"
+    why = f"{counted(trial.looked_at, 'process')} of a worker looked at: SIGTERM and SIGINT end none of them"
     return Finding(check="shield", verdict="ok", why=why)
 
 

@@ -29,6 +29,7 @@ from lastcall.supervisor.doctor.trial import look
 from lastcall.supervisor.errors import ConfigError, NotRunning, Refused, UsageError
 from lastcall.supervisor.rehearsal.stage import Tell, tell_nobody
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.base.plurals import counted
 
 try:
     from lastcall.supervisor.doctor.probe import TIMEOUT as ANSWER_TIMEOUT
@@ -275,10 +276,8 @@ def _status(config: Config) -> dict[str, Any]:
 def _process_failures(status: Mapping[str, Any]) -> Iterator[str]:
     for slot in status.get("slots", ()):
         if slot.get("process_failures"):  # an older supervisor does not say
-            yield (
-                f"{slot['process_failures']} job processes of slot {slot['slot']} did not get ready,"
-                f" the last: {slot['process_failure']}"
-            )
+            failed = counted(slot["process_failures"], "job process")
+            yield f"{failed} of slot {slot['slot']} did not get ready, the last: {slot['process_failure']}"
 
 
 def _image_limits(status: Mapping[str, Any]) -> Iterator[str]:

@@ -3,8 +3,8 @@
 Resident memory counts a page in each process that has it, so the workers of one image seem to need many times
 what they do. Here a shared page counts in parts (PSS), or not at all (private). The kernel walks the page
 tables of a process for that, and the process waits meanwhile when it changes them. So a look is taken only
-when somebody asks, at most every few seconds, and never in a stop. It is taken in a thread: a process that
-hangs in the kernel may keep the look from its end, and then the last figures stay.
+when somebody asks, at most every few seconds unless a process is new, and never in a stop. It is taken in a
+thread: a process that hangs in the kernel may keep the look from its end, and then the last figures stay.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from lastcall.supervisor.fleet.fleet import Fleet
 from lastcall.worker.base import memory
@@ -51,6 +51,7 @@ class Footprints:
         self.total_pss = 0
         self._fleet = fleet
         self._found: dict[Key, Footprint] = {}
+        self._looked_for: Set[Key] = frozenset()
         self._looking: asyncio.Future[None] | None = None
 
     def of(self, key: Key | None) -> Footprint | None:
@@ -71,9 +72,12 @@ class Footprints:
             await asyncio.sleep(LOOK_EVERY)
 
     async def look(self, at_most_every: float) -> None:
-        """Have figures that are no older than so many seconds, as far as that can be had in time."""
+        """Have figures that are no older than so many seconds, as far as that can be had in time.
+
+        A process that has started since the last look is looked at for its first figures.
+        """
         is_fresh = self.looked_at is not None and now() - self.looked_at < at_most_every
-        if is_fresh or self._fleet.is_stopping:
+        if self._fleet.is_stopping or (is_fresh and self._wanted().keys() <= self._looked_for):
             return
         if self._looking is None or self._looking.done():
             self._looking = self._begin()
@@ -81,16 +85,21 @@ class Footprints:
             async with asyncio.timeout(LOOK_WITHIN):
                 await asyncio.shield(self._looking)
 
-    def _begin(self) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+    def _wanted(self) -> dict[Key, int]:
+        """Return the pids of the processes to look at, with their keys."""
         wanted: dict[Key, int] = {
             (each.slot, each.number): each.pid for each in self._fleet.generations if each.pid is not None
         }
-        wanted |= {pid: pid for pid in self._fleet.image_pids}
+        return wanted | {pid: pid for pid in self._fleet.image_pids}
+
+    def _begin(self) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        wanted = self._wanted()
 
         def adopt(found: dict[Key, Footprint], total: int) -> None:
             self._found, self.total_pss, self.looked_at = found, total, now()
+            self._looked_for = wanted.keys()
             for each in self._fleet.generations:
                 seen = found.get((each.slot, each.number))
                 each.private_bytes = None if seen is None else seen.own_private

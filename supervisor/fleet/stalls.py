@@ -20,6 +20,7 @@ from lastcall.supervisor.fleet.slot import Slot
 from lastcall.supervisor.fleet.states import SlotEvent, SlotState
 from lastcall.supervisor.processes import descendants
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.plurals import counted
 
 # Seconds before a recycle that did not come about is tried again. Ours: a worker needs some to start.
 RECYCLE_AGAIN_AFTER = 60.0
@@ -160,7 +161,7 @@ def why_recycle(limits: Recycle, generation: Generation, age_factor: float = 1.0
     if limits.max_age and now() - generation.ready_at >= limits.max_age * age_factor:
         return f"recycle: older than {limits.max_age:g} s"
     if limits.max_jobs and generation.reports.jobs_started >= limits.max_jobs:
-        return f"recycle: {generation.reports.jobs_started} jobs"
+        return f"recycle: {counted(generation.reports.jobs_started, 'job')}"
     # Private memory: resident memory has the pages of the image, and PSS grows when another worker ends.
     private = generation.private_bytes or 0
     if limits.max_rss_mb and private >= limits.max_rss_mb * 1_000_000:

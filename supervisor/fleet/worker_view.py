@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, assert_never
 
 from lastcall.supervisor.receipt import EntryFate, JobEntry, Ledger, ResourceEntry, StopRecord
@@ -36,12 +37,15 @@ from lastcall.worker.base.wire import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastBeat:
-    """The last sign of life of a worker, and when the supervisor read it."""
+    """The last sign of life of a worker, and when the supervisor read it.
+
+    A figure is None until the worker has told it.
+    """
 
     at: float
-    lag_ms: float = 0.0
-    load: float = 0.0
-    rss_bytes: int = 0
+    lag_ms: float | None = None
+    load: float | None = None
+    rss_bytes: int | None = None
     registered: bool = False
     accepting: bool = False
     warm: bool = False
@@ -87,7 +91,7 @@ class WorkerView:
                 self.worker_id = message.worker_id
                 # The beat that follows at once says whether the worker accepts: a candidate is on hold. An
                 # old worker that went too early would leave a moment in which nobody takes an offer.
-                self.beat = LastBeat(at=now(), registered=True, accepting=False, warm=message.warm)
+                self._shows_life(registered=True, accepting=False, warm=message.warm, full="")
             case Beat():
                 self.beat = LastBeat(
                     at=now(),
@@ -122,7 +126,7 @@ class WorkerView:
                 self.fenced_at = at
                 self.fence_reason = reason
                 if self.beat is not None:
-                    self.beat = LastBeat(at=now(), registered=self.beat.registered, warm=self.beat.warm)
+                    self._shows_life(accepting=False, full="")
             case Drained():
                 self.is_drained = True
             case Resource(name=name, fate=fate, counts=counts):
@@ -141,6 +145,10 @@ class WorkerView:
                 self.is_config_error = message.exit == Exit.CONFIG
             case _:
                 assert_never(message)
+
+    def _shows_life(self, **changes: Any) -> None:
+        """Note a sign of life that has no figures: those of the last beat stay."""
+        self.beat = replace(self.beat or LastBeat(at=0.0), at=now(), **changes)
 
     def _start(self, job: JobStarted) -> None:
         entry = JobEntry(

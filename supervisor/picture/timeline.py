@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 from lastcall.supervisor.picture.reading import SeenJob, SeenReceipt
+from lastcall.worker.base.plurals import counted
 
 # A deadline far behind the end would leave no room for the stop. Ours: a stop of 5 s with an hour of grace is
 # drawn over 5 s, one that has used half of its time is drawn over all of it.
@@ -108,8 +109,7 @@ def lay_out(receipt: SeenReceipt) -> Timeline:
         marks.append(Mark(at=drain_by, text=AT_DEADLINE, is_deadline=True))
     asked = [job.asked_after for job in receipt.jobs if job.asked_after is not None]
     if asked:
-        jobs = "1 job" if len(asked) == 1 else f"{len(asked)} jobs"
-        marks.append(Mark(at=min(asked), text=f"{jobs} asked to shut down"))
+        marks.append(Mark(at=min(asked), text=f"{counted(len(asked), 'job')} asked to shut down"))
     return Timeline(
         receipt=receipt,
         length=length,
@@ -179,7 +179,7 @@ def _facts(receipt: SeenReceipt, length: float) -> list[str]:
         lines.append(f"no answer to the fence from slot {slots}: its event loop was blocked")
     for resource in receipt.resources:
         counts = ", ".join(
-            f"{n} {what.replace('_', ' ')} {fate}"
+            f"{what.replace('_', ' ')} {fate} {n}"
             for what, fates in resource.counts.items()
             for fate, n in fates.items()
         )

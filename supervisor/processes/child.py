@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lastcall.supervisor.errors import ConfigError, SpawnError
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
+from lastcall.worker.base.plurals import counted
 
 # Above every number that a child is given, so that no dup2 in the child overwrites one still needed. Ours:
 # children are given less than ten.
@@ -39,7 +40,7 @@ def check_open_files(workers: int) -> None:
     needed = HIGH_FD + FDS_TO_SPARE + FDS_OF_A_WORKER * workers
     if resource.RLIM_INFINITY != limit < needed:
         raise ConfigError(
-            f"the limit of open files is {limit}, and {workers} workers need {needed};"
+            f"the limit of open files is {limit}, expected {needed} for {counted(workers, 'worker')};"
             " raise it: ulimit -n, or LimitNOFILE= of the unit"
         )
 

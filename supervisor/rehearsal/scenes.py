@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.plurals import counted
 
 # Seconds that each job of a scene goes on after the stop began. Ours: longer than a stop takes to reach
 # everything.
@@ -138,14 +139,14 @@ def judge(scene: Scene, seen: Seen) -> tuple[list[str], list[str]]:
     problems += [f"job {job}: {what}" for job, what in told if what]
     problems += [f"job {job}: accepted after the stop had begun" for job in seen.late]
     if seen.left:
-        problems.append(f"{len(seen.left)} processes left: {', '.join(map(str, seen.left))}")
+        problems.append(f"{counted(len(seen.left), 'process')} left: {', '.join(map(str, seen.left))}")
     warnings = [
         f"the entrypoint failed in the local room, no fault of a stop: {text}" for text in seen.failures
     ]
     if scene.needs_room and seen.joined < len(seen.ends):
         warnings.append(
-            f"{len(seen.ends) - seen.joined} of {len(seen.ends)} agents had not joined their rooms, and the"
-            " scene shows nothing of them"
+            f"{len(seen.ends) - seen.joined} of {counted(len(seen.ends), 'agent')} had not joined a room, and"
+            " the scene shows nothing of that"
         )
     warnings += [
         f"job {each['id']}: the call ended well, but {_how_its_process_ended(each['process'])}"

@@ -26,6 +26,7 @@ from lastcall.supervisor.processes import socket_directory
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.base import target_form, variables
 from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.plurals import counted
 from lastcall.worker.base.settings import Rehearsal, WorkerSettings
 from lastcall.worker.base.wire import MAX_LINE_BYTES, OF_REHEARSED_JOB, EntrypointBegan, RehearsedJobSays
 
@@ -226,19 +227,19 @@ class Stage:
             if len(self.seen("assigned")) < count and not outstanding:
                 number += 1
                 self.dispatch(f"rehearsal-{number}")
-            self._tell(f"waits for {count} jobs to run", deadline)
+            self._tell(f"waits for {counted(count, 'job')} to run", deadline)
             self._pump(0.2)
             if time.monotonic() > deadline:
                 ended = {e["kind"].removeprefix("dispatch_") for e in self.events if "dispatch_" in e["kind"]}
                 raise StageError(
-                    f"only {len(self.running())} of {count} jobs ran within {timeout:.0f} s"
+                    f"only {len(self.running())} of {counted(count, 'job')} ran within {timeout:.0f} s"
                     f" (dispatches: {', '.join(sorted(ended)) or 'unanswered'}): its request_fnc refuses, or"
                     " its job processes do not come up"
                 )
 
         due = time.monotonic() + ENTRYPOINTS_BEGIN_WITHIN
         while self._begun() < count and time.monotonic() < due:
-            self._tell(f"waits for the entrypoints of {count} jobs", due)
+            self._tell(f"waits for {counted(count, 'entrypoint')} to begin", due)
             self._pump(LOOK_EVERY)
 
     def signal(self, number: signal.Signals, *, group: bool = False, everybody: bool = False) -> None:

@@ -61,9 +61,11 @@ class Collector:
             for generation in generations
             if (beat := generation.reports.beat) is not None and generation.is_alive
         ]
-        yield families.LAG.by((label, beat.lag_ms / 1000) for label, beat in alive)
+        yield families.LAG.by((label, beat.lag_ms / 1000) for label, beat in alive if beat.lag_ms is not None)
         yield families.LAST_BEAT.by((label, max(0.0, now() - beat.at)) for label, beat in alive)
-        yield families.WORKER_MEMORY.by((label, beat.rss_bytes) for label, beat in alive)
+        yield families.WORKER_MEMORY.by(
+            (label, beat.rss_bytes) for label, beat in alive if beat.rss_bytes is not None
+        )
         yield from self._memory()
         yield families.ACCEPTING.of(sum(generation.accepts for generation in generations))
         yield families.WANTED.of(self._status.operations.wanted)

@@ -13,6 +13,7 @@ from lastcall.supervisor.fleet.states import SlotState
 from lastcall.supervisor.shutdown import Shutdown
 from lastcall.supervisor.views.sd_notify import Notifications, NotifySocket, Snapshot
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.plurals import counted
 
 # Characters of a STATUS that are for the reason of a failed reload. Ours: `systemctl status` shows one line.
 MAX_REASON = 200
@@ -85,15 +86,15 @@ class Announcer:
         fleet, stop, phase = self._fleet, self._shutdown.stop, self._shutdown.phase
         jobs, accepting = len(fleet.ledger.running), sum(slot.accepts for slot in fleet.slots)
         settled = not any(slot.state in _COMING_UP and not slot.restarts for slot in fleet.slots)
-        counted = f"{jobs} job{'' if jobs == 1 else 's'}"
         if stop is None:
-            text = f"{phase.text}: {accepting} of {len(fleet.slots)} workers accept, {counted}"
+            workers = counted(len(fleet.slots), "worker")
+            text = f"{phase.text}: {accepting} of {workers} accepting, {counted(jobs, 'job')}"
             if fleet.full_time.reasons:
                 text += f"; full: {', '.join(fleet.full_time.reasons)}"
             if self._failing:
                 text += f"; reload failing since {self._failing_since}: {self._failing}"
         else:
-            text = f"{phase.text}: {counted}"
+            text = f"{phase.text}: {counted(jobs, 'job')}"
         return Snapshot(
             # Once said it stays said: a worker that reconnects later is no second start.
             is_ready=self._told.is_ready or (fleet.works and settled),
