@@ -58,7 +58,7 @@ def running(
     if mode == STOCK:
         commands = [[sys.executable, agent, "start"]] * workers
     else:
-        # A worker that was ready for a second counts as stable, so that the failure after it is retried at once.
+        # A worker that was ready for a second is stable: the failure after it is retried at once.
         config = f"[start]\nimage = {'true' if mode == IMAGE else 'false'}\n[restart]\nperiod = 1\n"
         commands = [supervised("-w", str(workers), agent, directory=directory, config=config)]
     # Without compiled modules each start would compile lastcall, and pip has compiled livekit-agents.
