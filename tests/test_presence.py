@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from livekit.rtc import EventEmitter
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.wire import JobCut
+from lastcall.worker.job import room_watch
 from lastcall.worker.jobs import Job, Jobs
 from lastcall.worker.presence import AWAY, JOINS, RECONNECTED, STAYS, Presence
 from lastcall.worker.terminations import Terminations
@@ -163,3 +165,34 @@ async def test_which_jobs_the_steps_are_taken_with() -> None:
     assert not running.done() and not dead.was_killed
     running.cancel()
     await asyncio.wait([running])
+
+
+@pytest.mark.parametrize("emits", [True, False])
+async def test_a_room_that_the_job_leaves(*, emits: bool) -> None:
+    """It is told once that a job leaves by itself, also where the room has no event for it."""
+    room = LeftRoom(emits)
+    told: list[tuple[str, int]] = []
+    room_watch.watch(room, lambda what, reason, _agent: told.append((what, reason)))
+    for _ in range(2):
+        await room.connect()
+        await room.disconnect()
+        await room.disconnect()
+    assert told == [("joined", 0), ("left", room_watch.CLIENT_INITIATED)] * 2
+
+
+class LeftRoom(EventEmitter[str]):  # type: ignore[misc]  # livekit.rtc is not type-checked
+    """As `rtc.Room.disconnect`, whose last look at the state of the connection may keep the event back."""
+
+    def __init__(self, emits: bool) -> None:
+        super().__init__()
+        self.emits = emits
+        self.is_connected = False
+        self.local_participant = SimpleNamespace(sid="PA_1", identity="agent")
+
+    async def connect(self) -> None:
+        self.is_connected = True
+
+    async def disconnect(self) -> None:
+        if self.is_connected and self.emits:
+            self.emit("disconnected", room_watch.CLIENT_INITIATED)
+        self.is_connected = False

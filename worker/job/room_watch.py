@@ -20,6 +20,9 @@ from lastcall.worker.job import call
 
 log = logging.getLogger("lastcall")
 
+# livekit.DisconnectReason of a room that the job itself has left.
+CLIENT_INITIATED = 1
+
 Tell = Callable[[str, What, int, str], None]
 
 # By the JobProcess of livekit-agents, of which each job has one. The entrypoint can't have it: it is pickled.
@@ -62,19 +65,38 @@ class WatchedEntrypoint:
 
 def watch(room: Any, tell: Callable[[What, int, str], None]) -> None:
     """Tell of each join, reconnection and end of a room."""
+    is_in = False
 
     def agent() -> str:
         return f"{room.local_participant.sid} {room.local_participant.identity}"
 
-    connect = room.connect
+    def left(reason: int) -> None:
+        nonlocal is_in
+        is_in = False
+        tell("left", reason, "")
+
+    connect, disconnect = room.connect, room.disconnect
 
     @functools.wraps(connect)
     async def connected(*arguments: Any, **options: Any) -> Any:
+        nonlocal is_in
         result = await connect(*arguments, **options)
+        is_in = True
         tell("joined", 0, agent())
         return result
 
+    @functools.wraps(disconnect)
+    async def disconnected(*arguments: Any, **options: Any) -> Any:
+        result = await disconnect(*arguments, **options)
+        # livekit 1.1.21 emits no `disconnected` where the state of the connection has changed and the room's
+        # last event has come before it (rtc/room.py, line 713). Without this the job seems to stay, and is
+        # asked to shut down in the middle of its work after the call.
+        if is_in:
+            left(CLIENT_INITIATED)
+        return result
+
     room.connect = connected  # the room has no event for this
+    room.disconnect = disconnected
     room.on("reconnecting", lambda: tell("reconnecting", 0, ""))
     room.on("reconnected", lambda: tell("reconnected", 0, agent()))
-    room.on("disconnected", lambda reason=0, *_: tell("left", int(reason or 0), ""))
+    room.on("disconnected", lambda reason=0, *_: left(int(reason or 0)))
