@@ -163,7 +163,7 @@ SCENARIOS: dict[str, tuple[Mapping[str, Steps], float, Mapping[str, str]]] = {
             LAST_AT: [(0, 10), (600, LONG)],
         }, 12,
         {
-            "LastcallLastStopCutJobs/cut": "2 calls of /r.json were cut in the last stop",
+            "LastcallLastStopCutJobs/cut": "Calls of /r.json that were cut in the last stop: 2",
             "LastcallLastStopCutJobs/lost": "Calls of /r.json that were lost in the last stop: 1",
         },
     ),

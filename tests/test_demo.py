@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
+from typing import Any
 
 import pytest
 
-from tests.support.harness import Run, StartRun
+from tests.support.harness import SAMPLE, Run, StartRun
 from tests.support.proxy import DEAD
 from tests.support.terminal import Terminal
 
@@ -33,6 +35,16 @@ async def test_plain_lines(run: StartRun) -> None:
     assert "Traceback" not in r.logs()
     assert re.search(r"^  lastcall dev agent.py  ", text, re.MULTILINE)
     await r.nothing_left()
+
+
+def test_the_load_of_the_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent of the demo tells the server a load of 0. To a load of 1 the server would offer no job."""
+    given: list[Any] = []
+    monkeypatch.setattr("livekit.agents.cli.run_app", given.append)
+    runpy.run_path(SAMPLE, run_name="__main__")
+    (options,) = given
+    assert options.load_fnc() == 0.0
+    assert options.load_threshold == float("inf")
 
 
 async def test_ctrl_c_on_a_terminal(run: StartRun, terminal: Terminal) -> None:

@@ -67,11 +67,33 @@ async def test_unreachable_livekit_server(run: StartRun) -> None:
     await r.nothing_left()
 
 
+OWN_RUN = """
+from livekit.agents import AgentServer
+
+class Server(AgentServer):
+    async def run(self, **options):
+        await super().run(**options)
+
+server = Server()
+
+@server.rtc_session()
+async def entrypoint(ctx):
+    pass
+"""
+
+
 @pytest.mark.core
-async def test_no_livekit_url(run: StartRun) -> None:
-    """No start could succeed: exit 78 at the first load, and one line with what is missing and what to do."""
+@pytest.mark.parametrize("own_run", [False, True])
+async def test_no_livekit_url(run: StartRun, tmp_path: Path, *, own_run: bool) -> None:
+    """No start could succeed: exit 78 at the first one, and one line with what is missing and what to do.
+
+    A class that overrides `run` may find a server there, so that is let run first.
+    """
+    agent = tmp_path / "own_run.py"
+    agent.write_text(OWN_RUN)
+    target = f"{agent}:server" if own_run else AGENT
     empty = {"LIVEKIT_URL": "", "LIVEKIT_API_KEY": "", "LIVEKIT_API_SECRET": ""}
-    r: Run = await run("run", "--grace", "30", AGENT, livekit=False, environment=empty)
+    r: Run = await run("run", "--grace", "30", target, livekit=False, environment=empty)
     assert await r.exit(30) == 78
     said = [line for line in r.err.read_text().splitlines() if line.startswith("lastcall: ")]
     assert len(said) == 1, r.logs()

@@ -93,6 +93,7 @@ def _host(
         # Not by the host: its import needs names that may be missing.
         return _fault(_control(settings), Exit.CONFIG, error, "")
     from lastcall.worker.host import Host
+    from lastcall.worker.sdk import agent_server
 
     host = Host(settings, stopping, changed)
     try:
@@ -107,6 +108,10 @@ def _host(
     code = runner.run(host.run())
     if host.engine is not None and host.engine.error is not None:
         failure = host.engine.error
+        try:
+            loading.check_server_is_known(target, agent_server.missing_of_run(host.engine.server, failure))
+        except TargetError as error:
+            return _fault(host.control, Exit.CONFIG, error, error.traceback)
         code = Exit.CONFIG if isinstance(failure, Incompatible) else code
         return _fault(host.control, code, failure, loading.users_traceback(failure))
     return code

@@ -226,7 +226,7 @@ def check_server_url(text: str, url: str) -> None:
 
 
 def check_server_is_known(text: str, missing: list[str]) -> None:
-    """Refuse a server object without a URL or a key, with which livekit-agents would end at each start.
+    """Refuse a server object without a URL or a key, with which livekit-agents ends at each start.
 
     `missing` are the variables that would have given them. Raises TargetError.
     """

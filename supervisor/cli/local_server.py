@@ -46,8 +46,13 @@ async def local_server(module: str, arguments: Sequence[str]) -> AsyncIterator[L
     )
     assert process.stdin is not None and process.stdout is not None
     try:
-        async with asyncio.timeout(START_TIMEOUT):
-            line = await asyncio.to_thread(process.stdout.readline)
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                line = await asyncio.to_thread(process.stdout.readline)
+        except TimeoutError:
+            raise SupervisorError(
+                f"{module} did not start within {START_TIMEOUT:g} s: the machine is busy, try again"
+            ) from None
         if not line:
             raise SupervisorError(f"{module} did not start; its own message is above")
         yield LocalServer(pid=process.pid, where=json.loads(line))

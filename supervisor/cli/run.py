@@ -144,7 +144,10 @@ def _demo(
     workers: Annotated[int, Option(("--workers", "-w"), "N", "Workers to run.")] = 2,
     rate: Annotated[float, Option((), "N", "Dispatches a second.")] = 1.0,
 ) -> None:
-    """Show it: local servers, a sample agent, calls flowing. Ctrl-C shows the whole stop."""
+    """Show it: local servers, a sample agent, calls flowing. Ctrl-C shows the whole stop.
+
+    The agent takes calls whatever the load of the machine is; a stock one would take none at a high load.
+    """
     from lastcall.supervisor.cli.demo import demo
 
     assert session.inbox is not None

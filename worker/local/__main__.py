@@ -1,7 +1,7 @@
 """`python -m lastcall.worker.local`: the local LiveKit server, with a stream of dispatches if wanted.
 
-It prints one JSON line when it serves, {"url", "environment"}, then one line per dispatch that found no
-worker; it ends on SIGTERM, SIGINT, or the end of its standard input.
+It prints one JSON line when it serves, {"url", "environment"}. It ends on SIGTERM, SIGINT, or the end of its
+standard input.
 """
 
 from __future__ import annotations

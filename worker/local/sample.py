@@ -73,5 +73,10 @@ def _failed(result: dict[str, Any]) -> bool:
     return bool(result.get("status", {}).get("code", 0))
 
 
+def no_load() -> float:
+    """Return a load of 0. The server offers no job to a worker with a load of 1, as on a busy machine."""
+    return 0.0
+
+
 if __name__ == "__main__":
-    cli.run_app(WorkerOptions(entrypoint_fnc=entrypoint, load_threshold=float("inf")))
+    cli.run_app(WorkerOptions(entrypoint_fnc=entrypoint, load_fnc=no_load, load_threshold=float("inf")))

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import signal
+import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal, NoReturn
 
@@ -112,8 +113,21 @@ def missing_of(server: AgentServer) -> list[str]:
     The constructor has read the environment, so nothing that the agent sets is left out. A class that
     overrides `run` may set a URL there, so the list of its servers is empty.
     """
-    if type(server).run is not AgentServer.run:
-        return []
+    return _missing(server) if type(server).run is AgentServer.run else []
+
+
+def missing_of_run(server: AgentServer, error: BaseException) -> list[str]:
+    """Return the variables for the lack of which a `run()` has ended with the error; else an empty list.
+
+    A class that overrides `run` had its turn when the `run` of livekit-agents refuses. An error of the class
+    itself is none of these: a lookup of the URL may succeed at the next start.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    is_theirs = frames != [] and frames[-1].name == "run" and IN_LIVEKIT_AGENTS in frames[-1].filename
+    return _missing(server) if is_theirs else []
+
+
+def _missing(server: AgentServer) -> list[str]:
     return [variable for name, variable in NEEDED.items() if not getattr(server, name, "not known")]
 
 
