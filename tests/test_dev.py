@@ -188,14 +188,6 @@ async def test_what_can_not_be_watched_and_what_is_asked_for(run: StartRun, tmp_
     await r.nothing_left()
 
 
-async def test_wrong_target_is_one_line(run: StartRun, tmp_path: Path) -> None:
-    """With the exit code of a wrong target, as `run` has it."""
-    r = await start_without_terminal(run, tmp_path, "missing.py", environment=JSON)
-    assert await r.exit(40) == 78
-    assert "Traceback" not in r.err.read_text()
-    assert r.err.read_text().splitlines()[-1].startswith("lastcall: no file 'missing.py'")
-
-
 async def test_work_beside_that_fails_is_one_line() -> None:
     """The supervisor runs to its end, and an error of the supervisor comes through as it is."""
     lines: list[tuple[str, dict[str, Any]]] = []

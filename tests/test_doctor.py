@@ -16,6 +16,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from lastcall.supervisor.config import Config
 from lastcall.supervisor.doctor import checks, gather, probe, report
 from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Name, ShutdownTarget, Trial, Unit
 from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
@@ -507,8 +508,9 @@ def test_surroundings_are_real(tmp_path: Path) -> None:
     assert findings["kill timer"].verdict == "fail" and "600 s" in findings["kill timer"].why
     assert findings["shield"].verdict == "warn"
     for control in (__file__, f"/tmp/{'x' * 110}"):
-        _, findings = doctor("--http", "off", "--control", control, cwd=tmp_path)
-        assert findings["places"].verdict == "fail" and "control: /" in findings["places"].why
+        config = Config(control=control, receipt=str(tmp_path / "receipt.json"))
+        (problem,) = gather._place_problems(config)
+        assert problem.startswith(f"control: {control} ")
 
 
 def test_wrong_configuration_is_a_finding(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.harness import AGENT, Run, StartRun
+from tests.support.program import Program, ups
 
 # Puts a fault into one place of the supervisor, then runs it as ever.
 SABOTAGE = """
@@ -34,43 +35,62 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-async def test_fault_beside_the_workers(run: StartRun, tmp_path: Path, place: str) -> None:
-    """The job ends by itself, the receipt names the fault."""
+async def start(run: StartRun, directory: Path, place: str, *arguments: str) -> Run:
+    """Start a supervisor that has a fault in one place, once `fault` is called."""
     package, module, name = PLACES[place]
-    program = tmp_path / "sabotage.py"
+    program = directory / "sabotage.py"
     program.write_text(SABOTAGE.format(package=package, module=module, name=name))
+    own = directory / "1"
+    options = ["--grace", "40", "--control", str(own / "c.sock"), "--receipt", str(own / "receipt.json")]
     r: Run = await run(
-        command=[
-            sys.executable,
-            str(program),
-            "run",
-            "--http",
-            "off",
-            "--grace",
-            "40",
-            "--control",
-            str(tmp_path / "1" / "c.sock"),
-            "--receipt",
-            str(tmp_path / "1" / "receipt.json"),
-            AGENT,
-        ],
+        command=[sys.executable, str(program), "run", "--http", "off", *options, *arguments],
         environment={"PYTHONPATH": str(Path(__file__).parent.parent)},
     )
+    return r
+
+
+def fault(r: Run) -> None:
+    r.job_log.with_name(r.job_log.name + ".fault").touch()
+
+
+async def names_the_fault(r: Run) -> None:
+    """Wait for the end of the run, and see what the receipt says of it."""
+    assert await r.exit() == 70
+    receipt = r.receipt()
+    assert receipt["outcome"] == "fault" and "sabotaged" in receipt["fault"]
+    await r.nothing_left()
+
+
+@pytest.mark.parametrize("place", ["watch", "report"])
+async def test_fault_beside_the_workers(run: StartRun, tmp_path: Path, place: str) -> None:
+    """The job ends by itself, the receipt names the fault."""
+    r = await start(run, tmp_path, place, AGENT)
     await r.ready()
     job = await r.dispatch(mode="hold")
     await r.job_says(job.job_id, "started")
     if place == "report":  # it runs during a stop only
         r.kill()
-    r.job_log.with_name(r.job_log.name + ".fault").touch()
+    fault(r)
     await r.until(lambda: r.log("fault in lastcall" if place == "report" else "stop draining"))
     r.let_go()
-    assert await r.exit() == 70
-    receipt = r.receipt()
-    assert receipt["outcome"] == "fault" and "sabotaged" in receipt["fault"]
+    await names_the_fault(r)
     assert r.fates() == {job.job_id: "finished"}
     assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
-    await r.nothing_left()
+
+
+@pytest.mark.parametrize("place", ["operations", "announcer", "readiness"])
+async def test_fault_beside_a_program(run: StartRun, program: Program, place: str) -> None:
+    """The program of an opaque worker ends by itself, the receipt names the fault."""
+    busy = program.directory / "busy"
+    busy.touch()
+    r = await start(run, program.directory, place, *program.arguments)
+    await r.until(lambda: ups(r, "1"))
+    fault(r)
+    await r.until(lambda: r.log("stop draining"))
+    assert "down" not in r.out.read_text()
+    busy.unlink()
+    await names_the_fault(r)
+    assert "down 1 " in r.out.read_text()
 
 
 async def test_a_job_that_can_not_be_launched_is_failed(run: StartRun) -> None:

@@ -88,7 +88,9 @@ def test_one_import_name(tmp_path: Path, kind: str) -> None:
 def test_the_sdist_is_enough(wheel: Path, tmp_path: Path) -> None:
     """A wheel from the sdist is the wheel of the checkout, and the sdist has its tests and their data."""
     with tarfile.open(build(ROOT, "sdist", tmp_path / "sdist")) as archive:
-        archive.extractall(tmp_path, filter="data")
+        # An argument since 3.11.4; Debian 12 has 3.11.2, and Python from 3.12 to 3.13 warns without a filter.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(tmp_path)
     (unpacked,) = tmp_path.glob("lastcall-*")
     assert contents(build(unpacked, "wheel", tmp_path / "wheel")) == contents(wheel)
     for folder in ("tests", "scripts", "docs", "examples", "changes"):
@@ -160,17 +162,25 @@ def test_an_import_loads_nothing(installed: Installation, tmp_path: Path) -> Non
 
 def test_the_public_names(installed: Installation, tmp_path: Path) -> None:
     """Each public name is listed, described by help() and importable; a wrong one is an AttributeError."""
-    code = "import lastcall; print(*lastcall.__all__, set(lastcall.__all__) <= set(dir(lastcall)))"
-    assert installed.execute(code, cwd=tmp_path) == (
+    code = """
+import lastcall
+print(*lastcall.__all__, set(lastcall.__all__) <= set(dir(lastcall)))
+from lastcall import __version__, closing, inworld
+print(__version__, closing, inworld.TTS)
+from lastcall import Call, Notice, call
+print(Call, Notice, call)
+try: lastcall.closer
+except AttributeError as error: print(error)
+"""
+    names, functions, classes, wrong = installed.execute(code, cwd=tmp_path).splitlines()
+    assert names == (
         "Call Notice Resumed Resumption Withdrawn __version__ call closing inworld is_resumed resume_session"
         " True"
     )
-    code = "from lastcall import __version__, closing, inworld; print(__version__, closing, inworld.TTS)"
     version = importlib.metadata.version("lastcall")
-    printed = installed.execute(code, cwd=tmp_path)
-    assert printed.startswith(f"{version} <function closing") and printed.endswith(".tts.TTS'>")
-    code = "from lastcall import Call, Notice, call; print(Call, Notice, call)"
-    assert installed.execute(code, cwd=tmp_path).startswith("<class 'lastcall.worker.job.call.Call'>")
+    assert functions.startswith(f"{version} <function closing") and functions.endswith(".tts.TTS'>")
+    assert classes.startswith("<class 'lastcall.worker.job.call.Call'>")
+    assert wrong == "module 'lastcall' has no attribute 'closer'"
     described = installed.execute("import lastcall; help(lastcall)", cwd=tmp_path)
     for each in (
         "call(ctx)",
@@ -183,8 +193,6 @@ def test_the_public_names(installed: Installation, tmp_path: Path) -> None:
         "Since 0.2.0",
     ):
         assert each in described
-    code = "import lastcall\ntry: lastcall.closer\nexcept AttributeError as error: print(error)"
-    assert installed.execute(code, cwd=tmp_path) == "module 'lastcall' has no attribute 'closer'"
 
 
 # -- beside other people's modules -------------------------------------------------------------------------
@@ -347,16 +355,13 @@ def test_which_own_lastcall_is_refused(
         assert said.count("\n") == 0 and said.endswith(f"rename {refused!r}")
 
 
-@pytest.mark.parametrize("name", ["lastcall.py", "lastcall/__init__.py"])
-async def test_own_lastcall_ends_the_run(
-    run: StartRun, installed: Installation, tmp_path: Path, name: str
-) -> None:
+async def test_own_lastcall_ends_the_run(run: StartRun, installed: Installation, tmp_path: Path) -> None:
     """An agent with a module `lastcall` beside it ends the run: exit code 78, one line, no second try."""
-    write(tmp_path, {name: "", "main.py": Path(AGENT).read_text()})
+    write(tmp_path, {"lastcall/__init__.py": "", "main.py": Path(AGENT).read_text()})
     r = await start(run, installed, tmp_path, "main.py", livekit=False)
     assert await r.exit() == 78
     (line,) = [line for line in r.err.read_text().splitlines() if not line.startswith("{")]
-    assert line.startswith("lastcall: ") and f"rename {name.removesuffix('/__init__.py')!r}" in line
+    assert line.startswith("lastcall: ") and "rename 'lastcall'" in line
     assert len(r.log("slot starting")) == 1
     await r.nothing_left()
 
@@ -508,8 +513,14 @@ async def test_a_stop_while_python_begins(installed: Installation, name: str) ->
         at_first = await asyncio.gather(*(moments.stop_at_first_statement() for _ in range(AT_A_TIME)))
         assert {code for _, code in at_first} == {0}
         step = max(SPAN_MS / 1000, *(2 * seconds for seconds, _ in at_first)) / MOMENTS
-        stops = (moments.stop(n * step, to_the_end=n % starting.ends_each == 0) for n in range(MOMENTS))
-        results = await asyncio.gather(*stops)
+        results: list[Stopped] = []
+        for _ in range(4):
+            stops = (moments.stop(n * step, to_the_end=n % starting.ends_each == 0) for n in range(MOMENTS))
+            results += await asyncio.gather(*stops)
+            codes = {stopped.code for stopped in results}
+            if -signal.SIGTERM in codes and codes & {0, None}:
+                break
+            step *= 2  # the machine is busier than it was at the first two
         await until(lambda: not moments.left())
     for n, stopped in enumerate(results):
         assert "Traceback" not in stopped.errors, (n, stopped)
@@ -517,5 +528,4 @@ async def test_a_stop_while_python_begins(installed: Installation, name: str) ->
             assert not stopped.was_safe and stopped.errors == "", (n, stopped)
         else:
             assert stopped.code in (0, None), (n, stopped)
-    codes = {stopped.code for stopped in results}
     assert -signal.SIGTERM in codes and codes & {0, None}, "all moments on one side of the first statement"

@@ -22,8 +22,7 @@ import pytest
 import yaml
 
 from lastcall.supervisor.cli import drill_page
-from lastcall.supervisor.errors import ConfigError
-from lastcall.supervisor.rehearsal import drill_report, play, stage
+from lastcall.supervisor.rehearsal import drill_report, play
 from lastcall.supervisor.rehearsal.scenes import SCENES, Scene, SceneResult, Seen, judge
 from lastcall.supervisor.rehearsal.stage import Stage, StageError
 from lastcall.worker.base.clock import now
@@ -37,23 +36,12 @@ from lastcall.worker.base.wire import (
     ShutdownAsked,
 )
 from lastcall.worker.job.rehearsed import RehearsedEntrypoint
-from lastcall.worker.local.livekit_server import DispatchServer
 from tests.support.harness import HERE, LASTCALL, SAMPLE
 from tests.support.receipts import cut_stop
 
 PID, DEADLINE = SCENES[0], SCENES[-1]
 CI = HERE.parent / "examples" / "ci"
 FRAGILE = str(HERE / "agents" / "fragile.py")
-
-
-ELSEWHERE = """
-from livekit.agents import AgentServer, JobContext
-server = AgentServer(ws_url="{url}")
-
-@server.rtc_session()
-async def entrypoint(ctx: JobContext) -> None:
-    pass
-"""
 
 
 BUSY = """
@@ -218,23 +206,6 @@ def test_an_agent_that_can_not_start_says_why(tmp_path: Path) -> None:
         Stage(str(agent), grace=30) as set_up,
     ):
         set_up.wait_ready()
-
-
-async def test_an_agent_with_an_url_of_its_own(tmp_path: Path) -> None:
-    """It would register where nobody dispatches for the rehearsal: wrong, at once, and not by a timeout."""
-    async with DispatchServer() as server:
-        agent = tmp_path / "agent.py"
-        agent.write_text(ELSEWHERE.format(url=server.url))
-
-        def register() -> float:
-            with Stage(str(agent), grace=30) as set_up:
-                began = time.monotonic()
-                with pytest.raises(ConfigError, match=f"would connect to {server.url}, and only"):
-                    set_up.wait_ready()
-                return time.monotonic() - began
-
-        assert await asyncio.to_thread(register) < stage.WORKERS_READY_WITHIN / 2
-        assert server.events == []
 
 
 def has_begun(pid: int) -> bool:

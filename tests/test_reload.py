@@ -70,22 +70,6 @@ async def test_long_jobs_outlive_the_reload(run: StartRun) -> None:
 
 
 @pytest.mark.alone
-async def test_scale_down_under_a_stream(run: StartRun) -> None:
-    """The one that goes finishes its jobs; the ones that stay take the rest."""
-    r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
-    await r.ready(2)
-    async with Stream(r) as stream:
-        await stream.some(3)
-        await verb(r, "scale", "1", "--wait", timeout=60)
-        await stream.some(3)
-    await stream.all_ended()
-    await status_when(r, lambda document: len(document["slots"]) == 1)
-    r.kill()
-    assert await r.exit() == 0
-    await r.nothing_left()
-
-
-@pytest.mark.alone
 async def test_recycle_under_a_stream(run: StartRun, tmp_path: Path) -> None:
     """After so many jobs a worker is replaced, never in the middle of one."""
     config = tmp_path / "lastcall.toml"
@@ -103,8 +87,11 @@ async def test_recycle_under_a_stream(run: StartRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-async def test_hold_under_a_stream(run: StartRun) -> None:
-    """While one of two supervisors' worth of workers is held the server sees it full; released, it serves."""
+async def test_hold_and_scale_down_under_a_stream(run: StartRun) -> None:
+    """While one of two supervisors' worth of workers is held the server sees it full; released, it serves.
+
+    The worker that goes finishes its jobs; the one that stays takes the rest.
+    """
     r: Run = await run("run", "-w", "2", "--grace", "60", AGENT, environment=IDLE)
     await r.ready(2)
     job = await r.dispatch("before", mode="hold")
@@ -117,10 +104,13 @@ async def test_hold_under_a_stream(run: StartRun) -> None:
     assert (await status(r))["held"] and time.monotonic() - began < 30
     await verb(r, "release")
     await r.ready(2)
+    r.let_go()
     async with Stream(r) as stream:
         await stream.some(5)
+        await verb(r, "scale", "1", "--wait", timeout=60)
+        await stream.some(3)
     await stream.all_ended()
-    r.let_go()
+    await status_when(r, lambda document: len(document["slots"]) == 1)
     r.kill()
     assert await r.exit() == 0
     await r.clean(job)
@@ -166,52 +156,44 @@ async def test_cap_is_exact_under_simultaneous_offers(run: StartRun, tmp_path: P
     await r.nothing_left()
 
 
-async def test_new_generation_killed_while_it_warms(run: StartRun) -> None:
-    """The reload fails with the reason, the old one keeps serving."""
-    r: Run = await run("run", "--grace", "60", AGENT)
-    await r.ready()
-    reloading = asyncio.create_task(verb(r, "reload", "--wait", code=1, timeout=60))
-    await r.until(lambda: len(r.log("slot starting")) == 2, START)
-    psutil.Process(r.log("slot starting")[1]["pid"]).kill()
-    assert "killed by SIGKILL" in await reloading
-    job = await r.dispatch(sleep=0.1)
-    await r.job_says(job.job_id, "ended")
-    assert len(r.log("slot draining")) == 0
-    r.kill()
-    assert await r.exit() == 0
-    await r.nothing_left()
+async def test_reloads_that_fail(run: StartRun, tmp_path: Path) -> None:
+    """Each reload fails with the reason, and the old worker keeps serving.
 
-
-async def test_new_generation_that_never_warms(run: StartRun, tmp_path: Path) -> None:
-    """No process of it gets ready for a job: given up after start.timeout, and the old one serves."""
-    config = tmp_path / "lastcall.toml"
+    No process of the new worker gets ready for a job, and it is given up after start.timeout. The code on
+    disk no longer loads, and the reason is the user's own error. The new worker is killed while it warms.
+    """
+    config, target = tmp_path / "lastcall.toml", tmp_path / "app.py"
     config.write_text("[start]\ntimeout = 8\n")
-    r: Run = await run("run", "--grace", "60", "--config", str(config), AGENT)
+    target.write_text(Path(AGENT).read_text())
+    r: Run = await run("run", "--grace", "60", "--config", str(config), str(target))
     await r.ready()
-    r.slow_down()
+
+    async def serves() -> None:
+        job = await r.dispatch(sleep=0.1)
+        await r.job_says(job.job_id, "ended")
+        assert {e.worker_id for e in r.events("accepted")} == {r.log("slot ready")[0]["worker_id"]}
+
+    # The process that waits for a job is one of before these changes, and no job takes it meanwhile.
+    slow = r.slow_down()
     said = await verb(r, "reload", "--wait", code=1, timeout=60)
     assert "not registered within 8 s" in said  # livekit-agents waits 12 s for a process before it registers
-    assert {e.worker_id for e in r.events("accepted")} <= {r.log("slot ready")[0]["worker_id"]}
-    job = await r.dispatch(sleep=0.1)
-    await r.job_says(job.job_id, "ended")
-    r.kill()
-    assert await r.exit() == 0
-    await r.nothing_left()
-
-
-async def test_broken_target_at_a_reload(run: StartRun, tmp_path: Path) -> None:
-    """The code on disk no longer loads: the old one keeps serving, and the reason is the user's own error."""
-    target = tmp_path / "app.py"
-    target.write_text(Path(AGENT).read_text())
-    r: Run = await run("run", "--grace", "60", str(target))
-    await r.ready()
+    slow.unlink()
     target.write_text("def broken(:\n")
     said = await verb(r, "reload", "--wait", code=1, timeout=60)
     assert "the old program keeps serving" in said and "SyntaxError" in said
-    job = await r.dispatch(sleep=0.1)
-    await r.job_says(job.job_id, "ended")
+    target.write_text(Path(AGENT).read_text())
+    await serves()
+
+    starts = len(r.log("slot starting"))
+    reloading = asyncio.create_task(verb(r, "reload", "--wait", code=1, timeout=60))
+    await r.until(lambda: len(r.log("slot starting")) == starts + 1, START)
+    psutil.Process(r.log("slot starting")[-1]["pid"]).kill()
+    assert "killed by SIGKILL" in await reloading
+    await serves()
+    assert not [each for each in r.log("slot draining") if each["generation"] == 1]
     r.kill()
     assert await r.exit() == 0
+    await r.nothing_left()
 
 
 async def test_worker_signalled_alone_is_replaced_at_once(run: StartRun) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -14,6 +14,7 @@ from lastcall.supervisor.config.loading import load
 from lastcall.supervisor.deploy import docker, k8s, systemd
 from lastcall.supervisor.deploy.service import Service
 from lastcall.supervisor.errors import ConfigError
+from lastcall.supervisor.rehearsal import stage
 from lastcall.worker import target as loading
 from lastcall.worker.base.errors import TargetError
 from lastcall.worker.base.target_form import TargetForm, parse
@@ -70,29 +71,23 @@ if __name__ == "__main__":
 """
 
 
-async def test_annotations_at_import(run: StartRun, tmp_path: Path) -> None:
-    """Annotations hold classes: the file is not compiled with __future__ imports of lastcall."""
-    write(tmp_path / "agent.py", SETTINGS + AGENT)
-    await job_runs(await run("run", "--grace", "30", "agent.py", cwd=tmp_path))
+LINKS = {"a file": "2026-01-01T10:00/agent.py", "a directory": "current:1/agent.py:server"}
 
 
-@pytest.mark.parametrize("link", ["bin/agent.py", "current/agent.py"])
-async def test_symlinked_target(run: StartRun, tmp_path: Path, link: str) -> None:
-    """A link to the file, or to its directory: the modules beside the file itself are imported."""
-    write(tmp_path / "app/helper.py", "N = 1\n")
-    write(tmp_path / "app/agent.py", f"import helper\n{AGENT}")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/agent.py").symlink_to("../app/agent.py")
-    (tmp_path / "current").symlink_to("app")
-    await job_runs(await run("run", "--grace", "30", link, cwd=tmp_path))
+@pytest.mark.parametrize("link", LINKS)
+async def test_file_behind_a_link(run: StartRun, tmp_path: Path, link: str) -> None:
+    """A link to the file, or to its directory: the modules beside the file itself are imported.
 
-
-@pytest.mark.parametrize("tail", ["", ":server"])
-async def test_colon_in_path(run: StartRun, tmp_path: Path, tail: str) -> None:
-    """Only the last colon begins an attribute."""
-    text = AGENT.replace("if __name__", "server = WorkerOptions(entrypoint_fnc=entrypoint)\n\nif __name__")
-    agent = write(tmp_path / "2026-01-01T10:00/agent.py", text)
-    await job_runs(await run("run", "--grace", "30", f"{agent}{tail}", cwd=tmp_path))
+    Annotations hold classes: the file is not compiled with __future__ imports of lastcall. Only the last
+    colon begins an attribute, and any other one belongs to the path.
+    """
+    named = AGENT.replace("if __name__", "server = WorkerOptions(entrypoint_fnc=entrypoint)\n\nif __name__")
+    write(tmp_path / "app:0/helper.py", "N = 1\n")
+    write(tmp_path / "app:0/agent.py", f"{SETTINGS}import helper\n{named}")
+    (tmp_path / "2026-01-01T10:00").mkdir()
+    (tmp_path / "2026-01-01T10:00/agent.py").symlink_to("../app:0/agent.py")
+    (tmp_path / "current:1").symlink_to("app:0")
+    await job_runs(await run("run", "--grace", "30", LINKS[link], cwd=tmp_path))
 
 
 def test_parts_of_a_target() -> None:
@@ -130,14 +125,6 @@ def test_target_that_is_too_long(tmp_path: Path) -> None:
             parse(wrong)
 
 
-async def test_file_that_cant_be_read(run: StartRun, tmp_path: Path) -> None:
-    """Too long a name, and a loop of links: one line."""
-    (tmp_path / "loop.py").symlink_to("loop.py")
-    await refused(
-        await run("run", "loop.py", cwd=tmp_path, livekit=False), "Too many levels of symbolic links"
-    )
-
-
 def test_unit_of_a_path_with_a_colon() -> None:
     """The unit and its working directory have the whole path."""
     text = systemd.unit(Service(target="/srv/10:00/agent.py:server"))
@@ -160,23 +147,58 @@ IMPORTS = {
 }
 
 
-# Python's own, of a relative import in a file that has no package.
-@pytest.mark.filterwarnings("ignore:can't resolve package:ImportWarning")
-@pytest.mark.parametrize("case", IMPORTS)
-def test_failed_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """No retry helps an import: each kind of failure is wrong configuration, with what to install."""
-    text, expected = IMPORTS[case]
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test load a target: the test's process is itself again after that."""
     for name in ("path", "argv"):
         monkeypatch.setattr(sys, name, list(getattr(sys, name)))
     for name in ("__main__", "__mp_main__"):
         monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
-    target = loading.parse(str(write(tmp_path / "agent.py", f"{text}\n")))
+
+
+def refusal(target: str, **hooks: Any) -> str:
+    """Return why the target is refused, in one line."""
+    known: dict[str, Any] = {
+        "record": lambda _: None,
+        "refuse_to_run": lambda _: lambda _: None,
+        "classify": lambda _: None,
+    }
     with pytest.raises(TargetError) as caught:
-        loading.load(
-            target, record=lambda _: None, refuse_to_run=lambda _: lambda _: None, classify=lambda _: None
-        )
-    assert expected in str(caught.value)
+        loading.load(loading.parse(target), **(known | hooks))
     assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Python's own, of a relative import in a file that has no package.
+@pytest.mark.filterwarnings("ignore:can't resolve package:ImportWarning")
+@pytest.mark.parametrize("case", IMPORTS)
+@pytest.mark.usefixtures("program")
+def test_failed_import(tmp_path: Path, case: str) -> None:
+    """No retry helps an import: each kind of failure is wrong configuration, with what to install."""
+    text, expected = IMPORTS[case]
+    assert expected in refusal(str(write(tmp_path / "agent.py", f"{text}\n")))
+
+
+NAMED = "from livekit.agents import AgentServer\nserver = AgentServer()\nName = 3\n"
+WRONG = {
+    "no attribute": ("app.py:servr", NAMED, "did you mean 'server'?"),
+    "wrong type": ("app.py:Name", NAMED, "is a int, expected"),
+    "module": ("app.py", "import no_such_module_here\n", "No module named 'no_such_module_here'"),
+    "form": ("app", "", "expected path.py, path.py:attr, module:attr or -m module"),
+    "no agent": ("app.py", "x = 1\n", "never called cli.run_app"),
+    "loop": ("loop.py", "", "Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.usefixtures("program")
+def test_wrong_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """One line that says what to do; tests/test_start.py has what becomes of the run."""
+    target, text, expected = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    write(tmp_path / "app.py", text)
+    assert expected in refusal(target)
 
 
 @pytest.mark.parametrize("text", ["from livekit.plugins import (nosuch)", "import livekit.plugins.nosuch"])
@@ -199,16 +221,6 @@ async def test_missing_plugin(run: StartRun, tmp_path: Path) -> None:
     await refused(r, "install livekit-plugins-nosuch")
 
 
-async def test_slow_import_that_fails(run: StartRun, tmp_path: Path) -> None:
-    """An import that takes longer than the period still reaches the intensity limit."""
-    write(tmp_path / "agent.py", "import time\ntime.sleep(1.5)\nraise ValueError('no key')\n")
-    write(tmp_path / "lastcall.toml", "[restart]\nintensity = 2\nperiod = 1\nbackoff = [0.05, 0.1]\n")
-    r = await run("run", "agent.py", cwd=tmp_path, livekit=False)
-    assert await r.exit(60) == 69
-    assert len(r.log("slot failed")) == 3
-    await r.nothing_left()
-
-
 ELSEWHERE = {
     "dotenv": AGENT.replace(
         "\nfrom", "\nfrom dotenv import load_dotenv\nload_dotenv(override=True)\nfrom", 1
@@ -217,10 +229,12 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("verb", ["dev", "doctor", "rehearse"])
-@pytest.mark.parametrize("way", ELSEWHERE)
+@pytest.mark.parametrize(("verb", "way"), [("dev", "dotenv"), ("doctor", "dotenv"), ("rehearse", "ws_url")])
 async def test_another_server_in_a_local_room(run: StartRun, tmp_path: Path, verb: str, way: str) -> None:
-    """An agent that sets another URL is refused in one line, and no connection to that server is opened."""
+    """An agent that sets another URL is refused in one line, and no connection to that server is opened.
+
+    It is refused at once, and not because nobody gets ready in time.
+    """
     connections = []
     server = await asyncio.start_server(lambda *_: connections.append(1), "127.0.0.1", 0)
     url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -229,10 +243,12 @@ async def test_another_server_in_a_local_room(run: StartRun, tmp_path: Path, ver
     write(tmp_path / ".env", f"LIVEKIT_URL={url}\n{secrets}")
     async with server:
         r = await run(verb, "agent.py", cwd=tmp_path, livekit=False)
-        assert await r.exit(60) == (1 if verb == "doctor" else 78)
+        assert await r.exit(stage.WORKERS_READY_WITHIN / 2) == (1 if verb == "doctor" else 78)
     lines = (r.out.read_text() + r.err.read_text()).splitlines()  # `logs` has the ends only
     said = [line for line in lines if f"would connect to {url}, and only the local server" in line]
     assert said and "Traceback" not in r.logs()
+    if verb != "doctor":  # which has it among what else it finds
+        assert r.err.read_text().splitlines()[-1].startswith("lastcall: agent.py: its server would connect")
     assert connections == []
     await r.nothing_left()
 
@@ -347,10 +363,30 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("way", RUNS)
-async def test_runs_its_own_server(run: StartRun, tmp_path: Path, way: str) -> None:
-    """Exit 78 in one line, and the worker never registers."""
+@pytest.mark.parametrize("way", [way for way in RUNS if way != "thread"])
+@pytest.mark.usefixtures("program")
+def test_runs_its_own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """The program is refused, in whatever way it runs the server, and the server does not run."""
+    from livekit.agents import AgentServer
+
+    from lastcall.worker.sdk import agent_server
+
+    ran: list[object] = []
+
+    async def run(*_: object, **_more: object) -> None:
+        ran.append(1)
+
+    monkeypatch.setattr(AgentServer, "run", run)
     kind, text = RUNS[way]
+    agent = write(tmp_path / "agent.py", OWN_SERVER.replace("{kind}", kind).replace("{run}", text))
+    said = refusal(str(agent), refuse_to_run=agent_server.refuse_to_run, classify=agent_server.as_server)
+    assert f"agent.py runs its server itself ({agent} line " in said
+    assert ran == []
+
+
+async def test_runs_its_own_server_in_a_thread(run: StartRun, tmp_path: Path) -> None:
+    """Exit 78 in one line, and the worker never registers."""
+    kind, text = RUNS["thread"]
     agent = write(tmp_path / "agent.py", OWN_SERVER.replace("{kind}", kind).replace("{run}", text))
     r = await run("run", "agent.py", cwd=tmp_path)
     await refused(r, f"agent.py runs its server itself ({agent} line ")

@@ -61,20 +61,6 @@ async def call(r: Run, room: str, **spec: Any) -> Call:
     return Call(r, caller, job)
 
 
-@pytest.mark.core
-async def test_a_job_has_a_local_room(run: StartRun) -> None:
-    """A job under a local server joins, is heard and leaves, with the room that stands in for livekit's."""
-    r = await run("run", "--grace", "60", JOINS, rooms=True)
-    await r.ready()
-    one = await call(r, "r")
-    assert (await r.job_says(one.id, "joined"))["caller"] == "caller"
-    await one.hears_more()
-    one.say("hang up")
-    await one.terminated()
-    assert r.livekit.jobs[one.id].error == "agent worker left the room"
-    await r.job_says(one.id, "closed")
-
-
 @pytest.mark.long
 @pytest.mark.core
 async def test_a_termination_does_not_end_what_goes_on(run: StartRun) -> None:
@@ -143,9 +129,19 @@ async def test_a_job_that_has_to_end_is_cut(run: StartRun) -> None:
 
 @pytest.mark.core
 async def test_agents_of_jobs_that_died_and_of_an_outage(run: StartRun) -> None:
-    """A killed job leaves no silent agent in its room, and a room that is served gets no second agent."""
+    """A job under a local server joins, is heard and leaves, with the room that stands in for livekit's.
+
+    A killed job leaves no silent agent in its room, and a room that is served gets no second agent.
+    """
     r = await run("run", "--grace", "60", "--workers", "2", JOINS, rooms=True)
     await r.ready(2)
+    one = await call(r, "r")
+    assert (await r.job_says(one.id, "joined"))["caller"] == "caller"
+    await one.hears_more()
+    one.say("hang up")
+    await one.terminated()
+    assert r.livekit.jobs[one.id].error == "agent worker left the room"
+    await r.job_says(one.id, "closed")
     killed = await call(r, "killed")
     served = await call(r, "served")
     os.kill((await r.job_says(killed.id, "joined"))["pid"], signal.SIGKILL)
@@ -168,4 +164,4 @@ async def test_agents_of_jobs_that_died_and_of_an_outage(run: StartRun) -> None:
     await r.job_says(served.id, "ended")
     r.kill()
     assert await r.exit(60) == 0
-    assert r.receipt()["totals"]["failed"] == 1 and r.receipt()["totals"]["started"] == 2
+    assert r.receipt()["totals"]["failed"] == 1 and r.receipt()["totals"]["started"] == 3

@@ -213,9 +213,11 @@ class Run:
         """Have every job that holds come to its end."""
         self.job_log.with_name(self.job_log.name + ".go").touch()
 
-    def slow_down(self) -> None:
-        """Have the job processes that start from now on take for ever to."""
-        self.job_log.with_name(self.job_log.name + ".slow").touch()
+    def slow_down(self) -> Path:
+        """Have the job processes that start from now on take for ever to, while the returned file exists."""
+        slow = self.job_log.with_name(self.job_log.name + ".slow")
+        slow.touch()
+        return slow
 
     def break_prewarm(self) -> None:
         """Have the job processes that start from now on fail to."""

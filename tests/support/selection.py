@@ -12,6 +12,7 @@ uses, and then held while the test runs: a `quick` test that starts a process al
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def mark(items: list[pytest.Item]) -> None:
         if not isinstance(item, pytest.Function):
             continue
         group = next((name for marker, name in GROUPS.items() if item.get_closest_marker(marker)), "")
-        names = set(_names(item.function, set()))
+        names = names_of(item.function)
         if not group and "nodes_of" in names:
             group = "sources"
         if not starts_processes(item, names):
@@ -60,13 +61,19 @@ def mark(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
-def starts_processes(item: pytest.Function, names: set[str]) -> bool:
+def starts_processes(item: pytest.Function, names: frozenset[str]) -> bool:
     """Tell whether a test starts processes, by its markers, its fixtures and the names that the code uses."""
     if any(item.get_closest_marker(name) for name in ("lint", "promtool", "browser")) or FIXTURES & set(
         item.fixturenames
     ):
         return True
     return not NAMES.isdisjoint(names)
+
+
+@functools.cache
+def names_of(function: FunctionType) -> frozenset[str]:
+    """Return each name in the code of a test, and in what it uses of the tests' own."""
+    return frozenset(_names(function, set()))
 
 
 def _names(thing: Any, seen: set[int]) -> Iterator[str]:  # Any: whatever a module of the tests may hold
