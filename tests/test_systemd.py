@@ -227,27 +227,26 @@ def shutdown_finding(machine: Machine) -> dict[str, str]:
     return finding
 
 
-@pytest.mark.parametrize("suite", SUITES)
-async def test_poweroff_waits_for_the_job(suite: str) -> None:
+async def test_poweroff_waits_for_the_job(machine: Machine) -> None:
     """A machine that is shut down lets the call end first, also a call that is longer than systemd's limit.
 
-    2 s stand for the 30 min of systemd's targets, and 1 s for the 90 s until what is left is killed.
+    2 s stand for the 30 min of systemd's targets, and 1 s for the 90 s until what is left is killed. The test
+    is the last one of a machine.
     """
-    with Machine(suite) as machine:
-        async with DispatchServer() as server:
-            unit = service(machine, "last", server)
-            directory = "/etc/systemd/system/poweroff.target.d"
-            machine.write(f"{directory}/00-limit.conf", "[Unit]\nJobTimeoutSec=2\n")
-            machine.write("/etc/systemd/system.conf.d/kill.conf", "[Manager]\nDefaultTimeoutStopSec=1\n")
-            machine.run("systemctl", "daemon-reload")
-            found = shutdown_finding(machine)
-            assert found["verdict"] == "fail" and "after 2 s (poweroff.target)" in found["why"]
-            printed = machine.run(LASTCALL, "unit", "poweroff", AGENT, "--grace", "40")
-            machine.write(f"{directory}/10-lastcall.conf", printed.stdout)
-            machine.run("systemctl", "daemon-reload")
-            assert shutdown_finding(machine)["verdict"] == "ok"
-            await asyncio.to_thread(unit.systemctl, "start")
-            job = await call(unit, server, 8)
-            machine.run("systemctl", "--no-block", "poweroff")
-            await asyncio.to_thread(machine.wait, 40)
-            assert server.jobs[job.job_id].status == "JS_SUCCESS", machine.console()
+    async with DispatchServer() as server:
+        unit = service(machine, "last", server)
+        directory = "/etc/systemd/system/poweroff.target.d"
+        machine.write(f"{directory}/00-limit.conf", "[Unit]\nJobTimeoutSec=2\n")
+        machine.write("/etc/systemd/system.conf.d/kill.conf", "[Manager]\nDefaultTimeoutStopSec=1\n")
+        machine.run("systemctl", "daemon-reload")
+        found = shutdown_finding(machine)
+        assert found["verdict"] == "fail" and "after 2 s (poweroff.target)" in found["why"]
+        printed = machine.run(LASTCALL, "unit", "poweroff", AGENT, "--grace", "40")
+        machine.write(f"{directory}/10-lastcall.conf", printed.stdout)
+        machine.run("systemctl", "daemon-reload")
+        assert shutdown_finding(machine)["verdict"] == "ok"
+        await asyncio.to_thread(unit.systemctl, "start")
+        job = await call(unit, server, 8)
+        machine.run("systemctl", "--no-block", "poweroff")
+        await asyncio.to_thread(machine.wait, 40)
+        assert server.jobs[job.job_id].status == "JS_SUCCESS", machine.console()

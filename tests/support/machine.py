@@ -35,7 +35,9 @@ mount -t overlay overlay -o "lowerdir=$1,upperdir=$5/up,workdir=$5/work" "$5/m"
 m="$5/m"
 for site in "$m"/opt/lastcall/lib/python3*/site-packages; do
     rm -rf "$site/lastcall"
-    cp -rL "$2/lastcall" "$site"
+    # With the times of the files: byte code that is there for this Python need not be made again. A file that
+    # Python has not finished writing has a number at its end.
+    tar -C "$2" -chf - --owner=0 --group=0 --exclude='*.pyc.*' lastcall | tar -C "$site" -xf -
     chroot "$m" /opt/lastcall/bin/python -m compileall -q "${site#"$m"}/lastcall"
 done
 mkdir -p "$m/srv"
