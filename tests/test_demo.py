@@ -21,7 +21,7 @@ async def test_plain_lines(run: StartRun) -> None:
 
     No proxy can reach its servers, so none is asked.
     """
-    r: Run = await run("demo", "--seconds", "25", livekit=False, environment=DEAD)
+    r: Run = await run("demo", "--seconds", "10", livekit=False, environment=DEAD)
     assert await r.exit(90) == 0
     text = r.out.read_text()
     (receipt,) = re.findall(r"^receipt: .*$", text, re.MULTILINE)
@@ -31,7 +31,7 @@ async def test_plain_lines(run: StartRun) -> None:
     started, finished, *others = map(int, numbers)
     assert started == finished > 0
     assert others == [0, 0, 0]
-    assert re.search(r"^ +\d+ s  running: slot 0 ready \d+ jobs?, slot 1 ", text, re.MULTILINE)
+    assert re.search(r"^ +\d+ s  running: slot 0 .*\bready \d+ jobs?\b", text, re.MULTILINE)
     assert "Traceback" not in r.logs()
     assert re.search(r"^  lastcall dev agent.py  ", text, re.MULTILINE)
     await r.nothing_left()

@@ -42,7 +42,7 @@ FLUSH_TIMEOUT = 1.0
 
 
 async def demo(inbox: Inbox, *, workers: int, rate: float, seconds: float | None) -> Exit:
-    """Run the demo until a signal, or for `seconds`, and return the exit code of its stop."""
+    """Run the demo until a signal, or for `seconds` with a worker, and return the exit code of its stop."""
     console = Console(file=sys.stdout)
     calls = ["--rate", str(rate), "--seconds", str(CALL_SECONDS)]
     async with (
@@ -114,5 +114,8 @@ async def _look_at_memory(app: App) -> None:
 
 async def _stop_after(app: App, seconds: float | None) -> None:
     if seconds is not None:
+        # On a busy machine a start takes longer than the demo is to last, and there would be no call to see.
+        due = now() + app.fleet.config.start.timeout
+        await app.fleet.changed.until(lambda: app.fleet.works, lambda: due)
         await asyncio.sleep(seconds)
         app.stop(f"the demo's {seconds:g} s are over")

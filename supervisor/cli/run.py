@@ -140,7 +140,9 @@ def _dev(
 
 def _demo(
     session: _Session,
-    seconds: Annotated[float | None, Option((), "SECONDS", "Stop by itself after that time.")] = None,
+    seconds: Annotated[
+        float | None, Option((), "SECONDS", "Stop by itself after that time with a worker.")
+    ] = None,
     workers: Annotated[int, Option(("--workers", "-w"), "N", "Workers to run.")] = 2,
     rate: Annotated[float, Option((), "N", "Dispatches a second.")] = 1.0,
 ) -> None:
