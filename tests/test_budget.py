@@ -24,6 +24,8 @@ from lastcall.worker.base.budget import (
     Shares,
     close_by,
     entrypoint_wait,
+    hand_over_until,
+    kept_for_reports,
     plan,
     plan_of_stalled,
 )
@@ -65,6 +67,18 @@ def test_a_close_has_its_share_and_no_more(grace: float, shares: Shares, at: flo
     assert end - now <= planned.shares.close + 1e-6 * grace
     if now <= planned.drain_at:
         assert end >= now
+
+
+@given(shares, seconds)
+def test_calls_that_wait_for_a_handover_leave_a_part_of_the_close(shares: Shares, grace: float) -> None:
+    """The callbacks of those that had no turn have their time, or half of a close that has less."""
+    planned = plan(0.0, grace, shares)
+    until = hand_over_until(planned.drain_at, planned.close_at)
+    jobs_close = planned.shares.close - kept_for_reports(planned.shares.close)
+    left = planned.drain_at + jobs_close - until
+    slack = 1e-6 * (1 + grace)
+    assert planned.drain_at - slack <= until <= planned.close_at + slack
+    assert left == pytest.approx(min(CALLBACKS, jobs_close / 2), abs=slack)
 
 
 @given(started=st.floats(0, 1e6), grace=seconds, shares=shares, at=st.floats(0, 1))

@@ -479,10 +479,12 @@ async def test_calls_whose_time_is_over() -> None:
         return [(each.id, each.reason) for each in worker.told if isinstance(each, JobHandover)]
 
     for _ in range(2):
-        worker.handovers.note_late(is_last=False)
+        for job in worker.jobs:
+            worker.handovers.note_late(job, is_last=False)
         assert late() == [("AJ_2", module.NO_TIME)]
     for _ in range(2):
-        worker.handovers.note_late(is_last=True)
+        for job in worker.jobs:
+            worker.handovers.note_late(job, is_last=True)
         assert late() == [("AJ_2", module.NO_TIME), ("AJ_1", module.NO_TIME)]
     handing.cancel()
     await asyncio.gather(handing, return_exceptions=True)
@@ -645,7 +647,7 @@ async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytes
 
     monkeypatch.setattr(worker.handovers, "hand_over", fail)
     async with asyncio.timeout(10):
-        await worker.handovers.before(lambda: until)
+        await worker.handovers.before(lambda: until, lambda: until + 60)
     assert len(tried) > 2
 
     async def refuse(job: Job, _reason: str, _wait: float) -> module.Outcome:
@@ -657,8 +659,53 @@ async def test_calls_are_tried_again_until_their_time_is_over(monkeypatch: pytes
     await worker.handovers.hand_over_all("test", lambda: None)
     assert tried == ["AJ_1"]
     worker.is_closing = True
-    await worker.handovers.before(lambda: now() + 60)
+    await worker.handovers.before(lambda: now() + 60, lambda: now() + 60)
     assert tried == ["AJ_1"]
+
+
+@pytest.mark.parametrize("are_taken", [True, False])
+async def test_calls_that_wait_at_the_end_of_the_drain(
+    monkeypatch: pytest.MonkeyPatch, are_taken: bool
+) -> None:
+    """They are not asked to end, and go on elsewhere in the close, as long as others are taken.
+
+    A call that can't be handed over does not wait for another try.
+    """
+    monkeypatch.setattr(module, "PARALLEL", 1)
+    monkeypatch.setattr(module, "TAKEN_WITHIN", 60)
+    worker = Worker()
+    for n in range(2, 5):
+        worker.launch(f"AJ_{n}")
+        worker.handovers.hear(f"AJ_{n}", KEEPS)
+    drain_at = now() + 0.2
+    tried: list[str] = []
+    waits: list[bool] = []
+
+    async def hand_over(job: Job, reason: str, _wait: float) -> module.Outcome:
+        tried.append(job.id)
+        if job.id == "AJ_3":
+            while now() < drain_at:
+                await asyncio.sleep(0.01)
+            waits.extend(worker.handovers.due_at(id) > now() for id in ("AJ_1", "AJ_4"))
+        outcome = module.failed(module.NOBODY)
+        if job.id == "AJ_1":
+            outcome = module.refused("busy")
+        elif are_taken:
+            job.successor = "AJ_x"
+            outcome = module.Outcome(result="done", successor="AJ_x")
+        worker.handovers._note(job, outcome, reason)
+        return outcome
+
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    async with asyncio.timeout(15):
+        handing = asyncio.ensure_future(worker.handovers.before(lambda: drain_at, lambda: drain_at + 60))
+        if are_taken:
+            await worker.changed.until(lambda: len(tried) == 4)
+            handing.cancel()
+        await asyncio.gather(handing, return_exceptions=True)
+    assert waits == [False, are_taken]
+    assert tried == [f"AJ_{n}" for n in range(1, 5 if are_taken else 4)]
+    assert worker.handovers.due_at("AJ_1") == 0.0, "nobody waits any more"
 
 
 async def test_a_handover_that_was_asked_for_begins_with_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,7 +728,7 @@ async def test_a_handover_that_was_asked_for_begins_with_the_fence(monkeypatch: 
     await asyncio.sleep(0.05)
     await engine.fence()
     assert not begun
-    engine.hand_over_before(lambda: None)
+    engine.hand_over_before(lambda: None, lambda: None)
     async with asyncio.timeout(5):
         while not begun:
             await asyncio.sleep(0.01)

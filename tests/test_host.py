@@ -108,7 +108,9 @@ class FakeEngine:
     async def fence(self) -> None:
         self.is_fenced = True
 
-    def hand_over_before(self, drain_at: Callable[[], float | None]) -> None:
+    def hand_over_before(
+        self, drain_at: Callable[[], float | None], late_at: Callable[[], float | None]
+    ) -> None:
         pass
 
     async def end_jobs(self, kill_at: float, give_up_at: float, due_at: Callable[[str], float]) -> None:

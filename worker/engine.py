@@ -256,7 +256,6 @@ class Engine:
         """
         asked: set[str] = set()
         self._take_calls_over()
-        self.handovers.note_late(is_last=False)
 
         def unasked() -> list[Job]:
             return [job for job in self.jobs.running if job.id not in asked and due_at(job.id) <= now()]
@@ -269,6 +268,7 @@ class Engine:
             while len(self.jobs):
                 for job in unasked():
                     asked.add(job.id)
+                    self.handovers.note_late(job, is_last=False)
                     if not (self._is_ending(job) or job.has_ended):
                         self.jobs.cut_short(job)
                         asking.append(group.create_task(self._ask(job.executor, kill_at)))
@@ -277,7 +277,8 @@ class Engine:
                 if now() >= kill_at:
                     break
             self._take_calls_over()
-            self.handovers.note_late(is_last=True)
+            for job in self.jobs.running:
+                self.handovers.note_late(job, is_last=True)
             await self._end_processes(self.jobs.outliving)
             for job in self.jobs.running:
                 if not job.was_killed:
@@ -390,10 +391,12 @@ class Engine:
         else:
             self._requests.begin(self._hand_over(job, reason))
 
-    def hand_over_before(self, drain_at: Callable[[], float | None]) -> None:
-        """Have the calls go on elsewhere that a drain would cut at its end, or that are yet to come here."""
+    def hand_over_before(
+        self, drain_at: Callable[[], float | None], late_at: Callable[[], float | None]
+    ) -> None:
+        """Have the calls go on elsewhere that a stop would cut, or that are yet to come here."""
         self.handovers.give_back()
-        self._requests.begin(self.handovers.before(drain_at))
+        self._requests.begin(self.handovers.before(drain_at, late_at))
         self._changed.notify()  # those whose handover was asked for wait for the fence
 
     async def _hand_over_all(self, reason: str) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lastcall.worker.base import succession
-from lastcall.worker.base.clock import now
+from lastcall.worker.base.clock import never, now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.plurals import counted
 from lastcall.worker.base.settings import HandoverSettings
@@ -78,6 +78,9 @@ LATE_WITHIN = 15.0
 # Calls that one worker hands over at a time, and seconds that each round takes. Ours: 50 calls in the 5 s
 # that a grace of 10 s leaves. A handover takes 0.6 s, and on a busy machine twice that.
 PARALLEL, SECONDS_EACH = 10, 1.5
+# Seconds after a handover for which calls that wait for theirs may go on, once the drain is over. Ours: as
+# SECONDS_EACH. Where nobody takes a call any more, its callbacks have all of the close.
+TAKEN_WITHIN = 1.5
 # Seconds for a good moment that each call has at least, when the time of a stop is short.
 WAIT_AT_LEAST = 0.5
 # Seconds after a round in which nobody took a call.
@@ -165,6 +168,11 @@ class Handovers:
         self._begin = begin
         self._is_closing = is_closing
         self._tries: dict[str, Try] = {}
+        # When the last call was handed over, the calls whose last try was refused, and until when calls may
+        # wait for a try.
+        self._taken_at = float("-inf")
+        self._refused: set[str] = set()
+        self._wait_until: Callable[[], float | None] = never
         self._keeps: dict[str, CallKeeps] = {}
         self._untold: set[str] = set()
         # The jobs of which is told that their time is over. Only a late success is told of them.
@@ -208,6 +216,7 @@ class Handovers:
         self._keeps.pop(job_id, None)
         self._untold.discard(job_id)
         self._late.discard(job_id)
+        self._refused.discard(job_id)
 
     def is_taken(self, found: Succession) -> bool:
         """Tell whether a dispatch was taken here before, and remember it: the server may repeat one."""
@@ -305,15 +314,19 @@ class Handovers:
             if self._is_closing() or (at is not None and now() >= at):
                 return []
             busy = given_up | {job.id for job in running.values()}
-            calls = [job for job in self._jobs.running if job.id not in busy and not self.lacks(job)]
+            calls = [job for job in self._jobs.running if job.id not in busy and not job.successor]
+            calls = [job for job in calls if not self.lacks(job)]
             return sorted(calls, key=lambda job: again_at.get(job.id, 0.0))
 
+        def first() -> list[Job]:
+            free = width - len(running)  # every change asks for them, and mostly none is free
+            return waiting()[:free] if free > 0 else []
+
         def due() -> list[Job]:
-            calls = waiting()[: max(0, width - len(running))]
-            return [job for job in calls if again_at.get(job.id, 0.0) <= now()]
+            return [job for job in first() if again_at.get(job.id, 0.0) <= now()]
 
         def next_at() -> float | None:
-            calls = waiting()[: max(0, width - len(running))]
+            calls = first()
             times = [again_at.get(job.id, 0.0) for job in calls]
             at = None if running else until()
             return min(times if at is None else [*times, at], default=None)
@@ -357,8 +370,15 @@ class Handovers:
             if job.succession is not None and not job.launched:
                 self._begin(self._delete_dispatch(job, job.dispatch_id))
 
-    async def before(self, drain_at: Callable[[], float | None]) -> None:
-        """Hand over the calls that would be cut at the end of a drain. Returns when the drain is over."""
+    async def before(self, drain_at: Callable[[], float | None], late_at: Callable[[], float | None]) -> None:
+        """Hand over the calls that would be cut at the end of a drain.
+
+        Returns when the drain is over. Calls that still wait for their turn go on until `late_at`, for as
+        long as others of them are taken.
+        """
+
+        def until() -> float | None:
+            return late_at() if now() < self._taken_at + TAKEN_WITHIN else drain_at()
 
         def due_at() -> float | None:
             at, calls = drain_at(), len([job for job in self._jobs.running if not self.lacks(job)])
@@ -368,34 +388,52 @@ class Handovers:
             rounds = -(-calls // PARALLEL)
             return at - settings.wait - settings.patience - rounds * SECONDS_EACH
 
-        while (at := drain_at()) is None or now() < at:
-            await self._changed.until(self._is_closing, due_at)
-            if self._is_closing():
-                return
-            await self.hand_over_all("the end of grace", drain_at)
-            await self._sleep(TRY_AGAIN_AFTER)
+        self._wait_until = until
+        try:
+            while (at := until()) is None or now() < at:
+                await self._changed.until(self._is_closing, due_at)
+                if self._is_closing():
+                    return
+                await self.hand_over_all("the end of grace", until)
+                await self._sleep(TRY_AGAIN_AFTER)
+        finally:
+            self._wait_until = never
 
-    def note_late(self, *, is_last: bool) -> None:
-        """Say of calls that they are not handed over, because the drain is over before their first try.
+    def note_late(self, job: Job, *, is_last: bool) -> None:
+        """Say of a call that it is not handed over, because its time is over before its first try.
 
-        With `is_last` also of those whose handover is under way: their jobs are about to be killed.
+        With `is_last` also of one whose handover is under way: its job is about to be killed.
         """
-        for job in self._jobs.running:
-            was_tried = job.epoch > (0 if job.succession is None else job.succession.epoch)
-            is_late = is_last and job.id in self._tries
-            if not was_tried and job.id in self._keeps:
-                is_late = not self.lacks(job)
-            if is_late and not job.successor and job.id not in self._late:
-                self._note(job, failed(NO_TIME), "the end of grace")
-                self._late.add(job.id)
+        was_tried = job.epoch > (0 if job.succession is None else job.succession.epoch)
+        is_late = is_last and job.id in self._tries
+        if not was_tried and job.id in self._keeps:
+            is_late = not self.lacks(job)
+        if is_late and not job.successor and job.id not in self._late:
+            self._note(job, failed(NO_TIME), "the end of grace")
+            self._late.add(job.id)
 
     def due_at(self, job_id: str) -> float:
-        """Return until when a job is not asked to shut down: for a moment, while it is handed over."""
-        return now() + LOOK_AGAIN_AFTER if job_id in self._tries else 0.0
+        """Return until when a job is not asked to shut down, once the drain is over.
+
+        That is a moment from now while its call is handed over, or waits for its turn.
+        """
+        return now() + LOOK_AGAIN_AFTER if job_id in self._tries or self._waits(job_id) else 0.0
+
+    def _waits(self, job_id: str) -> bool:
+        """Tell whether a call may wait for a try, because others are taken."""
+        job, at = self._jobs.get(job_id), self._wait_until()
+        if job is None or job_id in self._refused or at is None or now() >= at:
+            return False
+        return not self.lacks(job)
 
     # -- one try --------------------------------------------------------------------------------------
 
     def _note(self, job: Job, outcome: Outcome, reason: str) -> None:
+        self._refused.discard(job.id)
+        if outcome.result == "refused":
+            self._refused.add(job.id)
+        elif outcome.result == "done":
+            self._taken_at = now()
         if job.id in self._late and outcome.result != "done":
             return
         extra = {"job_id": job.id, "room": job.room, "reason": reason}

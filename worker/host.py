@@ -19,7 +19,7 @@ import sys
 from typing import Any, assert_never
 
 from lastcall.worker import exposition, imported
-from lastcall.worker.base.budget import close_by, kept_for_reports
+from lastcall.worker.base.budget import close_by, hand_over_until, kept_for_reports
 from lastcall.worker.base.calls_over import CallsOver
 from lastcall.worker.base.channel import Control
 from lastcall.worker.base.clock import now
@@ -182,7 +182,7 @@ class Host:
         self._fenced = True
         self._tell_calls()
         if len(engine.jobs):  # a worker that is killed without any has no time to end a task
-            engine.hand_over_before(self._drain_at)
+            engine.hand_over_before(self._drain_at, self._hand_over_until)
         await self.changed.until(lambda: not len(engine.jobs), self._drain_at)
         self.control.say(Drained())
         began = now()
@@ -221,8 +221,12 @@ class Host:
     def _drain_at(self) -> float | None:
         return None if self._deadlines is None else self._deadlines.drain_at
 
+    def _hand_over_until(self) -> float | None:
+        told = self._deadlines
+        return None if told is None else hand_over_until(told.drain_at, told.close_at)
+
     def _job_due_at(self, job_id: str) -> float:
-        """Return until when a job may go on: it has asked for more time, or is handed over at this moment."""
+        """Return until when a job may go on: it has asked for more time, or is to be handed over."""
         handed_over_at = 0.0 if self.engine is None else self.engine.handovers.due_at(job_id)
         return max(self.calls.due_at(job_id), handed_over_at)
 

@@ -138,6 +138,17 @@ def kept_for_reports(close: float) -> float:
     return min(REPORTS, close / 5)
 
 
+def hand_over_until(drain_at: float, close_at: float) -> float:
+    """Return until when a call that waits for its handover may go on, after the end of the drain.
+
+    Calls that had no turn then have the rest for their callbacks: as long as callbacks take, and half of a
+    close that is too short for both.
+    """
+    seconds = close_at - drain_at
+    jobs_close = seconds - kept_for_reports(seconds)
+    return drain_at + jobs_close - min(CALLBACKS, jobs_close / 2)
+
+
 def entrypoint_wait(livekit_agents: str) -> float:
     """Return for how long a version waits for entrypoints; the longest time, if it is not known."""
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", livekit_agents)

@@ -57,11 +57,13 @@ from lastcall.worker.base.stopping import SHIELDED
 
 log = logging.getLogger("lastcall.worker")
 
-# Imported before the fork: the part that every job process has, and nothing of the agent. The command imports
-# `livekit.agents.ipc._preload`, because that loads models of 244 MB or none, as the agent's environment says.
+# Imported before the fork: the part that every job process has, `arriving` for those that go on with a call,
+# and nothing of the agent. The command imports `livekit.agents.ipc._preload`, because that loads models of
+# 244 MB or none, as the agent's environment says.
 IMPORTED = (
     "livekit.agents",
     "lastcall.worker.job.setup",
+    "lastcall.worker.job.arriving",
     "lastcall.worker.inworld.plugin.attached",
 )
 # Imported before reads of the environment are noted: it copies the whole environment, for CGI programs
