@@ -105,14 +105,16 @@ class Unlike(Exception):
 class Imports:
     """The traces of imports: descriptors, the variables that they read, and TLS contexts without defaults.
 
-    `unseeded` are the generators of random numbers that the imports have made. `why` says why a fork would be
-    unlike; empty if the imports do not hinder one.
+    `unseeded` and `bit_generators` are the generators of random numbers that the imports have made. `why`
+    says why a fork would be unlike; empty if the imports do not hinder one.
     """
 
     opened: set[int] = field(default_factory=set)
     reads: set[str] = field(default_factory=set)
     contexts: list[ssl.SSLContext] = field(default_factory=list)
     unseeded: randomness.Unseeded = field(default_factory=randomness.Unseeded)
+    # Those of NumPy, which the image alone looks for.
+    bit_generators: list[Any] = field(default_factory=list)
     why: str = ""
 
     def add(self, more: Imports) -> None:
@@ -218,7 +220,7 @@ def _fork(imports: Imports) -> _Waiting:
         raise Unlike(f"no fork: {error}") from error
     if pid == 0:
         near.close()
-        _wait(far, imports.opened, imports.contexts)
+        _wait(far, imports)
         raise SystemExit(0)
     far.close()
     child = _Waiting(pid, near, {name: os.environ.get(name) for name in imports.reads}, passed_on)
@@ -306,11 +308,11 @@ class _Waiting:
 # -- the child ----------------------------------------------------------------------------------------------
 
 
-def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext]) -> None:
+def _wait(sock: socket.socket, imports: Imports) -> None:
     """Wait for the request and do it. At end of file the worker has gone, and this process ends."""
     set_name(FORKSERVER)
     _reset_signals()
-    for fd in open_descriptors() - opened - {0, 1, 2, sock.fileno()}:
+    for fd in open_descriptors() - imports.opened - {0, 1, 2, sock.fileno()}:
         os.close(fd)
     header, received, *_ = socket.recv_fds(sock, LENGTH.size, 16)
     request = b""
@@ -333,7 +335,8 @@ def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext])
         place(passed, numbers)
         os.environ.clear()
         os.environ.update(environment)
-        _load_defaults(contexts)
+        _load_defaults(imports.contexts)
+        _seed_jobs_anew(imports)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         garbage.collect_again()
         worker.sendall(TAKEN_OVER)
@@ -347,6 +350,20 @@ def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext])
     sys.modules["__main__"] = main
     sys.argv = ["-c"]
     exec(command, main.__dict__)
+
+
+def _seed_jobs_anew(imports: Imports) -> None:
+    """Give the generators another state in each job; not in what a job forks, which may have seeded them.
+
+    Calls that draw the same numbers would, say, give their files the same names.
+    """
+    forkserver = os.getpid()
+
+    def after_in_child() -> None:
+        if os.getppid() == forkserver:
+            randomness.seed_anew(imports.unseeded, imports.bit_generators)
+
+    os.register_at_fork(after_in_child=after_in_child)
 
 
 def _reset_signals() -> None:
