@@ -690,14 +690,21 @@ PACKAGES = {
     "sock2": "import os; KEPT = os.pipe()",
     "reads": "import os; MODE = os.environ.get('MODE')",
     "moves": "import os; os.chdir('/')",
+    "keeps": "KEPT = open(__file__)",
+    "shares": "import mmap; KEPT = mmap.mmap(-1, 10)",
+    "ignores": "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "exits": "import tempfile; KEPT = tempfile.TemporaryDirectory()",
+    "orphan": "import subprocess; subprocess.run('sleep 600 &', shell=True)",
+    "native": "import numpy.fft",
     "named": "from spaces.inner import VALUE",
     "last": "VALUE = 2",
 }
 OWN = """
 import os, pathlib
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
-os.environ["MODE"] = "set by the target"
-import plain, thread, sock, loop, program, leads, reads, moves, named, last, own, subprocess
+os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
+import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
+import keeps, shares, ignores, exits, orphan, native, last
 pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
     str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
 )
@@ -746,7 +753,15 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "sock2": "an import has opened pipe",
         "reads": "it reads MODE, and the target changes that before",
         "moves": "it changes the working directory",
-    }
+        "keeps": f"it keeps {installed / 'keeps' / '__init__.py'} open",
+        "shares": "it shares memory",
+        "ignores": "it handles a signal",
+        "exits": "it has an exit handler",
+        "orphan": "it has started a process",
+    } | dict.fromkeys(
+        ("native", "numpy"),
+        "it has native code, which may read OMP_NUM_THREADS, and the target changes that before",
+    )
     assert not lives(int((tmp_path / "ran.program").read_text()))
     (ran_in,) = (tmp_path / "ran").read_text().split()
     assert int(ran_in) != image and not lives(int(ran_in))

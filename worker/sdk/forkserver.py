@@ -201,7 +201,7 @@ def _fork(imports: Imports) -> _Waiting:
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     try:
-        passed_on = _passed_on()
+        passes_on = passed_on()
         near, far = socket.socketpair()
         # Collections of the worker, of the forkserver and of jobs leave out what is there now, and so do not
         # write into pages that the processes share.
@@ -223,7 +223,7 @@ def _fork(imports: Imports) -> _Waiting:
         _wait(far, imports)
         raise SystemExit(0)
     far.close()
-    child = _Waiting(pid, near, {name: os.environ.get(name) for name in imports.reads}, passed_on)
+    child = _Waiting(pid, near, {name: os.environ.get(name) for name in imports.reads}, passes_on)
     if not is_single_threaded():
         child.end()
         raise Unlike("an import has started a thread")
@@ -247,12 +247,12 @@ class _Waiting:
     """The child, until it is the forkserver, with what it was forked with."""
 
     def __init__(
-        self, pid: int, sock: socket.socket, reads: dict[str, str | None], passed_on: dict[str, str]
+        self, pid: int, sock: socket.socket, reads: dict[str, str | None], passes_on: dict[str, str]
     ) -> None:
         self._pid = pid
         self._sock = sock
-        self._reads = reads | {name: os.environ[name] for name in os.environ if _is_native(name)}
-        self._passed_on = passed_on
+        self._reads = reads | {name: os.environ[name] for name in os.environ if is_native(name)}
+        self._passed_on = passes_on
 
     def become(self, path: bytes, command: str, descriptors: Sequence[int]) -> int:
         """Have the child run the command, with these descriptors at their numbers; return its pid.
@@ -288,10 +288,10 @@ class _Waiting:
         if os.fsdecode(path) != sys.executable:
             raise Unlike("multiprocessing.set_executable() was called")
         changed = [name for name, value in self._reads.items() if os.environ.get(name) != value]
-        changed += [name for name in os.environ if _is_native(name) and name not in self._reads]
+        changed += [name for name in os.environ if is_native(name) and name not in self._reads]
         if changed:
             raise Unlike(f"{changed[0]} in the environment has changed since the imports that read it")
-        now = _passed_on()
+        now = passed_on()
         for name, value in self._passed_on.items():
             if now.get(name) != value:
                 raise Unlike(f"{name} of the process has changed since the fork")
@@ -434,11 +434,11 @@ def _load_defaults(contexts: list[ssl.SSLContext]) -> None:
         contexts.pop().set_default_verify_paths()
 
 
-def _is_native(name: str) -> bool:
+def is_native(name: str) -> bool:
     return name.startswith(READ_NATIVELY)
 
 
-def _passed_on() -> dict[str, str]:
+def passed_on() -> dict[str, str]:
     """Return what exec would pass on, by name, of the thread that asks. Raises OSError without /proc."""
     found = {"priority": str(os.getpriority(os.PRIO_PROCESS, 0)), "oom_score_adj": str(oom_adjustment())}
     for line in Path("/proc/thread-self/status").read_text().splitlines():
