@@ -310,12 +310,12 @@ BARE_IMAGE = """
 import json, multiprocessing, os, random, sys, time
 import numpy.random
 from lastcall.worker.base.settings import WorkerSettings
-from lastcall.worker.sdk import image_process as image, preflight
+from lastcall.worker.sdk import forkserver, image_process as image, preflight
 image.IMPORTED = image.WORKER_MODULES = image.WARM_UP = ()
 preflight.check = lambda: []
 run_target = lambda: None
 exec(sys.argv[1])
-settings, _ = image.serve(WorkerSettings.take(os.environ), run_target, lambda *_: False)
+settings, imports = image.serve(WorkerSettings.take(os.environ), run_target, lambda *_: False)
 dice = sys.modules.get("dice")
 told = {
     "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "slot": settings.slot,
@@ -325,6 +325,16 @@ told = {
     "open": [int(fd) for fd in os.listdir("/proc/self/fd")],
     "modules": list(sys.modules), "key": multiprocessing.current_process().authkey.hex(),
 }
+if dice:
+    forkserver.fork(imports)
+    context = multiprocessing.get_context("forkserver")
+    told["jobs"] = []
+    for _ in range(2):
+        reader, writer = context.Pipe(duplex=False)
+        job = context.Process(target=dice.tell, args=(writer,))
+        job.start()
+        told["jobs"].append(reader.recv())
+        job.join()
 os.write(1, json.dumps(told).encode() + b"\\n")
 """
 # A supervisor of images alone. `sys.argv[3]` is what it does with one.
@@ -580,7 +590,10 @@ return [await first, (await asyncio.wait_for(second, 20))["slot"]]
 
 
 def test_generators_of_random_numbers(tmp_path: Path) -> None:
-    """A generator that nobody has seeded differs in each fork, wherever it is kept; a seeded one does not."""
+    """A generator that nobody has seeded differs in each worker and job, wherever it is kept.
+
+    A seeded one does not.
+    """
     (tmp_path / "dice.py").write_text(
         """
 import random, numpy.random
@@ -588,12 +601,15 @@ UNSEEDED, SEEDED = random.Random(), random.Random(7)
 NUMPYS, SEEDED_NUMPYS = numpy.random.default_rng(), numpy.random.default_rng(7)
 def of_default(kept=random.Random()):
     return kept.random()
+def tell(writer):
+    writer.send([UNSEEDED.random(), of_default(), NUMPYS.random(), numpy.random.random()])
 """
     )
     odd = f"sys.path.insert(0, {str(tmp_path)!r}); image.IMPORTED = ('dice',)"
     first, second = do("return [await fork(1), await fork(2)]", odd=odd)["did"]
     assert first["seeded"] and first["seeded"] == second["seeded"]
-    assert len({*first["dice"], *second["dice"]}) == 6
+    jobs = [number for told in (first, second) for job in told["jobs"] for number in job]
+    assert len({*first["dice"], *second["dice"], *jobs}) == 6 + len(jobs)
 
 
 # A launcher of workers that end at once. `limit` leaves so many descriptors, above those for children.
@@ -674,14 +690,21 @@ PACKAGES = {
     "sock2": "import os; KEPT = os.pipe()",
     "reads": "import os; MODE = os.environ.get('MODE')",
     "moves": "import os; os.chdir('/')",
+    "keeps": "KEPT = open(__file__)",
+    "shares": "import mmap; KEPT = mmap.mmap(-1, 10)",
+    "ignores": "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "exits": "import tempfile; KEPT = tempfile.TemporaryDirectory()",
+    "orphan": "import subprocess; subprocess.run('sleep 600 &', shell=True)",
+    "native": "import numpy.fft",
     "named": "from spaces.inner import VALUE",
     "last": "VALUE = 2",
 }
 OWN = """
 import os, pathlib
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
-os.environ["MODE"] = "set by the target"
-import plain, thread, sock, loop, program, leads, reads, moves, named, last, own, subprocess
+os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
+import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
+import keeps, shares, ignores, exits, orphan, native, last
 pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
     str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
 )
@@ -730,7 +753,15 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "sock2": "an import has opened pipe",
         "reads": "it reads MODE, and the target changes that before",
         "moves": "it changes the working directory",
-    }
+        "keeps": f"it keeps {installed / 'keeps' / '__init__.py'} open",
+        "shares": "it shares memory",
+        "ignores": "it handles a signal",
+        "exits": "it has an exit handler",
+        "orphan": "it has started a process",
+    } | dict.fromkeys(
+        ("native", "numpy"),
+        "it has native code, which may read OMP_NUM_THREADS, and the target changes that before",
+    )
     assert not lives(int((tmp_path / "ran.program").read_text()))
     (ran_in,) = (tmp_path / "ran").read_text().split()
     assert int(ran_in) != image and not lives(int(ran_in))

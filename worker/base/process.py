@@ -13,6 +13,7 @@ from typing import NoReturn
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
 # The name of a forkserver that was forked from its worker, and of the job processes that it forks: they have
 # the command line of the worker. A program that a job starts by exec has another name.
 FORKSERVER = b"forkserver"
@@ -38,6 +39,11 @@ def forbid_dumps() -> bool:
 def end_with_parent() -> None:
     """Have the kernel kill this process at the end of its parent, stopped or not. No fork inherits that."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def adopt_orphans() -> bool:
+    """Become the parent of descendants whose own parent ends; False where the system can't."""
+    return bool(ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
 def set_name(name: bytes) -> None:

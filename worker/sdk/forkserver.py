@@ -107,14 +107,16 @@ class Unlike(Exception):
 class Imports:
     """The traces of imports: descriptors, the variables that they read, and TLS contexts without defaults.
 
-    `unseeded` are the generators of random numbers that the imports have made. `why` says why a fork would be
-    unlike; empty if the imports do not hinder one.
+    `unseeded` and `bit_generators` are the generators of random numbers that the imports have made. `why`
+    says why a fork would be unlike; empty if the imports do not hinder one.
     """
 
     opened: set[int] = field(default_factory=set)
     reads: set[str] = field(default_factory=set)
     contexts: list[ssl.SSLContext] = field(default_factory=list)
     unseeded: randomness.Unseeded = field(default_factory=randomness.Unseeded)
+    # Those of NumPy, which the image alone looks for.
+    bit_generators: list[Any] = field(default_factory=list)
     why: str = ""
 
     def add(self, more: Imports) -> None:
@@ -201,7 +203,7 @@ def _fork(imports: Imports) -> _Waiting:
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     try:
-        passed_on = _passed_on()
+        passes_on = passed_on()
         near, far = socket.socketpair()
         # Collections of the worker, of the forkserver and of jobs leave out what is there now, and so do not
         # write into pages that the processes share.
@@ -220,10 +222,10 @@ def _fork(imports: Imports) -> _Waiting:
         raise Unlike(f"no fork: {error}") from error
     if pid == 0:
         near.close()
-        _wait(far, imports.opened, imports.contexts)
+        _wait(far, imports)
         raise SystemExit(0)
     far.close()
-    child = _Waiting(pid, near, {name: os.environ.get(name) for name in imports.reads}, passed_on)
+    child = _Waiting(pid, near, {name: os.environ.get(name) for name in imports.reads}, passes_on)
     if not is_single_threaded():
         child.end()
         raise Unlike("an import has started a thread")
@@ -247,12 +249,12 @@ class _Waiting:
     """The child, until it is the forkserver, with what it was forked with."""
 
     def __init__(
-        self, pid: int, sock: socket.socket, reads: dict[str, str | None], passed_on: dict[str, str]
+        self, pid: int, sock: socket.socket, reads: dict[str, str | None], passes_on: dict[str, str]
     ) -> None:
         self._pid = pid
         self._sock = sock
-        self._reads = reads | {name: os.environ[name] for name in os.environ if _is_native(name)}
-        self._passed_on = passed_on
+        self._reads = reads | {name: os.environ[name] for name in os.environ if is_native(name)}
+        self._passed_on = passes_on
 
     def become(self, path: bytes, command: str, descriptors: Sequence[int]) -> int:
         """Have the child run the command, with these descriptors at their numbers; return its pid.
@@ -288,10 +290,10 @@ class _Waiting:
         if os.fsdecode(path) != sys.executable:
             raise Unlike("multiprocessing.set_executable() was called")
         changed = [name for name, value in self._reads.items() if os.environ.get(name) != value]
-        changed += [name for name in os.environ if _is_native(name) and name not in self._reads]
+        changed += [name for name in os.environ if is_native(name) and name not in self._reads]
         if changed:
             raise Unlike(f"{changed[0]} in the environment has changed since the imports that read it")
-        now = _passed_on()
+        now = passed_on()
         for name, value in self._passed_on.items():
             if now.get(name) != value:
                 raise Unlike(f"{name} of the process has changed since the fork")
@@ -308,11 +310,11 @@ class _Waiting:
 # -- the child ----------------------------------------------------------------------------------------------
 
 
-def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext]) -> None:
+def _wait(sock: socket.socket, imports: Imports) -> None:
     """Wait for the request and do it. At end of file the worker has gone, and this process ends."""
     set_name(FORKSERVER)
     _reset_signals()
-    for fd in open_descriptors() - opened - {0, 1, 2, sock.fileno()}:
+    for fd in open_descriptors() - imports.opened - {0, 1, 2, sock.fileno()}:
         os.close(fd)
     header, received, *_ = socket.recv_fds(sock, LENGTH.size, 16)
     request = b""
@@ -335,7 +337,8 @@ def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext])
         place(passed, numbers)
         os.environ.clear()
         os.environ.update(environment)
-        _load_defaults(contexts)
+        _load_defaults(imports.contexts)
+        _seed_jobs_anew(imports)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         garbage.collect_again()
         worker.sendall(TAKEN_OVER)
@@ -349,6 +352,20 @@ def _wait(sock: socket.socket, opened: set[int], contexts: list[ssl.SSLContext])
     sys.modules["__main__"] = main
     sys.argv = ["-c"]
     exec(command, main.__dict__)
+
+
+def _seed_jobs_anew(imports: Imports) -> None:
+    """Give the generators another state in each job; not in what a job forks, which may have seeded them.
+
+    Calls that draw the same numbers would, say, give their files the same names.
+    """
+    forkserver = os.getpid()
+
+    def after_in_child() -> None:
+        if os.getppid() == forkserver:
+            randomness.seed_anew(imports.unseeded, imports.bit_generators)
+
+    os.register_at_fork(after_in_child=after_in_child)
 
 
 def _reset_signals() -> None:
@@ -419,11 +436,11 @@ def _load_defaults(contexts: list[ssl.SSLContext]) -> None:
         contexts.pop().set_default_verify_paths()
 
 
-def _is_native(name: str) -> bool:
+def is_native(name: str) -> bool:
     return name.startswith(READ_NATIVELY)
 
 
-def _passed_on() -> dict[str, str]:
+def passed_on() -> dict[str, str]:
     """Return what exec would pass on, by name, of the thread that asks. Raises OSError without /proc."""
     found = {"priority": str(os.getpriority(os.PRIO_PROCESS, 0)), "oom_score_adj": str(oom_adjustment())}
     for line in Path("/proc/thread-self/status").read_text().splitlines():

@@ -104,7 +104,7 @@ def serve(
     if imports.why:
         _say(channel, Answer(ready=imports.why))
         os._exit(0)
-    bit_generators = randomness.generators_of_numpy()
+    imports.bit_generators = randomness.generators_of_numpy()
     gc.freeze()
     for stream in (sys.stdout, sys.stderr):
         # The stream may be None or closed. Each worker would write once more what it has kept.
@@ -126,7 +126,7 @@ def serve(
                     channel.send(Answer(number=request.number, error=f"no worker: {error}").encode())
                 os._exit(1)
             set_name(own_name)
-            randomness.seed_anew(imports.unseeded, bit_generators)
+            randomness.seed_anew(imports.unseeded, imports.bit_generators)
             return WorkerSettings.from_json(request.settings), imports
         for fd in received:
             os.close(fd)

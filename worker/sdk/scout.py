@@ -10,8 +10,9 @@
 The files of the agent run in the scout, as they run in each worker and in each job. The image runs none of
 them, so no state of their modules is shared.
 
-A package is left out if its import adds anything that a fork would lose or share: a thread, a process, or a
-descriptor that is not a plain file. So is one that reads a variable which the target changes before. Each
+A package is left out if its import adds anything that a fork would lose or share: a thread, a process, an
+open file, memory, a handler of a signal or of the exit. So is one that reads a variable which the target
+changes before. Each
 process imports a package that was left out, as it would without an image. The trial goes on behind that
 package in another fork.
 """
@@ -19,14 +20,17 @@ package in another fork.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import json
 import os
 import select
 import signal
+import stat
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,9 +38,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn  # what a fork tells is JSON
 
-from lastcall.worker.base.process import end_with_parent
+from lastcall.worker.base.process import adopt_orphans, end_with_parent
 from lastcall.worker.base.target_form import INSTALLED
-from lastcall.worker.sdk.forkserver import WHOLE, Imports, import_all, is_single_threaded
+from lastcall.worker.sdk.forkserver import (
+    WHOLE,
+    Imports,
+    import_all,
+    is_native,
+    is_single_threaded,
+    passed_on,
+)
 
 # Seconds for the target, and for each trial. Ours: programs import for some seconds. One that loads a model
 # for longer tells what it has imported until then.
@@ -78,7 +89,12 @@ def look(
     before, environment = set(sys.modules), dict(os.environ)
 
     def run(tell: Callable[[object], None]) -> None:
+        scout = os.getpid()
+
         def end(*_: object) -> NoReturn:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # not a second time, in the middle of a line
+            if os.getpid() != scout:  # the target has forked
+                os._exit(0)
             modules = [(name, _installed_file(each)) for name, each in list(sys.modules.items())]
             files = {
                 name: file for name, file in modules if file and name not in before and not is_own(name, file)
@@ -129,22 +145,34 @@ def _try_each(
         tell([package, why])
         if why:
             break
+    tell(None)  # a process that the import has left may hold the pipe open
 
 
 def _try(modules: list[str], found: Found) -> str:
     """Import the modules; return the reason why a fork must not bring them along."""
     # Not by its name, because the directory may have been removed.
-    before, here = set(sys.modules), os.stat(".")
+    before, here, was = set(sys.modules), os.stat("."), _traits()
     try:
         imports = import_all(modules)
     except BaseException as error:
         return f"an import failed: {error!r}"
     if imports.why:
         return imports.why
+    files = [fd for fd in sorted(imports.opened) if stat.S_ISREG(os.fstat(fd).st_mode)]
+    if files:  # its offset and its locks are shared by all forks
+        return f"it keeps {os.readlink(f'/proc/self/fd/{files[0]}')} open"
+    changed = [trait for trait, value in _traits().items() if was.get(trait) != value]
+    if changed:
+        return f"it {changed[0]}"
+    has_native_code = False
     for name in [name for name in sys.modules if name not in before]:
         file = _installed_file(sys.modules[name])
+        has_native_code |= file.endswith(".so")
         if file and found.files.get(name, file) != file:
             return f"{name} is another file here than in the target"
+    natively = {name for name in found.changed if is_native(name)}
+    if natively and has_native_code:
+        return f"it has native code, which may read {min(natively)}, and the target changes that before"
     reads = found.changed & imports.reads
     if reads or (found.changed and WHOLE in imports.reads):
         return f"it reads {min(reads, default='the environment')}, and the target changes that before"
@@ -164,6 +192,27 @@ def _try(modules: list[str], found: Found) -> str:
         if not is_single_threaded():
             return "it has started a thread"
     return ""
+
+
+def _traits() -> dict[str, object]:
+    """Return what an import may change here and a fork would share or lose, by what that is called.
+
+    A handler of a signal is lost in job processes. One of the exit runs once more at the end of a forkserver,
+    and would remove for all what was made once, such as a temporary directory.
+    """
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    mappings = Path("/proc/self/maps").read_text().splitlines()
+    modes = [line.split()[1] for line in mappings]
+    status = Path("/proc/self/status").read_text().splitlines()
+    finalizers: Any = weakref.finalize
+    return {
+        "handles a signal": (handlers, [line for line in status if line.startswith(("SigCgt", "SigBlk"))]),
+        "has an exit handler": (
+            getattr(atexit, "_ncallbacks", lambda: 0)(),
+            sum(each.atexit for each in getattr(finalizers, "_registry", {}).values()),
+        ),
+        "shares memory": sum(mode[1] == "w" and mode[3] == "s" for mode in modes),
+    } | {f"changes {name} of the process": value for name, value in passed_on().items()}
 
 
 # -- names --------------------------------------------------------------------------------------------------
@@ -218,6 +267,7 @@ def _told_by(
     def begin() -> None:
         os.setsid()
         end_with_parent()
+        adopt_orphans()  # so that a process whose parent has ended is seen
         os.close(reader)
         null = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
