@@ -694,6 +694,7 @@ PACKAGES = {
     "shares": "import mmap; KEPT = mmap.mmap(-1, 10)",
     "ignores": "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
     "exits": "import tempfile; KEPT = tempfile.TemporaryDirectory()",
+    "forks": "import os; os.fork()",
     "orphan": "import subprocess; subprocess.run('sleep 600 &', shell=True)",
     "native": "import numpy.fft",
     "named": "from spaces.inner import VALUE",
@@ -704,7 +705,7 @@ import os, pathlib
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
 os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
 import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
-import keeps, shares, ignores, exits, orphan, native, last
+import keeps, shares, ignores, exits, orphan, forks, native, last
 pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
     str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
 )
@@ -728,6 +729,8 @@ def test_packages_of_a_target(tmp_path: Path) -> None:
     (tmp_path / "agent" / "agent.py").write_text(OWN)
     odd = f"""
 import runpy
+from lastcall.worker.sdk import scout
+scout.MAX_REFUSED = len({list(PACKAGES)!r})
 sys.path.append({str(installed)!r})
 os.environ["RAN_IN"] = {str(tmp_path / "ran")!r}
 os.mkdir({str(tmp_path / "gone")!r})
@@ -758,6 +761,7 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "ignores": "it handles a signal",
         "exits": "it has an exit handler",
         "orphan": "it has started a process",
+        "forks": "it has started a process",
     } | dict.fromkeys(
         ("native", "numpy"),
         "it has native code, which may read OMP_NUM_THREADS, and the target changes that before",

@@ -152,10 +152,14 @@ def _try(modules: list[str], found: Found) -> str:
     """Import the modules; return the reason why a fork must not bring them along."""
     # Not by its name, because the directory may have been removed.
     before, here, was = set(sys.modules), os.stat("."), _traits()
+    trial = os.getpid()
     try:
         imports = import_all(modules)
     except BaseException as error:
         return f"an import failed: {error!r}"
+    finally:
+        if os.getpid() != trial:  # the import has forked, and the trial sees the process
+            _stay()
     if imports.why:
         return imports.why
     files = [fd for fd in sorted(imports.opened) if stat.S_ISREG(os.fstat(fd).st_mode)]
@@ -192,6 +196,12 @@ def _try(modules: list[str], found: Found) -> str:
         if not is_single_threaded():
             return "it has started a thread"
     return ""
+
+
+def _stay() -> NoReturn:
+    """Wait for the end of the trial, which kills all of its session."""
+    while True:
+        signal.pause()
 
 
 def _traits() -> dict[str, object]:
