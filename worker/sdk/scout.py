@@ -32,7 +32,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -154,7 +154,8 @@ def _try(modules: list[str], found: Found) -> str:
     before, here, was = set(sys.modules), os.stat("."), _traits()
     trial = os.getpid()
     try:
-        imports = import_all(modules)
+        with _exit_handlers() as has_exit_handler:
+            imports = import_all(modules)
     except BaseException as error:
         return f"an import failed: {error!r}"
     finally:
@@ -165,6 +166,8 @@ def _try(modules: list[str], found: Found) -> str:
     files = [fd for fd in sorted(imports.opened) if stat.S_ISREG(os.fstat(fd).st_mode)]
     if files:  # its offset and its locks are shared by all forks
         return f"it keeps {os.readlink(f'/proc/self/fd/{files[0]}')} open"
+    if has_exit_handler():
+        return "it has an exit handler"
     changed = [trait for trait, value in _traits().items() if was.get(trait) != value]
     if changed:
         return f"it {changed[0]}"
@@ -204,23 +207,48 @@ def _stay() -> NoReturn:
         signal.pause()
 
 
+@contextmanager
+def _exit_handlers() -> Iterator[Callable[[], bool]]:
+    """Tell whether the block has a function called at the exit of the process, by `atexit` or `weakref`.
+
+    It would run at the end of each forkserver, and remove for all what was made once, such as a temporary
+    directory. A finalizer counts as long as it is alive.
+    """
+    finalizer_class: Any = weakref.finalize
+    register, begin = atexit.register, finalizer_class.__init__
+    functions: list[Any] = []
+    finalizers: list[Any] = []
+
+    def registered(function: Any, *arguments: Any, **options: Any) -> Any:
+        functions.append(function)
+        return register(function, *arguments, **options)
+
+    def begun(finalizer: Any, *arguments: Any, **options: Any) -> None:
+        known = len(functions)
+        begin(finalizer, *arguments, **options)
+        del functions[known:]  # the first finalizer registers a function for all
+        finalizers.append(finalizer)
+
+    atexit.register = registered  # type: ignore[assignment]  # for this block
+    finalizer_class.__init__ = begun
+    try:
+        yield lambda: bool(functions) or any(each.alive and each.atexit for each in finalizers)
+    finally:
+        atexit.register = register
+        finalizer_class.__init__ = begin
+
+
 def _traits() -> dict[str, object]:
     """Return what an import may change here and a fork would share or lose, by what that is called.
 
-    A handler of a signal is lost in job processes. One of the exit runs once more at the end of a forkserver,
-    and would remove for all what was made once, such as a temporary directory.
+    A handler of a signal is lost in job processes.
     """
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     mappings = Path("/proc/self/maps").read_text().splitlines()
     modes = [line.split()[1] for line in mappings]
     status = Path("/proc/self/status").read_text().splitlines()
-    finalizers: Any = weakref.finalize
     return {
         "handles a signal": (handlers, [line for line in status if line.startswith(("SigCgt", "SigBlk"))]),
-        "has an exit handler": (
-            getattr(atexit, "_ncallbacks", lambda: 0)(),
-            sum(each.atexit for each in getattr(finalizers, "_registry", {}).values()),
-        ),
         "shares memory": sum(mode[1] == "w" and mode[3] == "s" for mode in modes),
     } | {f"changes {name} of the process": value for name, value in passed_on().items()}
 
