@@ -69,6 +69,9 @@ IMPORTED = (
 # Imported before reads of the environment are noted: it copies the whole environment, for CGI programs
 # (prometheus_client imports it and is none), and each variable would count as read.
 READS_ALL = "wsgiref.handlers"
+# Read by OpenSSL where a TLS context loads the certificates of the system
+# (SSL_CTX_set_default_verify_paths(3)).
+CERTIFICATES = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
 # Stands among the names of variables for a copy of all of them.
 WHOLE = "*"
 # How the command of a forkserver begins, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
@@ -429,6 +432,20 @@ def _defaults_loaded_later(contexts: list[ssl.SSLContext]) -> Iterator[None]:
         yield
     finally:
         del ssl.SSLContext.set_default_verify_paths
+
+
+def load_certificates(imports: Imports, changed: set[str]) -> None:
+    """Load the certificates of the system into the TLS contexts of the imports, once for all forks.
+
+    Each fork loads them for itself if the target changes a variable of CERTIFICATES, whose names are in
+    `changed`. So it does if the system has no certificates: livekit-agents 1.8 sets a variable then, after
+    the fork (utils/http_context.py). A forkserver whose variables have changed all the same imports for
+    itself.
+    """
+    paths = ssl.get_default_verify_paths()
+    if (paths.cafile or paths.capath) and not CERTIFICATES & changed:
+        _load_defaults(imports.contexts)
+        imports.reads |= CERTIFICATES
 
 
 def _load_defaults(contexts: list[ssl.SSLContext]) -> None:

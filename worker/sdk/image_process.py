@@ -54,10 +54,12 @@ from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.variables import MARK
 from lastcall.worker.sdk import preflight, scout
 from lastcall.worker.sdk.forkserver import (
+    CERTIFICATES,
     IMPORTED,
     Imports,
     import_all,
     is_single_threaded,
+    load_certificates,
     place,
 )
 
@@ -73,8 +75,6 @@ WORKER_MODULES = (
     "livekit.agents.cli.log",
 )
 WARM_UP = ("livekit.agents.ipc._preload", "av")
-# Read by the warm-up, which keeps nothing of them: each TLS context that is made later reads them again.
-READ_AGAIN = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
 # Seconds between two looks whether the first fork has ended. Ours: it ends within a millisecond.
 LOOK_AGAIN_AFTER = 0.0005
 
@@ -101,6 +101,7 @@ def serve(
         more, left_out = scout.import_packages(found)
         packages = len(found.packages) - len(left_out)
         imports.add(more)
+        load_certificates(imports, found.changed)
     if imports.why:
         _say(channel, Answer(ready=imports.why))
         os._exit(0)
@@ -182,7 +183,7 @@ def _import() -> Imports:
 def _warm_up() -> Imports:
     """Import the warm-up, and tell whether forks of this process are safe."""
     imports = import_all([module for module in WARM_UP if _is_there(module)])
-    imports.reads -= READ_AGAIN
+    imports.reads -= CERTIFICATES  # it keeps nothing of them: each TLS context that is made later reads them
     if not imports.why and not _forks_alone():
         imports.why = "an import has started a thread"
     return imports
