@@ -314,8 +314,7 @@ class Handovers:
             if self._is_closing() or (at is not None and now() >= at):
                 return []
             busy = given_up | {job.id for job in running.values()}
-            calls = [job for job in self._jobs.running if job.id not in busy and not job.successor]
-            calls = [job for job in calls if not self.lacks(job)]
+            calls = [job for job in self._jobs.running if job.id not in busy and not self.lacks(job)]
             return sorted(calls, key=lambda job: again_at.get(job.id, 0.0))
 
         def first() -> list[Job]:

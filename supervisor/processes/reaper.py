@@ -19,9 +19,9 @@ import os
 import signal
 from collections.abc import Callable
 
+from lastcall.worker.base.process import adopt_orphans
 from lastcall.worker.base.records import dataclass
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 SFD_NONBLOCK = 0o4000  # signalfd(2); the same two bits as O_NONBLOCK and O_CLOEXEC on x86-64 and arm64
 SFD_CLOEXEC = 0o2000000
 SIGINFO_BYTES = 128  # struct signalfd_siginfo, signalfd(2)
@@ -59,10 +59,9 @@ class Reaper:
 
     def start(self) -> None:
         """Become the parent of orphaned descendants and begin to reap. Call from the running loop."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.is_subreaper = os.getpid() == 1 or libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+        self.is_subreaper = os.getpid() == 1 or adopt_orphans()
         loop = asyncio.get_running_loop()
-        self._signalfd = _open_signalfd(libc)
+        self._signalfd = _open_signalfd(ctypes.CDLL(None, use_errno=True))
         if self._signalfd is not None:
             loop.add_reader(self._signalfd, self._on_signal)
         else:

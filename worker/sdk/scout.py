@@ -12,9 +12,8 @@ them, so no state of their modules is shared.
 
 A package is left out if its import adds anything that a fork would lose or share: a thread, a process, an
 open file, memory, a handler of a signal or of the exit. So is one that reads a variable which the target
-changes before. Each
-process imports a package that was left out, as it would without an image. The trial goes on behind that
-package in another fork.
+changes before. Each process imports a package that was left out, as it would without an image. The trial goes
+on behind that package in another fork.
 """
 
 from __future__ import annotations
