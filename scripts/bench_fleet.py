@@ -112,7 +112,7 @@ async def stall(runs: int, directory: Path) -> dict[str, float]:
             try:
                 await server.until(lambda: bool(server.available()), 60)
                 await asyncio.sleep(1.0)
-                (worker,) = children(process.pid)
+                worker = log_of(directory, "slot starting")[-1]["pid"]
                 stopped = time.monotonic()
                 os.kill(worker, signal.SIGSTOP)
                 found = await until(lambda: log_of(directory, "slot stalled"), 30, 0.005)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lastcall.worker.base.process import FORKSERVER, IMAGE
+from lastcall.worker.base.process import FORKSERVER, IMAGE, TRACKER
 from tests.support.harness import AGENT, Run, StartRun, lives
 
 # Notes each process that imports livekit-agents.
@@ -53,6 +53,23 @@ async def entrypoint(ctx):
 
 if __name__ == "__main__":
     cli.run_app(WorkerOptions(entrypoint_fnc=entrypoint, load_fnc=lambda: 0.1, num_idle_processes=1))
+"""
+# An agent that leaves shared memory, and runs its jobs in threads.
+SHARING_AGENT = """
+import os
+from multiprocessing.shared_memory import SharedMemory
+from livekit.agents import JobExecutorType, WorkerOptions, cli
+import calls
+
+if __name__ == "__main__":
+    shared = SharedMemory(create=True, size=1)
+    with open(os.environ["SHARED"], "w") as file:
+        file.write(shared.name)
+    cli.run_app(
+        WorkerOptions(
+            entrypoint_fnc=calls.entrypoint, load_fnc=lambda: 0.1, job_executor_type=JobExecutorType.THREAD
+        )
+    )
 """
 
 
@@ -139,14 +156,28 @@ async def test_one_import_of_livekit(run: StartRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.core
-async def test_worker_killed_before_its_forkserver_is_used(run: StartRun) -> None:
-    """The child that waits to be the forkserver ends with the worker: at the end of file, by itself."""
-    r: Run = await run("run", "--grace", "40", AGENT, environment={"EXECUTOR": "THREAD"})
+async def test_worker_killed_before_its_forkserver_is_used(run: StartRun, tmp_path: Path) -> None:
+    """The child that waits to be the forkserver ends with the worker: at the end of file, by itself.
+
+    The resource tracker is a fork of the worker too. It has nothing else of the worker, and the sweep lets it
+    remove what the worker has left.
+    """
+    agent = tmp_path / "shares.py"
+    agent.write_text(SHARING_AGENT)
+    shared = tmp_path / "shared"
+    environment = {"PYTHONPATH": str(Path(AGENT).parent), "SHARED": str(shared)}
+    r: Run = await run("run", "--grace", "40", str(agent), environment=environment)
     await r.ready()
     (worker,) = r.workers()
     (child,) = [p for p in worker.children() if p.name() == FORKSERVER.decode()]
+    (tracker,) = [p for p in worker.children() if p.name() == TRACKER.decode()]
+    assert Path("/dev/shm", shared.read_text()).exists()
+    assert tracker.num_fds() == 4, "the standard streams, and the pipe that names of resources come from"
+    assert signals(tracker.pid, "SigIgn") == {signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ}
+    assert signals(tracker.pid, "SigCgt") == set()
     worker.kill()
-    await r.until(lambda: not lives(child.pid))
+    await r.until(lambda: not lives(child.pid) and not lives(tracker.pid))
+    assert not Path("/dev/shm", shared.read_text()).exists()
     r.kill()
     assert await r.exit() == 0
     await r.nothing_left()

@@ -339,6 +339,7 @@ async def test_programs_of_a_crashed_worker(run: StartRun) -> None:
     victim.kill()
     await r.until(lambda: not lives(children[0]))
     assert lives(children[1]), "another slot's program was swept"
+    await r.until(lambda: r.log("slot failed"))  # its job is written down as lost, before the stop
     began = time.monotonic()
     r.kill(signal.SIGQUIT)
     assert await r.exit() == 75

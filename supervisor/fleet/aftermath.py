@@ -16,6 +16,9 @@ from lastcall.worker.base.exit_codes import Exit
 # Seconds for which a generation waits until its sweep is done. Ours: most processes die of SIGKILL within
 # milliseconds. One that takes longer does not hold up the next worker; the end of a stop counts what is left.
 SWEEP_WITHIN = 1.0
+# Seconds of these for a resource tracker, which removes the shared memory and semaphores of its worker once all
+# of that worker's processes have ended. Ours: a few milliseconds are usual.
+TRACKER_ENDS_WITHIN = 0.5
 # Seconds between two looks of a sweep. Ours: what was killed takes about so long to become a zombie.
 LOOK_AGAIN_AFTER = 0.002
 
@@ -54,7 +57,8 @@ async def sweep(
     because it has cleared its environment, can only be one of them.
     """
     programs = 0
-    due = now() + SWEEP_WITHIN
+    began = now()
+    due = began + SWEEP_WITHIN
     while True:
         adopted = descendants.adopted(known_pids)
         if not adopted:
@@ -63,7 +67,8 @@ async def sweep(
         if not found:
             return programs
         programs += swept.add(found)
-        descendants.kill(found)
+        is_spared = now() < began + TRACKER_ENDS_WITHIN
+        descendants.kill(each for each in found if not (is_spared and descendants.is_tracker(each)))
         if now() >= due:
             return programs
         await asyncio.sleep(LOOK_AGAIN_AFTER)

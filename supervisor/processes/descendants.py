@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from lastcall.worker.base.process import FORKSERVER, IMAGE
+from lastcall.worker.base.process import FORKSERVER, IMAGE, TRACKER
 from lastcall.worker.base.variables import MARK
 
 
@@ -116,10 +116,10 @@ def look_at(pid: int) -> tuple[str, str]:
 def is_multiprocessing(name: str, command: str) -> bool:
     """Tell by its name and command line whether a process is one of multiprocessing's, or a fork of one.
 
-    A forkserver that was forked from its worker has the command line of the worker. So has a fork of an image
-    that nobody has made a worker yet.
+    A forkserver or a resource tracker that was forked from its worker has the command line of the worker. So
+    has a fork of an image that nobody has made a worker yet.
     """
-    return name in (FORKSERVER.decode(), IMAGE.decode()) or "from multiprocessing." in command
+    return name.encode() in (FORKSERVER, TRACKER, IMAGE) or "from multiprocessing." in command
 
 
 def is_framework(process: psutil.Process) -> bool:
@@ -134,6 +134,15 @@ def is_framework(process: psutil.Process) -> bool:
         return not command or is_multiprocessing(process.name(), " ".join(command))
     except psutil.Error:
         return True  # gone meanwhile
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    """Tell whether a process is a resource tracker of multiprocessing, forked or not."""
+    try:
+        name, command = process.name(), " ".join(process.cmdline())
+    except psutil.Error:
+        return False  # gone meanwhile
+    return name.encode() == TRACKER or "from multiprocessing.resource_tracker" in command
 
 
 class Swept:

@@ -17,6 +17,8 @@ PR_SET_CHILD_SUBREAPER = 36
 # The name of a forkserver that was forked from its worker, and of the job processes that it forks: they have
 # the command line of the worker. A program that a job starts by exec has another name.
 FORKSERVER = b"forkserver"
+# The name of a resource tracker that was forked from its worker.
+TRACKER = b"tracker"
 # The name of an image, which has the command line of a worker too, and of its forks until they are workers.
 IMAGE = b"lastcall-image"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -22,6 +22,9 @@ Where the fork would not be the same, multiprocessing starts a new interpreter, 
 module. That is so if the import has left a thread or a socket. It is so, too, if something has changed since
 the fork that the import has read or that exec passes on. A second forkserver, after the end of the first, is
 a new interpreter. One line in the log says why.
+
+The resource tracker of multiprocessing is forked too. It is started before the agent is loaded, and reads
+nothing but names of resources, so the fork runs the command at once.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +56,7 @@ from typing import Any
 
 from lastcall.worker.base import garbage, randomness
 from lastcall.worker.base.memory import oom_adjustment
-from lastcall.worker.base.process import FORKSERVER, set_name
+from lastcall.worker.base.process import FORKSERVER, TRACKER, set_name
 from lastcall.worker.base.stopping import SHIELDED
 
 log = logging.getLogger("lastcall.worker")
@@ -76,6 +80,8 @@ CERTIFICATES = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
 WHOLE = "*"
 # How the command of a forkserver begins, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
 COMMAND = "from multiprocessing.forkserver import main"
+# The same of a resource tracker, in multiprocessing/resource_tracker.py.
+TRACKER_COMMAND = "from multiprocessing.resource_tracker import main"
 # Variables that the interpreter and native libraries read by themselves: CPython's command line page,
 # ld.so(8), mallopt(3), tzset(3), locale(7), openssl-env(7), and the manuals of OpenMP, OpenBLAS and MKL.
 READ_NATIVELY = ("PYTHON", "LD_", "MALLOC_", "TZ", "LANG", "LC_", "OPENSSL_", "OMP_", "OPENBLAS_", "MKL_")
@@ -166,6 +172,11 @@ def fork(imports: Imports | None = None) -> None:
                     child.end()
                     reason = str(error)
             log.info("the forkserver imports for itself", extra={"reason": reason})
+        elif command.startswith(TRACKER_COMMAND):
+            # OSError: there is no process to be had, or no /proc.
+            with suppress(OSError):
+                if len(os.listdir("/proc/self/task")) == 1:
+                    return _fork_tracker(command, descriptors)
         pid: int = start_interpreter(path, arguments, descriptors)
         return pid
 
@@ -198,13 +209,46 @@ def import_all(modules: Iterable[str]) -> Imports:
     return found
 
 
+def flush() -> None:
+    """Write what the process has kept of its output, which each fork would write once more."""
+    for stream in (sys.stdout, sys.stderr):
+        # The stream may be None or closed, and its disk may be full.
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _fork_tracker(command: str, descriptors: Sequence[int]) -> int:
+    """Fork a process that runs the command of a resource tracker; return its pid. Raises OSError.
+
+    A new interpreter takes 0.1 s of processor time, a third of a start from an image. The process has to have
+    one thread. Its caller, multiprocessing, has blocked SIGINT and SIGTERM, as for a new interpreter.
+    """
+    flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a thread may have come meanwhile
+        pid = os.fork()
+    if pid != 0:
+        return pid
+    code = 1
+    try:
+        set_name(TRACKER)
+        _reset_signals()
+        for fd in open_descriptors() - {0, 1, 2, *map(int, descriptors)}:
+            os.close(fd)
+        _run(command)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # no exit handler of what the worker has imported
+
+
 def _fork(imports: Imports) -> _Waiting:
     if imports.why:
         raise Unlike(imports.why)
-    for stream in (sys.stdout, sys.stderr):
-        # The stream may be None or closed, and its disk may be full. The import has to write nothing.
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    flush()
     try:
         passes_on = passed_on()
         near, far = socket.socketpair()
@@ -351,6 +395,11 @@ def _wait(sock: socket.socket, imports: Imports) -> None:
             worker.sendall(repr(error).encode()[:ANSWER_BYTES])
         os._exit(1)
     worker.close()
+    _run(command)
+
+
+def _run(command: str) -> None:
+    """Run a command of multiprocessing as `python -c` would."""
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     sys.argv = ["-c"]

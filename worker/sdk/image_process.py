@@ -29,7 +29,6 @@ import multiprocessing.process
 import os
 import select
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -57,6 +56,7 @@ from lastcall.worker.sdk.forkserver import (
     CERTIFICATES,
     IMPORTED,
     Imports,
+    flush,
     import_all,
     is_single_threaded,
     load_certificates,
@@ -107,10 +107,7 @@ def serve(
         os._exit(0)
     imports.bit_generators = randomness.generators_of_numpy()
     gc.freeze()
-    for stream in (sys.stdout, sys.stderr):
-        # The stream may be None or closed. Each worker would write once more what it has kept.
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    flush()
     _say(channel, Answer(ready="", packages=packages, left_out=left_out))
     while True:
         packet, received = _next(channel)
