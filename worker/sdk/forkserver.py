@@ -78,7 +78,7 @@ READS_ALL = "wsgiref.handlers"
 CERTIFICATES = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
 # Stands among the names of variables for a copy of all of them.
 WHOLE = "*"
-# How the command of a forkserver begins, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
+# In the command of a forkserver, in multiprocessing/forkserver.py of CPython 3.11 to 3.14.
 COMMAND = "from multiprocessing.forkserver import main"
 # The same of a resource tracker, in multiprocessing/resource_tracker.py.
 TRACKER_COMMAND = "from multiprocessing.resource_tracker import main"
@@ -161,8 +161,8 @@ def fork(imports: Imports | None = None) -> None:
 
     def spawnv_passfds(path: bytes, arguments: Sequence[Any], descriptors: Sequence[int]) -> int:
         nonlocal waiting, why
-        command = str(arguments[-1])
-        if command.startswith(COMMAND):
+        command = _command_of(arguments)
+        if COMMAND in command[0]:
             child, waiting = waiting, None
             reason, why = why, "the forkserver has ended"
             if child is not None:
@@ -172,7 +172,7 @@ def fork(imports: Imports | None = None) -> None:
                     child.end()
                     reason = str(error)
             log.info("the forkserver imports for itself", extra={"reason": reason})
-        elif command.startswith(TRACKER_COMMAND):
+        elif TRACKER_COMMAND in command[0]:
             # OSError: there is no process to be had, or no /proc.
             with suppress(OSError):
                 if len(os.listdir("/proc/self/task")) == 1:
@@ -181,6 +181,12 @@ def fork(imports: Imports | None = None) -> None:
         return pid
 
     multiprocessing.util.spawnv_passfds = spawnv_passfds  # type: ignore[assignment]  # no public hook
+
+
+def _command_of(arguments: Sequence[Any]) -> list[str]:
+    """Return the command of `python -c`, and the words that follow it, `sys.argv` in newer CPython 3.14."""
+    words = [str(word) for word in arguments]
+    return words[words.index("-c") + 1 :] if "-c" in words else [""]
 
 
 def import_all(modules: Iterable[str]) -> Imports:
@@ -217,7 +223,7 @@ def flush() -> None:
             stream.flush()
 
 
-def _fork_tracker(command: str, descriptors: Sequence[int]) -> int:
+def _fork_tracker(command: list[str], descriptors: Sequence[int]) -> int:
     """Fork a process that runs the command of a resource tracker; return its pid. Raises OSError.
 
     A new interpreter takes 0.1 s of processor time, a third of a start from an image. The process has to have
@@ -303,7 +309,7 @@ class _Waiting:
         self._reads = reads | {name: os.environ[name] for name in os.environ if is_native(name)}
         self._passed_on = passes_on
 
-    def become(self, path: bytes, command: str, descriptors: Sequence[int]) -> int:
+    def become(self, path: bytes, command: list[str], descriptors: Sequence[int]) -> int:
         """Have the child run the command, with these descriptors at their numbers; return its pid.
 
         Raises Unlike if it would not do what a new interpreter does, and where it has ended or hangs.
@@ -398,12 +404,12 @@ def _wait(sock: socket.socket, imports: Imports) -> None:
     _run(command)
 
 
-def _run(command: str) -> None:
-    """Run a command of multiprocessing as `python -c` would."""
+def _run(command: list[str]) -> None:
+    """Run a command of multiprocessing as `python -c` would, with the words that follow it."""
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    sys.argv = ["-c"]
-    exec(command, main.__dict__)
+    sys.argv = ["-c", *command[1:]]
+    exec(command[0], main.__dict__)
 
 
 def _seed_jobs_anew(imports: Imports) -> None:
