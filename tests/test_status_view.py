@@ -120,6 +120,10 @@ def test_a_verb_says_what_it_waits_for() -> None:
     assert waits_for(status(slot(0, jobs=2, left=22.0), starting, slot(2))) == (
         "slot 0 draining (2 jobs, at most 22 s yet), slot 1 starting (for 3 s, at most 117 s yet)"
     )
+    image = slot(1, state="stopped", since_s=3.0, start_left_s=117.0)
+    assert waits_for(status(image)) == "slot 1 starting (for 3 s, at most 117 s yet)"
+    assert status_line(status(image)).startswith("running: slot 1 starting 0 jobs; ")
+    assert status_line(status(slot(1, state="stopped"))).startswith("running: slot 1 stopped 0 jobs; ")
     older = slot(1, state="starting", since_s=3.0)
     assert waits_for(status(older)) == "slot 1 starting (for 3 s)"
     assert waits_for(status(slot(0, jobs=1, left=5.0))) == "slot 0 draining (1 job, at most 5 s yet)"

@@ -15,7 +15,7 @@ SELDOM = ("ended_by_server", "handed_over")
 def status_line(document: dict[str, Any]) -> str:
     """Return the phase, each slot, and how many jobs there were."""
     slots = ", ".join(
-        f"slot {s['slot']} {s['state']} {counted(len(s['jobs']), 'job')}" for s in document["slots"]
+        f"slot {s['slot']} {state_of(s)} {counted(len(s['jobs']), 'job')}" for s in document["slots"]
     )
     return f"{document['phase']}: {slots}; {totals_text(document)}"
 
@@ -28,11 +28,17 @@ def waits_for(document: dict[str, Any]) -> str:
         if left is not None:
             jobs = counted(len(slot["jobs"]), "job")
             waits.append(f"slot {slot['slot']} {slot['state']} ({jobs}, at most {left:.0f} s yet)")
-        elif slot["state"] == "starting":
+        elif state_of(slot) == "starting":
             due = slot.get("start_left_s")  # a supervisor of another version may not say it
             yet = "" if due is None else f", at most {due:.0f} s yet"
             waits.append(f"slot {slot['slot']} starting (for {slot['since_s']:.0f} s{yet})")
     return ", ".join(waits)
+
+
+def state_of(slot: dict[str, Any]) -> str:
+    """Return the state of a slot, for people: a start that waits until an image is made is one too."""
+    is_waiting = slot["state"] == "stopped" and slot.get("start_left_s") is not None
+    return "starting" if is_waiting else str(slot["state"])
 
 
 def totals_text(document: dict[str, Any]) -> str:

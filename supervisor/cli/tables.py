@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from lastcall.supervisor.cli.plain_text import plain_name
+from lastcall.supervisor.cli.plain_text import plain_name, state_of
 from lastcall.worker.base.plurals import counted
 
 STATE_COLOURS = {
@@ -181,7 +181,7 @@ def _cells(slot: dict[str, Any]) -> dict[str, Text]:
     return {
         "slot": Text(str(slot["slot"])),
         "gen": Text(str(slot["generation"])),
-        "state": Text(slot["state"], style=STATE_COLOURS.get(slot["state"], "")),
+        "state": Text(state_of(slot), style=STATE_COLOURS.get(state_of(slot), "")),
         "pid": Text(str(slot["pid"] or "-")),
         "jobs": Text(str(len(jobs))),
         "lag ms": Text("-" if slot["lag_ms"] is None else f"{slot['lag_ms']:.1f}"),

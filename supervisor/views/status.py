@@ -49,7 +49,7 @@ class Status:
         if self.fleet.works:
             return ""
         states = ", ".join(
-            f"slot {slot.number} {slot.state.value}" + (f" ({slot.last_exit})" if slot.last_exit else "")
+            f"slot {slot.number} {_doing(slot)}" + (f" ({slot.last_exit})" if slot.last_exit else "")
             for slot in self.fleet.slots
         )
         return f"no worker is registered and warm: {states}"
@@ -125,6 +125,11 @@ class Status:
             return None
         since_s = round(now() - full_time.since, 1)
         return {"reasons": list(full_time.reasons), "text": why, "since_s": since_s}
+
+
+def _doing(slot: Slot) -> str:
+    """Return the state of a slot, for people: a start that waits until an image is made is one too."""
+    return "starting" if slot.current.is_launching else slot.state.value
 
 
 def _left(deadlines: Deadlines) -> float:
