@@ -233,6 +233,38 @@ async def test_a_successor_that_dies(run: StartRun) -> None:
     await call.is_heard("bot~4")
     assert call.turns == ["bot", "bot~4"]
     call.lives_on(struck[0], RESUMES)
+    await whose_successors_end(await begun(r, "their code ends", ends=ENDS_OF_CODE))
+
+
+# By the epoch of a successor.
+ENDS_OF_CODE = {"1": "raises before", "2": "raises", "3": "shuts down"}
+
+
+async def whose_successors_end(call: PassedCall) -> None:
+    """Have a call be handed over to successors whose own code ends, before the takeover and right after it.
+
+    Each leaves by itself and at once, so that its old agent has not to wait until it has been removed. An
+    entrypoint that goes on after `ctx.shutdown()` would be in the room for 15 s.
+    """
+    r = call.server
+    for count, end in enumerate(ENDS_OF_CODE.values(), 1):
+        answer = await over(r, hand_over(r, call.id))
+        expected = "left the room" if end == "raises before" else "the successor did not speak"
+        assert answer["state"] == "failed" and expected in answer["reason"], (answer, r.logs())
+        successor = call.jobs[count]
+        await r.until(lambda successor=successor: call.notes("disconnected", successor), PATIENCE)  # type: ignore[misc]
+        (left,) = call.notes("disconnected", successor)
+        assert left["reason"] == Reason.CLIENT_INITIATED and not call.notes("speaks", successor)
+        if end != "raises before":
+            (has_call,) = call.notes(end, successor)
+            again = call.notes("speaks", call.id)[-1]
+            assert call.notes("silent", call.id)[-1]["at"] < has_call["at"] < again["at"], call.spans()
+        await call.is_heard("bot")
+    assert len(call.notes("speaks", call.id)) == 3 and call.turns == ["bot"]
+    answer = await over(r, hand_over(r, call.id))
+    assert answer["state"] == "done", answer
+    await call.is_heard("bot~4")
+    call.never_two()
 
 
 async def test_a_successor_whose_worker_stops(run: StartRun) -> None:

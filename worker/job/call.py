@@ -346,6 +346,11 @@ class Call:
         )
         self._arriving.attach(self._ctx.room, job.room.name)
 
+    def end_arrival(self, why: str) -> None:
+        """Have a successor leave whose own code ends before it has the call. For lastcall."""
+        if self._arriving is not None:
+            self._arriving.end(why)
+
     def _withdraw(self) -> None:
         if self._ctx is not None:
             self._ctx.shutdown(reason="the handover is withdrawn")
