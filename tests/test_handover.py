@@ -510,12 +510,14 @@ async def test_an_agent_of_the_same_name_that_knows_nothing_of_handovers(run: St
 async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:
     """Two supervisors on one server: the calls of the one that stops go on in the other.
 
-    A call that keeps nothing is cut. A reload hands calls over at once where that is asked for.
+    One of them does so in the close, because its successor was not ready before. A call that keeps nothing is
+    cut. A reload hands calls over at once where that is asked for.
     """
     environment = PATIENT | {"LASTCALL_HANDOVER__WAIT": "0.3"}
-    r = await run("run", "--grace", "30", AGENT, rooms=True, environment=environment)
+    # The drain has 5 s of it, and handovers 11 s of the close. A successor has 10 s to be ready.
+    r = await run("run", "--grace", "24", AGENT, rooms=True, environment=environment)
     await r.ready()
-    calls = [await begun(r, f"room-{n}", keeps=n) for n in range(2)]  # a byte
+    calls = [await begun(r, f"room-{n}", keeps=n, holds=n == 1) for n in range(2)]  # a byte
     other_call = await begun(r, "keeps nothing", keeps_nothing=True)
     other = await run(
         *("run", "--grace", "120", AGENT),  # long enough that the end of grace hands nothing over by itself
@@ -524,6 +526,9 @@ async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:
     )
     await r.ready(2)
     r.kill()
+    await r.until(lambda: r.log("slot closing"), PATIENCE)
+    assert not calls[1].notes("is to be silent")
+    permit_takeover(calls[1])
     assert await r.exit(PATIENCE * 2) == 75
     assert r.fates() == {calls[0].id: "handed_over", calls[1].id: "handed_over", other_call.id: "cut"}
     for call in calls:
