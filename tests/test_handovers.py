@@ -30,6 +30,7 @@ from lastcall.worker.base.wire import (
 from lastcall.worker.engine import Engine
 from lastcall.worker.handovers import Handovers
 from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.presence import EVICTED
 from lastcall.worker.room_service import Dispatch, Participant, RoomServiceError
 
 KEEPS = CallKeeps(size=5, kept_at=1.0)
@@ -515,7 +516,7 @@ async def test_a_stranger_with_the_identity_of_the_agent(how: str) -> None:
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
     await worker.changed.until(lambda: worker.created)
     if how == "evicted":
-        worker.jobs.in_room("AJ_1", "left", module.EVICTED, "")
+        worker.jobs.in_room("AJ_1", "left", EVICTED, "")
         worker.changed.notify()
     outcome = await handing
     assert outcome.result == "refused" and "without lastcall" in outcome.reason

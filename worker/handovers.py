@@ -53,6 +53,7 @@ from lastcall.worker.base.wire import (
     TakeBack,
 )
 from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.presence import EVICTED
 from lastcall.worker.room_service import AGENT_NAME, Participant, RoomService, RoomServiceError
 
 log = logging.getLogger("lastcall.worker")
@@ -93,8 +94,6 @@ ROOM_JOB = 0
 # After every other one a caller may be in the room: the network was lost, or a successor had the agent
 # removed.
 ENDED_WELL = frozenset({1, 5, 10})
-# livekit.DisconnectReason of an agent whose identity another one has joined with: DUPLICATE_IDENTITY.
-EVICTED = 2
 CLOUD = ".livekit.cloud"
 NOBODY = "nobody took it"
 GIVEN_BACK = "the worker that took it gave it back"
