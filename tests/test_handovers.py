@@ -612,6 +612,32 @@ async def test_one_call_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPa
         assert set(at_a_time[30:]) == {1}
 
 
+@pytest.mark.parametrize("took", [0.0, 61.0])
+async def test_when_a_call_is_tried_again(monkeypatch: pytest.MonkeyPatch, took: float) -> None:
+    """At once after a try that has waited for a successor, and after a pause where a try fails at once."""
+    worker = Worker()
+    passed = 0.0
+    tries: list[float] = []
+    monkeypatch.setattr(module, "TRY_AGAIN_AFTER", 60.0)
+    monkeypatch.setattr(module, "now", lambda: now() + passed)
+
+    async def hand_over(job: Job, _reason: str, _wait: float) -> module.Outcome:
+        nonlocal passed
+        tries.append(passed)
+        if len(tries) == 1:
+            await asyncio.sleep(0)
+            passed += took
+            return module.failed(module.NOBODY)
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    until = now() + (300 if took else 0.5)
+    async with asyncio.timeout(15):
+        await worker.handovers.hand_over_all("test", lambda: until)
+    assert tries == ([0.0, took] if took else [0.0])
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(None, 5.0), (100.0, 5.0), (12.0, 12 / 4 - 1.5), (1.0, 0.5)]
 )
