@@ -303,7 +303,8 @@ async def test_a_successor_whose_worker_stops(run: StartRun) -> None:
 async def test_a_worker_that_dies(run: StartRun) -> None:
     """That of the old agent, when a successor is there: it goes on with the state, and is the only one.
 
-    The server shows the dead agent for 20 s, so the successor has it removed as one that hangs.
+    The old agent leaves the room as its worker dies. One that is killed before is shown for 20 s, and the
+    successor has it removed as one that hangs.
     """
     r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
     await r.ready(2)
@@ -315,9 +316,11 @@ async def test_a_worker_that_dies(run: StartRun) -> None:
     assert r.livekit.jobs[successor["job"]].worker_id != old
     pids = {worker["worker_id"]: worker["pid"] for worker in control_socket.ask(r.control, "status")["slots"]}
     os.kill(pids[old], signal.SIGKILL)
+    await r.until(lambda: r.events("left") or r.events("ghost"), PATIENCE)
     permitted_at = time.monotonic()
     permit_takeover(call)
     speaks = await call.note("speaks", 2)
+    assert speaks["turns"] is None, "no answer of the old agent"
     assert speaks["job"] == successor["job"] and speaks["state"] == {"job": call.id}
     await r.until(lambda: not call.room_has("bot"), PATIENCE)
     await call.is_heard("bot~1")

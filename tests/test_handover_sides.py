@@ -487,6 +487,23 @@ async def test_a_successor_whose_code_ends(when: str) -> None:
         assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
 
 
+@pytest.mark.parametrize("has_come", [True, False])
+async def test_an_old_agent_whose_worker_dies(has_come: bool) -> None:
+    """It leaves the room if a successor is there, which goes on with the state and has not to wait for it."""
+    async with stage() as s:
+        await s.begin()
+        if has_come:
+            await s.arrive()
+        s.leaving.lose_worker()
+        if not has_come:
+            await asyncio.sleep(0.1)
+            assert s.old.isconnected()
+            return
+        await s.until(lambda: not s.old.isconnected())
+        assert await s.arriving.take_over() is None
+        assert s.arriving.may_speak and s.resumed.state == "state" and not s.heard
+
+
 @pytest.mark.parametrize("how", ["left", "removed", "reconnected"])
 async def test_when_a_successor_is_lost(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """One that has left is not waited for. Where the old agent reconnects, everybody leaves and is back."""
