@@ -233,6 +233,38 @@ async def test_a_successor_that_dies(run: StartRun) -> None:
     await call.is_heard("bot~4")
     assert call.turns == ["bot", "bot~4"]
     call.lives_on(struck[0], RESUMES)
+    await whose_successors_end(await begun(r, "their code ends", ends=ENDS_OF_CODE))
+
+
+# By the epoch of a successor.
+ENDS_OF_CODE = {"1": "raises before", "2": "raises", "3": "shuts down"}
+
+
+async def whose_successors_end(call: PassedCall) -> None:
+    """Have a call be handed over to successors whose own code ends, before the takeover and right after it.
+
+    Each leaves by itself and at once, so that its old agent has not to wait until it has been removed. An
+    entrypoint that goes on after `ctx.shutdown()` would be in the room for 15 s.
+    """
+    r = call.server
+    for count, end in enumerate(ENDS_OF_CODE.values(), 1):
+        answer = await over(r, hand_over(r, call.id))
+        expected = "left the room" if end == "raises before" else "the successor did not speak"
+        assert answer["state"] == "failed" and expected in answer["reason"], (answer, r.logs())
+        successor = call.jobs[count]
+        await r.until(lambda successor=successor: call.notes("disconnected", successor), PATIENCE)  # type: ignore[misc]
+        (left,) = call.notes("disconnected", successor)
+        assert left["reason"] == Reason.CLIENT_INITIATED and not call.notes("speaks", successor)
+        if end != "raises before":
+            (has_call,) = call.notes(end, successor)
+            again = call.notes("speaks", call.id)[-1]
+            assert call.notes("silent", call.id)[-1]["at"] < has_call["at"] < again["at"], call.spans()
+        await call.is_heard("bot")
+    assert len(call.notes("speaks", call.id)) == 3 and call.turns == ["bot"]
+    answer = await over(r, hand_over(r, call.id))
+    assert answer["state"] == "done", answer
+    await call.is_heard("bot~4")
+    call.never_two()
 
 
 async def test_a_successor_whose_worker_stops(run: StartRun) -> None:
@@ -271,7 +303,8 @@ async def test_a_successor_whose_worker_stops(run: StartRun) -> None:
 async def test_a_worker_that_dies(run: StartRun) -> None:
     """That of the old agent, when a successor is there: it goes on with the state, and is the only one.
 
-    The server shows the dead agent for 20 s, so the successor has it removed as one that hangs.
+    The old agent leaves the room as its worker dies. One that is killed before is shown for 20 s, and the
+    successor has it removed as one that hangs.
     """
     r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
     await r.ready(2)
@@ -283,9 +316,11 @@ async def test_a_worker_that_dies(run: StartRun) -> None:
     assert r.livekit.jobs[successor["job"]].worker_id != old
     pids = {worker["worker_id"]: worker["pid"] for worker in control_socket.ask(r.control, "status")["slots"]}
     os.kill(pids[old], signal.SIGKILL)
+    await r.until(lambda: r.events("left") or r.events("ghost"), PATIENCE)
     permitted_at = time.monotonic()
     permit_takeover(call)
     speaks = await call.note("speaks", 2)
+    assert speaks["turns"] is None, "no answer of the old agent"
     assert speaks["job"] == successor["job"] and speaks["state"] == {"job": call.id}
     await r.until(lambda: not call.room_has("bot"), PATIENCE)
     await call.is_heard("bot~1")
@@ -478,12 +513,14 @@ async def test_an_agent_of_the_same_name_that_knows_nothing_of_handovers(run: St
 async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:
     """Two supervisors on one server: the calls of the one that stops go on in the other.
 
-    A call that keeps nothing is cut. A reload hands calls over at once where that is asked for.
+    One of them does so in the close, because its successor was not ready before. A call that keeps nothing is
+    cut. A reload hands calls over at once where that is asked for.
     """
     environment = PATIENT | {"LASTCALL_HANDOVER__WAIT": "0.3"}
-    r = await run("run", "--grace", "30", AGENT, rooms=True, environment=environment)
+    # The drain has 5 s of it, and handovers 11 s of the close. A successor has 10 s to be ready.
+    r = await run("run", "--grace", "24", AGENT, rooms=True, environment=environment)
     await r.ready()
-    calls = [await begun(r, f"room-{n}", keeps=n) for n in range(2)]  # a byte
+    calls = [await begun(r, f"room-{n}", keeps=n, holds=n == 1) for n in range(2)]  # a byte
     other_call = await begun(r, "keeps nothing", keeps_nothing=True)
     other = await run(
         *("run", "--grace", "120", AGENT),  # long enough that the end of grace hands nothing over by itself
@@ -492,6 +529,9 @@ async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:
     )
     await r.ready(2)
     r.kill()
+    await r.until(lambda: r.log("slot closing"), PATIENCE)
+    assert not calls[1].notes("is to be silent")
+    permit_takeover(calls[1])
     assert await r.exit(PATIENCE * 2) == 75
     assert r.fates() == {calls[0].id: "handed_over", calls[1].id: "handed_over", other_call.id: "cut"}
     for call in calls:

@@ -458,6 +458,75 @@ async def test_a_successor_whose_worker_stops(when: str) -> None:
         assert not s.heard and s.old.isconnected()
 
 
+@pytest.mark.parametrize("when", ["before", "at once", "alone", "later"])
+async def test_a_successor_whose_code_ends(when: str) -> None:
+    """It leaves at once as long as it has not said that it speaks, and its predecessor lives."""
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        if when == "alone":
+            await s.old.disconnect()
+            await s.until(lambda: "bot" not in s.new.remote_participants)
+        if when != "before":
+            assert await s.arriving.take_over() == (None if when == "alone" else ["bye"])
+        if when == "later":
+            await s.until(lambda: s.told("speaks"))
+        s.arriving.end("the entrypoint raised KeyError")
+        if when in ("alone", "later"):
+            assert s.arriving.may_speak and not s.withdrawn.is_set() and s.new.isconnected()
+            return
+        await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
+        await s.until(lambda: s.told("lost"))
+        assert not s.arriving.may_speak and not s.told("speaks") and not deletions.may_delete("r")
+        if when == "before":
+            assert not s.heard
+            return
+        s.leaving.cancel(1)
+        s.leaving.take_back(1)
+        await s.until(lambda: s.told("back"))
+        assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
+
+
+@pytest.mark.parametrize("has_come", [True, False])
+async def test_an_old_agent_whose_worker_dies(has_come: bool) -> None:
+    """It leaves the room if a successor is there, which goes on with the state and has not to wait for it."""
+    async with stage() as s:
+        await s.begin()
+        if has_come:
+            await s.arrive()
+        s.leaving.lose_worker()
+        if not has_come:
+            await asyncio.sleep(0.1)
+            assert s.old.isconnected()
+            return
+        await s.until(lambda: not s.old.isconnected())
+        assert await s.arriving.take_over() is None
+        assert s.arriving.may_speak and s.resumed.state == "state" and not s.heard
+
+
+@pytest.mark.parametrize("how", ["left", "removed", "reconnected"])
+async def test_when_a_successor_is_lost(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """One that has left is not waited for. Where the old agent reconnects, everybody leaves and is back."""
+    monkeypatch.setattr(leaving_module, "BACK_WITHIN", 0.3 if how == "reconnected" else 600.0)
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        if how == "reconnected":
+            s.server.rooms.reconnect("r", "bot")
+            reconnected = asyncio.Event()
+            s.old.on("reconnected", reconnected.set)
+            async with asyncio.timeout(PATIENCE):
+                await reconnected.wait()
+            await asyncio.sleep(0.6)
+            assert not s.told("lost")
+            return
+        if how == "removed":
+            s.server.rooms.remove("r", "bot~1")
+        else:
+            await s.new.disconnect()
+        await s.until(lambda: s.told("lost"))
+
+
 async def test_a_successor_whose_worker_dies_at_the_answer() -> None:
     """It leaves the call to the old agent, because it would end with its worker. The old one speaks again."""
     async with stage() as s:

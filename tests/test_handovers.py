@@ -30,6 +30,7 @@ from lastcall.worker.base.wire import (
 from lastcall.worker.engine import Engine
 from lastcall.worker.handovers import Handovers
 from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.presence import EVICTED
 from lastcall.worker.room_service import Dispatch, Participant, RoomServiceError
 
 KEEPS = CallKeeps(size=5, kept_at=1.0)
@@ -515,7 +516,7 @@ async def test_a_stranger_with_the_identity_of_the_agent(how: str) -> None:
     handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
     await worker.changed.until(lambda: worker.created)
     if how == "evicted":
-        worker.jobs.in_room("AJ_1", "left", module.EVICTED, "")
+        worker.jobs.in_room("AJ_1", "left", EVICTED, "")
         worker.changed.notify()
     outcome = await handing
     assert outcome.result == "refused" and "without lastcall" in outcome.reason
@@ -609,6 +610,32 @@ async def test_one_call_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPa
     assert all(job.successor for job in worker.jobs) is (how != "nobody")
     if how == "nobody":
         assert set(at_a_time[30:]) == {1}
+
+
+@pytest.mark.parametrize("took", [0.0, 61.0])
+async def test_when_a_call_is_tried_again(monkeypatch: pytest.MonkeyPatch, took: float) -> None:
+    """At once after a try that has waited for a successor, and after a pause where a try fails at once."""
+    worker = Worker()
+    passed = 0.0
+    tries: list[float] = []
+    monkeypatch.setattr(module, "TRY_AGAIN_AFTER", 60.0)
+    monkeypatch.setattr(module, "now", lambda: now() + passed)
+
+    async def hand_over(job: Job, _reason: str, _wait: float) -> module.Outcome:
+        nonlocal passed
+        tries.append(passed)
+        if len(tries) == 1:
+            await asyncio.sleep(0)
+            passed += took
+            return module.failed(module.NOBODY)
+        job.successor = "AJ_x"
+        return module.Outcome(result="done", successor="AJ_x")
+
+    monkeypatch.setattr(worker.handovers, "hand_over", hand_over)
+    until = now() + (300 if took else 0.5)
+    async with asyncio.timeout(15):
+        await worker.handovers.hand_over_all("test", lambda: until)
+    assert tries == ([0.0, took] if took else [0.0])
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from livekit.rtc import EventEmitter
 
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
-from lastcall.worker.base.wire import JobCut
+from lastcall.worker.base.wire import JobCut, JobEnded, JobOver
 from lastcall.worker.job import room_watch
 from lastcall.worker.jobs import Job, Jobs
-from lastcall.worker.presence import AWAY, JOINS, RECONNECTED, STAYS, Presence
+from lastcall.worker.presence import AWAY, EVICTED, JOINS, RECONNECTED, STAYS, Presence
 from lastcall.worker.terminations import Terminations
 
 T, FINISH = 1000.0, 60.0
@@ -118,6 +118,34 @@ def test_no_reconnection_outlives_its_room(end: str) -> None:
 def test_who_ended_it(known: dict[str, Any], is_so: bool) -> None:
     """Only the owner of a room has the fate `ended_by_server`."""
     assert presence(**known).is_ended_by_server is is_so
+
+
+@pytest.mark.parametrize(
+    ("what", "fate"),
+    [("talks", "cut"), ("shuts down", "finished"), ("handed over", "finished"), ("joins again", "finished")],
+)
+async def test_an_agent_whose_identity_another_joins_with(what: str, fate: str) -> None:
+    """Its job is cut if it had more to do and its call does not go on, although its process ends well."""
+    told: list[Any] = []
+    jobs = Jobs(Condition(), told.append)
+    executor = SimpleNamespace(pid=None, exitcode=0)
+    jobs.launch("j", executor, SimpleNamespace(id="j", room=SimpleNamespace(name="r"), dispatch_id=""))
+    (job,) = jobs
+    job.pid = os.getppid()
+    jobs.in_room("j", "joined", 0, "PA_1 agent")
+    jobs.in_room("j", "left", EVICTED, "", lambda _job: what == "shuts down")
+    if what == "handed over":
+        job.successor = "AJ_2"
+    if what == "joins again":
+        jobs.in_room("j", "joined", 0, "PA_2 agent")
+        jobs.in_room("j", "left", 1, "")
+    jobs.over("j", lambda _executor: None)
+    jobs.close("j", executor)
+    (ended,) = (message for message in told if isinstance(message, JobEnded))
+    assert (ended.fate, ended.by_server) == (fate, False)
+    is_told_as_over = any(isinstance(message, JobOver) for message in told)
+    assert is_told_as_over is (what in ("shuts down", "joins again"))
+    assert jobs.cut == (fate == "cut")
 
 
 async def test_which_jobs_the_steps_are_taken_with() -> None:

@@ -110,19 +110,27 @@ async def test_a_termination_does_not_end_what_goes_on(run: StartRun) -> None:
 @pytest.mark.long
 @pytest.mark.core
 async def test_a_job_that_has_to_end_is_cut(run: StartRun) -> None:
-    """A termination is obeyed while the agent stays in its room, and work after a call is bounded."""
+    """A termination is obeyed while the agent stays in its room, and work after a call is bounded.
+
+    An agent is cut as well whose identity another participant joins with, and its callbacks run.
+    """
     r = await run("run", "--grace", "60", JOINS, rooms=True, environment={"LASTCALL_JOBS__FINISH": "20"})
     await r.ready()
     staying = await call(r, "staying")
     endless = await call(r, "endless", after=600)
+    evicted = await call(r, "evicted")
     await r.livekit.terminate(staying.id)
+    agent = r.livekit.jobs[evicted.id].job.state.participant_identity
+    r.livekit.rooms.visit("evicted", agent)
     endless.say("hang up")
     await r.job_says(endless.id, "callback", 30)
     await r.job_says(staying.id, "closed", 60)
-    await r.until(lambda: r.log("job cut") and len(r.log("job cut")) == 2, 60)
+    await r.job_says(evicted.id, "stored", 60)
+    await r.until(lambda: len(r.log("job cut")) == 3, 60)
+    assert "another participant has joined with its identity" in r.out.read_text() + r.err.read_text()
     r.kill()
     assert await r.exit(60) == 0
-    assert r.receipt()["totals"]["cut"] == 2
+    assert r.receipt()["totals"]["cut"] == 3
     assert not [note for note in r.notes() if note["job"] == endless.id and note["what"] == "stored"]
     await r.nothing_left()
 

@@ -311,7 +311,13 @@ class Engine:
             if told.what == "over":
                 self.jobs.over(told.job_id, agent_server.call_is_over)
             else:
-                self.jobs.in_room(told.job_id, told.what, told.reason, told.detail)
+                self.jobs.in_room(told.job_id, told.what, told.reason, told.detail, self._is_ending)
+                job = self.jobs.get(told.job_id)
+                if job is not None and job.was_evicted:
+                    log.warning(
+                        "an agent is out of its room: another participant has joined with its identity",
+                        extra={"job_id": job.id, "room": job.room, "identity": job.presence.identity},
+                    )
 
     def _overdue(self) -> list[Job]:
         return [job for job in self.jobs.outliving if _due_at(job) <= now()]

@@ -53,6 +53,7 @@ from lastcall.worker.base.wire import (
     TakeBack,
 )
 from lastcall.worker.jobs import Job, Jobs
+from lastcall.worker.presence import EVICTED
 from lastcall.worker.room_service import AGENT_NAME, Participant, RoomService, RoomServiceError
 
 log = logging.getLogger("lastcall.worker")
@@ -83,7 +84,8 @@ PARALLEL, SECONDS_EACH = 10, 1.5
 TAKEN_WITHIN = 1.5
 # Seconds for a good moment that each call has at least, when the time of a stop is short.
 WAIT_AT_LEAST = 0.5
-# Seconds after a round in which nobody took a call.
+# Seconds between the begins of two tries to hand over a call, and after a round in which nobody took a call.
+# A try that has waited for a successor for so long is followed by the next at once.
 TRY_AGAIN_AFTER = 1.0
 # Dispatches that are remembered, so that none is taken twice.
 MAX_TAKEN = 10_000
@@ -93,8 +95,6 @@ ROOM_JOB = 0
 # After every other one a caller may be in the room: the network was lost, or a successor had the agent
 # removed.
 ENDED_WELL = frozenset({1, 5, 10})
-# livekit.DisconnectReason of an agent whose identity another one has joined with: DUPLICATE_IDENTITY.
-EVICTED = 2
 CLOUD = ".livekit.cloud"
 NOBODY = "nobody took it"
 GIVEN_BACK = "the worker that took it gave it back"
@@ -346,10 +346,10 @@ class Handovers:
                     task = group.create_task(self.hand_over(job, reason, wait()))
                     task.add_done_callback(lambda _task: self._changed.notify())
                     running[task] = job
+                    again_at[job.id] = now() + TRY_AGAIN_AFTER
                 await self._changed.until(has_changed, next_at)
                 for task in [each for each in running if each.done()]:
                     job, outcome = running.pop(task), task.result()
-                    again_at[job.id] = now() + TRY_AGAIN_AFTER
                     if outcome.reason == GIVEN_BACK:
                         again_at[job.id] = now()
                     elif outcome.result == "refused":

@@ -20,6 +20,9 @@ A job that the owner of its room ends is `finished`, and told as ended by the se
 
 A job that is ended for its memory (`worker.job_memory`) is `failed`, as one is that the kernel kills for it.
 
+A job whose agent another participant of the same identity has thrown out of the room is `cut`, unless the job
+had begun to shut down by itself.
+
 `cut` is every job that this worker ended. A job that was told to shut down while its entrypoint had more to
 do is cut, even if the agent then shuts down in order. A job that had begun to shut down by itself is not
 told, and ends as it would have. Such a job is cut only when it has to be killed.
@@ -40,7 +43,7 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.succession import Succession
 from lastcall.worker.base.wire import JobCut, JobEnded, JobFate, JobLeft, JobOver, JobStarted
-from lastcall.worker.presence import Presence
+from lastcall.worker.presence import EVICTED, Presence
 
 # multiprocessing's exit code for a process whose status went with the forkserver.
 STATUS_LOST = 255
@@ -82,6 +85,7 @@ class Job:
     popen: Any = None
     was_killed: bool = False
     over_memory: bool = False
+    was_evicted: bool = False
     presence: Presence = field(default_factory=Presence)
 
     @property
@@ -119,7 +123,7 @@ class Job:
             return "finished"
         if self.over_memory:
             return "failed"
-        if self.cut_short:
+        if self.cut_short or self.was_evicted:
             return "cut"
         return "finished" if self.is_over or self.exit_code == 0 else "failed"
 
@@ -236,13 +240,22 @@ class Jobs:
         record.over_at = now()
         if not record.was_told_to_end:
             record.popen = count_as_good(record.executor)
-            self._report(JobOver(id=id))
+            if not record.was_evicted:
+                self._report(JobOver(id=id))
         self._changed.notify()
 
-    def in_room(self, id: str, what: str, reason: int, detail: str) -> None:
-        """The job says what becomes of its room."""
+    def in_room(
+        self,
+        id: str,
+        what: str,
+        reason: int,
+        detail: str,
+        is_ending: Callable[[Job], bool] = lambda _job: False,
+    ) -> None:
+        """The job says what becomes of its room. `is_ending` tells whether a job shuts down already."""
         record = self._jobs.get(id)
         if record is not None:
+            record.was_evicted = what == "left" and reason == EVICTED and not is_ending(record)
             record.presence.take(what, reason, detail, now())
             if what == "joined" and record.presence.asked_at is not None:
                 self.cut_short(record)  # asked as one that has not joined

@@ -40,6 +40,8 @@ AWAY = 300.0
 # livekit.DisconnectReason of a participant whose room's owner has removed it: PARTICIPANT_REMOVED (also of
 # DeleteDispatch) and ROOM_DELETED.
 BY_OWNER = frozenset({4, 5})
+# livekit.DisconnectReason of an agent whose identity another participant has joined with: DUPLICATE_IDENTITY.
+EVICTED = 2
 
 Step = Literal["wait", "ask", "kill"]
 

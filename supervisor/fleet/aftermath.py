@@ -16,8 +16,8 @@ from lastcall.worker.base.exit_codes import Exit
 # Seconds for which a generation waits until its sweep is done. Ours: most processes die of SIGKILL within
 # milliseconds. One that takes longer does not hold up the next worker; the end of a stop counts what is left.
 SWEEP_WITHIN = 1.0
-# Seconds of these for a resource tracker, which removes the shared memory and semaphores of its worker once
-# all of that worker's processes have ended. Ours: a few milliseconds are usual.
+# Seconds of these for a resource tracker that removes the shared memory and semaphores of its worker once all
+# of that worker's processes have ended. Ours: a few milliseconds are usual.
 TRACKER_ENDS_WITHIN = 0.5
 # Seconds between two looks of a sweep. Ours: what was killed takes about so long to become a zombie.
 LOOK_AGAIN_AFTER = 0.002

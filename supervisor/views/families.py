@@ -32,8 +32,8 @@ JOBS: dict[EntryFate, Family] = {
     "cut": _family(
         "counter",
         "jobs_cut",
-        "jobs that lastcall ended; counted when a job is asked to shut down, which may be 18 s before its"
-        " end",
+        "jobs that lastcall ended, or whose agent's identity another participant took; counted when a job is"
+        " asked to shut down, which may be 18 s before its end",
     ),
     "ended_by_server": _family(
         "counter", "jobs_ended_by_server", "jobs whose room was deleted, or whose agent was removed from it"

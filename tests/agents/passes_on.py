@@ -8,6 +8,8 @@ JSON, "keep while it is read", or the name of a state in `STATES`. The metadata 
     holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists,
                  or that with ".ready-ROOM"
     after        seconds of a shutdown callback
+    ends         by the epoch of a successor, how its code ends: "raises before" the takeover, "raises" or
+                 "shuts down" right after it
     keeps_nothing   whether the agent calls no `keep`
     deletes      whether a shutdown callback deletes the room
 
@@ -135,11 +137,21 @@ async def entrypoint(ctx: JobContext) -> None:
     note(ctx, "connected", identity=ctx.room.local_participant.identity)
     if not spec.get("keeps_nothing"):
         call.keep(spec.get("keeps", {"job": ctx.job.id}))
+    end = "" if resumed is None else spec.get("ends", {}).get(str(resumed.epoch), "")
+    if end == "raises before":
+        raise RuntimeError(end)
     if resumed is not None and spec.get("holds"):
         ready = os.environ["JOB_LOG"] + ".ready"
         while not (os.path.exists(ready) or os.path.exists(f"{ready}-{ctx.room.name}")):
             await asyncio.sleep(0.02)
     turns = await call.take_over()
+    if end == "raises":
+        note(ctx, end)
+        raise RuntimeError(end)
+    if end == "shuts down":
+        note(ctx, end)
+        ctx.shutdown(reason=end)
+        await asyncio.sleep(600)
     note(
         ctx,
         "speaks",

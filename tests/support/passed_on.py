@@ -123,11 +123,11 @@ class PassedCall:
         return sorted(spans)
 
     def _lost_at(self, job: str) -> float:
-        """Return when a job was struck, or when the server lost its connection."""
+        """Return when a job was struck, or left the room, or when the server lost its connection."""
         (connected,) = self.notes("connected", job)
         lost = {"room": self.room, "identity": connected["identity"]}
-        ghosts = [each.at for each in self.server.events("ghost") if each.detail == lost]
-        return min([self._struck_at.get(job, math.inf), *ghosts])
+        events = self.server.events("ghost") + self.server.events("left")
+        return min([self._struck_at.get(job, math.inf), *(e.at for e in events if e.detail == lost)])
 
     def never_two(self) -> None:
         """Assert that no two agents spoke at a time."""

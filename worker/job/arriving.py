@@ -61,6 +61,10 @@ LEASE = 1.0
 # Seconds from the predecessor's end until the successor goes on alone. Ours: a call that ends by itself ends
 # with the agent's leave, and the caller's follows.
 ALONE_AFTER = 0.5
+# Seconds from the right to speak until this agent says that it speaks. Its predecessor is silent then, and
+# can take its voice back. Ours: code that fails with the state of a call does so in milliseconds, and every
+# handover takes so much longer.
+SPEAKS_AFTER = 0.05
 # Seconds until each audio track of a caller is subscribed to. Ours: 0.1 s on a server of the same region.
 HEARS_WITHIN = 1.0
 # Seconds for the predecessor to be gone once the server has removed it, and how often that is tried.
@@ -141,6 +145,7 @@ class Arriving:
         self._reading: set[asyncio.Task[None]] = set()
         self._left: asyncio.Event = asyncio.Event()
         self._is_removing = False
+        self._has_spoken = False
         self._taking = asyncio.Lock()
         self._turns: Any = None
 
@@ -197,6 +202,16 @@ class Arriving:
         is_arriving = not (self.may_speak or self.withdrawn or self._taking.locked())
         if is_arriving and self._room.isconnected() and self._predecessor is not None:
             self._give_up(STOPPING)
+
+    def end(self, why: str) -> None:
+        """Leave at once because the agent's own code ends the job, unless nobody else has the call.
+
+        A predecessor has the call until this agent has said that it speaks. livekit-agents would stay in the
+        room until the session and the callbacks are done, and the entrypoint has 15 s there.
+        """
+        is_arriving = not (self._has_spoken or self.withdrawn)
+        if is_arriving and self._room.isconnected() and self._predecessor is not None:
+            self._give_up(why)
 
     def _give_up(self, why: str) -> None:
         """Leave the room, and end the job: the call stays where it is, or has gone elsewhere."""
@@ -349,15 +364,20 @@ class Arriving:
         return without
 
     def _speak(self, turns: Any) -> Any:
-        """Say that this agent speaks. Nothing here awaits: the predecessor's second runs."""
+        """Let this agent speak, and say so. Nothing here awaits: the predecessor's second runs."""
         if not self._room.isconnected():
             raise Withdrawn("the room is gone")
         self.may_speak = True
         deletions.permit(self._name)
-        self._spawn(self._say_that_it_speaks())
+        self._spawn(self._say_that_it_speaks(SPEAKS_AFTER))
         return turns
 
-    async def _say_that_it_speaks(self) -> None:
+    async def _say_that_it_speaks(self, after: float = 0.0) -> None:
+        """Say it, unless the agent's code has ended before: the predecessor leaves when it hears this."""
+        await asyncio.sleep(after)
+        if self.withdrawn:
+            return
+        self._has_spoken = True
         try:
             me = self._room.local_participant
             await me.set_attributes({succession.SPEAKS: str(self.succession.epoch)})

@@ -346,6 +346,11 @@ class Call:
         )
         self._arriving.attach(self._ctx.room, job.room.name)
 
+    def end_arrival(self, why: str) -> None:
+        """Have a successor leave whose own code ends before it has the call. For lastcall."""
+        if self._arriving is not None:
+            self._arriving.end(why)
+
     def _withdraw(self) -> None:
         if self._ctx is not None:
             self._ctx.shutdown(reason="the handover is withdrawn")
@@ -450,7 +455,7 @@ class Call:
         except BlockingIOError:
             return  # only questions can fill the socket, and one without an answer ends by itself
         except OSError:
-            self._disconnect()
+            self._lose_worker()
 
     def _read(self) -> None:
         assert self._sock is not None
@@ -463,7 +468,7 @@ class Call:
             log.warning("lastcall.call: the worker is not heard any more", extra={"error": repr(error)})
             line, message = b"", None
         if not line:
-            self._disconnect()
+            self._lose_worker()
         elif message is not None:
             self._hear(message)
 
@@ -502,12 +507,17 @@ class Call:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
             self._sock = None
-            # The worker dies, and this job with it in some milliseconds.
-            self._has_lost_worker = True
-            if self._arriving is not None:
-                self._arriving.stop()
         for id in list(self._answers):
             self._answer(id, None)
+
+    def _lose_worker(self) -> None:
+        """Do what can be done yet: the worker dies, and this job with it in some milliseconds."""
+        self._has_lost_worker = True
+        self._disconnect()
+        if self._arriving is not None:
+            self._arriving.stop()
+        if self._leaving is not None:
+            self._leaving.lose_worker()
 
     # -- the functions of the agent -------------------------------------------------------------------
 

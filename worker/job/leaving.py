@@ -54,6 +54,9 @@ SILENT_WITHIN = 1.0
 # Seconds in which a participant that has left is back, if only this client has reconnected. Ours: the server
 # tells all participants in one message.
 BACK_WITHIN = 0.2
+# livekit.DisconnectReason of a participant that is not waited for: CLIENT_INITIATED and PARTICIPANT_REMOVED.
+# Where this client reconnects, the others leave without a reason.
+LEFT_FOR_GOOD = frozenset({1, 4})
 # Seconds for a job that shuts down to leave its room. Ours: a session closes within a second.
 LEAVES_WITHIN = 2.0
 # Seconds of silence after which the agent decides without its worker. Ours: more than the worker takes
@@ -163,6 +166,14 @@ class Leaving:
             self._go(epoch)
         elif epoch > self._epoch:
             self._spawn(self._be_superseded())
+
+    def lose_worker(self) -> None:
+        """Leave the room if a successor is there: this job ends with its worker in some milliseconds.
+
+        The server shows an agent that has died for 20 s, and the successor would wait for an answer of it.
+        """
+        if self.phase in ("seen", "silencing", "silent", "withdrawn"):
+            self._spawn(leave_now(self._room))
 
     async def aclose(self) -> None:
         """End with the job."""
@@ -380,11 +391,12 @@ class Leaving:
     def _on_disconnected(self, participant: Any) -> None:
         order = self._order
         if order is not None and participant.identity == order.identity:
-            self._spawn(self._tell_lost(order))
+            has_gone = participant.disconnect_reason in LEFT_FOR_GOOD
+            self._spawn(self._tell_lost(order, 0.0 if has_gone else BACK_WITHIN))
 
-    async def _tell_lost(self, order: BeginHandover) -> None:
+    async def _tell_lost(self, order: BeginHandover, after: float) -> None:
         """Say that the successor has left, unless it is back: a reconnection shows everybody leave."""
-        await asyncio.sleep(BACK_WITHIN)
+        await asyncio.sleep(after)
         if self._order is order and order.identity not in self._room.remote_participants:
             self._say(order.epoch, "lost", detail="the successor left the room")
 

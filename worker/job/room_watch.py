@@ -54,11 +54,20 @@ class WatchedEntrypoint:
     async def _succeed(self, context: Any, found: succession.Succession) -> None:
         """Run the entrypoint of an agent that goes on with a call. A successor that has to leave does so."""
         arrived = call.arrive(context, found)
+        shutdown = context.shutdown
+
+        @functools.wraps(shutdown)
+        def ended(*arguments: Any, **options: Any) -> None:
+            arrived.end_arrival("the agent shuts its job down")
+            shutdown(*arguments, **options)
+
+        context.shutdown = ended
         try:
             await self.user(context)
         except Exception as error:
             # Withdrawn, or whatever an agent raises that finds itself out of its room.
             if not arrived.is_withdrawn:
+                arrived.end_arrival(f"the entrypoint raised {type(error).__name__}")
                 raise
             log.info("lastcall.call: the entrypoint has ended", extra={"error": type(error).__name__})
 
