@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lastcall.worker.job.session import VERSION
 from tests.support.harness import AGENT, Run, StartRun
 from tests.support.program import Program, ups
 
@@ -104,9 +105,13 @@ async def test_a_job_that_can_not_be_launched_is_failed(run: StartRun) -> None:
     # Both at once: a worker that knows of a failed process, and has no other, takes no job.
     jobs = await asyncio.gather(r.dispatch("r1", sleep=0.1), r.dispatch("r2", sleep=0.1))
     statuses = [r.livekit.jobs[job.job_id] for job in jobs]
+    code, fate = (0, "failed") if VERSION >= (1, 8) else (75, "cut")
+    if fate == "cut":
+        await r.until(lambda: "JS_SUCCESS" in {each.status for each in statuses})
+        r.kill()
     await r.until(lambda: {each.status for each in statuses} == {"JS_SUCCESS", "JS_FAILED"}, 40)
     r.kill()
-    assert await r.exit() == 0
+    assert await r.exit() == code
     totals = r.receipt()["totals"]
-    assert (totals["finished"], totals["failed"], totals["lost"]) == (1, 1, 0)
+    assert (totals["finished"], totals[fate], totals["lost"]) == (1, 1, 0)
     await r.nothing_left()

@@ -159,8 +159,8 @@ async def test_one_import_of_livekit(run: StartRun, tmp_path: Path) -> None:
 async def test_worker_killed_before_its_forkserver_is_used(run: StartRun, tmp_path: Path) -> None:
     """The child that waits to be the forkserver ends with the worker: at the end of file, by itself.
 
-    The resource tracker is a fork of the worker too. It has nothing else of the worker, and the sweep lets it
-    remove what the worker has left.
+    The resource tracker is a fork of the worker too. It has nothing else of the worker. The sweep lets it
+    remove what the worker has left, and so does a supervisor that kills the worker.
     """
     agent = tmp_path / "shares.py"
     agent.write_text(SHARING_AGENT)
@@ -177,9 +177,14 @@ async def test_worker_killed_before_its_forkserver_is_used(run: StartRun, tmp_pa
     assert signals(tracker.pid, "SigCgt") == set()
     worker.kill()
     await r.until(lambda: not lives(child.pid) and not lives(tracker.pid))
-    assert not Path("/dev/shm", shared.read_text()).exists()
-    r.kill()
-    assert await r.exit() == 0
+    first = shared.read_text()
+    assert not Path("/dev/shm", first).exists()
+    await r.until(lambda: len(r.log("slot ready")) == 2, 40)
+    second = shared.read_text()
+    assert second != first and Path("/dev/shm", second).exists()
+    r.kill(signal.SIGQUIT)
+    assert await r.exit() == 75
+    assert not Path("/dev/shm", second).exists()
     await r.nothing_left()
 
 

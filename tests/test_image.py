@@ -698,14 +698,20 @@ PACKAGES = {
     "orphan": "import subprocess; subprocess.run('sleep 600 &', shell=True)",
     "native": "import numpy.fft",
     "named": "from spaces.inner import VALUE",
+    "hidden": "",
+    "misled": "import hidden",
     "last": "VALUE = 2",
 }
 OWN = """
-import os, pathlib
+import multiprocessing.shared_memory, os, pathlib, tempfile
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
 os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
 import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
-import keeps, shares, ignores, exits, orphan, forks, native, last
+import keeps, shares, ignores, exits, orphan, forks, native, hidden, misled, last
+tempfile.tempdir = os.path.dirname(os.environ["RAN_IN"])
+shared = multiprocessing.shared_memory.SharedMemory(create=True, size=1)
+pathlib.Path(os.environ["RAN_IN"] + ".shared").write_text(shared.name)
+manager = multiprocessing.Manager()
 pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
     str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
 )
@@ -716,7 +722,8 @@ pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
 def test_packages_of_a_target(tmp_path: Path) -> None:
     """The image imports the packages of a target that a fork may bring along, and none of its files.
 
-    That the working directory is gone changes nothing.
+    That the working directory is gone changes nothing. Where the target has a file with the name of a
+    package, no import gets that package. Shared memory of the target is removed.
     """
     installed = tmp_path / "site-packages"
     for name, text in PACKAGES.items():
@@ -726,6 +733,7 @@ def test_packages_of_a_target(tmp_path: Path) -> None:
     (installed / "spaces" / "inner" / "__init__.py").write_text("VALUE = 3")
     (tmp_path / "agent").mkdir()
     (tmp_path / "agent" / "own.py").write_text("")
+    (tmp_path / "agent" / "hidden.py").write_text("")
     (tmp_path / "agent" / "agent.py").write_text(OWN)
     odd = f"""
 import runpy
@@ -760,6 +768,7 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "shares": "it shares memory",
         "ignores": "it handles a signal",
         "exits": "it has an exit handler",
+        "misled": "hidden is another file here than in the target",
         "orphan": "it has started a process",
         "forks": "it has started a process",
     } | dict.fromkeys(
@@ -767,6 +776,8 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "it has native code, which may read OMP_NUM_THREADS, and the target changes that before",
     )
     assert not lives(int((tmp_path / "ran.program").read_text()))
+    assert not Path("/dev/shm", (tmp_path / "ran.shared").read_text()).exists()
+    assert not list(tmp_path.glob("pymp-*"))
     (ran_in,) = (tmp_path / "ran").read_text().split()
     assert int(ran_in) != image and not lives(int(ran_in))
     assert threads == 1

@@ -12,13 +12,11 @@ from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.reaper import ExitStatus
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
+from lastcall.worker.base.process import TRACKER_ENDS_WITHIN
 
 # Seconds for which a generation waits until its sweep is done. Ours: most processes die of SIGKILL within
 # milliseconds. One that takes longer does not hold up the next worker; the end of a stop counts what is left.
 SWEEP_WITHIN = 1.0
-# Seconds of these for a resource tracker that removes the shared memory and semaphores of its worker once all
-# of that worker's processes have ended. Ours: a few milliseconds are usual.
-TRACKER_ENDS_WITHIN = 0.5
 # Seconds between two looks of a sweep. Ours: what was killed takes about so long to become a zombie.
 LOOK_AGAIN_AFTER = 0.002
 
@@ -67,8 +65,7 @@ async def sweep(
         if not found:
             return programs
         programs += swept.add(found)
-        is_spared = now() < began + TRACKER_ENDS_WITHIN
-        descendants.kill(each for each in found if not (is_spared and descendants.is_tracker(each)))
+        descendants.kill(found, spares_trackers=now() < began + TRACKER_ENDS_WITHIN)
         if now() >= due:
             return programs
         await asyncio.sleep(LOOK_AGAIN_AFTER)

@@ -23,6 +23,7 @@ from lastcall.supervisor.receipt import Ledger, StopRecord
 from lastcall.worker.base.budget import plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
+from lastcall.worker.base.process import TRACKER_ENDS_WITHIN
 from lastcall.worker.base.wire import Fence
 
 # Upper bounds of the histograms, in seconds. Ours: around the fences of docs/performance.md, and from a short
@@ -289,7 +290,7 @@ class Fleet:
         worker or a broker that was killed, and has not died yet, is one of them.
         """
         record = self.shared.record
-        pause = SWEEP_AGAIN_AFTER
+        pause, began = SWEEP_AGAIN_AFTER, now()
         while True:
             left = [descendants.each(pid) for pid in descendants.adopted(self._spared_pids)]
             below = [process for process in left if process is not None]
@@ -303,7 +304,8 @@ class Fleet:
             record.swept += self.shared.swept.add(
                 process for process in found.values() if process.pid not in self.shared.known_pids
             )
-            descendants.kill(found.values())
+            spared_until = min(began + TRACKER_ENDS_WITHIN, deadline())
+            descendants.kill(found.values(), spares_trackers=now() < spared_until)
             if now() >= deadline():
                 record.left = len(found)
                 return

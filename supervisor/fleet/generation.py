@@ -438,7 +438,7 @@ class Generation:
         self.note_cut()
         below = descendants.tree(launched.child.pid)
         launched.child.send(signal.SIGKILL)
-        descendants.kill(below)
+        descendants.kill(below, spares_trackers=True)  # the sweep that follows ends them
         if self.was_ready and self.shared.is_stopping:  # one that never was has nothing that could be lost
             killed = {"what": "worker", "slot": self.slot, "pid": launched.child.pid}
             self.shared.record.killed.append(killed)

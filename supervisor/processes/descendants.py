@@ -81,14 +81,15 @@ def everywhere(mark_prefix: str) -> list[psutil.Process]:
     return found
 
 
-def kill(processes: Iterable[psutil.Process]) -> int:
-    """SIGKILL each; psutil makes sure that a pid is still the process it was. Returns how many it hit."""
-    hit = 0
+def kill(processes: Iterable[psutil.Process], *, spares_trackers: bool = False) -> None:
+    """SIGKILL each; psutil makes sure that a pid is still the process it was.
+
+    A resource tracker that is spared removes shared memory and semaphores once the others have ended.
+    """
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            process.kill()
-            hit += 1
-    return hit
+        if not (spares_trackers and is_tracker(process)):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process.kill()
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -302,7 +302,8 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         """Return the living worker processes, children of the supervisor."""
         children = psutil.Process(self.pid).children()
-        others = ("forkserver", "lastcall-image")
+        # Left by a worker that was killed, and the image with a fork that is none yet.
+        others = ("forkserver", "tracker", "lastcall-image")
         return [p for p in children if "lastcall.worker" in _command(p) and name_of(p) not in others]
 
     def family(self) -> list[psutil.Process]:

@@ -19,6 +19,9 @@ PR_SET_CHILD_SUBREAPER = 36
 FORKSERVER = b"forkserver"
 # The name of a resource tracker that was forked from its worker.
 TRACKER = b"tracker"
+# Seconds for a resource tracker to remove shared memory and semaphores, once all processes that know of them
+# have ended. Ours: a few milliseconds are usual.
+TRACKER_ENDS_WITHIN = 0.5
 # The name of an image, which has the command line of a worker too, and of its forks until they are workers.
 IMAGE = b"lastcall-image"
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

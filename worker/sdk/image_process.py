@@ -97,6 +97,7 @@ def serve(
     if not imports.why:
         # The scout takes no time of the first start where there is another processor.
         found = scout.look(run_target, is_own, meanwhile=lambda: imports.add(_warm_up()))
+        imports.why = imports.why or found.clash
     if not imports.why:
         more, left_out = scout.import_packages(found)
         packages = len(found.packages) - len(left_out)

@@ -37,9 +37,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn  # what a fork tells is JSON
 
-from lastcall.worker.base.process import adopt_orphans, end_with_parent
+from lastcall.worker import scratch
+from lastcall.worker.base.process import TRACKER_ENDS_WITHIN, adopt_orphans, end_with_parent
 from lastcall.worker.base.target_form import INSTALLED
 from lastcall.worker.sdk.forkserver import (
+    TRACKER_COMMAND,
     WHOLE,
     Imports,
     import_all,
@@ -63,10 +65,26 @@ CHUNK_BYTES = 1 << 16
 
 @dataclass(slots=True)
 class Found:
-    """The imports of a target: the file of each module, in order. And the variables that it changes."""
+    """The imports of a target: the file of each installed module, in order. And the variables it changes.
+
+    `seen` has the file of every module, those of the program too; empty where there is none. `clash` says
+    which module the image has imported meanwhile from another file; empty where there is none.
+    """
 
     files: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
+    seen: dict[str, str] = field(default_factory=dict)
+    clash: str = ""
+
+    def other(self, before: set[str]) -> str:
+        """Say which module that came after `before` is another one here; empty where there is none.
+
+        The program may have a module with the name of an installed one, and all that the program imports gets
+        the program's.
+        """
+        names = [name for name in self.seen if name in sys.modules and name not in before]
+        others = [name for name in names if _file(sys.modules[name]) != self.seen[name]]
+        return f"{others[0]} is another file here than in the target" if others else ""
 
     @property
     def packages(self) -> dict[str, list[str]]:
@@ -94,12 +112,13 @@ def look(
             signal.setitimer(signal.ITIMER_REAL, 0)  # not a second time, in the middle of a line
             if os.getpid() != scout:  # the target has forked
                 os._exit(0)
-            modules = [(name, _installed_file(each)) for name, each in list(sys.modules.items())]
-            files = {
-                name: file for name, file in modules if file and name not in before and not is_own(name, file)
-            }
+            modules = [(name, each) for name, each in list(sys.modules.items()) if name not in before]
+            installed = [(name, _installed_file(each)) for name, each in modules]
+            files = {name: file for name, file in installed if file and not is_own(name, file)}
             names = {*environment, *os.environ}
-            tell([files, [name for name in names if environment.get(name) != os.environ.get(name)]])
+            changed = [name for name in names if environment.get(name) != os.environ.get(name)]
+            tell([files, changed, {name: _file(each) for name, each in modules}])
+            scratch.remove()
             tell(None)
             os._exit(0)
 
@@ -111,8 +130,11 @@ def look(
         end()
 
     told = _told_by(run, SCOUT_WITHIN * 1.2, meanwhile)
-    files, changed = told[0] if told else ({}, ())
-    return Found({name: file for name, file in files.items() if name not in sys.modules}, set(changed))
+    files, changed, seen = told[0] if told else ({}, (), {})
+    files = {name: file for name, file in files.items() if name not in sys.modules}
+    found = Found(files, set(changed), seen)
+    found.clash = found.other(before)
+    return found
 
 
 def import_packages(found: Found) -> tuple[Imports, dict[str, str]]:
@@ -144,6 +166,7 @@ def _try_each(
         tell([package, why])
         if why:
             break
+    scratch.remove()
     tell(None)  # a process that the import has left may hold the pipe open
 
 
@@ -170,12 +193,10 @@ def _try(modules: list[str], found: Found) -> str:
     changed = [trait for trait, value in _traits().items() if was.get(trait) != value]
     if changed:
         return f"it {changed[0]}"
-    has_native_code = False
-    for name in [name for name in sys.modules if name not in before]:
-        file = _installed_file(sys.modules[name])
-        has_native_code |= file.endswith(".so")
-        if file and found.files.get(name, file) != file:
-            return f"{name} is another file here than in the target"
+    if other := found.other(before):
+        return other
+    added = [module for name, module in sys.modules.items() if name not in before]
+    has_native_code = any(_installed_file(module).endswith(".so") for module in added)
     natively = {name for name in found.changed if is_native(name)}
     if natively and has_native_code:
         return f"it has native code, which may read {min(natively)}, and the target changes that before"
@@ -255,12 +276,17 @@ def _traits() -> dict[str, object]:
 # -- names --------------------------------------------------------------------------------------------------
 
 
+def _file(module: object) -> str:
+    """Return the file of a module; empty where it has none."""
+    # Not by getattr: a module that is loaded at its first use would be loaded by the question.
+    file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
+    return file if isinstance(file, str) else ""
+
+
 def _installed_file(module: object) -> str:
     """Return the file of a module of an installed package; empty for others."""
-    # Not by getattr: a module that is loaded at its first use would be loaded by the question.
-    values = vars(module) if isinstance(module, ModuleType) else {}
-    file, spec = values.get("__file__"), values.get("__spec__")
-    if not isinstance(file, str) or spec is None:
+    file = _file(module)
+    if not file or vars(module).get("__spec__") is None:
         return ""
     return file if not INSTALLED.isdisjoint(Path(file).parts) else ""
 
@@ -323,11 +349,50 @@ def _told_by(
             told.append(each)
     finally:
         os.close(reader)
-        for kill in (os.killpg, os.kill):
-            with suppress(ProcessLookupError):
-                kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        _end(pid)
     return told
+
+
+def _end(pid: int) -> None:
+    """Kill a fork with all of its session, and reap it.
+
+    A resource tracker of multiprocessing comes last. It removes shared memory and semaphores of the fork,
+    once all processes that know of them have ended. Nobody else would remove them.
+    """
+    below = _below(pid)
+    trackers = [each for each in below if TRACKER_COMMAND in _command(each)]
+    pidfds = []
+    for tracker in trackers:
+        with suppress(OSError):
+            pidfds.append(os.pidfd_open(tracker))
+    for each in (pid, *below) if trackers else ():
+        with suppress(ProcessLookupError, PermissionError):
+            if each not in trackers:
+                os.kill(each, signal.SIGKILL)
+    due = time.monotonic() + TRACKER_ENDS_WITHIN
+    for pidfd in pidfds:
+        select.select([pidfd], [], [], max(0.0, due - time.monotonic()))
+        os.close(pidfd)
+    for kill in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def _below(pid: int) -> list[int]:
+    """Return the pids of all descendants of a process; fewer on a kernel that does not list children."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended, or the process
+            for child in map(int, listed.read_text().split()):
+                found += [child, *_below(child)]
+    return found
+
+
+def _command(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    return ""
 
 
 def _fork(run: Callable[[], None]) -> int:
