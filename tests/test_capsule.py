@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lastcall.worker.job import capsule as capsule_module
-from lastcall.worker.job.capsule import MAX_BYTES, Busy, Capsule, NotJson, TooLarge, encode
+from lastcall.worker.job.capsule import MAX_BYTES, MAX_DEPTH, Busy, Capsule, NotJson, TooLarge, encode
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -50,9 +50,9 @@ def itself() -> list[Any]:
     return state
 
 
-def deep() -> list[Any]:
+def deep(levels: int) -> list[Any]:
     state: list[Any] = [SECRET]
-    for _ in range(50_000):
+    for _ in range(levels - 1):
         state = [state]
     return state
 
@@ -67,7 +67,8 @@ def deep() -> list[Any]:
         ([SECRET, float("nan")], NotJson),
         (float("inf"), NotJson),
         (SECRET + "\ud800", NotJson),
-        (deep(), NotJson),
+        (deep(MAX_DEPTH + 1), NotJson),
+        (deep(50_000), NotJson),
         (itself(), TooLarge),
         ([SECRET] * 10_000_000, TooLarge),
         ({SECRET * 100_000: 1}, TooLarge),
@@ -84,6 +85,7 @@ def test_states_that_are_refused(state: object, error: type[Exception]) -> None:
     shown = repr(raised.value) + repr(raised.value.__cause__)
     assert "4111" not in shown
     assert issubclass(error, TypeError if error is NotJson else ValueError)
+    assert json.loads(encode(deep(MAX_DEPTH))) == deep(MAX_DEPTH)
 
 
 async def test_the_last_state_counts(monkeypatch: pytest.MonkeyPatch) -> None:

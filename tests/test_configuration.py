@@ -110,7 +110,7 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     (
         {"LASTCALL_HTTP": "a..b:80"},
         "LASTCALL_HTTP: got 'a..b:80', expected HOST:PORT or off;"
-        " 'a..b' can't be the name of a host: label empty or too long",
+        " 'a..b' can't be the name of a host: expected labels of 1 to 63 characters, with dots between them",
     ),
     ({"LASTCALL_HTTP": "x:\u00b2"}, "LASTCALL_HTTP: got 'x:\u00b2', expected HOST:PORT or off"),
     (
@@ -130,7 +130,7 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     (
         {"LASTCALL_INWORLD__WS_URL": "wss://a..b/"},
         "LASTCALL_INWORLD__WS_URL: got 'wss://a..b/', expected wss://HOST/;"
-        " 'a..b' can't be the name of a host: label empty or too long",
+        " 'a..b' can't be the name of a host: expected labels of 1 to 63 characters, with dots between them",
     ),
     (
         {"LASTCALL_INWORLD__WS_URL": "wss://ho\nst/"},

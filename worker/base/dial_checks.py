@@ -18,8 +18,8 @@ def check_host(host: str) -> None:
     try:
         host.encode("idna")
     except UnicodeError as error:
-        reason = error.__cause__ or error
-        raise ValueError(f"{host!r} can't be the name of a host: {reason}") from error
+        form = "expected labels of 1 to 63 characters, with dots between them"
+        raise ValueError(f"{host!r} can't be the name of a host: {form}") from error
 
 
 def check_url(value: str, schemes: tuple[str, ...]) -> None:

@@ -21,13 +21,19 @@ from lastcall.worker.base.clock import now
 # Bytes of the text. Ours: the history of a long call has some dozens of kB, and LiveKit carries 200 kB from
 # one agent to another in 0.2 s.
 MAX_BYTES = 262_144
+# Lists and objects in one another. Ours: CPython 3.11 reads up to its recursion limit of 1,000, less the calls
+# that are under way. CPython 3.14 writes 50,000, which a successor on another Python could not read.
+MAX_DEPTH = 500
 # Seconds for a provider. Ours: the agent goes on speaking meanwhile, and a stop may be near its end.
 PROVIDER_WITHIN = 1.0
 SCALARS = frozenset({int, float, bool, type(None)})
 
 
 class NotJson(TypeError):
-    """Raised for a state that holds something for which JSON has no text. Names the type, and no value."""
+    """Raised for a state that holds something for which JSON has no text. Names the type, and no value.
+
+    Raised, too, for lists and objects that are more than MAX_DEPTH deep in one another.
+    """
 
 
 class TooLarge(ValueError):
@@ -59,35 +65,40 @@ def _look_through(state: object) -> None:
     Each value counts with the least that its text takes. A structure that contains itself has no end, and is
     too large as well.
     """
-    least = 0
-    waiting: list[Any] = [[state]]  # Any: the parts of any value
+    least, depth = 0, -1  # the list around the state is none of its own
+    level: list[Any] = [[state]]  # Any: the parts of any value
     try:
-        while waiting:
-            value = waiting.pop()
-            parts: Collection[Any] = ()
-            if isinstance(value, dict):
-                parts = value.values()
-            elif isinstance(value, list | tuple):
-                parts = value
-            elif not isinstance(value, str | int | float):  # these are of a class of the agent
-                raise NotJson(f"the state has a value of type {type(value).__name__}, which JSON has not")
-            least += len(parts)
-            if least + len(waiting) > MAX_BYTES:
-                break
-            for key in value if isinstance(value, dict) else ():
-                if not isinstance(key, str):
-                    raise NotJson(f"the state has a key of type {type(key).__name__}, expected str")
-                least += len(key) + 3
-            for part in parts:
-                kind = type(part)
-                if kind is str:
-                    least += len(part)
-                elif kind not in SCALARS:
-                    waiting.append(part)
+        while level and least + len(level) <= MAX_BYTES:
+            below: list[Any] = []
+            for value in level:
+                parts: Collection[Any] = ()
+                if isinstance(value, dict):
+                    parts = value.values()
+                elif isinstance(value, list | tuple):
+                    parts = value
+                elif not isinstance(value, str | int | float):  # these are of a class of the agent
+                    raise NotJson(f"the state has a value of type {type(value).__name__}, which JSON has not")
+                least += len(parts)
+                if least + len(below) > MAX_BYTES:
+                    break
+                for key in value if isinstance(value, dict) else ():
+                    if not isinstance(key, str):
+                        raise NotJson(f"the state has a key of type {type(key).__name__}, expected str")
+                    least += len(key) + 3
+                for part in parts:
+                    kind = type(part)
+                    if kind is str:
+                        least += len(part)
+                    elif kind not in SCALARS:
+                        below.append(part)
+            level = below
+            depth += 1
     except RuntimeError as error:  # another thread has changed a dict
         raise NotJson("the state has changed while it was read") from error
-    if least + len(waiting) > MAX_BYTES:
+    if least + len(level) > MAX_BYTES:
         raise TooLarge(f"the state has more than {MAX_BYTES} bytes of JSON, or contains itself")
+    if depth > MAX_DEPTH:
+        raise NotJson(f"the state has lists or objects in one another more than {MAX_DEPTH} deep")
 
 
 Provider = Callable[[], Awaitable[object] | object]
