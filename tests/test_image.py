@@ -711,7 +711,8 @@ import keeps, shares, ignores, exits, orphan, forks, native, hidden, misled, las
 tempfile.tempdir = os.path.dirname(os.environ["RAN_IN"])
 shared = multiprocessing.shared_memory.SharedMemory(create=True, size=1)
 pathlib.Path(os.environ["RAN_IN"] + ".shared").write_text(shared.name)
-manager = multiprocessing.Manager()
+# A process of another context would make a directory of its own, and be killed with it.
+manager = multiprocessing.get_context("fork").Manager()
 pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
     str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
 )
