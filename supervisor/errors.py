@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+# The reasons of a system without room: for processes, memory, descriptors or files (errno(3)).
+NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT}
+
 
 class SupervisorError(Exception):
     """Base of the errors below; the text is one line meant for the operator."""
@@ -32,7 +37,15 @@ class Refused(SupervisorError):
 
 
 class SpawnError(SupervisorError):
-    """Raised when a process can't be started at all: no such program, no permission, no process left."""
+    """Raised when a process can't be started at all: no such program, no permission, no process left.
+
+    The OSError that was the reason is the cause of the exception.
+    """
+
+    @property
+    def may_pass(self) -> bool:
+        """Tell whether a later start may do better, because the system had no room for the process."""
+        return isinstance(self.__cause__, OSError) and self.__cause__.errno in NO_ROOM
 
 
 class TransitionError(SupervisorError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -301,6 +302,31 @@ async def test_program_that_starts_while_its_image_is_made() -> None:
     await slot.stop(ending)
     await running
     assert why == "after 0.3 s"
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_final"),
+    [(OSError(errno.EAGAIN, ""), False), (OSError(errno.EACCES, ""), True), (None, True)],
+)
+async def test_first_start_that_fails(cause: OSError | None, is_final: bool) -> None:
+    """A system without room for another process is no wrong configuration: the start is tried again."""
+    generation, _ = generation_in(SlotState.STOPPED)
+
+    class Launching:
+        is_opaque, image, starts_within = False, None, 0.0
+
+        async def start(self, *_: object, **more: object) -> None:
+            raise SpawnError("not now") from cause
+
+    launcher: Any = Launching()
+    restarts = Restarts(RestartPolicy(first=100, cap=100), random.Random())
+    slot = Slot(0, launcher=launcher, restarts=restarts, shared=generation.shared, on_fault=lambda *_: None)
+    running = asyncio.create_task(slot.run())
+    await slot.changed.until(lambda: slot.last_exit)
+    await slot.changed.until(lambda: slot.first_load_over)
+    assert slot.config_error == ("not now" if is_final else "")
+    await slot.stop(Ending(reason="end", deadlines=plan(now(), 1.0, Shares())))
+    await running
 
 
 # -- without livekit-agents ---------------------------------------------------------------------------------

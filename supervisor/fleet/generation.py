@@ -260,7 +260,7 @@ class Generation:
                 )
         except SpawnError as error:
             self.last_exit = str(error)
-            self.config_error = str(error)
+            self.config_error = "" if error.may_pass else str(error)
             self.change(E.FAIL, reason=str(error))
         finally:
             self.is_launching = False
