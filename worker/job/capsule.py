@@ -21,8 +21,8 @@ from lastcall.worker.base.clock import now
 # Bytes of the text. Ours: the history of a long call has some dozens of kB, and LiveKit carries 200 kB from
 # one agent to another in 0.2 s.
 MAX_BYTES = 262_144
-# Lists and objects in one another. Ours: CPython 3.11 reads up to its recursion limit of 1,000, less the calls
-# that are under way. CPython 3.14 writes 50,000, which a successor on another Python could not read.
+# Lists and objects in one another. Ours: CPython 3.11 reads up to its recursion limit of 1,000, less the
+# calls that are under way. CPython 3.14 writes 50,000, which a successor on another Python could not read.
 MAX_DEPTH = 500
 # Seconds for a provider. Ours: the agent goes on speaking meanwhile, and a stop may be near its end.
 PROVIDER_WITHIN = 1.0
