@@ -249,8 +249,8 @@ class Call:
         this job until a successor is there. A function, also an async one, is called when the value is
         needed, and has a second. The last call of `keep` counts.
 
-        Raises `TypeError` for a value that JSON does not have, or with lists and objects more than 500 deep in
-        one another, and `ValueError` for one that is too large; the errors show nothing of it.
+        Raises `TypeError` for a value that JSON does not have, or with lists and objects more than 500 deep
+        in one another, and `ValueError` for one that is too large; the errors show nothing of it.
         """
         self._capsule.keep(state)
         self._tell_keeps()
