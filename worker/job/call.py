@@ -250,7 +250,7 @@ class Call:
         needed, and has a second. The last call of `keep` counts.
 
         Raises `TypeError` for a value that JSON does not have, or with lists and objects more than 500 deep
-        in one another, and `ValueError` for one that is too large; the errors show nothing of it.
+        in one another. Raises `ValueError` for a value that is too large. The errors show nothing of it.
         """
         self._capsule.keep(state)
         self._tell_keeps()

@@ -65,7 +65,7 @@ def _look_through(state: object) -> None:
     Each value counts with the least that its text takes. A structure that contains itself has no end, and is
     too large as well.
     """
-    least, depth = 0, -1  # the list around the state is none of its own
+    least, depth = 0, -1  # the list around the state does not count
     level: list[Any] = [[state]]  # Any: the parts of any value
     try:
         while level and least + len(level) <= MAX_BYTES:
