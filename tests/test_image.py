@@ -733,7 +733,7 @@ import multiprocessing.shared_memory, os, pathlib, tempfile
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
 os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
 import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
-import keeps, shares, ignores, exits, orphan, forks, native, hidden, misled, last
+import keeps, shares, ignores, exits, orphan, native, hidden, misled, last
 tempfile.tempdir = os.path.dirname(os.environ["RAN_IN"])
 shared = multiprocessing.shared_memory.SharedMemory(create=True, size=1)
 pathlib.Path(os.environ["RAN_IN"] + ".shared").write_text(shared.name)
@@ -742,6 +742,7 @@ manager = multiprocessing.get_context("fork").Manager()
 pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
     str(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
 )
+import forks  # last, because both processes go on behind it
 1 / 0
 """
 
