@@ -729,14 +729,12 @@ PACKAGES = {
     "last": "VALUE = 2",
 }
 OWN = """
-import multiprocessing.shared_memory, os, pathlib, tempfile
+import multiprocessing, os, pathlib, tempfile
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
 os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
 import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
 import keeps, shares, ignores, exits, orphan, native, hidden, misled, last
 tempfile.tempdir = os.path.dirname(os.environ["RAN_IN"])
-shared = multiprocessing.shared_memory.SharedMemory(create=True, size=1)
-pathlib.Path(os.environ["RAN_IN"] + ".shared").write_text(shared.name)
 # A process of another context would make a directory of its own, and be killed with it.
 manager = multiprocessing.get_context("fork").Manager()
 pathlib.Path(os.environ["RAN_IN"] + ".program").write_text(
@@ -751,7 +749,7 @@ def test_packages_of_a_target(tmp_path: Path) -> None:
     """The image imports the packages of a target that a fork may bring along, and none of its files.
 
     That the working directory is gone changes nothing. Where the target has a file with the name of a
-    package, no import gets that package. Shared memory of the target is removed.
+    package, no import gets that package.
     """
     installed = tmp_path / "site-packages"
     for name, text in PACKAGES.items():
@@ -804,7 +802,6 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "it has native code, which may read OMP_NUM_THREADS, and the target changes that before",
     )
     assert not lives(int((tmp_path / "ran.program").read_text()))
-    assert not Path("/dev/shm", (tmp_path / "ran.shared").read_text()).exists()
     assert not list(tmp_path.glob("pymp-*"))
     (ran_in,) = (tmp_path / "ran").read_text().split()
     assert int(ran_in) != image and not lives(int(ran_in))

@@ -359,7 +359,8 @@ def _end(pid: int) -> None:
     A resource tracker of multiprocessing comes last. It removes shared memory and semaphores of the fork,
     once all processes that know of them have ended. Nobody else would remove them.
     """
-    below = _below(pid)
+    # Twice: the kernel may leave out a child while another one ends (proc_pid_task(5)).
+    below = list(dict.fromkeys(_below(pid) + _below(pid)))
     trackers = [each for each in below if TRACKER_COMMAND in _command(each)]
     pidfds = []
     for tracker in trackers:
@@ -369,7 +370,7 @@ def _end(pid: int) -> None:
         with suppress(ProcessLookupError, PermissionError):
             if each not in trackers:
                 os.kill(each, signal.SIGKILL)
-    due = time.monotonic() + TRACKER_ENDS_WITHIN
+    due = time.monotonic() + 10 * TRACKER_ENDS_WITHIN  # a tracker may still be an interpreter that starts
     for pidfd in pidfds:
         select.select([pidfd], [], [], max(0.0, due - time.monotonic()))
         os.close(pidfd)
