@@ -30,10 +30,11 @@ from lastcall.worker.base.process import FORKSERVER, IMAGE
 from lastcall.worker.sdk import preflight
 from lastcall.worker.sdk.scout import package_of
 from tests.support.generations import generation_in
-from tests.support.harness import AGENT, Run, StartRun, lives, name_of
+from tests.support.harness import AGENT, HERE, Run, StartRun, lives, name_of
 from tests.support.program import status, verb
 
 ON = {"LASTCALL_START__IMAGE": "true"}
+LISTENS = str(HERE / "agents" / "listens.py")
 # Notes each process that imports livekit-agents, and does what the test wants of that import.
 IMPORTS = """
 import os, sys, threading, time
@@ -230,6 +231,27 @@ async def test_image_that_could_not_be_forked(run: StartRun, tmp_path: Path) -> 
     r.kill()
     assert await r.exit() == 0
     await r.nothing_left()
+
+
+@pytest.mark.core
+async def test_plugins_with_native_code(run: StartRun) -> None:
+    """The image has the plugin of OpenAI. It has not that of Silero, whose onnxruntime keeps a native thread.
+
+    A job uses both.
+    """
+    r: Run = await run("run", "--grace", "40", LISTENS, environment=ON)
+    await r.ready()
+    image = (await status(r))["image"]
+    assert image["state"] == "ready"
+    assert image["left_out"]["onnxruntime"] == "an import has started a thread"
+    assert {"onnxruntime", "livekit.plugins.silero"} == set(image["left_out"])
+    job = await r.dispatch()
+    note = await r.job_says(job.job_id, "ended")
+    assert note["before"] == ["livekit.plugins.openai"]
+    assert note["silence"] and note["model"]
+    r.kill()
+    assert await r.exit() == 0
+    await r.clean(job)
 
 
 async def test_image_that_fails_in_each_phase(run: StartRun, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lastcall.supervisor.fleet.worker_view import WorkerView
@@ -14,8 +14,8 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import TRACKER_ENDS_WITHIN
 
-# Seconds for which a generation waits until its sweep is done. Ours: most processes die of SIGKILL within
-# milliseconds. One that takes longer does not hold up the next worker; the end of a stop counts what is left.
+# Seconds for a sweep. Ours: most processes die of SIGKILL within milliseconds. The end of a stop counts what is
+# left then.
 SWEEP_WITHIN = 1.0
 # Seconds between two looks of a sweep. Ours: what was killed takes about so long to become a zombie.
 LOOK_AGAIN_AFTER = 0.002
@@ -46,26 +46,47 @@ def post_mortem(
     return facts
 
 
-async def sweep(
-    mark: str, known_pids: set[int], swept: descendants.Swept, *, unmarked: Callable[[], bool]
-) -> int:
-    """Kill what a worker left behind; return how many programs that were, those left out that `swept` has.
+class Sweep:
+    """Kills what one worker left behind. `programs` counts the programs, without those that `swept` has.
 
     `mark` is that of the worker's descendants. `unmarked` says whether a process that carries no mark,
     because it has cleared its environment, can only be one of them.
     """
-    programs = 0
-    began = now()
-    due = began + SWEEP_WITHIN
-    while True:
-        adopted = descendants.adopted(known_pids)
-        if not adopted:
-            return programs
-        found = descendants.marked(adopted, mark, unmarked=unmarked())
-        if not found:
-            return programs
-        programs += swept.add(found)
-        descendants.kill(found, spares_trackers=now() < began + TRACKER_ENDS_WITHIN)
-        if now() >= due:
-            return programs
+
+    def __init__(
+        self, mark: str, known_pids: set[int], swept: descendants.Swept, *, unmarked: Callable[[], bool]
+    ) -> None:
+        self.programs = 0
+        self._mark = mark
+        self._known_pids = known_pids
+        self._swept = swept
+        self._unmarked = unmarked
+        self._began = now()
+        self._due = self._began + SWEEP_WITHIN
+        self._seen: set[object] = set()
+
+    async def reach_all(self) -> None:
+        """Return once a look has found no process that an earlier one had not: all of them are dying."""
+        while not self._seen.issuperset(found := self._look()):
+            self._seen.update(found)
+            if not await self._may_look_again():
+                return
+
+    async def finish(self) -> None:
+        """Return once nothing is left."""
+        while self._look() and await self._may_look_again():
+            pass
+
+    async def _may_look_again(self) -> bool:
+        if now() >= self._due:
+            return False
         await asyncio.sleep(LOOK_AGAIN_AFTER)
+        return True
+
+    def _look(self) -> Sequence[object]:
+        """Kill what is there, and return it."""
+        adopted = descendants.adopted(self._known_pids)
+        found = descendants.marked(adopted, self._mark, unmarked=self._unmarked()) if adopted else []
+        self.programs += self._swept.add(found)
+        descendants.kill(found, spares_trackers=now() < self._began + TRACKER_ENDS_WITHIN)
+        return found

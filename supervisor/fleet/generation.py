@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lastcall.supervisor.errors import SpawnError, TransitionError
-from lastcall.supervisor.fleet.aftermath import ended_well, post_mortem, sweep
+from lastcall.supervisor.fleet.aftermath import Sweep, ended_well, post_mortem
 from lastcall.supervisor.fleet.shared import Shared
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_LOG_EVENT, SLOT_TABLE, SlotEvent, SlotState
 from lastcall.supervisor.fleet.stop_steps import StopState
@@ -57,7 +57,7 @@ TAKEN_DOWN_IN = 5.0
 
 
 class Generation:
-    """One program of one slot. `ended` is true once nothing of it is left."""
+    """One program of one slot. `ended` is true once all that is left of it, if anything, is dying."""
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class Generation:
         self.private_bytes: int | None = None
         self.launcher = launcher
         self._launched: Launched | None = None
+        self._sweep: Sweep | None = None
         self._channel: Channel[WorkerHears, WorkerSays] | None = None
         self._channel_lost = False
         self._cut: frozenset[str] = frozenset()
@@ -341,16 +342,30 @@ class Generation:
                 due = now() + LAST_WORDS_WITHIN
                 await self.changed.until(lambda: self._channel_lost, lambda due=due: due)  # type: ignore[misc]
         shared = self.shared
-        swept = await sweep(
-            launched.mark, shared.known_pids, shared.swept, unmarked=shared.may_sweep_unmarked
+        # Once the generation has ended, the next one may have started.
+        self._sweep = Sweep(
+            launched.mark,
+            shared.known_pids,
+            shared.swept,
+            unmarked=lambda: not self.ended and shared.may_sweep_unmarked(),
         )
+        await self._sweep.reach_all()
+        if self.stopping.is_asked:
+            await self._sweep.finish()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
         launched.close()
         self.shared.known_pids.discard(child.pid)
-        self._record_end(launched, child.status, swept)
+        self._record_end(launched, child.status, self._sweep.programs)
         self._end()
+
+    async def finish_sweep(self) -> None:
+        """Wait until nothing is left of a worker that has ended unasked; the next one does not wait for that."""
+        if self._sweep is not None:
+            before = self._sweep.programs
+            await self._sweep.finish()
+            self.shared.record.swept += self._sweep.programs - before
 
     def _end(self) -> None:
         self.ended = True

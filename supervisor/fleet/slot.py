@@ -196,6 +196,7 @@ class Slot:
             if self.number == 0 and generation.number == 1:
                 self.config_error = generation.config_error
             self.changed.notify()
+        await self._guarded(generation.finish_sweep())
 
     # -- one generation after the other, without a gap ------------------------------------------------
 
