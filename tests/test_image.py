@@ -235,19 +235,18 @@ async def test_image_that_could_not_be_forked(run: StartRun, tmp_path: Path) -> 
 
 @pytest.mark.core
 async def test_plugins_with_native_code(run: StartRun) -> None:
-    """The image has the plugin of OpenAI. It has not that of Silero, whose onnxruntime keeps a native thread.
+    """The image has the plugin of OpenAI, and onnxruntime. A job uses both, and the plugin of Silero.
 
-    A job uses both.
+    onnxruntime is left out where its telemetry is on, because of an open file.
     """
-    r: Run = await run("run", "--grace", "40", LISTENS, environment=ON)
+    r: Run = await run("run", "--grace", "40", LISTENS, environment={**ON, "ORT_DISABLE_TELEMETRY": "1"})
     await r.ready()
     image = (await status(r))["image"]
     assert image["state"] == "ready"
-    assert image["left_out"]["onnxruntime"] == "an import has started a thread"
-    assert {"onnxruntime", "livekit.plugins.silero"} == set(image["left_out"])
+    assert image["left_out"] == {"livekit.plugins.silero": "it has an exit handler"}
     job = await r.dispatch()
     note = await r.job_says(job.job_id, "ended")
-    assert note["before"] == ["livekit.plugins.openai"]
+    assert "onnxruntime" in Path(f"/proc/{image['pid']}/maps").read_text()
     assert note["silence"] and note["model"]
     r.kill()
     assert await r.exit() == 0

@@ -14,8 +14,8 @@ from lastcall.worker.base.clock import now
 from lastcall.worker.base.exit_codes import Exit
 from lastcall.worker.base.process import TRACKER_ENDS_WITHIN
 
-# Seconds for a sweep. Ours: most processes die of SIGKILL within milliseconds. The end of a stop counts what is
-# left then.
+# Seconds for a sweep. Ours: most processes die of SIGKILL within milliseconds. The end of a stop counts what
+# is left then.
 SWEEP_WITHIN = 1.0
 # Seconds between two looks of a sweep. Ours: what was killed takes about so long to become a zombie.
 LOOK_AGAIN_AFTER = 0.002

@@ -361,7 +361,7 @@ class Generation:
         self._end()
 
     async def finish_sweep(self) -> None:
-        """Wait until nothing is left of a worker that has ended unasked; the next one does not wait for that."""
+        """Wait until nothing is left of a worker that has ended unasked, beside the next one."""
         if self._sweep is not None:
             before = self._sweep.programs
             await self._sweep.finish()

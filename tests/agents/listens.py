@@ -1,20 +1,16 @@
 """An agent with the plugins of OpenAI and Silero: each job has Silero look for voice in a second of silence.
 
-A job notes whether the model has answered, and whether the two plugins were imported before the agent was.
+A job notes whether the model has answered.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 
-# Before the imports below: a process that was forked from an image has found what it needs there.
-BEFORE = sorted({"livekit.plugins.openai", "livekit.plugins.silero", "onnxruntime"} & set(sys.modules))
-
-from livekit import rtc  # noqa: E402
-from livekit.agents import JobContext, JobProcess, WorkerOptions, cli, vad  # noqa: E402
-from livekit.plugins import openai, silero  # noqa: E402
+from livekit import rtc
+from livekit.agents import JobContext, JobProcess, WorkerOptions, cli, vad
+from livekit.plugins import openai, silero
 
 RATE, FRAMES = 16_000, 100
 
@@ -30,7 +26,7 @@ async def entrypoint(ctx: JobContext) -> None:
         stream.push_frame(rtc.AudioFrame.create(RATE, 1, RATE // FRAMES))
     stream.end_input()
     heard = {event.type async for event in stream}
-    line = {"job": ctx.job.id, "what": "ended", "pid": os.getpid(), "before": BEFORE}
+    line = {"job": ctx.job.id, "what": "ended", "pid": os.getpid()}
     line |= {"silence": heard == {vad.VADEventType.INFERENCE_DONE}, "model": ctx.proc.userdata["llm"].model}
     with open(os.environ["JOB_LOG"], "a") as file:
         file.write(json.dumps(line) + "\n")
