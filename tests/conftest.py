@@ -49,6 +49,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selection.mark(items)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail where pytest-xdist makes no groups.
+
+    With pytest 9.2 it gave each process tests of every group, and said nothing: fixtures that a group shares were
+    made four times, and long waits came one after another.
+    """
+    if getattr(session.config.option, "loadgroup", False):
+        for item in session.items:
+            grouped = item.get_closest_marker("xdist_group")
+            assert grouped is None or "@" in item.nodeid, "pytest-xdist makes no groups with this pytest"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Hold a quick test to it."""
