@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # livekit-agents loads its local models into every forkserver, a quarter of a second and 250 MB each, and
     # no agent of the tests uses one. Containers and systemd units of the tests load the models as users' do.
     os.environ["LIVEKIT_AGENTS_PRELOAD_LOCAL_INFERENCE"] = "0"
+    # A worker, its image and its broker each load the certificates that they trust. Those of a system take a
+    # tenth of the processor time of a start, and no test leaves the machine: one certificate is enough.
+    os.environ["SSL_CERT_FILE"] = str(Path(__file__).parent / "support" / "authority.pem")
     selection.watch()
     # Hypothesis fails an example that takes longer than 200 ms, or slow data; beside other tests both happen.
     slow = [hypothesis.HealthCheck.too_slow]

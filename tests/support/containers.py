@@ -110,7 +110,10 @@ class Podman:
         for name in FILES:
             shutil.copy(ROOT / name, source)
         subprocess.run(
-            [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(context), str(source)],
+            [
+                *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"),
+                *("-w", str(context), str(source)),
+            ],
             check=True,
             timeout=120,
             stdin=subprocess.DEVNULL,
