@@ -21,6 +21,7 @@ pytestmark = pytest.mark.systemd
 
 AGENT = "/srv/agents/calls.py"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "systemd"
+SHUTDOWN = "/etc/systemd/system/poweroff.target.d"
 START = 60.0
 
 
@@ -39,7 +40,17 @@ def service(machine: Machine, name: str, server: DispatchServer, **settings: str
 
 
 def extra(name: str) -> dict[str, str]:
-    return {"JOB_LOG": f"/var/lib/{name}/jobs"}
+    """Return variables of a service: what conftest.py sets for other processes, and the log of the jobs."""
+    return {
+        "JOB_LOG": f"/var/lib/{name}/jobs",
+        "LIVEKIT_AGENTS_PRELOAD_LOCAL_INFERENCE": "0",
+        "SSL_CERT_FILE": "/srv/authority.pem",
+    }
+
+
+async def registered(unit: Unit, server: DispatchServer, count: int) -> None:
+    """Wait for so many workers in all, as the server has seen them, which costs less than systemctl."""
+    await unit.until(lambda: server.counts["registered"] == count, START)
 
 
 async def call(unit: Unit, server: DispatchServer, seconds: float | None = None) -> Dispatched:
@@ -68,20 +79,50 @@ def finished_well(unit: Unit, server: DispatchServer, job: Dispatched) -> bool:
     )
 
 
-async def test_start_waits_and_stop_outlasts_its_timer(machine: Machine) -> None:
-    """Active when registered, past TimeoutStartSec too; a job longer than TimeoutStopSec ends well."""
+async def test_from_the_start_to_the_stop(machine: Machine) -> None:
+    """Active when registered, past TimeoutStartSec too; a job longer than TimeoutStopSec ends well.
+
+    After SIGKILL of the main process nothing stays in the cgroup, and the service is back by itself. In a
+    reload the worker is replaced, its job goes on; from 253 on `systemctl reload` returns when that is done.
+    """
     async with DispatchServer() as server:
         server.refuse_connections = True
-        unit = service(machine, "waits", server, TimeoutStopSec="2", TimeoutStartSec="10")
+        limits = {"TimeoutStopSec": "2", "TimeoutStartSec": "10", "RestartSec": "100ms"}
+        unit = service(machine, "whole", server, **limits)
+        if machine.suite == "trixie":
+            values = Service(target=AGENT, name="whole")
+            unit.drop_in(systemd.RELOAD, systemd.reload_drop_in(values))
+            unit.machine.run("systemctl", "daemon-reload")
         unit.systemctl("start", "--no-block")
         await unit.until(lambda: unit.show("StatusText").startswith("starting: 0 of 1"))
         past = time.monotonic() + 12
         await unit.until(lambda: time.monotonic() > past, 20)
         assert unit.show("ActiveState") == "activating", unit.journal()
         server.refuse_connections = False
+        await registered(unit, server, 1)
         await unit.until(lambda: unit.show("ActiveState") == "active", START)
         await unit.until(lambda: unit.show("StatusText") == "running: 1 of 1 worker accepting, 0 jobs")
+
+        before = unit.pids()
+        main = unit.show("MainPID")
+        assert len(before) > 2 and int(main) in before
+        unit.systemctl("kill", "--signal=KILL", "--kill-who=main")
+        await registered(unit, server, 2)
+        await unit.until(
+            lambda: unit.show("ActiveState") == "active" and unit.show("MainPID") not in (main, "0"), START
+        )
+        assert unit.show("NRestarts") == "1"
+        assert not before & unit.pids()
+
+        main = unit.show("MainPID")
         job = await call(unit, server)
+        await asyncio.to_thread(unit.systemctl, "reload")
+        if machine.suite != "trixie":
+            await registered(unit, server, 3)
+        assert server.counts["registered"] == 3, unit.journal()
+        assert server.jobs[job.job_id].status == "JS_RUNNING"
+        assert (unit.show("ActiveState"), unit.show("MainPID")) == ("active", main)
+
         stopping = asyncio.create_task(stop(unit))
         await unit.until(lambda: unit.show("StatusText").startswith("draining: 1 job, "))
         due = time.monotonic() + 3
@@ -104,7 +145,7 @@ async def test_the_example(machine: Machine) -> None:
         unit = Unit.installed(machine, "agent")
         assert (unit.show("ActiveState"), server.counts["registered"]) == ("active", 1), unit.journal()
         await asyncio.to_thread(lambda: machine.run(*install, timeout=START))
-        await unit.until(lambda: server.counts["registered"] == 2, START)
+        await registered(unit, server, 2)
         await unit.until(lambda: unit.show("StatusText").startswith("running: 1 of 1"), START)
         await stop(unit)
         assert unit.show("Result") == "success", unit.journal()
@@ -120,49 +161,6 @@ async def test_default_kill_mode(machine: Machine) -> None:
         await stop(unit)
         assert unit.show("Result") == "success", unit.journal()
         assert finished_well(unit, server, job), unit.receipt()
-
-
-async def test_reload(machine: Machine) -> None:
-    """The worker is replaced, its job goes on; from 253 on `systemctl reload` returns when that is done."""
-    async with DispatchServer() as server:
-        unit = service(machine, "reloads", server)
-        if machine.suite == "trixie":
-            values = Service(target=AGENT, name="reloads")
-            unit.drop_in(systemd.RELOAD, systemd.reload_drop_in(values))
-            unit.machine.run("systemctl", "daemon-reload")
-        await asyncio.to_thread(unit.systemctl, "start")
-        main = unit.show("MainPID")
-        job = await call(unit, server)
-        await asyncio.to_thread(unit.systemctl, "reload")
-        if machine.suite != "trixie":
-            await unit.until(lambda: server.counts["registered"] == 2, START)
-        assert server.counts["registered"] == 2, unit.journal()
-        assert server.jobs[job.job_id].status == "JS_RUNNING"
-        assert (unit.show("ActiveState"), unit.show("MainPID")) == ("active", main)
-        stopping = asyncio.create_task(stop(unit))
-        await unit.until(lambda: unit.show("StatusText").startswith("draining: 1 job, "))
-        hang_up(unit)
-        await stopping
-        assert unit.show("Result") == "success", unit.journal()
-        assert finished_well(unit, server, job), unit.receipt()
-
-
-async def test_killed_supervisor(machine: Machine) -> None:
-    """SIGKILL of the main process: nothing stays in the cgroup, and the service is back by itself."""
-    async with DispatchServer() as server:
-        unit = service(machine, "killed", server, RestartSec="100ms")
-        await asyncio.to_thread(unit.systemctl, "start")
-        before = unit.pids()
-        main = unit.show("MainPID")
-        assert len(before) > 2 and int(main) in before
-        unit.systemctl("kill", "--signal=KILL", "--kill-who=main")
-        await unit.until(
-            lambda: unit.show("ActiveState") == "active" and unit.show("MainPID") not in (main, "0"), START
-        )
-        assert unit.show("NRestarts") == "1"
-        assert not before & unit.pids()
-        await stop(unit)
-        assert unit.show("Result") == "success", unit.journal()
 
 
 async def test_stopped_supervisor_is_restarted_by_the_watchdog(machine: Machine) -> None:
@@ -194,8 +192,24 @@ async def test_wrong_target_is_not_restarted(machine: Machine) -> None:
     assert (unit.show("ExecMainStatus"), unit.show("NRestarts")) == ("78", "0"), unit.journal()
 
 
+def findings(machine: Machine, unit: str, *options: str) -> dict[str, dict[str, str]]:
+    """Return what the doctor says of a service, by the name of the check."""
+    given = ("--unit", unit, "--http", "off", "--json", *options)
+    asked = machine.run(LASTCALL, "doctor", *given, check=False)
+    return {each["check"]: each for each in json.loads(asked.stdout)["findings"]}
+
+
+def limit_shutdown(machine: Machine) -> None:
+    """Have systemd kill all that is left 2 s after a shutdown has begun: they stand for its 30 min."""
+    machine.write(f"{SHUTDOWN}/00-limit.conf", "[Unit]\nJobTimeoutSec=2\n")
+    machine.run("systemctl", "daemon-reload")
+
+
 def test_unit_is_understood_and_tight(machine: Machine) -> None:
-    """systemd-analyze verify has nothing to say, drop-ins included where they apply; exposure at most 2.5."""
+    """systemd-analyze verify has nothing to say, drop-ins included where they apply; exposure at most 2.5.
+
+    The doctor understands the unit too, and warns of systemd's own limit for a shutdown.
+    """
     unit = Unit(machine, "checked", AGENT)
     values = Service(target=AGENT, name="checked")
     if machine.suite == "trixie":
@@ -210,41 +224,31 @@ def test_unit_is_understood_and_tight(machine: Machine) -> None:
         check=False,
     )
     assert judged.returncode == 0, judged.stdout
-    options = ("--unit", "checked.service", "--http", "off", "--json")
-    asked = machine.run(LASTCALL, "doctor", *options, check=False)
-    (found,) = [each for each in json.loads(asked.stdout)["findings"] if each["check"] == "unit"]
-    assert (found["verdict"], found["why"]) == ("ok", "checked.service: KillMode=mixed, stops within 3630 s")
+    limit_shutdown(machine)
+    found = findings(machine, "checked.service")
+    said = (found["unit"]["verdict"], found["unit"]["why"])
+    assert said == ("ok", "checked.service: KillMode=mixed, stops within 3630 s")
+    # The other targets have 30 min, which is less than the grace too.
+    shutdown = found["shutdown"]
+    assert shutdown["verdict"] == "fail" and "after 2 s (poweroff.target, reboot" in shutdown["why"]
     expected = "notify-reload" if machine.suite == "trixie" else "notify"
     assert unit.show("Type") == expected
-
-
-def shutdown_finding(machine: Machine) -> dict[str, str]:
-    """Return what the doctor says of the machine's shutdown."""
-    options = ("--unit", "last.service", "--http", "off", "--grace", "40", "--json")
-    asked = machine.run(LASTCALL, "doctor", *options, check=False)
-    (found,) = [each for each in json.loads(asked.stdout)["findings"] if each["check"] == "shutdown"]
-    finding: dict[str, str] = found
-    return finding
 
 
 async def test_poweroff_waits_for_the_job(machine: Machine) -> None:
     """A machine that is shut down lets the call end first, also a call that is longer than systemd's limit.
 
-    2 s stand for the 30 min of systemd's targets, and 1 s for the 90 s until what is left is killed. The test
-    is the last one of a machine.
+    1 s stands for the 90 s until what is left is killed. The doctor is content with the printed drop-in. The
+    test is the last one of a machine.
     """
     async with DispatchServer() as server:
         unit = service(machine, "last", server)
-        directory = "/etc/systemd/system/poweroff.target.d"
-        machine.write(f"{directory}/00-limit.conf", "[Unit]\nJobTimeoutSec=2\n")
+        limit_shutdown(machine)
         machine.write("/etc/systemd/system.conf.d/kill.conf", "[Manager]\nDefaultTimeoutStopSec=1\n")
-        machine.run("systemctl", "daemon-reload")
-        found = shutdown_finding(machine)
-        assert found["verdict"] == "fail" and "after 2 s (poweroff.target)" in found["why"]
         printed = machine.run(LASTCALL, "unit", "poweroff", AGENT, "--grace", "40")
-        machine.write(f"{directory}/10-lastcall.conf", printed.stdout)
+        machine.write(f"{SHUTDOWN}/10-lastcall.conf", printed.stdout)
         machine.run("systemctl", "daemon-reload")
-        assert shutdown_finding(machine)["verdict"] == "ok"
+        assert findings(machine, "last.service", "--grace", "40")["shutdown"]["verdict"] == "ok"
         await asyncio.to_thread(unit.systemctl, "start")
         job = await call(unit, server, 8)
         machine.run("systemctl", "--no-block", "poweroff")

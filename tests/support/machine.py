@@ -41,7 +41,7 @@ for site in "$m"/opt/lastcall/lib/python3*/site-packages; do
     chroot "$m" /opt/lastcall/bin/python -m compileall -q "${site#"$m"}/lastcall"
 done
 mkdir -p "$m/srv"
-cp -r "$2/tests/agents" "$m/srv/agents"
+cp -r "$2/tests/agents" "$2/tests/support/authority.pem" "$m/srv"
 rm -f "$m"/etc/systemd/system/*.wants/*
 : >"$m/etc/machine-id"
 cat >"$m/etc/systemd/system/t.target" <<END
