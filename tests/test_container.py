@@ -81,11 +81,34 @@ async def stop(container: Container, seconds: int) -> int:
 
 
 @pytest.mark.timeout(500)
-async def test_stop_with_time_enough(podman: Podman) -> None:
-    """The job ends by itself and the container exits 0; the health check is content all along."""
+async def test_health_and_a_stop_with_time_enough(podman: Podman) -> None:
+    """No server yet, a hold, a crashed worker: a new container would mend none of it, so it is healthy.
+
+    In the stop the job ends by itself and the container exits 0; the health check is content all along.
+    """
     async with DispatchServer() as server:
+        server.refuse_connections = True
         container = podman.start("enough", options=options(server, LASTCALL_GRACE="40"))
+
+        def status() -> dict[str, Any]:
+            document: dict[str, Any] = json.loads(container.exec("lastcall", "status", "--json"))
+            return document
+
+        await container.until(lambda: container.events("supervisor started"))
         await container.until(lambda: container.health() == 0)
+        assert status()["phase"] == "starting"
+        server.refuse_connections = False
+        await container.until(server.available)
+        await container.until(lambda: status()["phase"] == "running")
+        assert container.health() == 0
+        container.exec("lastcall", "hold")
+        assert status()["held"]
+        assert container.health() == 0
+        container.exec("lastcall", "release")
+        container.exec("kill", "-KILL", str(status()["slots"][0]["pid"]))
+        await container.until(lambda: container.events("slot failed"))
+        assert container.health() == 0
+
         job = await call(container, server, 0, "hold")
         assert container.exec("id", "-u").strip() == "65532"
         assert container.exec("cat", "/proc/1/comm").strip() == "lastcall"
@@ -157,32 +180,6 @@ async def test_job_over_the_memory_limit_dies_alone(podman: Podman) -> None:
         assert server.jobs[good.job_id].status == "JS_SUCCESS"
         totals = container.receipt()["totals"]
         assert (totals["failed"], totals["finished"], totals["cut"]) == (1, 1, 0)
-
-
-async def test_health_before_and_beside_readiness(podman: Podman) -> None:
-    """No server yet, a hold, a crashed worker: a new container would mend none of it, so it is healthy."""
-    async with DispatchServer() as server:
-        server.refuse_connections = True
-        container = podman.start("health", options=options(server, LASTCALL_GRACE="40"))
-
-        def status() -> dict[str, Any]:
-            document: dict[str, Any] = json.loads(container.exec("lastcall", "status", "--json"))
-            return document
-
-        await container.until(lambda: container.events("supervisor started"))
-        await container.until(lambda: container.health() == 0)
-        assert status()["phase"] == "starting"
-        server.refuse_connections = False
-        await container.until(lambda: status()["phase"] == "running")
-        assert container.health() == 0
-        container.exec("lastcall", "hold")
-        assert status()["held"]
-        assert container.health() == 0
-        container.exec("lastcall", "release")
-        container.exec("kill", "-KILL", str(status()["slots"][0]["pid"]))
-        await container.until(lambda: container.events("slot failed"))
-        assert container.health() == 0
-        assert await stop(container, 40) == 0, container.logs()
 
 
 async def test_a_hung_supervisor_is_unhealthy(podman: Podman) -> None:
