@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from lastcall.supervisor.config import Config
-from lastcall.supervisor.doctor import checks, gather, probe, report
+from lastcall.supervisor.doctor import checks, gather, probe, report, trial
 from lastcall.supervisor.doctor.facts import Answer, Facts, Finding, Name, ShutdownTarget, Trial, Unit
 from lastcall.supervisor.doctor.gather import _http_problem, _own_unit
 from lastcall.supervisor.doctor.probe import ask, token
@@ -455,9 +455,8 @@ def test_open_processes_are_seen() -> None:
 
 
 def doctor(*arguments: str, cwd: Path, **environment: str) -> tuple[int, dict[str, Finding]]:
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith(("LASTCALL", "LIVEKIT"))
-    }
+    foreign = ("LASTCALL", "LIVEKIT_API_", "LIVEKIT_URL")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     done = subprocess.run(
         [*LASTCALL, "doctor", *arguments, "--json"],
         capture_output=True,
@@ -473,40 +472,38 @@ def doctor(*arguments: str, cwd: Path, **environment: str) -> tuple[int, dict[st
     return done.returncode, {entry["check"]: Finding(**entry) for entry in document["findings"]}
 
 
-def test_a_worker_is_looked_at(tmp_path: Path) -> None:
+def test_a_worker_and_its_surroundings_are_looked_at(tmp_path: Path) -> None:
     """A real worker is started, looked at and stopped; its measured size is held against the limit.
 
-    The private names are looked for beside it. The worker reaches the server of the trial past any proxy.
+    The private names are looked for beside it. The worker reaches the server of the trial past any proxy. A
+    taken port and a kill timer below grace: exit 1, each named.
     """
-    _, findings = doctor(SAMPLE, "--http", "off", cwd=tmp_path, **DEAD)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        options = ("--http", address, "--grace", "700")
+        code, findings = doctor(SAMPLE, *options, cwd=tmp_path, LASTCALL_PLATFORM_GRACE="600", **DEAD)
     assert findings["shield"].verdict == "ok", findings
     assert "processes of a worker looked at" in findings["shield"].why
     assert findings["livekit-agents"].verdict in ("ok", "warn")
     assert findings["private names"].verdict == "ok" and "all " in findings["private names"].why
+    assert code == 1
+    assert findings["places"].verdict == "fail" and address in findings["places"].why
+    assert findings["kill timer"].verdict == "fail" and "600 s" in findings["kill timer"].why
 
 
 def test_a_worker_that_never_gets_warm(tmp_path: Path) -> None:
     """A target whose prewarm raises fails, with the agent's own reason."""
     (tmp_path / "agent.py").write_text(COLD_AGENT)
-    code, findings = doctor("agent.py", "--http", "off", cwd=tmp_path)
-    assert code == 1 and findings["shield"].verdict == "fail"
-    assert "first job process did not get ready" in findings["shield"].why
-    assert "model.onnx: run download-files first" in findings["shield"].why
+    finding = checks.shield(replace(GOOD, trial=trial.look(str(tmp_path / "agent.py"))))
+    assert finding.verdict == "fail" and not report.document([finding], ())["ok"]
+    assert "first job process did not get ready" in finding.why
+    assert "model.onnx: run download-files first" in finding.why
 
 
-def test_surroundings_are_real(tmp_path: Path) -> None:
-    """A taken port, a receipt that can't be written, a kill timer below grace: exit 1, each named."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        code, findings = doctor(
-            *("--http", address, "--grace", "700"), cwd=tmp_path, LASTCALL_PLATFORM_GRACE="600"
-        )
-    assert code == 1
-    assert findings["places"].verdict == "fail" and address in findings["places"].why
-    assert findings["kill timer"].verdict == "fail" and "600 s" in findings["kill timer"].why
-    assert findings["shield"].verdict == "warn"
+def test_places_that_can_not_be(tmp_path: Path) -> None:
+    """A file in the place of the control socket, and a path that is too long for a socket, are named."""
     for control in (__file__, f"/tmp/{'x' * 110}"):
         config = Config(control=control, receipt=str(tmp_path / "receipt.json"))
         (problem,) = gather._place_problems(config)
@@ -514,12 +511,16 @@ def test_surroundings_are_real(tmp_path: Path) -> None:
 
 
 def test_wrong_configuration_is_a_finding(tmp_path: Path) -> None:
-    """A file with a wrong key is named; what does not depend on it is checked all the same."""
+    """A file with a wrong key is named; what does not depend on it is checked all the same.
+
+    Without a target no worker is looked at, which is a warning.
+    """
     (tmp_path / "lastcall.toml").write_text("gracee = 5\n")
     code, findings = doctor("--http", "off", cwd=tmp_path)
     assert code == 1
     assert "gracee" in findings["configuration"].why
     assert "limits" in findings
+    assert findings["shield"].verdict == "warn"
 
 
 def test_wrong_option_is_a_wrong_command_line(tmp_path: Path) -> None:

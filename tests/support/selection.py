@@ -32,7 +32,7 @@ NAMES = {
     "Run",
     "Stage",
     "play",
-    "find_trial",
+    "trial",
     "Sources",
 }
 # The group of each test with the marker.
