@@ -28,16 +28,33 @@ LAST_STOP = write(StopRecord(phases={"draining": 1.0}), Ledger(), grace=60.0, pi
 NAME = re.compile(r"\blastcall_[a-z_]+")
 
 
-async def test_metrics_say_what_happened(run: StartRun) -> None:
-    """A job finished, one crashed, one runs, a worker was restarted, a reload done; and each slot's own."""
-    r: Run = await run("run", "-w", "2", "--grace", "60", "--http", "127.0.0.1:0", AGENT)
+async def test_metrics_and_status_say_what_happened(run: StartRun, tmp_path: Path) -> None:
+    """A job finished, one crashed, one runs, a worker was restarted, a reload done; and each slot's own.
+
+    The document is of its schema in a stop too, and says why and how long. `drain --wait` follows it. Every
+    name that dashboard, alerts and pages use is exported; every name that is exported is on the page, those
+    of the Inworld pool too.
+    """
+    config = tmp_path / "lastcall.toml"
+    # Nothing is said, so nothing is dialled.
+    config.write_text('[inworld]\nenabled = true\nws_url = "ws://127.0.0.1:9/"\n')
+    options = ("--config", str(config), "--http", "127.0.0.1:0")
+    key = {"INWORLD_API_KEY": "a-key"}
+    r: Run = await run("run", "-w", "2", "--grace", "60", *options, AGENT, environment=key)
+    await r.until(lambda: r.log("supervisor started"))
+    first = await scrape(r)
+    counters = re.findall(r"^\| `(lastcall_\w+_total)` \| counter", PAGE.read_text(), re.MULTILINE)
+    assert counters and all(first[name] and first.value(name) == 0 for name in counters)
+    reasons = {labels["reason"] for labels, _ in first["lastcall_restarts_total"]}
+    assert reasons == {"exited", "killed", "never ready", "not started", "left"}
+
     await r.ready(2)
     good = await r.dispatch("good", sleep=0.1)
     bad = await r.dispatch("bad", mode="crash")
     for job in (good, bad):
         await r.until(lambda job=job: r.livekit.jobs[job.job_id].status != "JS_RUNNING", 20)  # type: ignore[misc]
-    (first, _second) = r.workers()
-    first.kill()
+    (killed, _second) = r.workers()
+    killed.kill()
     await r.until(lambda: len(r.log("slot ready")) == 3, 40)
     await verb(r, "recycle", "0", "--wait", timeout=60)
     await r.until(lambda: len(r.livekit.available()) == 2, 20)
@@ -60,78 +77,40 @@ async def test_metrics_say_what_happened(run: StartRun) -> None:
     own = {(labels["slot"], labels["generation"]) for labels, _ in seen["lk_agents_worker_load"]}
     assert {slot for slot, _ in own} == {"0", "1"}
     jsonschema.validate(await status(r), SCHEMA)
-    r.let_go()
-    r.kill()
-    assert await r.exit() == 0
+    names_are_those_of_the_pages(await exported(r))
 
-
-async def test_status_while_it_stops(run: StartRun, tmp_path: Path) -> None:
-    """The document is of its schema in a stop too, and says why and how long. `drain --wait` follows it."""
-    r: Run = await run("run", "--grace", "60", AGENT)
-    await r.ready()
-    job = await r.dispatch("long", mode="hold")
-    await r.job_says(job.job_id, "started")
     said = tmp_path / "said"
     with said.open("w") as file:
         command = [*LASTCALL, "drain", "--wait", "--control", str(r.control)]
-        verb = await asyncio.create_subprocess_exec(*command, stdout=file)
+        drain = await asyncio.create_subprocess_exec(*command, stdout=file)
     await r.until(lambda: r.log("stop draining"))
     document = await status(r)
     jsonschema.validate(document, SCHEMA)
     assert (document["phase"], document["reason"]) == ("draining", "drain was asked for")
     assert 0 < document["grace_left_s"] <= 60
-    assert [j["room"] for s in document["slots"] for j in s["jobs"]] == ["long"]
-    assert document["slots"][0]["rss_bytes"] > 10_000_000, "the fence has no figures, so the last ones stay"
+    (slot,) = [slot for slot in document["slots"] if slot["jobs"]]
+    assert [each["room"] for each in slot["jobs"]] == ["running"]
+    assert slot["rss_bytes"] > 10_000_000, "the fence has no figures, so the last ones stay"
     await r.until(lambda: re.search(r"^draining: 1 job, \d+ s left$", said.read_text(), re.MULTILINE))
     r.let_go()
     assert await r.exit() == 0
-    assert await asyncio.wait_for(verb.wait(), 15) == 0
+    assert await asyncio.wait_for(drain.wait(), 15) == 0
     assert said.read_text().endswith("\nstopped; the receipt says how it went\n")
 
 
-def test_a_figure_that_is_not_known_yet() -> None:
-    """A worker that has registered and not beaten yet has figures of null, and no sample in the metrics."""
-    generation, _log = generation_in(SlotState.READY)
-    view = generation.reports
-    view.take(Ready(worker_id="AW_1", warm=True))
-    assert view.beat is not None and view.beat.registered and not view.beat.accepting
-    assert (view.beat.rss_bytes, view.beat.lag_ms, view.beat.load) == (None, None, None)
-    beat = Beat(lag_ms=1.5, load=0.25, rss_bytes=9_000_000, registered=True, accepting=True, warm=True)
-    view.take(beat)
-    for again in (Ready(worker_id="AW_2", warm=True), Fenced(reason="SIGTERM", at=1.0)):
-        view.take(again)
-        assert not view.beat.accepting
-        assert (view.beat.rss_bytes, view.beat.lag_ms, view.beat.load) == (9_000_000, 1.5, 0.25)
-
-
-async def exported(run: StartRun, directory: Path) -> set[str]:
+async def exported(r: Run) -> set[str]:
     """Return every name that a supervisor exports with a worker and the Inworld pool, both of which beat."""
-    config = directory / "lastcall.toml"
-    # Nothing is said, so nothing is dialled.
-    config.write_text('[inworld]\nenabled = true\nws_url = "ws://127.0.0.1:9/"\n')
-    options = ("--config", str(config), "--http", "127.0.0.1:0")
-    r: Run = await run("run", *options, AGENT, environment={"INWORLD_API_KEY": "a-key"})
-    await r.until(lambda: r.log("supervisor started"))
-    first = await scrape(r)
-    counters = re.findall(r"^\| `(lastcall_\w+_total)` \| counter", PAGE.read_text(), re.MULTILINE)
-    assert counters and all(first[name] and first.value(name) == 0 for name in counters)
-    reasons = {labels["reason"] for labels, _ in first["lastcall_restarts_total"]}
-    assert reasons == {"exited", "killed", "never ready", "not started", "left"}
-    await r.ready()
     names: set[str] = set()
     wanted = {"lastcall_pool_connections", "lastcall_worker_loop_lag_seconds", "lastcall_worker_pss_bytes"}
     async with asyncio.timeout(60):
         while not wanted <= names:
             await status(r)  # memory is read for it after 5 s, and for a scrape after 30
             names = set(await scrape(r))
-    r.kill()
-    assert await r.exit() == 0
     return names
 
 
-async def test_dashboard_alerts_and_page_name_what_there_is(run: StartRun, tmp_path: Path) -> None:
-    """Every name that they use is exported; every name that is exported is on the page, the pool's too."""
-    names = await exported(run, tmp_path)
+def names_are_those_of_the_pages(names: set[str]) -> None:
+    """Assert that the names which a supervisor exports are those in use and those of docs/metrics.md."""
     known = {name for name in names if name.startswith("lastcall_")}
     assert {family.exposed_name for family in POOL.values()} <= known
     dashboard = json.loads(DASHBOARD.read_text())
@@ -150,3 +129,18 @@ async def test_dashboard_alerts_and_page_name_what_there_is(run: StartRun, tmp_p
     base = {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in known}
     on_page = set(NAME.findall(PAGE.read_text()))
     assert base == on_page, base ^ on_page
+
+
+def test_a_figure_that_is_not_known_yet() -> None:
+    """A worker that has registered and not beaten yet has figures of null, and no sample in the metrics."""
+    generation, _log = generation_in(SlotState.READY)
+    view = generation.reports
+    view.take(Ready(worker_id="AW_1", warm=True))
+    assert view.beat is not None and view.beat.registered and not view.beat.accepting
+    assert (view.beat.rss_bytes, view.beat.lag_ms, view.beat.load) == (None, None, None)
+    beat = Beat(lag_ms=1.5, load=0.25, rss_bytes=9_000_000, registered=True, accepting=True, warm=True)
+    view.take(beat)
+    for again in (Ready(worker_id="AW_2", warm=True), Fenced(reason="SIGTERM", at=1.0)):
+        view.take(again)
+        assert not view.beat.accepting
+        assert (view.beat.rss_bytes, view.beat.lag_ms, view.beat.load) == (9_000_000, 1.5, 0.25)
