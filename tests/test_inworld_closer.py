@@ -57,11 +57,14 @@ async def closed_in_order(server: InworldServer, r: Run, *, connections: int, co
     assert "Unclosed" not in r.logs()
 
 
-async def test_a_job_that_ends_by_itself(run: StartRun) -> None:
-    """It said everything; its connection is closed with a close frame, what it gave to `closing` before.
+async def test_jobs_that_end_by_themselves_and_a_stop_in_mid_speech(run: StartRun) -> None:
+    """A job said everything; its connection is closed with a close frame, what it gave to `closing` before.
 
     livekit-agents goes on with the end of the job after a shutdown callback that raises: a job that has one
     is closed in order all the same.
+
+    In a stop jobs run to their end and end in mid-speech: their contexts are cancelled, then all is closed.
+    Wherever the TTS was made: at the user's module's import, in the setup function, in the entrypoint.
     """
     async with inworld() as server:
         r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
@@ -78,32 +81,21 @@ async def test_a_job_that_ends_by_itself(run: StartRun) -> None:
         over.touch()
         await r.job_says(raises.job_id, "extra closed")
         await closed_in_order(server, r, connections=2, contexts=2)
-        r.kill()
-        assert await r.exit() == 0
-        await r.clean(job, raises)
+        cancelled = server.counts["cancel_requested"]
 
-
-async def test_a_stop_in_mid_speech(run: StartRun) -> None:
-    """Jobs run to their end and end in mid-speech: their contexts are cancelled, then all is closed.
-
-    Wherever the TTS was made: at the user's module's import, in the setup function, in the entrypoint.
-    """
-    async with inworld() as server:
-        r: Run = await run("run", "--grace", "40", AGENT, environment=environment(server))
-        await r.ready()
-        over = r.directory / "over"
+        end = r.directory / "end"
         jobs = []
         for tts in ("module", "setup", "job"):
-            job = await r.dispatch(tts, mode="leave", until=str(over), streams=2, text=LONG, tts=tts)
-            await r.job_says(job.job_id, "heard")
-            jobs.append(job)
+            each = await r.dispatch(tts, mode="leave", until=str(end), streams=2, text=LONG, tts=tts)
+            await r.job_says(each.job_id, "heard")
+            jobs.append(each)
         r.kill_all()
         await r.until(lambda: not r.livekit.available())
-        over.touch()
+        end.touch()
         assert await r.exit() == 0
-        await r.clean(*jobs)
-        await closed_in_order(server, r, connections=3, contexts=6)
-        assert server.counts["cancel_requested"] == 6
+        await r.clean(job, raises, *jobs)
+        await closed_in_order(server, r, connections=5, contexts=8)
+        assert server.counts["cancel_requested"] == cancelled + 6
 
 
 @pytest.mark.alone
