@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from collections.abc import Iterator
 
 import psutil
@@ -32,26 +31,16 @@ def freezer() -> Iterator[Freezer]:
         yield freezer
 
 
-@pytest.mark.parametrize("first", ["killed", "stopped"])
-async def test_forkserver_killed_with_jobs(run: StartRun, first: str) -> None:
-    """The job lives on to its end, before a stop and in one, and has ended well for the server too.
-
-    By itself livekit-agents closes the job's channels then, and the job ends in the middle.
-    """
+async def test_forkserver_killed_in_a_stop(run: StartRun) -> None:
+    """The job lives on to its end, and has ended well for the server too."""
     r: Run = await run("run", "--grace", "40", AGENT)
     await r.ready()
     job = await r.dispatch(mode="hold")
     note = await r.job_says(job.job_id, "started")
     server = forkserver(r)
-    if first == "stopped":
-        r.kill()
-        await r.until(lambda: r.log("stop draining"))
-    server.kill()
-    await r.until(lambda: not lives(server.pid))
-    await asyncio.sleep(1.0)  # time to end in
-    assert lives(note["pid"])
-    if first == "killed":
-        r.kill_all()
+    r.kill()
+    await r.until(lambda: r.log("stop draining"))
+    await lives_on(r, server, note["pid"])
     r.let_go()
     await r.job_says(job.job_id, "ended")
     await r.job_says(job.job_id, "callback")
@@ -62,13 +51,27 @@ async def test_forkserver_killed_with_jobs(run: StartRun, first: str) -> None:
     await r.nothing_left()
 
 
-async def test_forkserver_is_replaced_and_shielded(run: StartRun) -> None:
-    """Jobs after it are run by another, which a stop that reaches every process does not reach either."""
-    r: Run = await run("run", "--grace", "40", AGENT)
-    await r.ready()
-    server = forkserver(r)
+async def lives_on(r: Run, server: psutil.Process, pid: int) -> None:
+    """Kill the forkserver, and assert that a job process does not end with it.
+
+    By itself livekit-agents closes the job's channels then, and the job ends in the middle.
+    """
     server.kill()
     await r.until(lambda: not lives(server.pid))
+    await asyncio.sleep(1.0)  # time to end in
+    assert lives(pid)
+
+
+async def test_forkserver_is_replaced_and_shielded(run: StartRun) -> None:
+    """A job of the killed one lives on, into a stop and to its end, and has ended well for the server too.
+
+    Jobs after it are run by another, which a stop that reaches every process does not reach either.
+    """
+    r: Run = await run("run", "--grace", "40", AGENT)
+    await r.ready()
+    before = await r.dispatch(mode="hold")
+    note = await r.job_says(before.job_id, "started")
+    await lives_on(r, forkserver(r), note["pid"])
     # A process that was warm takes the first one; what is started for the next is of the new forkserver.
     jobs = []
     for _ in range(3):
@@ -79,8 +82,12 @@ async def test_forkserver_is_replaced_and_shielded(run: StartRun) -> None:
     r.kill_all()
     await r.until(lambda: r.log("stop draining"))
     r.let_go()
+    await r.job_says(before.job_id, "ended")
+    await r.job_says(before.job_id, "callback")
     assert await r.exit() == 0
-    for job in jobs[1:]:
+    assert r.fates()[before.job_id] == "finished"
+    assert r.receipt()["totals"]["cut"] == r.receipt()["totals"]["lost"] == 0
+    for job in (before, *jobs[1:]):
         assert r.livekit.jobs[job.job_id].status == "JS_SUCCESS"
     await r.nothing_left()
 
@@ -115,29 +122,22 @@ async def test_worker_frozen_while_its_last_job_ends(run: StartRun) -> None:
     ],
 )
 async def test_odd_launchers(run: StartRun, launch: str) -> None:
-    """Signals ignored, standard streams closed: the stop is as ever, and so is its exit code."""
+    """Signals ignored, standard streams closed: the stop is as ever, and so is its exit code.
+
+    A room's very long name is clipped in status and receipt; its job runs, and is counted once.
+    """
     r: Run = await run("run", "--grace", "30", AGENT, prefix=["sh", "-c", launch, "sh"])
     await r.ready()
+    far = await r.dispatch("room" * 100_000, sleep=0.1)
+    await r.until(lambda: r.livekit.jobs[far.job_id].ended_at is not None)
     job = await r.dispatch(sleep=1)
     await r.job_says(job.job_id, "started")
     r.kill()
     assert await r.exit() == 0
     assert r.receipt()["seconds"] < 15
+    assert r.receipt()["totals"]["finished"] == 2
     assert "Traceback" not in r.logs()
-    await r.clean(job)
-
-
-async def test_room_with_a_very_long_name(run: StartRun) -> None:
-    """A name is clipped in status and receipt; the job runs, and is counted once."""
-    r: Run = await run("run", "--grace", "30", AGENT)
-    await r.ready()
-    job = await r.dispatch("room" * 100_000, sleep=1)
-    await r.until(lambda: r.livekit.jobs[job.job_id].ended_at is not None)
-    r.kill(signal.SIGTERM)
-    assert await r.exit() == 0
-    assert r.receipt()["totals"]["finished"] == 1
-    assert r.receipt()["seconds"] < 15
-    await r.nothing_left()
+    await r.clean(far, job)
 
 
 async def frozen_idle_process(r: Run, freezer: Freezer) -> psutil.Process:

@@ -128,10 +128,13 @@ async def test_sigterm_to_the_supervisor_alone_while_a_worker_starts(
 async def test_logs_are_livekits_own_and_stacks_are_dumped(run: StartRun) -> None:
     """JSON lines with the extra fields, from the worker and from its job processes.
 
-    SIGUSR2: the worker writes where its main thread is, and lives on.
+    SIGUSR2: each worker writes where its main thread is, and lives on. The same by a verb, for one slot; a
+    slot that there is none of is refused.
     """
-    r: Run = await run("run", "--grace", "30", AGENT)
-    await r.ready()
+    from tests.support.program import verb
+
+    r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
+    await r.ready(2)
     job = await r.dispatch(sleep=0.1)
     await r.until(lambda: "job began" in r.out.read_text(), 15)
     lines = [json.loads(line) for line in r.out.read_text().splitlines() if line.startswith("{")]
@@ -139,26 +142,20 @@ async def test_logs_are_livekits_own_and_stacks_are_dumped(run: StartRun) -> Non
     assert (began["name"], began["level"], began["mode"]) == ("calls", "INFO", "sleep")
     assert began["job_id"] == job.job_id
     assert any(line["message"] == "registered worker" for line in lines)
+    assert "slot 1" in await verb(r, "dump", "1")
+    await r.until(lambda: stacks(r) == 1)
+    assert "there is no slot 9" in await verb(r, "dump", "9", code=1)
     os.kill(r.pid, signal.SIGUSR2)
-    await r.until(lambda: "most recent call first" in r.err.read_text())
+    await r.until(lambda: stacks(r) == 3)
     after = await r.dispatch(sleep=0.5)
     r.kill()
     assert await r.exit() == 0
     await r.clean(job, after)
 
 
-@pytest.mark.core
-async def test_dump_verb(run: StartRun) -> None:
-    """The same by a verb, for one slot; a slot that there is none of is refused."""
-    from tests.support.program import verb
-
-    r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
-    await r.ready(2)
-    assert "slot 1" in await verb(r, "dump", "1")
-    await r.until(lambda: "(most recent call first)" in r.err.read_text())
-    assert "there is no slot 9" in await verb(r, "dump", "9", code=1)
-    r.kill()
-    assert await r.exit() == 0
+def stacks(r: Run) -> int:
+    """Return how often a worker has written where its main thread is."""
+    return r.err.read_text().count("most recent call first")
 
 
 async def test_worker_alone(run: StartRun) -> None:
