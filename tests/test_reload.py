@@ -49,24 +49,35 @@ async def _least_available(r: Run, least: list[int]) -> None:
 
 
 @pytest.mark.core
-async def test_long_jobs_outlive_the_reload(run: StartRun) -> None:
-    """A job goes on in its old generation for as long as it likes, and a stop waits for it there."""
+async def test_long_jobs_and_a_hold_outlast_a_reload(run: StartRun) -> None:
+    """A job goes on in its old generation for as long as it likes, and a stop waits for it there.
+
+    A worker that starts during a hold is held from its first moment on.
+    """
     r: Run = await run("run", "--grace", "60", AGENT)
     await r.ready()
     job = await r.dispatch("long", mode="hold")
     await r.job_says(job.job_id, "started")
+    await verb(r, "hold")
+    await r.until(lambda: not r.livekit.available())
     await verb(r, "reload", "--wait", timeout=60)
+    assert (await r.livekit.dispatch("held")).outcome == "no_worker"
+    assert [event.job_id for event in r.events("accepted")] == [job.job_id]
+    await verb(r, "release")
+    await r.ready()
     slots = (await status(r))["slots"]
     assert [(s["generation"], s["state"], len(s["jobs"])) for s in slots] == [
         (1, "draining", 1),
         (2, "ready", 0),
     ]
+    released = await r.dispatch(sleep=0.1)
+    await r.until(lambda: r.livekit.jobs[released.job_id].ended_at is not None)
     r.kill()
     await r.until(lambda: r.log("stop draining"))
     r.let_go()
     assert await r.exit() == 0
-    await r.clean(job)
-    assert r.fates() == {job.job_id: "finished"}
+    await r.clean(job, released)
+    assert r.fates()[job.job_id] == "finished"
 
 
 @pytest.mark.alone
@@ -114,23 +125,6 @@ async def test_hold_and_scale_down_under_a_stream(run: StartRun) -> None:
     r.kill()
     assert await r.exit() == 0
     await r.clean(job)
-
-
-async def test_hold_lasts_over_a_reload(run: StartRun) -> None:
-    """A worker that starts during a hold is held from its first moment on."""
-    r: Run = await run("run", "--grace", "60", AGENT)
-    await r.ready()
-    await verb(r, "hold")
-    await r.until(lambda: not r.livekit.available())
-    await verb(r, "reload", "--wait", timeout=60)
-    assert (await r.livekit.dispatch("held")).outcome == "no_worker"
-    assert r.events("accepted") == []
-    await verb(r, "release")
-    await r.ready()
-    job = await r.dispatch(sleep=0.1)
-    await r.job_says(job.job_id, "ended")
-    r.kill()
-    assert await r.exit() == 0
 
 
 @pytest.mark.core
@@ -196,40 +190,38 @@ async def test_reloads_that_fail(run: StartRun, tmp_path: Path) -> None:
     await r.nothing_left()
 
 
-async def test_worker_signalled_alone_is_replaced_at_once(run: StartRun) -> None:
-    """A SIGTERM to one worker's pid: another takes over while the jobs of the first go on to their end."""
-    r: Run = await run("run", "--grace", "60", AGENT)
-    await r.ready()
-    job = await r.dispatch(mode="hold")
-    await r.job_says(job.job_id, "started")
-    (worker,) = r.workers()
-    worker.terminate()
-    await r.until(lambda: len(r.log("slot ready")) == 2, 30)
-    await r.ready()
-    assert worker.is_running()
-    r.let_go()
-    await r.until(lambda: r.livekit.jobs[job.job_id].status == "JS_SUCCESS")
-    await r.until(lambda: not lives(worker.pid))
-    r.kill()
-    assert await r.exit() == 0
-    await r.nothing_left()
-
-
 @pytest.mark.core
-async def test_worker_that_lost_its_server_for_good(run: StartRun) -> None:
-    """It gives up, another takes its place when the server is back, its job is kept to its end."""
+async def test_workers_that_drain_by_themselves(run: StartRun) -> None:
+    """A SIGTERM to one worker's pid: another takes over while the jobs of the first go on to their end.
+
+    A worker that lost its server gives up. Another takes its place when the server is back, its job is kept
+    to its end.
+    """
     r: Run = await run("run", "--grace", "60", AGENT, environment={"MAX_RETRY": "1"})
     await r.ready()
-    job = await r.dispatch(mode="hold")
-    note = await r.job_says(job.job_id, "started")
+    first = await r.dispatch(mode="hold")
+    await r.job_says(first.job_id, "started")
+    (signalled,) = r.workers()
+    signalled.terminate()
+    await r.until(lambda: len(r.log("slot ready")) == 2, 30)
+    await r.ready()
+    assert signalled.is_running()
+    r.let_go()
+    await r.until(lambda: r.livekit.jobs[first.job_id].status == "JS_SUCCESS")
+    await r.until(lambda: not lives(signalled.pid))
+
+    r.hold_on()
+    second = await r.dispatch(mode="hold")
+    note = await r.job_says(second.job_id, "started")
+    draining = len(r.log("slot draining"))
     r.livekit.refuse_connections = True
     await r.livekit.cut_connections()
-    await r.until(lambda: r.log("slot draining"), 60)
+    await r.until(lambda: len(r.log("slot draining")) > draining, 60)
     r.livekit.refuse_connections = False
     await r.ready()
     assert lives(note["pid"])
     r.let_go()
-    await r.job_says(job.job_id, "ended")
+    await r.job_says(second.job_id, "ended")
     r.kill()
     assert await r.exit() == 0
     await r.nothing_left()

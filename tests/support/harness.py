@@ -213,6 +213,10 @@ class Run:
         """Have every job that holds come to its end."""
         self.job_log.with_name(self.job_log.name + ".go").touch()
 
+    def hold_on(self) -> None:
+        """Have the jobs that begin to hold from now on wait for another `let_go`."""
+        self.job_log.with_name(self.job_log.name + ".go").unlink()
+
     def slow_down(self) -> Path:
         """Have the job processes that start from now on take for ever to, while the returned file exists."""
         slow = self.job_log.with_name(self.job_log.name + ".slow")
