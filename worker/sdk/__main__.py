@@ -7,12 +7,15 @@ import importlib
 import json
 
 from lastcall.worker.base.errors import Incompatible
+from lastcall.worker.base.garbage import stop_collecting
+from lastcall.worker.base.process import leave
 from lastcall.worker.sdk import preflight
 from lastcall.worker.sdk.names import NAMES, PLUGIN
 
 
 def main() -> int:
     """Print one line, and return the exit code: 1 without a livekit-agents."""
+    stop_collecting()  # little but imports follows, and they leave no garbage
     with contextlib.suppress(ImportError):
         importlib.import_module(PLUGIN)  # its names are looked at where something has imported it
     try:
@@ -36,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())
