@@ -253,7 +253,9 @@ def test_mistakes(arguments: list[str], code: int, says: str) -> None:
     """A wrong target is 78 as everywhere, a wrong option 2; one line, and no scene after it."""
     done = rehearse(*arguments)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    assert says in done.stderr and done.stderr.count("\n") == 1
+    # A machine that is busy is told every 10 s that it waits for the worker, which imports before it looks.
+    (line,) = [each for each in done.stderr.splitlines() if not each.endswith("yet at most")]
+    assert says in line
 
 
 def seen(**changes: Any) -> Seen:
