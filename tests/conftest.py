@@ -55,8 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fail where pytest-xdist makes no groups.
 
-    With pytest 9.2 it gave each process tests of every group, and said nothing: fixtures that a group shares were
-    made four times, and long waits came one after another.
+    With pytest 9.2 it gave each process tests of every group, and said nothing: fixtures that a group shares
+    were made four times, and long waits came one after another.
     """
     if getattr(session.config.option, "loadgroup", False):
         for item in session.items:

@@ -20,6 +20,7 @@ import pytest
 from lastcall.supervisor.views import http
 from tests.support.generations import Silent
 from tests.support.harness import AGENT, START, Run, StartRun
+from tests.support.program import verb
 
 
 def handles_signals(pid: int) -> bool:
@@ -131,8 +132,6 @@ async def test_logs_are_livekits_own_and_stacks_are_dumped(run: StartRun) -> Non
     SIGUSR2: each worker writes where its main thread is, and lives on. The same by a verb, for one slot; a
     slot that there is none of is refused.
     """
-    from tests.support.program import verb
-
     r: Run = await run("run", "-w", "2", "--grace", "30", AGENT)
     await r.ready(2)
     job = await r.dispatch(sleep=0.1)
