@@ -467,6 +467,18 @@ async def test_whoever_else_connects(
     assert len([record for record in caplog.records if "said something wrong" in record.message]) == 4
 
 
+async def test_a_worker_that_dies() -> None:
+    """Its successor leaves the call to the predecessor, unless it has said that it speaks."""
+    ended: list[str] = []
+    arriving: Any = SimpleNamespace(end=ended.append)
+    async with worker() as calls, joined(calls) as call:
+        call._arriving = arriving
+        calls.close()
+        await until(lambda: ended)
+        call._arriving = None
+    assert ended == ["the worker of the successor has died"]
+
+
 async def test_no_descriptor_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

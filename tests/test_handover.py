@@ -20,6 +20,7 @@ import pytest
 
 from lastcall.supervisor.errors import Refused
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.job.arriving import TAKEOVER_WITHIN
 from lastcall.worker.job.capsule import MAX_BYTES
 from lastcall.worker.local.rooms import Kind, Reason
 from lastcall.worker.local.twirp import MAX_METADATA
@@ -193,7 +194,8 @@ async def test_what_a_call_lacks(run: StartRun) -> None:
 async def test_a_successor_that_dies(run: StartRun) -> None:
     """Before it is ready, and with the old agent's answer on the way: the old agent speaks on, or again.
 
-    So it is with a successor that hangs. When that wakes it has no right to speak any more.
+    So it is with a successor that hangs. When that wakes it has no right to speak any more, nor to have the
+    old agent removed.
     """
     r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT)
     await r.ready(2)
@@ -222,6 +224,8 @@ async def test_a_successor_that_dies(run: StartRun) -> None:
         hold_takeover(call)
         await call.is_heard("bot")
         call.lives_on(struck[0], RESUMES)
+    # It asks to have a predecessor removed that has not answered for so long.
+    await asyncio.sleep(max(0.0, struck[0] + TAKEOVER_WITHIN - time.monotonic()))
     os.kill(successor["pid"], signal.SIGCONT)
     await r.until(lambda: call.notes("disconnected", successor["job"]), PATIENCE)
     await call.is_heard("bot")
@@ -237,17 +241,18 @@ async def test_a_successor_that_dies(run: StartRun) -> None:
 
 
 # By the epoch of a successor.
-ENDS_OF_CODE = {"1": "raises before", "2": "raises", "3": "shuts down"}
+ENDS_OF_CODE = {"1": "raises before", "2": "raises", "3": "shuts down", "4": "raises later"}
 
 
 async def whose_successors_end(call: PassedCall) -> None:
     """Have a call be handed over to successors whose own code ends, before the takeover and right after it.
 
     Each leaves by itself and at once, so that its old agent has not to wait until it has been removed. An
-    entrypoint that goes on after `ctx.shutdown()` would be in the room for 15 s.
+    entrypoint that goes on after `ctx.shutdown()` would be in the room for 15 s. One that raises when its old
+    agent has gone hands the call on.
     """
     r = call.server
-    for count, end in enumerate(ENDS_OF_CODE.values(), 1):
+    for count, end in enumerate(list(ENDS_OF_CODE.values())[:3], 1):
         answer = await over(r, hand_over(r, call.id))
         expected = "left the room" if end == "raises before" else "the successor did not speak"
         assert answer["state"] == "failed" and expected in answer["reason"], (answer, r.logs())
@@ -263,7 +268,15 @@ async def whose_successors_end(call: PassedCall) -> None:
     assert len(call.notes("speaks", call.id)) == 3 and call.turns == ["bot"]
     answer = await over(r, hand_over(r, call.id))
     assert answer["state"] == "done", answer
-    await call.is_heard("bot~4")
+    raised = await call.note("raises later")
+    await call.is_heard("bot~5")
+    last = call.notes("speaks")[-1]
+    assert (last["epoch"], last["reason"]) == (5, "the entrypoint raised RuntimeError")
+    assert (last["state"], last["turns"]) == ({"job": raised["job"]}, {"bye": raised["job"]})
+    await r.until(lambda: call.notes("stored", raised["job"]), PATIENCE)
+    with pytest.raises(Refused, match=f"handed over already, to job {last['job']!r}"):
+        hand_over(r, raised["job"])
+    assert call.turns == ["bot", "bot~4", "bot~5"] and call.agent == "bot~5"
     call.never_two()
 
 
@@ -329,19 +342,31 @@ async def test_a_worker_that_dies(run: StartRun) -> None:
 
 
 async def test_old_agents_that_die(run: StartRun) -> None:
-    """Killed before the takeover, and after the answer: the successor is not removed, and goes on."""
+    """Killed before the successor has joined, before the takeover, and after the answer: it goes on.
+
+    It has no state where it has not joined by then, because nobody else has it.
+    """
     r = await run("run", "-w", "2", "--grace", "60", AGENT, rooms=True, environment=PATIENT | {"IDLE": "2"})
     await r.ready(2)
     early, late = [await begun(r, room, holds=True) for room in ("early", "late")]
-    for call in (early, late):
+    absent = await begun(r, "absent", holds="join")
+    for call in (early, late, absent):
         hand_over(r, call.id)
-        await call.note("connected", 2)
+        await call.note("started" if call is absent else "connected", 2)
+    absent.strike(absent.id, signal.SIGKILL)
+    await r.until(lambda: not absent.room_has("bot"), PATIENCE)
+    permit_takeover(absent)
     at_the_answer = strike_at_the_answer(late, late.id, signal.SIGKILL)
     struck = [early.strike(early.id, signal.SIGKILL)]
     for call in (early, late):
         permit_takeover(call)
         speaks = await call.note("speaks", 2)
         assert speaks["job"] == call.jobs[1] and speaks["state"] == {"job": call.id}
+    speaks = await absent.note("speaks", 2)
+    assert (speaks["state"], speaks["turns"]) == (None, None) and absent.caller.is_connected
+    await absent.is_heard("bot~1")
+    assert absent.agent == "bot~1"
+    absent.never_two()
     struck += at_the_answer
     for call, at in zip((early, late), struck, strict=True):
         await r.until(lambda call=call: not call.room_has("bot"), PATIENCE)  # type: ignore[misc]

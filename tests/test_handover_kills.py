@@ -25,6 +25,7 @@ from tests.support.passed_on import (
     begun,
     beside,
     hand_over,
+    job_of,
     offer_only,
     over,
     permit_takeover,
@@ -45,6 +46,12 @@ async def two_fleets(run: StartRun, **options: Any) -> tuple[Run, Run, str, str]
     return r, other, first, next(each.id for each in r.livekit.available() if each.id != first)
 
 
+async def coming(owner: Run, call: PassedCall) -> None:
+    """Have a call be handed over whose successor has its job, and does not join yet."""
+    hand_over(owner, call.id)
+    await call.note("started", 2)
+
+
 async def under_way(r: Run, owner: Run, call: PassedCall) -> tuple[dict[str, Any], dict[str, Any]]:
     """Have a call be handed over; return the operation, and the note of a successor that waits."""
     operation = hand_over(owner, call.id)
@@ -54,40 +61,53 @@ async def under_way(r: Run, owner: Run, call: PassedCall) -> tuple[dict[str, Any
 
 
 async def test_supervisors_that_die(run: StartRun) -> None:
-    """Killed while one call leaves its worker and another arrives there.
+    """Killed while two calls leave its worker, of which one has been answered, and another arrives there.
 
-    The one that leaves goes on elsewhere with its state. The one that arrives stays where it is, because a
+    Those that leave go on elsewhere with their state. The one that arrives stays where it is, because a
     worker without a supervisor ends, and its successor withdraws.
     """
     r, other, first, second = await two_fleets(run)
     leaves = await begun(r, "leaves", only=first, holds=True, keeps=KEEPS)
+    answered = await begun(r, "answered", only=first, holds=True, keeps=KEEPS)
     arrives = await begun(r, "arrives", only=second, holds=True, keeps=KEEPS)
-    offer_only(r, {"leaves": second, "arrives": first})
-    await under_way(r, r, leaves)
+    offer_only(r, {"leaves": second, "answered": second, "arrives": first})
+    for call in (leaves, answered):
+        await under_way(r, r, call)
     operation, withdrawn = await under_way(r, other, arrives)
 
-    killed_at = time.monotonic()
-    r.kill(signal.SIGKILL)
+    killed: list[float] = []
+
+    def kill_supervisor() -> None:
+        killed.append(time.monotonic())
+        r.kill(signal.SIGKILL)
+
+    at_the_answer(answered, kill_supervisor)
+    permit_takeover(answered)
+    await r.until(lambda: killed, PATIENCE)
+    (killed_at,) = killed
     await r.until(lambda: not any(each.id == first for each in r.livekit.available()), PATIENCE)
     # Its worker is told a moment after the server: a takeover that comes before is as good as any.
     await r.until(lambda: not arrives.room_has("bot~1"), PATIENCE)
     for call in (leaves, arrives):
         permit_takeover(call)
-    speaks = await leaves.note("speaks", 2)
-    assert (speaks["state"], speaks["turns"]) == (KEEPS, {"bye": leaves.id})
-    await leaves.is_heard("bot~1")
+    successors = []
+    for call in (leaves, answered):
+        speaks = await call.note("speaks", 2)
+        assert (speaks["state"], speaks["turns"]) == (KEEPS, {"bye": call.id})
+        await call.is_heard("bot~1")
+        successors.append(speaks["job"])
     answer = await over(other, operation)
     assert answer["state"] == "failed", answer
     await arrives.is_heard("bot")
-    for call in (leaves, arrives):
+    for call in (leaves, answered, arrives):
         call.lives_on(killed_at, 0)
     assert len(arrives.spans()) == 1 and not arrives.notes("speaks", withdrawn["job"])
 
     other.kill()
-    for call in (leaves, arrives):
+    for call in (leaves, answered, arrives):
         call.say("hang up")
     assert await other.exit(PATIENCE) == 0
-    assert other.fates() == {arrives.id: "finished", speaks["job"]: "finished"}
+    assert other.fates() == dict.fromkeys((arrives.id, *successors), "finished")
     await other.nothing_left()
     await r.nothing_left(PATIENCE)
 
@@ -96,14 +116,21 @@ async def test_workers_that_die(run: StartRun) -> None:
     """Killed when an old agent that leaves has answered, while another call arrives.
 
     The first call goes on in its successor, which has the answer. The old agent of the second has never been
-    silent.
+    silent. So it is with a successor that has not joined yet. One of an old agent that dies goes on without
+    the state, as nobody else has it. The next worker dies when an old agent elsewhere has answered the
+    successor that it has: the old one speaks again, although the job of the successor lives a moment longer.
     """
     r, other, first, second = await two_fleets(run)
     leaves = await begun(r, "leaves", only=first, holds=True, keeps=KEEPS)
     arrives = await begun(r, "arrives", only=second, holds=True, keeps=KEEPS)
-    offer_only(r, {"leaves": second, "arrives": first})
+    stays = await begun(r, "stays", only=second, holds="join", keeps=KEEPS)
+    forgets = await begun(r, "forgets", only=first, holds="join", keeps=KEEPS)
+    offered = {"leaves": second, "arrives": first, "stays": first, "forgets": second}
+    offer_only(r, offered)
     await under_way(r, r, leaves)
     operation, withdrawn = await under_way(r, other, arrives)
+    await coming(other, stays)
+    await coming(r, forgets)
     killed_at: list[float] = []
     pids = [leaves.notes("speaks")[0]["pid"], withdrawn["pid"]]
     at_the_answer(leaves, lambda: killed_at.append(kill_worker(r, *pids)))
@@ -114,18 +141,35 @@ async def test_workers_that_die(run: StartRun) -> None:
     answer = await over(other, operation)
     assert answer["state"] == "failed", answer
     await arrives.is_heard("bot")
-    for call in (leaves, arrives):
+    for call in (leaves, arrives, stays):
         call.lives_on(killed_at[0], RESUMES)
-    assert len(arrives.spans()) == 1
+    assert len(arrives.spans()) == len(stays.spans()) == 1
+    permit_takeover(forgets)
+    speaks = await forgets.note("speaks", 2)
+    assert (speaks["state"], speaks["turns"]) == (None, None) and forgets.caller.is_connected
+    await forgets.is_heard("bot~1")
+    forgets.never_two()
+
+    late = await begun(r, "late", only=second, holds=True, keeps=KEEPS)
+    await r.until(lambda: len(r.livekit.available()) == 2, PATIENCE)
+    offered["late"] = next(each.id for each in r.livekit.available() if each.id != second)
+    operation, _ = await under_way(r, other, late)
+    at_the_answer(late, lambda: killed_at.append(kill_worker(r)))
+    permit_takeover(late)
+    assert (await late.note("speaks", 2))["again"]
+    assert (await over(other, operation))["reason"] == "the successor did not speak"
+    await late.is_heard("bot")
+    late.lives_on(killed_at[1], RESUMES)
 
     for supervisor in (r, other):
         supervisor.kill()
-    for call in (leaves, arrives):
+    for call in (leaves, arrives, stays, forgets, late):
         call.say("hang up")
     assert await other.exit(PATIENCE) == 0
-    assert other.fates() == {arrives.id: "finished", leaves.jobs[1]: "finished"}
+    served = (arrives.id, stays.id, late.id, leaves.jobs[1], forgets.jobs[1])
+    assert other.fates() == dict.fromkeys(served, "finished")
     await r.exit(PATIENCE)
-    assert r.receipt()["totals"]["lost"] == 2
+    assert r.receipt()["totals"]["lost"] == 5
 
 
 def kill_worker(r: Run, *jobs: int) -> float:
@@ -141,23 +185,25 @@ def kill_worker(r: Run, *jobs: int) -> float:
 
 
 async def test_a_server_that_dies(run: StartRun) -> None:
-    """Killed when a successor is there, and when an old agent has answered; everybody reconnects.
+    """Killed when a successor comes, is there, and when an old agent has answered; everybody reconnects.
 
     One agent speaks in the end, with the state, whichever of the two it is.
     """
     r = await run(
-        *("run", "--grace", "60", AGENT), rooms=True, environment=PATIENT | {"IDLE": "3", "AGENT_NAME": "a"}
+        *("run", "--grace", "60", AGENT), rooms=True, environment=PATIENT | {"IDLE": "4", "AGENT_NAME": "a"}
     )
     await r.ready()
     early = await begun(r, "early", agent_name="a", holds=True, keeps=KEEPS)
     late = await begun(r, "late", agent_name="a", holds=True, keeps=KEEPS)
+    absent = await begun(r, "absent", agent_name="a", holds="join", keeps=KEEPS)
     operations = [(await under_way(r, r, call))[0] for call in (early, late)]
+    await coming(r, absent)
     killed_at: list[float] = []
 
     def kill_server() -> None:
         killed_at.append(time.monotonic())
         r.livekit.forget_everything()
-        for call in (early, late):
+        for call in (early, late, absent):
             call.caller = r.livekit.rooms.visit(call.room, "caller")
 
     at_the_answer(late, kill_server)
@@ -171,8 +217,12 @@ async def test_a_server_that_dies(run: StartRun) -> None:
         await call.is_heard("bot~1" if new else "bot")
         await r.until(lambda old=call, new=new: not old.room_has("bot" if new else "bot~1"), PATIENCE)  # type: ignore[misc]
         call.lives_on(killed_at[0], RESUMES)
+    permit_takeover(absent)
+    await r.until(lambda: job_of(r, absent.id)["handover"], PATIENCE)
+    await absent.is_heard("bot")
+    absent.lives_on(killed_at[0], RESUMES)
     r.kill()
-    for call in (early, late):
+    for call in (early, late, absent):
         call.say("hang up")
     assert await r.exit(PATIENCE) == 0, (answer, r.receipt())
     await r.nothing_left()

@@ -368,21 +368,50 @@ async def test_an_answer_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not s.arriving.may_speak and s.withdrawn.is_set()
 
 
-@pytest.mark.parametrize("when", ["before", "hello", "capsule"])
+@pytest.mark.parametrize("when", ["before", "meanwhile", "late", "removed", "hello", "capsule"])
 async def test_a_capsule_that_does_not_come(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    """The successor goes on without a state if its predecessor is gone, and leaves again if it lives."""
+    """The successor goes on without a state if its predecessor is gone, and leaves again if it lives.
+
+    One that does not answer is asked again until it wakes, or is gone.
+    """
     monkeypatch.setattr(arriving_module, "ANSWERS_WITHIN", 0.3)
+    monkeypatch.setattr(arriving_module, "SHOWN_FOR", 1.0 if when == "hello" else 60.0)
+    monkeypatch.setattr(arriving_module, "SAY_HELLO_AGAIN_AFTER", 0.01)
     monkeypatch.setattr(arriving_module, "CAPSULE_WITHIN", 0.3)
     async with stage() as s:
+        asked, ask = 0, s.arriving._ask
+
+        async def count(*arguments: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return await ask(*arguments)
+
+        monkeypatch.setattr(s.arriving, "_ask", count)
         if when == "before":
             await s.arrive()
             assert s.resumed.state is None and await s.arriving.take_over() is None
             assert s.arriving.may_speak
             return
         await s.begin()
-        if when == "hello":
+        take_relayed = s.old.local_participant.take_relayed
+        if when != "capsule":
             s.old.local_participant.take_relayed = lambda *_: None  # type: ignore[method-assign]  # it hangs
-        else:
+        if when in ("meanwhile", "late", "removed"):
+            arriving = asyncio.ensure_future(s.arrive())
+            await s.until(lambda: asked > 1)
+            if when == "late":
+                s.old.local_participant.take_relayed = take_relayed  # type: ignore[method-assign]
+            else:
+                s.server.rooms.remove("r", "bot" if when == "meanwhile" else "bot~1")
+            if when == "removed":
+                with pytest.raises(Withdrawn, match=r"the room is gone|nobody is in the room"):
+                    await arriving
+                return
+            await arriving
+            assert await s.arriving.take_over() == (["bye"] if when == "late" else None)
+            assert s.resumed.state == ("state" if when == "late" else None) and s.arriving.may_speak
+            return
+        if when == "capsule":
             monkeypatch.setattr(s.leaving, "_send", lambda *_: asyncio.sleep(0))
         with pytest.raises(Withdrawn, match="did not come"):
             await s.arrive()
@@ -471,9 +500,12 @@ async def test_a_successor_whose_code_ends(when: str) -> None:
             assert await s.arriving.take_over() == (None if when == "alone" else ["bye"])
         if when == "later":
             await s.until(lambda: s.told("speaks"))
+        assert s.arriving.serves_a_caller is (when != "before")
         s.arriving.end("the entrypoint raised KeyError")
         if when in ("alone", "later"):
             assert s.arriving.may_speak and not s.withdrawn.is_set() and s.new.isconnected()
+            s.caller.leave()
+            await s.until(lambda: not s.arriving.serves_a_caller)
             return
         await s.until(lambda: s.withdrawn.is_set() and not s.new.isconnected())
         await s.until(lambda: s.told("lost"))
@@ -487,21 +519,51 @@ async def test_a_successor_whose_code_ends(when: str) -> None:
         assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
 
 
-@pytest.mark.parametrize("has_come", [True, False])
-async def test_an_old_agent_whose_worker_dies(has_come: bool) -> None:
-    """It leaves the room if a successor is there, which goes on with the state and has not to wait for it."""
+async def test_a_successor_that_ends_while_the_old_agent_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not speak, although it is in the room yet, and can't delete the room of the old agent."""
+    leaves = asyncio.Event()
+
+    async def leave(room: Room) -> None:
+        await leaves.wait()
+        await room.disconnect()
+
+    monkeypatch.setattr(arriving_module, "leave_now", leave)
     async with stage() as s:
         await s.begin()
-        if has_come:
+        await s.arrive()
+
+        async def be_silent() -> object:
+            s.arriving.end("the agent shuts its job down")
+            return await s.be_silent()
+
+        s.leaving.on_takeover = be_silent
+        with pytest.raises(Withdrawn, match="shuts its job down"):
+            await s.arriving.take_over()
+        assert s.new.isconnected() and not s.arriving.may_speak and not deletions.may_delete("r")
+        leaves.set()
+        await s.until(lambda: s.told("lost"))
+
+
+@pytest.mark.parametrize("successor", ["has come", "comes", "none"])
+async def test_an_old_agent_whose_worker_dies(successor: str) -> None:
+    """It leaves the room if a successor is there, or comes, which has not to wait for it then."""
+    async with stage() as s:
+        await s.begin()
+        if successor == "has come":
             await s.arrive()
+        if successor == "none":
+            s.leaving.cancel(1)
         s.leaving.lose_worker()
-        if not has_come:
+        if successor == "none":
             await asyncio.sleep(0.1)
             assert s.old.isconnected()
             return
         await s.until(lambda: not s.old.isconnected())
+        if successor == "comes":
+            await s.arrive()
         assert await s.arriving.take_over() is None
-        assert s.arriving.may_speak and s.resumed.state == "state" and not s.heard
+        assert s.resumed.state == ("state" if successor == "has come" else None)
+        assert s.arriving.may_speak and not s.heard
 
 
 @pytest.mark.parametrize("how", ["left", "removed", "reconnected"])

@@ -25,6 +25,7 @@ from lastcall.worker.base.wire import (
     HandoverOff,
     JobHandover,
     LeaveRoom,
+    Removed,
     TakeBack,
 )
 from lastcall.worker.engine import Engine
@@ -503,6 +504,25 @@ async def test_an_old_agent_that_leaves_because_its_successor_speaks() -> None:
     outcome = await handing
     assert (outcome.result, outcome.successor) == ("done", "AJ_2")
     assert (worker.removed, worker.deleted) == ([], [])
+
+
+@pytest.mark.parametrize("what", ["has the call", "is out of the room", "has lost the call"])
+async def test_a_successor_that_has_its_predecessor_removed(what: str) -> None:
+    """One that has hung may have been removed itself, and not know: the predecessor stays then."""
+    worker = Worker()
+    found = Succession(call="AJ_0", epoch=1, count=1, predecessor="bot", identity="bot~1", secret="s" * 16)
+    worker.job.succession = found
+    shown = {"lastcall.call": "AJ_0", "lastcall.withdrawn": "1"} if what == "has lost the call" else {}
+    old = Participant(
+        identity="bot", keeps_open=False, is_agent=True, agent_name="a", sid="PA_1", attributes=shown
+    )
+    new = Participant(
+        identity="bot~1", keeps_open=False, is_agent=True, agent_name="a", sid="PA_2", attributes=found.shown
+    )
+    worker.people = [old] if what == "is out of the room" else [old, new]
+    await worker.handovers._remove_predecessor("AJ_1", 7, "PA_1")
+    assert worker.removed == (["bot"] if what == "has the call" else [])
+    assert worker.said == [Removed(id=7, is_gone=what == "has the call")]
 
 
 @pytest.mark.parametrize("how", ["named", "evicted"])

@@ -847,15 +847,22 @@ class Handovers:
         self._say(job_id, HandoverOver(id=id, result=outcome.result, reason=outcome.reason))
 
     async def _remove_predecessor(self, job_id: str, id: int, sid: str) -> None:
-        """Remove the predecessor of a successor, which does not answer it, and no other participant."""
+        """Remove the predecessor of a successor, which does not answer it, and no other participant.
+
+        A successor that has hung may be out of the room itself, and not know. Its predecessor has the call
+        then, and stays.
+        """
         job, service, is_gone = self._jobs.get(job_id), self._service(), False
         if job is not None and job.succession is not None and service is not None:
             predecessor = job.succession.predecessor
             try:
-                is_gone = await service.remove(job.room, predecessor, sid)
-                if not is_gone:
-                    people = await service.participants(job.room)
-                    is_gone = all(each.identity != predecessor for each in people)
+                if not _may_go_on(await service.participants(job.room), job.succession):
+                    log.warning("a successor that has lost its call asks too late", extra={"job_id": job_id})
+                else:
+                    is_gone = await service.remove(job.room, predecessor, sid)
+                    if not is_gone:
+                        people = await service.participants(job.room)
+                        is_gone = all(each.identity != predecessor for each in people)
             except RoomServiceError as error:
                 log.warning(
                     "a predecessor that does not answer can't be removed",
@@ -873,6 +880,15 @@ def _speaks(people: list[Participant], job: Job, attempt: Try) -> bool:
     call = _call_of(job)
     return any(
         each.is_agent and succession.speaks_at(each.attributes, call) >= attempt.epoch for each in people
+    )
+
+
+def _may_go_on(people: list[Participant], found: Succession) -> bool:
+    """Tell whether a successor is in its room, and has not lost the right to speak."""
+    agents = [each for each in people if each.is_agent]
+    is_there = any(each.identity == found.identity for each in agents)
+    return is_there and not succession.is_superseded(
+        found.call, found.epoch, [each.attributes for each in agents]
     )
 
 

@@ -6,10 +6,10 @@ JSON, "keep while it is read", or the name of a state in `STATES`. The metadata 
 
     keeps        what the agent gives to `call.keep`; without it a counter of turns
     holds        the successor waits before `take_over` until the file `JOB_LOG` with ".ready" exists,
-                 or that with ".ready-ROOM"
+                 or that with ".ready-ROOM"; with "join" it waits before it joins its room
     after        seconds of a shutdown callback
     ends         by the epoch of a successor, how its code ends: "raises before" the takeover, "raises" or
-                 "shuts down" right after it
+                 "shuts down" right after it, "raises later", when the old agent has left
     keeps_nothing   whether the agent calls no `keep`
     deletes      whether a shutdown callback deletes the room
 
@@ -35,6 +35,10 @@ import lastcall
 
 # Seconds of one frame.
 FRAME = float(os.environ.get("FRAME", "0.02"))
+
+
+# ParticipantKind of livekit's protocol.
+AGENT_KIND = 4
 
 
 class Voice:
@@ -77,6 +81,12 @@ async def unaware(ctx: JobContext) -> None:
     except Exception as error:
         note(ctx, "raised", error=type(error).__name__)
         raise
+
+
+async def permitted(ctx: JobContext) -> None:
+    ready = os.environ["JOB_LOG"] + ".ready"
+    while not (os.path.exists(ready) or os.path.exists(f"{ready}-{ctx.job.room.name}")):
+        await asyncio.sleep(0.02)
 
 
 async def entrypoint(ctx: JobContext) -> None:
@@ -130,8 +140,10 @@ async def entrypoint(ctx: JobContext) -> None:
     ctx.room.on("disconnected", lambda reason: note(ctx, "disconnected", reason=int(reason)))
     if os.environ.get("LOCAL_ROOM"):  # without lastcall an entrypoint that goes on has 15 s
         ctx.room.on("disconnected", lambda _reason: wanted.put_nowait("hang up"))
-    await ctx.connect()
     resumed = call.resumed
+    if resumed is not None and spec.get("holds") == "join":
+        await permitted(ctx)
+    await ctx.connect()
     track = rtc.LocalAudioTrack.create_audio_track("voice", voice.source)
     await ctx.room.local_participant.publish_track(track)
     note(ctx, "connected", identity=ctx.room.local_participant.identity)
@@ -141,9 +153,7 @@ async def entrypoint(ctx: JobContext) -> None:
     if end == "raises before":
         raise RuntimeError(end)
     if resumed is not None and spec.get("holds"):
-        ready = os.environ["JOB_LOG"] + ".ready"
-        while not (os.path.exists(ready) or os.path.exists(f"{ready}-{ctx.room.name}")):
-            await asyncio.sleep(0.02)
+        await permitted(ctx)
     turns = await call.take_over()
     if end == "raises":
         note(ctx, end)
@@ -162,6 +172,11 @@ async def entrypoint(ctx: JobContext) -> None:
         metadata=None if resumed is None else resumed.metadata,
     )
     voice.begin()
+    if end == "raises later":
+        while any(each.kind == AGENT_KIND for each in ctx.room.remote_participants.values()):
+            await asyncio.sleep(0.02)
+        note(ctx, end)
+        raise RuntimeError(end)
     async with contextlib.AsyncExitStack() as stack:
         while (what := await wanted.get()) != "hang up":
             if what == "busy":

@@ -46,6 +46,9 @@ log = logging.getLogger("lastcall")
 
 # Seconds for the predecessor to answer `hello`. Ours: an RPC takes 50 ms.
 ANSWERS_WITHIN = 2.0
+# Seconds for a predecessor that does not answer `hello` to answer it or be gone, and between two questions.
+# The server shows an agent that has died for 20.4 to 21.6 s.
+SHOWN_FOR, SAY_HELLO_AGAIN_AFTER = 25.0, 0.5
 # Seconds for the answer to `takeover`. Ours: `on_takeover` has a second, and where the answer is lost the
 # worker of the predecessor removes this agent 1.5 s after it (`handovers.SPEAKS_WITHIN`). Both must not be
 # removed.
@@ -107,6 +110,11 @@ class Resumed:
         if not self._has_state:
             raise RuntimeError("call.resumed.state is there once ctx.connect() has returned")
         return self._state
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether `ctx.connect()` has returned. For lastcall."""
+        return self._has_state
 
     def restore(self, state: Any) -> None:
         """Note the state. For lastcall."""
@@ -213,6 +221,11 @@ class Arriving:
         if is_arriving and self._room.isconnected() and self._predecessor is not None:
             self._give_up(why)
 
+    @property
+    def serves_a_caller(self) -> bool:
+        """Whether this agent has the call, and a caller is in the room."""
+        return self.may_speak and self._room.isconnected() and self._has_caller
+
     def _give_up(self, why: str) -> None:
         """Leave the room, and end the job: the call stays where it is, or has gone elsewhere."""
         self.withdrawn, self.may_speak = why, False
@@ -239,9 +252,7 @@ class Arriving:
         self._look_for_others()
         state: Any = None
         if self._predecessor is not None:
-            if self._is_stopping():
-                raise Withdrawn(STOPPING)
-            hello = await self._ask(HELLO, ANSWERS_WITHIN)
+            hello = await self._hello()
             line = None if hello is None else await self._part(CAPSULE, CAPSULE_WITHIN)
             if line is not None:
                 state = json.loads(line)
@@ -253,16 +264,36 @@ class Arriving:
             extra={"epoch": found.epoch, "reason": found.reason, "has_predecessor": not self._left.is_set()},
         )
 
+    async def _hello(self) -> dict[str, Any] | None:
+        """Return the predecessor's answer; None once it is gone, or has not answered for too long.
+
+        One that hangs may wake, and one that has died with its worker goes in the end. Raises Withdrawn.
+        """
+        due = now() + SHOWN_FOR
+        while True:
+            if self._is_stopping():
+                raise Withdrawn(STOPPING)
+            if not self._room.isconnected():
+                raise Withdrawn("the room is gone")
+            answer = await self._ask(HELLO, ANSWERS_WITHIN)
+            if answer is not None or self._predecessor is None or now() >= due:
+                return answer
+            self._look_for_others()
+            await asyncio.sleep(SAY_HELLO_AGAIN_AFTER)
+
     def _look_for_others(self) -> None:
         """Raise Withdrawn where another successor is in the room already, or no caller."""
-        people = list(self._room.remote_participants.values())
-        if not any(each.kind not in DEPENDENT_KINDS for each in people):
+        if not self._has_caller:
             raise Withdrawn("nobody is in the room")
         found = self.succession
-        for each in people:
+        for each in self._room.remote_participants.values():
             is_other = each.kind == AGENT and each.identity != found.predecessor
             if is_other and succession.epoch_of(each.attributes, found.call) >= found.epoch:
                 raise Withdrawn("another successor is in the room")
+
+    @property
+    def _has_caller(self) -> bool:
+        return any(each.kind not in DEPENDENT_KINDS for each in self._room.remote_participants.values())
 
     async def _is_predecessor_there(self) -> bool:
         """Tell whether it is in the room. A full reconnect of this agent shows everybody leave and come."""
@@ -315,8 +346,10 @@ class Arriving:
     # -- until it may speak ---------------------------------------------------------------------------
 
     async def _take_over(self) -> Any:
-        if self._room is None or not self._room.isconnected():
+        if not self.resumed.is_restored:
             raise RuntimeError("call.take_over() has to be called after ctx.connect()")
+        if not self._room.isconnected():
+            raise Withdrawn("the room is gone")
         await self._until_it_hears()
         asked_at = now()
         turns: Any = None
@@ -365,8 +398,8 @@ class Arriving:
 
     def _speak(self, turns: Any) -> Any:
         """Let this agent speak, and say so. Nothing here awaits: the predecessor's second runs."""
-        if not self._room.isconnected():
-            raise Withdrawn("the room is gone")
+        if self.withdrawn or not self._room.isconnected():
+            raise Withdrawn(self.withdrawn or "the room is gone")
         self.may_speak = True
         deletions.permit(self._name)
         self._spawn(self._say_that_it_speaks(SPEAKS_AFTER))

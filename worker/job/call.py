@@ -351,6 +351,15 @@ class Call:
         if self._arriving is not None:
             self._arriving.end(why)
 
+    async def pass_on(self, why: str) -> bool:
+        """Have the call of a successor whose code has failed go on in another job; tell whether it does.
+
+        The predecessor has gone, and the state is here. For lastcall.
+        """
+        arriving = self._arriving
+        can = arriving is not None and arriving.serves_a_caller and not self._side().lacks
+        return can and await self.hand_over(why) == "done"
+
     def _withdraw(self) -> None:
         if self._ctx is not None:
             self._ctx.shutdown(reason="the handover is withdrawn")
@@ -514,8 +523,7 @@ class Call:
         """Do what can be done yet: the worker dies, and this job with it in some milliseconds."""
         self._has_lost_worker = True
         self._disconnect()
-        if self._arriving is not None:
-            self._arriving.stop()
+        self.end_arrival("the worker of the successor has died")
         if self._leaving is not None:
             self._leaving.lose_worker()
 

@@ -168,11 +168,11 @@ class Leaving:
             self._spawn(self._be_superseded())
 
     def lose_worker(self) -> None:
-        """Leave the room if a successor is there: this job ends with its worker in some milliseconds.
+        """Leave the room if a successor is there or comes: this job ends some milliseconds after its worker.
 
         The server shows an agent that has died for 20 s, and the successor would wait for an answer of it.
         """
-        if self.phase in ("seen", "silencing", "silent", "withdrawn"):
+        if self.phase in ("ready", "seen", "silencing", "silent", "withdrawn"):
             self._spawn(leave_now(self._room))
 
     async def aclose(self) -> None:

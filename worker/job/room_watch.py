@@ -55,9 +55,12 @@ class WatchedEntrypoint:
         """Run the entrypoint of an agent that goes on with a call. A successor that has to leave does so."""
         arrived = call.arrive(context, found)
         shutdown = context.shutdown
+        is_shut_down = False
 
         @functools.wraps(shutdown)
         def ended(*arguments: Any, **options: Any) -> None:
+            nonlocal is_shut_down
+            is_shut_down = True
             arrived.end_arrival("the agent shuts its job down")
             shutdown(*arguments, **options)
 
@@ -66,8 +69,12 @@ class WatchedEntrypoint:
             await self.user(context)
         except Exception as error:
             # Withdrawn, or whatever an agent raises that finds itself out of its room.
+            why = f"the entrypoint raised {type(error).__name__}"
             if not arrived.is_withdrawn:
-                arrived.end_arrival(f"the entrypoint raised {type(error).__name__}")
+                arrived.end_arrival(why)
+                if not is_shut_down and await arrived.pass_on(why):
+                    log.exception("lastcall.call: the entrypoint raised, and the call goes on in another job")
+                    return
                 raise
             log.info("lastcall.call: the entrypoint has ended", extra={"error": type(error).__name__})
 
