@@ -373,6 +373,13 @@ async def test_old_agents_that_die(run: StartRun) -> None:
         await call.is_heard("bot~1")
         assert call.turns == ["bot", "bot~1"] and call.agent == "bot~1"
         call.lives_on(at, RESUMES)
+    await r.until(lambda: len(r.log("call handed over")) == 3, PATIENCE)
+    r.kill()
+    for call in (early, late, absent):
+        call.say("hang up")
+    assert await r.exit(PATIENCE) == 0
+    totals = r.receipt()["totals"]
+    assert (totals["handed_over"], totals["failed"], totals["finished"]) == (3, 0, 3), r.logs()
 
 
 @pytest.mark.core

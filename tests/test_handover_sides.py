@@ -17,6 +17,7 @@ from lastcall.worker.job import leaving as leaving_module
 from lastcall.worker.job.arriving import Withdrawn
 from lastcall.worker.job.capsule import MAX_BYTES
 from lastcall.worker.local.room import Room
+from lastcall.worker.local.rooms import Kind
 from tests.support.handover_stage import CALL, FOUND, ORDER, PATIENCE, SECRET, stage, token
 
 
@@ -517,6 +518,34 @@ async def test_a_successor_whose_code_ends(when: str) -> None:
         s.leaving.take_back(1)
         await s.until(lambda: s.told("back"))
         assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
+
+
+@pytest.mark.parametrize("when", ["at the join", "at the takeover"])
+async def test_a_predecessor_that_is_back(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """One that was out of the room for a full reconnect gives its state away, or keeps the call."""
+    monkeypatch.setattr(arriving_module, "ALONE_AFTER", 2.0)
+    async with stage() as s:
+        await s.begin()
+        if when == "at the join":
+            looks = iter([None])  # the first one finds nobody
+
+            def look(arriving: arriving_module.Arriving) -> Any:
+                return next(looks, arriving._room.remote_participants.get("bot"))
+
+            monkeypatch.setattr(arriving_module.Arriving, "_predecessor", property(look))
+            await s.arrive()
+            assert s.resumed.state == "state"
+            return
+        await s.arrive()
+        s.server.rooms.remove("r", "bot")
+        await s.until(lambda: "bot" not in s.new.remote_participants)
+        taking = asyncio.ensure_future(s.arriving.take_over())
+        await asyncio.sleep(0)
+        s.server.rooms.visit("r", "bot", kind=Kind.AGENT)
+        with pytest.raises(Withdrawn, match="is back"):
+            await taking
+        await s.until(lambda: not s.new.isconnected())
+        assert not s.arriving.may_speak
 
 
 async def test_a_successor_that_ends_while_the_old_agent_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,13 @@ def test_a_call_that_was_handed_over_stays_so() -> None:
     """A try that is refused afterwards changes nothing, and a successor may be told of after the end."""
     ledger = Ledger()
     ledger.begin_stop()
-    for id in ("once", "late", "never"):
+    for id in ("once", "late", "never", "first try"):
         ledger.start(entry(id))
+    ledger.keeps(0, 1, "first try", 2, 0.0, "")
+    ledger.end(0, 1, "first try", "failed", 1.0)
+    ledger.handover(0, 1, "first try", "failed", "the agent died", "")
+    ledger.handover(0, 1, "first try", "done", "", "AJ_5")
+    ledger.handover(0, 1, "first try", "refused", "not possible: the job has ended", "")
     ledger.handover(0, 1, "once", "done", "", "AJ_2")
     ledger.handover(0, 1, "once", "refused", "not possible: the call is ending", "")
     ledger.end(0, 1, "once", "finished", 1.0)
@@ -77,9 +82,10 @@ def test_a_call_that_was_handed_over_stays_so() -> None:
         "once": ("handed_over", "AJ_2", "", 2),
         "late": ("handed_over", "AJ_3", "", 2),
         "never": ("failed", "", "the agent died", 1),
+        "first try": ("handed_over", "AJ_5", "", 2),
     }
-    assert (ledger.totals["handed_over"], ledger.totals["failed"]) == (2, 1)
-    assert (ledger.count("handed_over"), ledger.count("failed")) == (2, 2), "a counter never falls"
+    assert (ledger.totals["handed_over"], ledger.totals["failed"]) == (3, 1)
+    assert (ledger.count("handed_over"), ledger.count("failed")) == (3, 3), "a counter never falls"
 
 
 def test_jobs_of_a_worker_that_is_gone() -> None:

@@ -50,6 +50,9 @@ FAILED: dict[OperationVerb, str] = {
 # Seconds for the answer of a worker to a handover, beside `[handover] wait` and `patience`. Ours: a successor
 # that can't be removed takes 30 s.
 HANDOVER_WITHIN = 60.0
+# Seconds for it after the end of the job. Ours: a worker looks for the successor for 3 s (`SHOWN_WITHIN` in
+# worker/handovers.py).
+TOLD_WITHIN = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -297,6 +300,12 @@ class Operations:
         await self._fleet.changed.until(
             lambda: entry.tries > before or entry.fate is not None or self._fleet.is_stopping, lambda: due
         )
+        if entry.fate is not None and entry.tries == before:  # a successor may speak all the same
+            due = min(due, now() + TOLD_WITHIN)
+            await self._fleet.changed.until(
+                lambda: entry.tries > before or not generation.is_connected or self._fleet.is_stopping,
+                lambda: due,
+            )
         operation.done = int(bool(entry.successor))
         if entry.successor:
             return ""

@@ -12,9 +12,9 @@ from lastcall.worker.base.wire import HandoverResult, JobFate
 # How a job in the receipt ended. A worker tells all but the last. The supervisor notes a job as lost when its
 # worker ended without a word about the job.
 EntryFate = Literal["finished", "failed", "cut", "ended_by_server", "handed_over", "lost"]
-# Jobs that are remembered after their end: a successor may be seen late, and `lastcall handover` names it.
-# Ours: more than a stop of a large worker hands over.
-MAX_TRIED = 1000
+# Jobs with a capsule that are remembered after their end: a successor may be seen late, and `lastcall
+# handover` names it. Ours: more than a stop of a large worker hands over.
+MAX_KEPT = 1000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,8 +67,8 @@ class Ledger:
         }  # fmt: skip
         self.handovers: Counter[HandoverResult] = Counter()
         self._at_stop: list[JobEntry] | None = None
-        # The last jobs that ended after a handover, or a try, and the fates that were changed later.
-        self._tried: dict[tuple[int, int, str], JobEntry] = {}
+        # The last jobs that ended and had a capsule, and the fates that were changed later.
+        self._kept: dict[tuple[int, int, str], JobEntry] = {}
         self._retold: Counter[EntryFate] = Counter()
 
     def start(self, entry: JobEntry) -> bool:
@@ -117,9 +117,9 @@ class Ledger:
         """
         self.handovers[result] += 1
         entry = self.running.get((slot, generation, id))
-        if entry is None and result == "done":
-            entry = self._tried.get((slot, generation, id))
-            if entry is not None and entry.fate is not None and not entry.successor:
+        if entry is None and result != "refused":
+            entry = self._kept.get((slot, generation, id))
+            if result == "done" and entry is not None and entry.fate is not None and not entry.successor:
                 self.totals[entry.fate] -= 1
                 self._retold[entry.fate] += 1
                 entry.fate = "handed_over"
@@ -135,7 +135,7 @@ class Ledger:
 
     def successor_of(self, id: str) -> str:
         """Return the job in which the call of another one has gone on; empty for a job that none followed."""
-        entries = (*self.running.values(), *self._tried.values())
+        entries = (*self.running.values(), *self._kept.values())
         return next((each.successor for each in entries if each.id == id), "")
 
     def count(self, fate: EntryFate) -> int:
@@ -172,10 +172,10 @@ class Ledger:
             if self._at_stop is not None and entry in self._at_stop:
                 self._at_stop.remove(entry)
             return
-        if entry.tries:
-            self._tried[slot, generation, id] = entry
-            if len(self._tried) > MAX_TRIED:
-                del self._tried[next(iter(self._tried))]
+        if entry.tries or entry.capsule_bytes is not None:  # its first handover may be under way yet
+            self._kept[slot, generation, id] = entry
+            if len(self._kept) > MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
         entry.fate = fate
         entry.seconds = round(seconds, 3)
         entry.process = process

@@ -251,7 +251,7 @@ class Arriving:
         found = self.succession
         self._look_for_others()
         state: Any = None
-        if self._predecessor is not None:
+        if await self._is_predecessor_there():
             hello = await self._hello()
             line = None if hello is None else await self._part(CAPSULE, CAPSULE_WITHIN)
             if line is not None:
@@ -296,7 +296,7 @@ class Arriving:
         return any(each.kind not in DEPENDENT_KINDS for each in self._room.remote_participants.values())
 
     async def _is_predecessor_there(self) -> bool:
-        """Tell whether it is in the room. A full reconnect of this agent shows everybody leave and come."""
+        """Tell whether it is in the room: one of the two may be in the middle of a full reconnect."""
         if self._predecessor is None:
             await asyncio.sleep(BACK_WITHIN)
         return self._predecessor is not None
@@ -425,6 +425,8 @@ class Arriving:
         """Make sure that the predecessor is out of the room. Raises Withdrawn if that can't be had."""
         if self._predecessor is None:
             await asyncio.sleep(ALONE_AFTER)
+            if self._predecessor is not None:
+                raise Withdrawn("the predecessor is back in the room")
         for _ in range(REMOVALS):
             predecessor = self._predecessor
             if predecessor is None:
