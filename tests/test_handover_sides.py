@@ -520,6 +520,39 @@ async def test_a_successor_whose_code_ends(when: str) -> None:
         assert s.heard == ["silent", "speaks again"] and not s.left.is_set()
 
 
+@pytest.mark.parametrize("lost", ["question", "answer"])
+async def test_a_takeover_that_is_lost(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """A predecessor that lives is not removed: it is asked again, or refuses and takes its voice back."""
+    monkeypatch.setattr(arriving_module, "TAKEOVER_WITHIN", 0.3)
+    monkeypatch.setattr(arriving_module, "LIVES_WITHIN", PATIENCE)
+    async with stage() as s:
+        await s.begin()
+        await s.arrive()
+        ask, asked = s.arriving._ask, 0
+
+        async def lose(method: str, within: float) -> Any:
+            nonlocal asked
+            asked += method == leaving_module.TAKEOVER
+            if method == leaving_module.TAKEOVER and asked == 1:
+                if lost == "answer":
+                    await ask(method, PATIENCE)
+                return None
+            return await ask(method, within)
+
+        monkeypatch.setattr(s.arriving, "_ask", lose)
+        if lost == "question":
+            assert await s.arriving.take_over() == ["bye"]
+            assert asked == 2 and s.heard == ["silent"]
+            return
+        with pytest.raises(Withdrawn, match="not now: silent"):
+            await s.arriving.take_over()
+        await s.until(lambda: s.told("lost"))
+        s.leaving.cancel(1)
+        s.leaving.take_back(1)
+        await s.until(lambda: s.told("back"))
+        assert s.heard == ["silent", "speaks again"] and s.old.isconnected()
+
+
 @pytest.mark.parametrize("when", ["at the join", "at the takeover"])
 async def test_a_predecessor_that_is_back(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """One that was out of the room for a full reconnect gives its state away, or keeps the call."""

@@ -49,10 +49,10 @@ ANSWERS_WITHIN = 2.0
 # Seconds for a predecessor that does not answer `hello` to answer it or be gone, and between two questions.
 # The server shows an agent that has died for 20.4 to 21.6 s.
 SHOWN_FOR, SAY_HELLO_AGAIN_AFTER = 25.0, 0.5
-# Seconds for the answer to `takeover`. Ours: `on_takeover` has a second, and where the answer is lost the
-# worker of the predecessor removes this agent 1.5 s after it (`handovers.SPEAKS_WITHIN`). Both must not be
-# removed.
-TAKEOVER_WITHIN = 3.0
+# Seconds for the answer to `takeover`, and then for any word of a predecessor that lives. Ours: `on_takeover`
+# has a second, and where the answer is lost the worker of the predecessor removes this agent 1.5 s after it
+# (`handovers.SPEAKS_WITHIN`). Both must not be removed.
+TAKEOVER_WITHIN, LIVES_WITHIN = 2.5, 0.5
 # livekit's clients take 7 s for the acknowledgement off this time; what is left is for the handler.
 RESPONSE_TIMEOUT = 10.0
 # Seconds for the capsule. Ours: 200 kB take 0.2 s.
@@ -359,6 +359,9 @@ class Arriving:
             asked_at = now()
             answer = await self._ask(TAKEOVER, TAKEOVER_WITHIN)
             if answer is None:
+                # One that is silent, or speaks again, refuses. One that has heard nothing is asked again.
+                if self._predecessor is not None and await self._ask(HELLO, LIVES_WITHIN) is not None:
+                    continue
                 break
             if not answer.get("wait"):
                 if NEWER in answer:
