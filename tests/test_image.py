@@ -26,6 +26,7 @@ from lastcall.supervisor.fleet.stop_steps import Ending
 from lastcall.worker.base import variables
 from lastcall.worker.base.budget import Shares, plan
 from lastcall.worker.base.clock import now
+from lastcall.worker.base.memory import FIRST_TO_DIE, oom_adjustment
 from lastcall.worker.base.process import FORKSERVER, IMAGE
 from lastcall.worker.sdk import preflight
 from lastcall.worker.sdk.scout import package_of
@@ -86,10 +87,12 @@ async def test_workers_of_one_image(run: StartRun, tmp_path: Path) -> None:
     (image,) = images(r)
     assert importers(tmp_path) == [image.pid]
     assert (await status(r))["image"] == {"state": "ready", "pid": image.pid, "reason": None, "left_out": {}}
+    assert oom_adjustment(image.pid) == FIRST_TO_DIE - 1
     first, second = r.workers()
     for worker in (first, second):
         assert (worker.ppid(), os.getsid(worker.pid)) == (r.pid, worker.pid)
         assert worker.name() != IMAGE.decode() and worker.cmdline()[-1] == AGENT
+        assert oom_adjustment(worker.pid) == oom_adjustment(r.pid)
         tree = [worker, *worker.children(recursive=True)]
         assert FORKSERVER.decode() in {p.name() for p in worker.children()}
         assert {mark(p) for p in tree} == {mark(worker)}
@@ -750,7 +753,9 @@ PACKAGES = {
     "last": "VALUE = 2",
 }
 OWN = """
-import multiprocessing, os, pathlib, tempfile
+import multiprocessing, os, pathlib, sys, tempfile
+sys.path.append(str(pathlib.Path(__file__).with_name("site-packages")))
+import carried
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
 os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
 import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
@@ -769,8 +774,8 @@ import forks  # last, because both processes go on behind it
 def test_packages_of_a_target(tmp_path: Path) -> None:
     """The image imports the packages of a target that a fork may bring along, and none of its files.
 
-    That the working directory is gone changes nothing. Where the target has a file with the name of a
-    package, no import gets that package.
+    A package in a folder that the target puts on the path is the target's. That the working directory is gone
+    changes nothing. Where the target has a file with the name of a package, no import gets that package.
     """
     installed = tmp_path / "site-packages"
     for name, text in PACKAGES.items():
@@ -778,7 +783,9 @@ def test_packages_of_a_target(tmp_path: Path) -> None:
         (installed / name / "__init__.py").write_text(text)
     (installed / "spaces" / "inner").mkdir(parents=True)
     (installed / "spaces" / "inner" / "__init__.py").write_text("VALUE = 3")
-    (tmp_path / "agent").mkdir()
+    vendored = tmp_path / "agent" / "site-packages"
+    vendored.mkdir(parents=True)
+    (vendored / "carried.py").write_text("")
     (tmp_path / "agent" / "own.py").write_text("")
     (tmp_path / "agent" / "hidden.py").write_text("")
     (tmp_path / "agent" / "agent.py").write_text(OWN)
@@ -801,7 +808,7 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
 """
     modules, left_out, image, threads = do(steps, odd=odd)["did"]
     kept = {"plain", "numbers_", "named", "spaces", "spaces.inner", "last"}
-    assert kept <= set(modules) and not {"own", "agent", *PACKAGES} - kept & set(modules)
+    assert kept <= set(modules) and not {"own", "agent", "carried", *PACKAGES} - kept & set(modules)
     assert {name: why.split(":")[0] for name, why in left_out.items()} == {
         "thread": "an import has started a thread",
         "sock": "an import has opened socket",

@@ -37,9 +37,8 @@ def post_mortem(
     facts: dict[str, Any] = {}
     if reports.beat is not None:
         facts["last_beat_s"] = round(now() - reports.beat.at, 3)
-    kills = cgroup.oom_kills()
-    if kills is not None and oom_kills_before is not None and kills > oom_kills_before:
-        facts["oom_kills_meanwhile"] = kills - oom_kills_before
+    if kills := cgroup.oom_kills_since(oom_kills_before):
+        facts["oom_kills_meanwhile"] = kills
     words = b"\n".join(last_lines).decode(errors="replace")
     if words and not reports.fault:
         facts["last_lines"] = words

@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lastcall.supervisor.errors import SpawnError
-from lastcall.supervisor.processes import descendants
+from lastcall.supervisor.processes import cgroup, descendants
 from lastcall.supervisor.processes.child import Child, high, pipe, spawn
 from lastcall.supervisor.processes.output_reader import OutputReader
 from lastcall.supervisor.processes.reaper import ExitStatus, Reaper
@@ -35,6 +35,7 @@ from lastcall.worker.base.backoff import Backoff
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.condition import Condition
 from lastcall.worker.base.image_wire import GO, GO_FD, MAX_BYTES, Answer, Request
+from lastcall.worker.base.memory import FIRST_TO_DIE, die_before
 from lastcall.worker.base.records import dataclass
 from lastcall.worker.base.stopping import SHIELDED
 from lastcall.worker.base.variables import MARK
@@ -114,6 +115,7 @@ class Image:
         self._is_off = False
         self._is_closed = False
         self._ready_at: float | None = None
+        self._oom_kills: int | None = None
         self._child: Child | None = None
         self._channel: socket.socket | None = None
         self._relays: tuple[OutputReader, ...] = ()
@@ -287,6 +289,9 @@ class Image:
         finally:
             for fd in theirs:
                 os.close(fd)
+        # Here, because it has some 50 MB before it runs any code of `worker.sdk`.
+        die_before(FIRST_TO_DIE, self._child.pid)
+        self._oom_kills = cgroup.oom_kills()
         self._known_pids.add(self._child.pid)
         self._channel = socket.socket(fileno=channel)
         self._channel.setblocking(False)
@@ -402,7 +407,8 @@ class Image:
         self._is_first = False
         self.reason = why
         pause = self._again.fail()
-        self._log.warning("image has ended", pid=pid, reason=why, again_in=round(pause, 3))
+        facts = {"oom_kills_meanwhile": kills} if (kills := cgroup.oom_kills_since(self._oom_kills)) else {}
+        self._log.warning("image has ended", pid=pid, reason=why, again_in=round(pause, 3), **facts)
         self._timer = asyncio.get_running_loop().call_later(pause, self._make)
         self._notify()
 

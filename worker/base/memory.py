@@ -164,6 +164,12 @@ def oom_adjustment(pid: int | str = "self") -> int:
         return 0
 
 
+def adjust_oom(adjustment: int) -> None:
+    """Set the oom_score_adj of this process, to a value that it has had before. Raises OSError."""
+    if oom_adjustment() != adjustment:
+        Path("/proc/self/oom_score_adj").write_text(str(adjustment))
+
+
 def die_before(adjustment: int, pid: int | str = "self") -> None:
     """Raise the oom_score_adj of a process, never lower it, and never to the top.
 

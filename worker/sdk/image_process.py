@@ -17,6 +17,9 @@ begun to import.
 Nothing of the agent is imported here. The image has the environment of the workers of one program, so its
 imports read there what those of a worker would read.
 
+Of the processes of a control group that is out of memory the kernel kills the image first, because its loss
+costs no call. The imports of an image need 200 MB and more, and would else be at the expense of a job.
+
 The image takes no signal but SIGKILL. It ends with the supervisor: the kernel kills it then, and where its
 parent has ended before it could ask for that, it reads end of file.
 """
@@ -48,6 +51,7 @@ from lastcall.worker.base.image_wire import (
     Answer,
     Request,
 )
+from lastcall.worker.base.memory import adjust_oom, oom_adjustment
 from lastcall.worker.base.process import IMAGE, end_with_parent, name, rewrite_variable, set_name
 from lastcall.worker.base.settings import WorkerSettings
 from lastcall.worker.base.variables import MARK
@@ -119,6 +123,7 @@ def serve(
             _say(channel, Answer(number=request.number, error="no room for the descriptors"))
         elif (between := _fork(channel, request)) is not None:
             try:
+                adjust_oom(oom_adjustment(supervisor))  # as exec would have passed it on
                 _become(channel, request, received, parent=between, supervisor=supervisor)
             except (OSError, ValueError) as error:
                 with suppress(OSError):

@@ -104,6 +104,7 @@ def look(
     file whether a module is one of the program.
     """
     before, environment = set(sys.modules), dict(os.environ)
+    found_here = tuple(f"{folder}{os.sep}" for folder in sys.path if folder)
 
     def run(tell: Callable[[object], None]) -> None:
         scout = os.getpid()
@@ -114,7 +115,12 @@ def look(
                 os._exit(0)
             modules = [(name, each) for name, each in list(sys.modules.items()) if name not in before]
             installed = [(name, _installed_file(each)) for name, each in modules]
-            files = {name: file for name, file in installed if file and not is_own(name, file)}
+            # A folder that the target has put on the path, as one with vendored packages, is not here.
+            files = {
+                name: file
+                for name, file in installed
+                if file.startswith(found_here) and not is_own(name, file)
+            }
             names = {*environment, *os.environ}
             changed = [name for name in names if environment.get(name) != os.environ.get(name)]
             tell([files, changed, {name: _file(each) for name, each in modules}])
