@@ -32,7 +32,7 @@ sys.meta_path.insert(0, Noted())
 """
 # An agent whose module does what a module should not, and whose jobs tell how they find the process.
 ODD_AGENT = """
-import gc, multiprocessing, os, random, signal, sys, threading
+import gc, logging, multiprocessing, os, random, signal, sys, threading
 from livekit.agents import WorkerOptions, cli
 import calls
 
@@ -40,6 +40,7 @@ loads = globals().get("loads", 0) + 1
 os.environ["FROM_TARGET"] = str(os.getpid())
 os.makedirs("elsewhere", exist_ok=True)
 os.chdir("elsewhere")
+logging.getLogger("lastcall.worker").disabled = True  # as logging.config does
 signal.signal(signal.SIGUSR1, lambda *_: None)
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 
@@ -48,6 +49,7 @@ async def entrypoint(ctx):
         ctx, "state", worker=os.environ["FROM_TARGET"], cwd=os.getcwd(), loads=loads, random=random.random(),
         parent=os.getppid(), main=sys.modules["__main__"].__file__, argv=sys.argv,
         name=multiprocessing.current_process().name, collects=gc.get_threshold(),
+        is_silent=logging.getLogger("lastcall.worker").disabled,
     )
     await calls.entrypoint(ctx)
 
@@ -126,6 +128,7 @@ async def test_one_import_of_livekit(run: StartRun, tmp_path: Path) -> None:
             "job_proc",
         )
         assert state["collects"] == list(gc.get_threshold())
+        assert not state["is_silent"]
     assert states[0]["random"] != states[1]["random"]
     # From the supervisor the worker has the control channel, and the read ends of its output.
     given = descriptors(worker.pid, {3, 4, 5})

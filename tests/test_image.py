@@ -748,18 +748,21 @@ PACKAGES = {
     "orphan": "import subprocess; subprocess.run('sleep 600 &', shell=True)",
     "native": "import numpy.fft",
     "named": "from spaces.inner import VALUE",
+    "logs": "import logging; logging.getLogger(__name__)",
     "hidden": "",
     "misled": "import hidden",
     "last": "VALUE = 2",
 }
 OWN = """
-import multiprocessing, os, pathlib, sys, tempfile
+import logging.config, multiprocessing, os, pathlib, sys, tempfile
 sys.path.append(str(pathlib.Path(__file__).with_name("site-packages")))
 import carried
 pathlib.Path(os.environ["RAN_IN"]).open("a").write(f"{os.getpid()}\\n")
 os.environ["MODE"] = os.environ["OMP_NUM_THREADS"] = "1"
 import plain, thread, sock, loop, program, leads, reads, moves, named, own, subprocess
-import keeps, shares, ignores, exits, orphan, native, hidden, misled, last
+import keeps, shares, ignores, exits, orphan, native, hidden, misled
+logging.config.dictConfig({"version": 1})
+import logs, last
 tempfile.tempdir = os.path.dirname(os.environ["RAN_IN"])
 # A process of another context would make a directory of its own, and be killed with it.
 manager = multiprocessing.get_context("fork").Manager()
@@ -824,6 +827,7 @@ return [first["modules"], image.left_out, image.pid, len(os.listdir(f"/proc/{ima
         "exits": "it has an exit handler",
         "misled": "hidden is another file here than in the target",
         "orphan": "it has started a process",
+        "logs": "the target disables all loggers before, and would disable those of the package too",
         "forks": "it has started a process",
     } | dict.fromkeys(
         ("native", "numpy"),

@@ -33,8 +33,8 @@ ROOMS: dict[str, Room] = {
     "lastcall.worker.base": Room(
         idea="what supervisor and worker share",
         floors=(
-            "errors clock exit_codes variables process backoff garbage peers plurals randomness succession"
-            " records",
+            "errors clock exit_codes loggers variables process backoff garbage peers plurals randomness"
+            " succession records",
             "memory budget target_form image_wire",
             "inworld_keys proxies setup_errors",
             "condition wire settings broker_settings calls_over dial_checks",

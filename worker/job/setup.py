@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-from lastcall.worker.base import calls_over, setup_errors
+from lastcall.worker.base import calls_over, loggers, setup_errors
 from lastcall.worker.base.memory import die_before, oom_adjustment
 from lastcall.worker.base.stopping import SHIELDED, STOP_SIGNALS
 from lastcall.worker.base.variables import WORKER_PID
@@ -75,6 +75,7 @@ class Setup:
 
     def __call__(self, process: Any) -> Any:
         unmask()
+        loggers.enable()
         if os.environ.get(WORKER_PID) != str(os.getpid()):
             die_before(oom_adjustment() + JOBS_DIE_BEFORE)
         # Here and not above: it imports livekit-agents, and the forkserver has imported this module first.

@@ -26,7 +26,7 @@ from livekit.agents import AgentServer, JobRequest, WorkerOptions
 from livekit.agents.utils.aio import ChanClosed
 from livekit.protocol import agent
 
-from lastcall.worker.base import succession
+from lastcall.worker.base import loggers, succession
 from lastcall.worker.base.succession import Succession
 from lastcall.worker.sdk import child_processes
 
@@ -81,6 +81,7 @@ def set_up_logging(server: AgentServer | None, *, coloured: bool) -> None:
     """Log as `python agent.py start` would: JSON lines on standard output, job processes included."""
     from livekit.agents.cli import log as cli_log
 
+    loggers.enable()
     level = (os.environ.get("LIVEKIT_LOG_LEVEL") or _log_level(server)).upper()  # the CLI takes any case
     cli_log.setup_logging(level, devmode=coloured, console=False)
 

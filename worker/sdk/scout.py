@@ -22,6 +22,7 @@ import asyncio
 import atexit
 import functools
 import json
+import logging
 import os
 import select
 import signal
@@ -58,6 +59,8 @@ TRIAL_WITHIN = 20.0
 MAX_REFUSED = 16
 # Characters of a reason. Ours: a line, because an error of an import may have any length.
 MAX_REASON = 200
+# A logger that no configuration of a target names, so that the target disables it where it disables all.
+PROBE = "scout of lastcall"
 # Bytes of one line of a fork. Ours: some thousand modules.
 MAX_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 16
@@ -68,12 +71,14 @@ class Found:
     """The imports of a target: the file of each installed module, in order. And the variables it changes.
 
     `seen` has the file of every module, those of the program too; empty where there is none. `clash` says
-    which module the image has imported meanwhile from another file; empty where there is none.
+    which module the image has imported meanwhile from another file; empty where there is none. `audible` has
+    the loggers that came after the target had disabled all others (logging.config).
     """
 
     files: dict[str, str] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     seen: dict[str, str] = field(default_factory=dict)
+    audible: set[str] = field(default_factory=set)
     clash: str = ""
 
     def other(self, before: set[str]) -> str:
@@ -103,7 +108,8 @@ def look(
     Returns nothing if the fork does not tell. `run_target` may raise anything. `is_own` tells by name and
     file whether a module is one of the program.
     """
-    before, environment = set(sys.modules), dict(os.environ)
+    before, environment, loggers = set(sys.modules), dict(os.environ), _loggers()
+    probe = logging.getLogger(PROBE)
     found_here = tuple(f"{folder}{os.sep}" for folder in sys.path if folder)
 
     def run(tell: Callable[[object], None]) -> None:
@@ -123,7 +129,9 @@ def look(
             }
             names = {*environment, *os.environ}
             changed = [name for name in names if environment.get(name) != os.environ.get(name)]
-            tell([files, changed, {name: _file(each) for name, each in modules}])
+            audible = [each for each in _loggers() - loggers if not logging.getLogger(each).disabled]
+            seen = {name: _file(each) for name, each in modules}
+            tell([files, changed, seen, audible if probe.disabled else []])
             scratch.remove()
             tell(None)
             os._exit(0)
@@ -136,9 +144,9 @@ def look(
         end()
 
     told = _told_by(run, SCOUT_WITHIN * 1.2, meanwhile)
-    files, changed, seen = told[0] if told else ({}, (), {})
+    files, changed, seen, audible = told[0] if told else ({}, (), {}, ())
     files = {name: file for name, file in files.items() if name not in sys.modules}
-    found = Found(files, set(changed), seen)
+    found = Found(files, set(changed), seen, set(audible))
     found.clash = found.other(before)
     return found
 
@@ -179,7 +187,7 @@ def _try_each(
 def _try(modules: list[str], found: Found) -> str:
     """Import the modules; return the reason why a fork must not bring them along."""
     # Not by its name, because the directory may have been removed.
-    before, here, was = set(sys.modules), os.stat("."), _traits()
+    before, here, was, loggers = set(sys.modules), os.stat("."), _traits(), _loggers()
     trial = os.getpid()
     try:
         with _exit_handlers() as has_exit_handler:
@@ -201,6 +209,8 @@ def _try(modules: list[str], found: Found) -> str:
         return f"it {changed[0]}"
     if other := found.other(before):
         return other
+    if found.audible & (_loggers() - loggers):
+        return "the target disables all loggers before, and would disable those of the package too"
     added = [module for name, module in sys.modules.items() if name not in before]
     has_native_code = any(_installed_file(module).endswith(".so") for module in added)
     natively = {name for name in found.changed if is_native(name)}
@@ -277,6 +287,12 @@ def _traits() -> dict[str, object]:
         "handles a signal": (handlers, [line for line in status if line.startswith(("SigCgt", "SigBlk"))]),
         "shares memory": sum(mode[1] == "w" and mode[3] == "s" for mode in modes),
     } | {f"changes {name} of the process": value for name, value in passed_on().items()}
+
+
+def _loggers() -> set[str]:
+    """Return the names of the loggers that there are."""
+    known = logging.root.manager.loggerDict.items()
+    return {name for name, each in known if isinstance(each, logging.Logger)}
 
 
 # -- names --------------------------------------------------------------------------------------------------
