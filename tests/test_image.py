@@ -672,11 +672,11 @@ launcher = Launcher(
     settings=WorkerSettings(), reaper=reaper, prefixes=False, lifeline=None, write_output=lambda _: None,
     write_errors=lambda _: None, image=image,
 )
-async def start(n):
+async def start(n, **more):
     ended, changed = asyncio.Event(), Condition()
     try:
         launched = await launcher.start(
-            n, 1, lambda status: ended.set(), changed=changed, is_wanted=lambda: True
+            n, 1, lambda status: ended.set(), changed=changed, is_wanted=lambda: True, **more
         )
     except SpawnError as error:
         return str(error)
@@ -693,6 +693,19 @@ def opened():
     return sorted(os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in os.listdir("/proc/self/fd")
                   if os.path.exists(f"/proc/self/fd/{fd}"))
 """
+
+
+@pytest.mark.parametrize("kills", [0, 1])
+def test_image_that_is_killed_for_memory(kills: int) -> None:
+    """A worker that is to start beside calls needs as much as its image, and so it is not started."""
+    steps = f"""
+images.cgroup.oom_kills_since = lambda _: {kills}
+{LAUNCHER}
+return [await start(1), await start(2, is_candidate=True)]
+"""
+    first, candidate = do(steps, odd="os.kill(os.getpid(), 9)")["did"]
+    assert first == "started"
+    assert candidate.startswith("no memory" if kills else "started")
 
 
 def test_many_starts_with_few_descriptors() -> None:

@@ -258,6 +258,7 @@ class Generation:
                     self._on_exit,
                     changed=self.changed,
                     is_wanted=lambda: not (self.stopping.is_asked or self.shared.is_stopping),
+                    is_candidate=self.is_candidate,
                 )
         except SpawnError as error:
             self.last_exit = str(error)

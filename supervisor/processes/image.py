@@ -84,8 +84,9 @@ class Image:
     """The image of one launcher; there is a process from the first turn on.
 
     `reason` says why workers are started by exec, for good or until the image is made again; empty while it
-    is made or in use. `left_out` says by package why the image has not imported it. `known_pids` are the
-    children that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made in one.
+    is made or in use. `lacks_memory` tells that there has never been one, because the kernel killed it for
+    its memory. `left_out` says by package why the image has not imported it. `known_pids` are the children
+    that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made in one.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Image:
         self.reason = ""
         self.left_out: dict[str, str] = {}
         self.is_ready = False
+        self.lacks_memory = False
         self._argv = list(argv)
         self._environment = dict(environment)
         self._reaper = reaper
@@ -343,7 +345,7 @@ class Image:
         if answer.ready:
             self._turn_off(answer.ready)
             return
-        self.is_ready, self._is_first = True, False
+        self.is_ready, self._is_first, self.lacks_memory = True, False, False
         self._ready_at = now()
         self.left_out = answer.left_out
         self._sweep()
@@ -395,6 +397,8 @@ class Image:
             self._fail(pid, self.reason or f"ended: {status}")
         else:
             told = f": {words}" if words else ""
+            is_killed = status.signal is signal.SIGKILL and not self.reason
+            self.lacks_memory |= self._is_first and is_killed and cgroup.oom_kills_since(self._oom_kills) > 0
             self._fail(pid, self.reason or f"ended before it was ready: {status}{told}")
 
     def _sweep(self) -> None:

@@ -113,8 +113,12 @@ class Launcher:
         *,
         changed: Condition,
         is_wanted: Callable[[], bool],
+        is_candidate: bool = False,
     ) -> Launched | None:
         """Start one worker: forked from the image, or by exec. Raises SpawnError.
+
+        A candidate is not started where the kernel has killed its image for memory: the imports of the
+        candidate would need as much, and the kernel would take the calls for that.
 
         Returns None when the worker is not wanted any more. That can be so only while an image is asked, and
         `changed` is notified then.
@@ -123,6 +127,8 @@ class Launcher:
             if self.image is None:
                 return await self._start(slot, generation, on_exit, changed, is_wanted)
             async with self.image.turn(changed=changed, is_wanted=is_wanted):
+                if is_candidate and self.image.lacks_memory:
+                    raise SpawnError("no memory for another worker: the kernel has killed its image for that")
                 return await self._start(slot, generation, on_exit, changed, is_wanted)
         except OSError as error:
             raise SpawnError(f"no room for another worker: {error.strerror}") from error
