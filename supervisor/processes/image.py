@@ -291,7 +291,7 @@ class Image:
         finally:
             for fd in theirs:
                 os.close(fd)
-        # Here, because it has some 50 MB before it runs any code of `worker.sdk`.
+        # Not by the image itself: the modules that it needs for that may be too much already.
         die_before(FIRST_TO_DIE, self._child.pid)
         self._oom_kills = cgroup.oom_kills()
         self._known_pids.add(self._child.pid)

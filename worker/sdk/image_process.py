@@ -18,7 +18,7 @@ Nothing of the agent is imported here. The image has the environment of the work
 imports read there what those of a worker would read.
 
 Of the processes of a control group that is out of memory the kernel kills the image first, because its loss
-costs no call. The imports of an image need 200 MB and more, and would else be at the expense of a job.
+costs no call. Else the kernel would take a job for the imports of an image that is made anew.
 
 The image takes no signal but SIGKILL. It ends with the supervisor: the kernel kills it then, and where its
 parent has ended before it could ask for that, it reads end of file.
