@@ -809,7 +809,7 @@ def test_packages_of_a_target(tmp_path: Path) -> None:
 import runpy
 from lastcall.worker.sdk import scout
 scout.MAX_REFUSED = len({list(PACKAGES)!r})
-sys.path.append({str(installed)!r})
+sys.path += [{str(installed)!r}, {str(tmp_path)!r}]
 os.environ["RAN_IN"] = {str(tmp_path / "ran")!r}
 os.mkdir({str(tmp_path / "gone")!r})
 os.chdir({str(tmp_path / "gone")!r})

@@ -110,7 +110,7 @@ def look(
     """
     before, environment, loggers = set(sys.modules), dict(os.environ), _loggers()
     probe = logging.getLogger(PROBE)
-    found_here = tuple(f"{folder}{os.sep}" for folder in sys.path if folder)
+    folders = {*sys.path}
 
     def run(tell: Callable[[object], None]) -> None:
         scout = os.getpid()
@@ -125,7 +125,7 @@ def look(
             files = {
                 name: file
                 for name, file in installed
-                if file.startswith(found_here) and not is_own(name, file)
+                if file and _folder_of(name, file) in folders and not is_own(name, file)
             }
             names = {*environment, *os.environ}
             changed = [name for name in names if environment.get(name) != os.environ.get(name)]
@@ -311,6 +311,13 @@ def _installed_file(module: object) -> str:
     if not file or vars(module).get("__spec__") is None:
         return ""
     return file if not INSTALLED.isdisjoint(Path(file).parts) else ""
+
+
+def _folder_of(name: str, file: str) -> str:
+    """Return the folder on `sys.path` in which a module was found."""
+    path = Path(file)
+    module = path.parent if path.stem == "__init__" else path
+    return str(module.parents[min(name.count("."), len(module.parents) - 1)])
 
 
 def package_of(name: str, file: str) -> str:
