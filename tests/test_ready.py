@@ -107,7 +107,8 @@ async def test_later_processes_that_fail(run: StartRun) -> None:
     await r.job_says(job.job_id, "ended")
     r.kill()
     assert await r.exit() == 0
-    assert r.fates() == {job.job_id: "finished"} and len(r.log("slot starting")) == 1
+    # The job may have ended before the stop began.
+    assert r.receipt()["totals"]["finished"] == 1 and len(r.log("slot starting")) == 1
     await r.clean(job)
 
 

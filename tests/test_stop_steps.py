@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,10 +19,11 @@ from lastcall.supervisor.fleet.states import SlotState as S
 from lastcall.supervisor.fleet.stop_steps import Action as A
 from lastcall.supervisor.fleet.stop_steps import Ending, Progress, Seen, Step, StopState, step
 from lastcall.supervisor.processes.reaper import ExitStatus
+from lastcall.supervisor.receipt import JobEntry
 from lastcall.worker.base.budget import Deadlines, Shares, plan
 from lastcall.worker.base.clock import now
 from lastcall.worker.base.settings import WorkerSettings
-from lastcall.worker.base.wire import MAX_LINE_BYTES, NUL, Served, encode
+from lastcall.worker.base.wire import MAX_LINE_BYTES, NUL, Served, Terminate, encode
 from tests.support.generations import generation_in
 
 T0 = 1000.0
@@ -224,6 +226,36 @@ async def test_wait_that_is_over_while_it_is_looked_at(monkeypatch: pytest.Monke
     async with asyncio.timeout(5):
         await stopper.stop(generation, Ending(reason="test", deadlines=DEADLINES))
     assert killed and generation.state is S.KILLING
+
+
+async def test_job_that_ends_between_the_termination_and_the_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut: the worker has ended the job because it was told to, and is killed before it tells."""
+    generation, _log = generation_in(S.READY)
+    child: Any = SimpleNamespace(pid=None, status=None, send=lambda _number: None)
+    launched: Any = SimpleNamespace(child=child)
+    generation._launched = launched
+    monkeypatch.setattr(generation, "launcher", SimpleNamespace(is_opaque=False))
+    job = JobEntry(id="J", room="", dispatch_id="", slot=0, generation=1, accepted_at=T0, pid=os.getpid())
+    generation.shared.ledger.start(job)
+    said: list[object] = []
+
+    def say(message: object) -> None:
+        said.append(message)
+        if message == Terminate():
+            job.pid = 0  # no process has this pid
+
+    monkeypatch.setattr(generation, "say", say)
+
+    def kill() -> None:
+        generation.note_cut()
+        child.status = 9
+
+    monkeypatch.setattr(generation, "_kill_processes", kill)
+    monkeypatch.setattr(stopper, "now", lambda: T0 + 200)
+    async with asyncio.timeout(5):
+        await stopper.stop(generation, Ending(reason="test", deadlines=DEADLINES))
+    generation.write_off()
+    assert Terminate() in said and job.fate == "cut"
 
 
 @pytest.mark.parametrize("state", [S.STARTING, S.READY, S.STALLED, S.DRAINING, S.CLOSING])

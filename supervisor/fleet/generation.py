@@ -365,8 +365,10 @@ class Generation:
         """Wait until nothing is left of a worker that has ended unasked, beside the next one."""
         if self._sweep is not None:
             before = self._sweep.programs
-            await self._sweep.finish()
-            self.shared.record.swept += self._sweep.programs - before
+            try:
+                await self._sweep.finish()
+            finally:  # the end of the whole stop may cancel this
+                self.shared.record.swept += self._sweep.programs - before
 
     def _end(self) -> None:
         self.ended = True

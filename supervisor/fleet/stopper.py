@@ -105,6 +105,8 @@ def _do(generation: Generation, action: Action) -> None:
             generation.change(E.CLOSE)
         case Action.TERMINATE:
             generation.change(E.TERMINATE)
+            # Not only with the kill: the worker ends its jobs at once, and may be killed before it tells.
+            generation.note_cut()
             generation.say(Terminate())
         case Action.KILL:
             generation.kill()
