@@ -164,7 +164,7 @@ async def test_a_fault_at_the_end_of_a_context_leaves_nothing(
         await until(lambda: context.is_created if is_created else p.server.open_contexts)
         if how != "unanswered":
             raising_once(monkeypatch, owner, name)
-        p.server.faults.create_unanswered = False
+            p.server.faults.create_unanswered = False
         if how == "closed":
             p.pool.close(context)
         elif how in ("cancelled", "given up"):
@@ -172,7 +172,7 @@ async def test_a_fault_at_the_end_of_a_context_leaves_nothing(
         elif how == "lost":
             p.server.cut_connections()
         await until(lambda: p.pool.figures.faults and not p.pool._contexts.claims)
-        p.server.faults.closed_never = False
+        p.server.faults.create_unanswered = p.server.faults.closed_never = False
         assert len(listener.ended) == 1, listener.ended
         assert p.pool.figures.contexts == 0 and not p.pool._contexts.waiting
         assert await p.say()
