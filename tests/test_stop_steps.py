@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from lastcall.supervisor.fleet import stopper
-from lastcall.supervisor.fleet.generation import told_rooms
+from lastcall.supervisor.fleet.generation import Generation, told_rooms
 from lastcall.supervisor.fleet.states import ALIVE, SLOT_TABLE
 from lastcall.supervisor.fleet.states import SlotEvent as E
 from lastcall.supervisor.fleet.states import SlotState as S
@@ -212,12 +213,18 @@ def test_second_ending_joins_with_the_earlier_deadlines() -> None:
     assert step(Seen(state=S.DRAINING), FENCED, stopping.deadlines, T0 + 11).action is A.HURRY
 
 
+def give_child(generation: Generation, send: Callable[[signal.Signals], None] = lambda _number: None) -> Any:
+    """Have a program live that the generation has started, and return it."""
+    child: Any = SimpleNamespace(pid=None, status=None, send=send)
+    launched: Any = SimpleNamespace(child=child)
+    generation._launched = launched
+    return child
+
+
 async def test_wait_that_is_over_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadline passes between the two looks of one wait, at the predicate and at the time."""
     generation, _log = generation_in(S.READY)
-    child: Any = SimpleNamespace(pid=None, status=None, send=lambda _number: None)
-    launched: Any = SimpleNamespace(child=child)
-    generation._launched = launched
+    child = give_child(generation)
     monkeypatch.setattr(generation, "launcher", SimpleNamespace(is_opaque=True))
     killed = []
     monkeypatch.setattr(generation, "_kill_processes", lambda: killed.append(child.__dict__.update(status=1)))
@@ -231,9 +238,7 @@ async def test_wait_that_is_over_while_it_is_looked_at(monkeypatch: pytest.Monke
 async def test_job_that_ends_between_the_termination_and_the_kill(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is cut: the worker has ended the job because it was told to, and is killed before it tells."""
     generation, _log = generation_in(S.READY)
-    child: Any = SimpleNamespace(pid=None, status=None, send=lambda _number: None)
-    launched: Any = SimpleNamespace(child=child)
-    generation._launched = launched
+    child = give_child(generation)
     monkeypatch.setattr(generation, "launcher", SimpleNamespace(is_opaque=False))
     job = JobEntry(id="J", room="", dispatch_id="", slot=0, generation=1, accepted_at=T0, pid=os.getpid())
     generation.shared.ledger.start(job)
@@ -263,9 +268,7 @@ async def test_worker_that_is_cut_off_is_told_by_a_signal(state: S) -> None:
     """It may not see that its channel is closed: SIGTERM, for itself alone, begins its drain."""
     generation, log = generation_in(state)
     sent: list[signal.Signals] = []
-    child: Any = SimpleNamespace(pid=None, status=None, send=sent.append)
-    launched: Any = SimpleNamespace(child=child)
-    generation._launched = launched
+    child = give_child(generation, sent.append)
     launcher: Any = SimpleNamespace(is_opaque=False, settings=WorkerSettings(grace=60.0))
     generation.launcher = launcher
     waiting = asyncio.create_task(generation._see_cut_off(now()))
