@@ -73,7 +73,10 @@ class LongCalls:
             self._callers.append(self.server.rooms.visit(room, "caller"))
             done = await self.server.dispatch(room, metadata="{}", only=serving.peer)
             if done.outcome != "assigned":
-                raise RuntimeError(f"{room}: {done.outcome}")
+                shown = {each.id: (each.available, each.load) for each in self.server.peers.values()}
+                raise RuntimeError(
+                    f"{room}: {done.outcome} by {serving.peer} of {shown}\n{serving.log[-4000:]}"
+                )
         await until(lambda: len(notes(self.job_log, "speaks")) == before + self.calls, 180, 0.2)
 
     def served(self, turn: int) -> int:

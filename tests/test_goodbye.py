@@ -245,5 +245,4 @@ async def talking(r: Run, calls: int) -> str:
 
 def said(r: Run, event: str) -> list[str]:
     """Return the reason in each line of the log that jobs have written with this message."""
-    lines = [json.loads(line) for line in r.out.read_text().split("\n")[:-1] if line.startswith("{")]
-    return [str(line.get("reason")) for line in lines if line.get("message") == event]
+    return [str(line.get("reason")) for line in r.said(event)]

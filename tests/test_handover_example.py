@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,7 @@ async def reads(r: Run, visitor: Visitor, text: str) -> str:
 
 def logged(r: Run, event: str) -> list[str]:
     """Return the reason in each line of the log that jobs have written with this message."""
-    lines = [json.loads(line) for line in r.out.read_text().split("\n")[:-1] if line.startswith("{")]
-    return [str(line.get("reason")) for line in lines if line.get("message") == event]
+    return [str(line.get("reason")) for line in r.said(event)]
 
 
 async def hand_over(r: Run, job: str) -> dict[str, Any]:

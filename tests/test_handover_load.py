@@ -6,7 +6,16 @@ import pytest
 
 from lastcall.supervisor.views import control_socket
 from tests.support.harness import StartRun
-from tests.support.passed_on import AGENT, PATIENCE, PATIENT, begun, beside, over
+from tests.support.passed_on import (
+    AGENT,
+    PATIENCE,
+    PATIENT,
+    begun,
+    beside,
+    hand_over,
+    over,
+    permit_takeover,
+)
 
 CALLS = 8
 # Longer frames than those of other tests leave the processor to the handovers.
@@ -42,4 +51,40 @@ async def test_a_stop_of_many_calls_and_a_reload_of_their_successors(run: StartR
     for call in calls:
         call.say("hang up")
     assert await other.exit(PATIENCE) == 0, other.receipt()
+    await r.nothing_left()
+
+
+async def test_a_stop_of_a_worker_in_which_successors_arrive(run: StartRun) -> None:
+    """One has joined and its code hangs, another joins later: each leaves, and its call stays where it is.
+
+    The old agents see that in the room, and end the try long before `patience` is over.
+    """
+    command = ("run", "--grace", "60", AGENT)
+    r = await run(*command, rooms=True, environment=ENVIRONMENT)
+    await r.ready()
+    calls = [await begun(r, "hangs", holds=True), await begun(r, "is late", holds="join")]
+    other = await run(*command, livekit=False, environment=ENVIRONMENT | beside(r))
+    await r.ready(2)
+    (worker,) = (each["worker_id"] for each in control_socket.ask(r.control, "status")["slots"])
+    r.livekit.peers[worker].available = False  # the successors are to be elsewhere
+    operations = [hand_over(r, call.id) for call in calls]
+    for call, what in zip(calls, ("connected", "started"), strict=True):
+        await call.note(what, 2)
+    other.kill()
+    await r.until(lambda: calls[1].notes("told", calls[1].jobs[1]), PATIENCE)
+    permit_takeover(calls[1])
+    for call, operation in zip(calls, operations, strict=True):
+        answer = await over(r, operation)
+        assert (answer["state"], answer["reason"]) == ("failed", "the successor left the room")
+        await call.is_heard("bot")
+        assert call.agent == "bot" and len(call.spans()) == 1
+    assert await other.exit(PATIENCE) == 0, other.receipt()
+    assert other.fates() == {call.jobs[1]: "finished" for call in calls}
+    ended = {line["job_id"]: line["error"] for line in other.said("lastcall.call: the entrypoint has ended")}
+    assert ended == {calls[0].jobs[1]: "TimeoutError", calls[1].jobs[1]: "Withdrawn"}
+    await other.nothing_left()
+    r.kill()
+    for call in calls:
+        call.say("hang up")
+    assert await r.exit(PATIENCE) == 0, r.receipt()
     await r.nothing_left()

@@ -23,6 +23,8 @@ from lastcall.worker.base.wire import (
     CallStep,
     CancelHandover,
     HandoverOff,
+    JobCut,
+    JobEnded,
     JobHandover,
     LeaveRoom,
     Removed,
@@ -490,6 +492,34 @@ async def test_calls_whose_time_is_over() -> None:
         assert late() == [("AJ_2", module.NO_TIME), ("AJ_1", module.NO_TIME)]
     handing.cancel()
     await asyncio.gather(handing, return_exceptions=True)
+
+
+async def test_a_successor_that_leaves_before_it_was_seen() -> None:
+    """As one does whose worker is being stopped. The call is tried again, and nobody else is waited for."""
+    worker = Worker(patience=60)
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("lost", detail="it left")],
+        CancelHandover: [step("cancelled")],
+    }
+    async with asyncio.timeout(30):
+        outcome = await worker.handovers.hand_over(worker.job, "test")
+    assert (outcome.result, outcome.reason) == ("failed", "it left")
+    assert worker.deleted == ["AD_1"] and not worker.handovers.lacks(worker.job)
+
+
+@pytest.mark.parametrize("is_told_first", [False, True])
+async def test_a_successor_that_is_ended_after_it_has_left(is_told_first: bool) -> None:
+    """Its call stays where it is, so that nothing is cut. One that was told to end before is cut."""
+    worker = Worker()
+    if is_told_first:
+        worker.jobs.cut_short(worker.job)
+    worker.handovers.hear("AJ_1", step("withdrawn"))
+    worker.jobs.cut_short(worker.job)
+    worker.jobs.abandon()
+    ended = [(each.id, each.fate) for each in worker.told if isinstance(each, JobEnded)]
+    assert ended == [("AJ_1", "cut" if is_told_first else "finished")]
+    assert [each.id for each in worker.told if isinstance(each, JobCut)] == ["AJ_1"] * is_told_first
 
 
 async def test_an_old_agent_that_leaves_because_its_successor_speaks() -> None:

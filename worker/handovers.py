@@ -193,6 +193,8 @@ class Handovers:
                     attempt.steps[message.step] = message
                     if message.step == "speaks" and job is not None:
                         self._done(job, attempt)  # here, because the end of the job may follow at once
+                elif message.step == "withdrawn" and job is not None:
+                    job.withdraw()
                 elif message.step == "returned":
                     self._begin(self._remove_returned(job_id, message.detail))
                 elif message.step == "silent":  # the agent had hung, and its try is over
@@ -474,7 +476,9 @@ class Handovers:
         if stranger:
             return await self._remove_stranger(job, attempt, stranger)
         if not attempt.has("seen"):
-            return await self._withdraw(job, attempt, NOBODY if stranger is None else GIVEN_BACK)
+            why = NOBODY if stranger is None else GIVEN_BACK
+            lost = attempt.steps.get("lost")  # before its hello, as where its worker is being stopped
+            return await self._withdraw(job, attempt, why if lost is None else lost.detail)
         await self._until(job, attempt, READY_WITHIN + attempt.wait, "silent", "refused", "lost", "speaks")
         if not attempt.has("silent", "speaks"):
             why = next(
@@ -690,7 +694,7 @@ class Handovers:
             )  # the old agent refuses it
 
     async def _until_seen(self, job: Job, attempt: Try) -> str | None:
-        """Wait for the successor. Return the identity of another agent that has taken the dispatch.
+        """Wait until the successor was seen, or has left. Return another agent that took the dispatch.
 
         Returns "" if the dispatch was given back (`give_back`), and None where there is no such news.
         """
@@ -707,7 +711,7 @@ class Handovers:
 
         try:
             await self._changed.until(
-                lambda: attempt.has("seen") or looking.done() or self._has_ended(job), lambda: due
+                lambda: attempt.has("seen", "lost") or looking.done() or self._has_ended(job), lambda: due
             )
             return other()
         finally:

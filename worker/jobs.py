@@ -16,6 +16,8 @@ nothing about a call that had ended by itself, and is only noted (`process`).
 A job whose call goes on in another one (`worker.handovers`) is `finished`, and told with its successor,
 however it ends then.
 
+A successor that leaves before it has the call is `finished`: the call stays where it is.
+
 A job that the owner of its room ends is `finished`, and told as ended by the server (`worker.presence`).
 
 A job that is ended for its memory (`worker.job_memory`) is `failed`, as one is that the kernel kills for it.
@@ -86,6 +88,7 @@ class Job:
     was_killed: bool = False
     over_memory: bool = False
     was_evicted: bool = False
+    has_withdrawn: bool = False
     presence: Presence = field(default_factory=Presence)
 
     @property
@@ -124,13 +127,17 @@ class Job:
         if self.over_memory:
             return "failed"
         if self.cut_short or self.was_evicted:
-            return "cut"
+            return "finished" if self.has_withdrawn else "cut"
         return "finished" if self.is_over or self.exit_code == 0 else "failed"
 
     @property
     def is_ended_by_server(self) -> bool:
         """Whether the owner of the room has ended the job: the room is deleted, the agent removed."""
         return self.presence.is_ended_by_server and self.fate == "finished"
+
+    def withdraw(self) -> None:
+        """Note that this job leaves a call to its predecessor. One that was told to end before is cut."""
+        self.has_withdrawn = not self.was_told_to_end
 
     @property
     def was_told_to_end(self) -> bool:
@@ -271,7 +278,7 @@ class Jobs:
         """
         if not record.was_told_to_end:
             record.cut_short = True
-            if not record.successor:
+            if not (record.successor or record.has_withdrawn):
                 self._report(JobCut(id=record.id))
 
     @property

@@ -298,6 +298,11 @@ class Run:
         """Return the supervisor's own log lines of one event; a line that is still being written is none."""
         return [entry for entry in self._log.entries() if entry.get("event") == event]
 
+    def said(self, message: str) -> list[dict[str, Any]]:
+        """Return the log lines of workers and jobs with this message; one that is being written is none."""
+        lines = [json.loads(line) for line in self.out.read_text().split("\n")[:-1] if line.startswith("{")]
+        return [line for line in lines if line.get("message") == message]
+
     def logs(self) -> str:
         if self._terminal is not None:
             return f"--- terminal\n{self._read_terminal()[-12000:].decode(errors='replace')}"

@@ -41,7 +41,17 @@ ResourceFate = Literal["closed", "forced", "leaked"]
 StopCause = Literal["stop", "reload", "recycle", "stall", "handover"]
 # The steps of one try to hand over a call, as the leaving agent tells them (`worker.job.leaving`).
 HandoverStep = Literal[
-    "prepared", "impossible", "seen", "silent", "speaks", "lost", "refused", "cancelled", "back", "returned"
+    "prepared",
+    "impossible",
+    "seen",
+    "silent",
+    "speaks",
+    "lost",
+    "refused",
+    "cancelled",
+    "back",
+    "returned",
+    "withdrawn",
 ]
 # How a handover ended that was asked for.
 HandoverResult = Literal["done", "refused", "failed"]
@@ -459,7 +469,8 @@ class CallStep:
     """A step of the handover of this epoch has been taken.
 
     `job`: the successor's, of `seen`. `detail`: the reason, of `impossible`, `refused` and `lost`. Of
-    `returned` it is the sid and the identity of an agent, with a space between them.
+    `returned` it is the sid and the identity of an agent, with a space between them. `withdrawn` is a step of
+    the successor: it leaves again, and the call stays where it is.
     """
 
     epoch: int

@@ -35,6 +35,7 @@ from lastcall.worker.base.wire import (
     CallJoined,
     CallKeeps,
     CallSays,
+    CallStep,
     CancelHandover,
     Counts,
     HandoverOver,
@@ -361,6 +362,8 @@ class Call:
         return can and await self.hand_over(why) == "done"
 
     def _withdraw(self) -> None:
+        if self._succession is not None:
+            self._say(CallStep(epoch=self._succession.epoch, step="withdrawn"))
         if self._ctx is not None:
             self._ctx.shutdown(reason="the handover is withdrawn")
 

@@ -8,6 +8,8 @@ in its room. The look begins before the entrypoint of the agent, and uses the pu
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import logging
 import weakref
@@ -22,6 +24,9 @@ log = logging.getLogger("lastcall")
 
 # livekit.DisconnectReason of a room that the job itself has left.
 CLIENT_INITIATED = 1
+# Seconds for the code of a successor that leaves again to end, before it is cancelled. Ours: livekit-agents
+# waits for it for 15 s, and a room that was left may never answer what such code waits for.
+LEAVES_WITHIN = 2.0
 
 Tell = Callable[[str, What, int, str], None]
 
@@ -56,6 +61,7 @@ class WatchedEntrypoint:
         arrived = call.arrive(context, found)
         shutdown = context.shutdown
         is_shut_down = False
+        limit = asyncio.timeout(None)
 
         @functools.wraps(shutdown)
         def ended(*arguments: Any, **options: Any) -> None:
@@ -63,12 +69,16 @@ class WatchedEntrypoint:
             is_shut_down = True
             arrived.end_arrival("the agent shuts its job down")
             shutdown(*arguments, **options)
+            if arrived.is_withdrawn:
+                with contextlib.suppress(RuntimeError):  # the entrypoint has returned
+                    limit.reschedule(asyncio.get_running_loop().time() + LEAVES_WITHIN)
 
         context.shutdown = ended
         try:
-            await self.user(context)
+            async with limit:
+                await self.user(context)
         except Exception as error:
-            # Withdrawn, or whatever an agent raises that finds itself out of its room.
+            # Withdrawn, a cancel by the limit, or whatever an agent raises that finds itself out of its room.
             why = f"the entrypoint raised {type(error).__name__}"
             if not arrived.is_withdrawn:
                 arrived.end_arrival(why)
