@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing.popen_forkserver
+import multiprocessing.process
 import os
 import re
 import subprocess
@@ -76,6 +77,13 @@ def test_run_app_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 1
 
 
+class Started:
+    """As much of a multiprocessing.Process as a start looks at."""
+
+    def __init__(self, popen: Any) -> None:
+        self._popen = popen
+
+
 class Child:
     """A real process with the attributes of a multiprocessing Popen."""
 
@@ -128,6 +136,20 @@ def test_end_of_file_is_no_end_of_a_process() -> None:
         popen.process.kill()
         popen.process.wait()
         assert poll(popen, 0) == child_processes.STATUS_LOST
+
+
+def test_start_while_another_process_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`close` in another thread has taken the Popen of a child away, and the child is in the set yet."""
+    process: Any = multiprocessing.process
+    monkeypatch.setattr(process, "_cleanup", process._cleanup)
+    child_processes.start_while_others_end()
+    made = [
+        Started(popen)
+        for popen in (None, *(SimpleNamespace(poll=lambda code=code: code) for code in (0, None)))
+    ]
+    monkeypatch.setattr(process, "_children", set(made))
+    process._cleanup()
+    assert process._children == {made[0], made[2]}
 
 
 def test_process_whose_call_was_over_counts_as_good() -> None:

@@ -288,6 +288,14 @@ def interrupt(patch: pytest.MonkeyPatch) -> None:
     assert not hasattr(supervised_proc, "_mask_ctrl_c")
 
 
+def closed_child(patch: pytest.MonkeyPatch) -> None:
+    for name in ("_cleanup", "_children"):
+        with patch.context() as inner:
+            inner.delattr(multiprocessing.process, name)
+            child_processes.start_while_others_end()
+            assert not hasattr(multiprocessing.process, name)
+
+
 def scratch_directory(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(multiprocessing.process, "current_process", SimpleNamespace)
     scratch.use("/nowhere")
@@ -419,6 +427,8 @@ LESSER = {
     "_proc": over,
     "_popen": over,
     "_mask_ctrl_c": interrupt,
+    "_cleanup": closed_child,
+    "_children": closed_child,
     "_config": scratch_directory,
     "_forkserver": shielded_forkserver,
     "_forkserver_pid": shielded_forkserver,

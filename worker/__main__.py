@@ -144,6 +144,7 @@ def _load(host: "Host", loop: asyncio.AbstractEventLoop, text: str, arguments: l
 
     raise_shield(loop)
     child_processes.lock_process_poll()
+    child_processes.start_while_others_end()
     child_processes.preload_ours()
     child_processes.keep_interrupt_handler()
     child_processes.end_log_pipes()

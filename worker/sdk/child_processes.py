@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing.context
 import multiprocessing.popen_forkserver
+import multiprocessing.process
 import multiprocessing.util
 import os
 import socket
+import sys
 import threading
 from multiprocessing.connection import wait as wait_readable
 from typing import Any
@@ -68,6 +70,28 @@ def lock_process_poll() -> None:
 
     poll.is_locked = True  # type: ignore[attr-defined]  # a mark on the function above
     popen.poll = poll  # type: ignore[method-assign]  # that is the mend
+
+
+def start_while_others_end() -> None:
+    """Have the start of a process not fail because another one is being closed in another thread.
+
+    A start looks at every child. `close` takes the Popen of its child away before it takes the child out of
+    their set, and a look between the two raised AttributeError up to CPython 3.11.3
+    (https://github.com/python/cpython/issues/104536). One start of some thousands failed so, when many jobs
+    ended and began at once. A worker whose process has failed, and that has no other, takes no job for half a
+    second.
+    """
+    process = multiprocessing.process
+    if sys.version_info >= (3, 11, 4) or not (hasattr(process, "_cleanup") and hasattr(process, "_children")):
+        return
+
+    def cleanup() -> None:
+        for child in list(process._children):  # type: ignore[attr-defined]  # not in its stub
+            popen = child._popen
+            if popen is not None and popen.poll() is not None:
+                process._children.discard(child)  # type: ignore[attr-defined]
+
+    process._cleanup = cleanup
 
 
 def count_as_good(process: Any) -> Any:

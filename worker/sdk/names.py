@@ -413,6 +413,21 @@ NAMES = (
         needed_by="the shield",
     ),
     PrivateName(
+        owner="multiprocessing.process",
+        name="_cleanup",
+        kind="function",
+        signature="()",
+        needed_by="a start while another process ends, up to CPython 3.11.3",
+        without="such a start may fail, and the worker takes no job for a moment",
+    ),
+    PrivateName(
+        owner="multiprocessing.process",
+        name="_children",
+        kind="value",
+        needed_by="a start while another process ends, up to CPython 3.11.3",
+        without="such a start may fail, and the worker takes no job for a moment",
+    ),
+    PrivateName(
         owner="multiprocessing.process:BaseProcess",
         name="_popen",
         kind="attribute",
