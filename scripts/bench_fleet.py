@@ -13,6 +13,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,25 @@ SAMPLE = str(ROOT / "lastcall" / "worker" / "local" / "sample.py")
 RATE = 10.0
 # Workers that are reloaded under load.
 RELOADED = 8
+# Of the bench, while it measures them.
+NICE = -15
+
+
+@contextmanager
+def server_first() -> Iterator[bool]:
+    """Have the local server, which is in this process, go before the workers; tell whether it may.
+
+    A LiveKit server runs on another machine, and reads an answer when it comes.
+    """
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    except PermissionError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
 
 
 def log_of(directory: Path, event: str) -> list[dict[str, Any]]:
@@ -78,23 +99,26 @@ async def reloads(runs: int, directory: Path) -> dict[str, Any]:
             await asyncio.sleep(2.0)
             on = asyncio.Event()
             on.set()
-            flowing = asyncio.create_task(flow(server, on, outcomes))
-            await asyncio.sleep(3.0)  # until the pools have settled
-            before_at = time.monotonic()
-            await asyncio.sleep(20.0)
-            reload_at = time.monotonic()
-            for _ in range(runs):
-                done = len(log_of(directory, "reload done"))
-                process.send_signal(signal.SIGHUP)
-                await until(partial(reloaded_since, directory, done), 180, 0.1)
-            over_at = time.monotonic()
-            on.clear()
-            await flowing
+            with server_first() as is_first:
+                flowing = asyncio.create_task(flow(server, on, outcomes))
+                await asyncio.sleep(3.0)  # until the pools have settled
+                before_at = time.monotonic()
+                await asyncio.sleep(20.0)
+                reload_at = time.monotonic()
+                for _ in range(runs):
+                    done = len(log_of(directory, "reload done"))
+                    process.send_signal(signal.SIGHUP)
+                    await until(partial(reloaded_since, directory, done), 180, 0.1)
+                over_at = time.monotonic()
+                on.clear()
+                await flowing
             statuses = {job.status for job in server.jobs.values() if job.forgotten}
             return {
                 "before": summary(accepts(server, before_at, reload_at)),
                 "during": summary(accepts(server, reload_at, over_at)),
                 "reloads": runs,
+                "seconds": round((over_at - reload_at) / runs, 1),
+                "server_first": is_first,
                 "not_assigned": sum(outcome != "assigned" for outcome in outcomes),
                 "lost": len(statuses),
             }
@@ -185,7 +209,8 @@ def page(figures: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"Measured by `scripts/bench fleet --write` on {figures['machine']}.",
+            f"Measured by `scripts/bench fleet --write` on {figures['machine']}."
+            + (" The local server went before the workers." if r["server_first"] else ""),
             "",
             "| what | n | p50 ms | p99 ms | aim |",
             "| --- | --- | --- | --- | --- |",
@@ -194,6 +219,7 @@ def page(figures: dict[str, Any]) -> str:
             "| what | figure | aim |",
             "| --- | --- | --- |",
             f"| dispatches without a worker, jobs lost, meanwhile | {missed} | 0, 0 |",
+            f"| each of these reloads | {r['seconds']} s |  |",
             f"| supervisor of 4 beating workers: CPU | {cpu:.3f} % of a core | ≤ 0.2 % |",
             f"| 50 reloads: memory, descriptors | {grown['rss_mb']:+} MB, {grown['descriptors']:+} |"
             " ± 2 MB, equal |",
