@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lastcall.supervisor.views import control_socket
+from lastcall.worker.handovers import GIVEN_BACK
 from tests.support.harness import StartRun
 from tests.support.passed_on import (
     AGENT,
@@ -57,7 +58,8 @@ async def test_a_stop_of_many_calls_and_a_reload_of_their_successors(run: StartR
 async def test_a_stop_of_a_worker_in_which_successors_arrive(run: StartRun) -> None:
     """One has joined and its code hangs, another joins later: each leaves, and its call stays where it is.
 
-    The old agents see that in the room, and end the try long before `patience` is over.
+    The old agent sees the first one leave. The room never shows it the second, which has published nothing,
+    so the worker of that one gives the dispatch back. Both tries end long before `patience` is over.
     """
     command = ("run", "--grace", "60", AGENT)
     r = await run(*command, rooms=True, environment=ENVIRONMENT)
@@ -73,9 +75,11 @@ async def test_a_stop_of_a_worker_in_which_successors_arrive(run: StartRun) -> N
     other.kill()
     await r.until(lambda: calls[1].notes("told", calls[1].jobs[1]), PATIENCE)
     permit_takeover(calls[1])
+    reasons = {"the successor left the room", GIVEN_BACK}  # both come at once
     for call, operation in zip(calls, operations, strict=True):
         answer = await over(r, operation)
-        assert (answer["state"], answer["reason"]) == ("failed", "the successor left the room")
+        assert answer["state"] == "failed" and answer["reason"] in reasons, answer
+        reasons = {GIVEN_BACK}
         await call.is_heard("bot")
         assert call.agent == "bot" and len(call.spans()) == 1
     assert await other.exit(PATIENCE) == 0, other.receipt()

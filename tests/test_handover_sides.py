@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from livekit import api, rtc
 
 from lastcall.worker.base.succession import epoch_of, successor_identity, taken_from
 from lastcall.worker.job import arriving as arriving_module
-from lastcall.worker.job import deletions
+from lastcall.worker.job import call as call_module
+from lastcall.worker.job import deletions, room_watch
 from lastcall.worker.job import leaving as leaving_module
 from lastcall.worker.job.arriving import Withdrawn
 from lastcall.worker.job.capsule import MAX_BYTES
@@ -459,6 +461,52 @@ async def test_an_agent_that_knows_nothing_of_handovers(caplog: pytest.LogCaptur
         assert "has to call lastcall.call(ctx) before" in caplog.text
 
 
+@pytest.mark.parametrize("catches", [False, True])
+async def test_the_code_of_a_successor_that_leaves_again(
+    monkeypatch: pytest.MonkeyPatch, catches: bool
+) -> None:
+    """It is cancelled once, for all that it shuts down its job again and again, and may end in order then."""
+    monkeypatch.setattr(room_watch, "LEAVES_WITHIN", 0.3)
+    ends: list[str] = []
+
+    async def entrypoint(ctx: Any) -> None:
+        with pytest.raises(Withdrawn):
+            await ctx.room.connect("", "")
+        try:
+            while True:
+                ctx.shutdown(reason="out of its room")
+                await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            if not catches:
+                raise
+            await asyncio.sleep(0.02)
+            ends.append("in order")
+
+    class Process:
+        """Stands for livekit-agents' JobProcess."""
+
+    process, shut_down = Process(), 0
+
+    def shutdown(reason: str) -> None:
+        nonlocal shut_down
+        shut_down += 1
+
+    job = SimpleNamespace(
+        id="AJ_1", attributes=FOUND.attributes(), metadata="m", room=SimpleNamespace(name="r")
+    )
+    ctx = SimpleNamespace(proc=process, job=job, room=Room(), shutdown=shutdown)
+    call_module.begin(process, "")
+    room_watch.begin(process, lambda *_: None)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await room_watch.WatchedEntrypoint(entrypoint)(ctx)
+    finally:
+        await call_module.end(process)
+        deletions.permit("r")
+    assert ends == ["cancelled"] + ["in order"] * catches and shut_down > 3
+
+
 @pytest.mark.parametrize("when", ["before", "connected", "alone", "taken"])
 async def test_a_successor_whose_worker_stops(when: str) -> None:
     """It leaves again before it has the call, unless its predecessor is gone; afterwards it stays."""
@@ -628,13 +676,22 @@ async def test_an_old_agent_whose_worker_dies(successor: str) -> None:
         assert s.arriving.may_speak and not s.heard
 
 
-@pytest.mark.parametrize("how", ["left", "removed", "reconnected"])
+@pytest.mark.parametrize("how", ["left", "removed", "reconnected", "reconnects"])
 async def test_when_a_successor_is_lost(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """One that has left is not waited for. Where the old agent reconnects, everybody leaves and is back."""
-    monkeypatch.setattr(leaving_module, "BACK_WITHIN", 0.3 if how == "reconnected" else 600.0)
+    within = {"reconnected": 0.3, "reconnects": 0.02}
+    monkeypatch.setattr(leaving_module, "BACK_WITHIN", within.get(how, 600.0))
     async with stage() as s:
         await s.begin()
         await s.arrive()
+        if how == "reconnects":  # as rust-sdks tells it: everybody leaves first
+            s.old._set_state(rtc.ConnectionState.CONN_RECONNECTING)
+            s.old._gone("bot~1", None)
+            await asyncio.sleep(0.3)
+            assert not s.told("lost")
+            s.old._set_state(rtc.ConnectionState.CONN_CONNECTED)
+            await s.until(lambda: s.told("lost"))
+            return
         if how == "reconnected":
             s.server.rooms.reconnect("r", "bot")
             reconnected = asyncio.Event()

@@ -516,6 +516,7 @@ async def test_a_successor_that_is_ended_after_it_has_left(is_told_first: bool) 
         worker.jobs.cut_short(worker.job)
     worker.handovers.hear("AJ_1", step("withdrawn"))
     worker.jobs.cut_short(worker.job)
+    worker.handovers.hear("AJ_1", step("withdrawn"))
     worker.jobs.abandon()
     ended = [(each.id, each.fate) for each in worker.told if isinstance(each, JobEnded)]
     assert ended == [("AJ_1", "cut" if is_told_first else "finished")]
@@ -577,13 +578,19 @@ async def test_a_stranger_with_the_identity_of_the_agent(how: str) -> None:
 async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a stop a worker deletes that of a successor without a process; the call is tried again at once."""
     worker = Worker(patience=10)
-    worker.answers = {BeginHandover: [step("prepared")], CancelHandover: [step("cancelled")]}
     dispatch = Dispatch(id="AD_1", agent_name="a")
-    looks: Iterator[list[Dispatch]] = iter([[], [dispatch], []])
+    looks: Iterator[list[Dispatch]] = iter([[], [dispatch], [], [dispatch], []])
     monkeypatch.setattr(worker, "dispatches", lambda *_: asyncio.sleep(0, next(looks)))
-    async with asyncio.timeout(5):
-        outcome = await worker.handovers.hand_over(worker.job, "test")
-    assert (outcome.result, outcome.reason) == ("failed", module.GIVEN_BACK)
+    for epoch in (1, 2):
+        worker.answers = {
+            BeginHandover: [step("prepared", epoch)],
+            # It may leave again before it is shown to its predecessor, which has answered it.
+            str: [step("seen", epoch, job="AJ_9")] * (epoch == 2),
+            CancelHandover: [step("cancelled", epoch)],
+        }
+        async with asyncio.timeout(5):
+            outcome = await worker.handovers.hand_over(worker.job, "test")
+        assert (outcome.result, outcome.reason) == ("failed", module.GIVEN_BACK)
 
     begun: list[asyncio.Future[None]] = []
     monkeypatch.setattr(worker.handovers, "_begin", lambda work: begun.append(asyncio.ensure_future(work)))
@@ -594,9 +601,13 @@ async def test_a_dispatch_that_is_given_back(monkeypatch: pytest.MonkeyPatch) ->
         worker.jobs.accept(asked, found)
         if has_process:
             worker.jobs.launch(id, SimpleNamespace(pid=None), asked)
+    worker.handovers.hear("AJ_8", step("withdrawn"))
     worker.handovers.give_back()
     await asyncio.gather(*begun)
     assert worker.deleted == ["AD_AJ_7"]
+    worker.handovers.hear("AJ_8", step("withdrawn"))
+    await asyncio.gather(*begun)
+    assert worker.deleted == ["AD_AJ_7", "AD_AJ_8"], "it leaves because of the stop"
 
     tries: list[float] = []
 

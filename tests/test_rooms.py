@@ -459,6 +459,9 @@ def test_who_never_publishes_is_shown_late() -> None:
     assert told(rooms.publish(b, "voice")[1], a) == ["participant_updated", "track_published"]
     assert told(rooms.update(b, name="b"), a) == ["participant_updated"]
     assert told(rooms.leave(b, Reason.CLIENT_INITIATED, 13.1), a) == ["participant_disconnected"]
+    rooms.join("r", models.ParticipantInfo(identity="b"), 14.0)
+    rooms.leave(room.participants["b"].sid, Reason.CLIENT_INITIATED, 14.1)
+    assert rooms.expire(17.0) == [], "of one that has left by then nobody is told"
 
 
 async def test_a_slow_client_hears_why_its_session_ends() -> None:

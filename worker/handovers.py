@@ -177,6 +177,7 @@ class Handovers:
         self._untold: set[str] = set()
         # The jobs of which is told that their time is over. Only a late success is told of them.
         self._late: set[str] = set()
+        self._gives_back = False
         self._taken: dict[tuple[str, int], None] = {}
 
     # -- what others ask ------------------------------------------------------------------------------
@@ -195,6 +196,8 @@ class Handovers:
                         self._done(job, attempt)  # here, because the end of the job may follow at once
                 elif message.step == "withdrawn" and job is not None:
                     job.withdraw()
+                    if self._gives_back:
+                        self._begin(self._delete_dispatch(job, job.dispatch_id))
                 elif message.step == "returned":
                     self._begin(self._remove_returned(job_id, message.detail))
                 elif message.step == "silent":  # the agent had hung, and its try is over
@@ -362,11 +365,13 @@ class Handovers:
                         width = min(PARALLEL, width + 1)
 
     def give_back(self) -> None:
-        """Delete the dispatches of successors that have no process yet, because this worker is being stopped.
+        """Delete the dispatches of successors that leave again, because this worker is being stopped.
 
-        Such a job would leave again. Until it could, its call would have no other successor, and in a short
-        grace none at all.
+        One that has no process yet would leave too. Until it could, its call would have no other successor,
+        and in a short grace none at all. One that leaves before it has published anything may never be shown
+        to its predecessor (pkg/rtc/room.go, PushAndDequeueUpdates), which can't say then that it has left.
         """
+        self._gives_back = True
         for job in self._jobs:
             if job.succession is not None and not job.launched:
                 self._begin(self._delete_dispatch(job, job.dispatch_id))
@@ -475,17 +480,14 @@ class Handovers:
         stranger = await self._until_seen(job, attempt)
         if stranger:
             return await self._remove_stranger(job, attempt, stranger)
-        if not attempt.has("seen"):
-            why = NOBODY if stranger is None else GIVEN_BACK
-            lost = attempt.steps.get("lost")  # before its hello, as where its worker is being stopped
-            return await self._withdraw(job, attempt, why if lost is None else lost.detail)
-        await self._until(job, attempt, READY_WITHIN + attempt.wait, "silent", "refused", "lost", "speaks")
+        why = NOBODY
+        if attempt.has("seen"):
+            stranger = await self._until_ready(job, attempt)
+            why = f"the successor was not ready within {READY_WITHIN:g} s"
         if not attempt.has("silent", "speaks"):
-            why = next(
-                (attempt.steps[step].detail for step in ("refused", "lost") if step in attempt.steps),
-                f"the successor was not ready within {READY_WITHIN:g} s",
-            )
-            return await self._withdraw(job, attempt, why)
+            steps = [attempt.steps[step] for step in ("refused", "lost") if step in attempt.steps]
+            why = GIVEN_BACK if stranger == "" else why
+            return await self._withdraw(job, attempt, steps[0].detail if steps else why)
         return await self._confirm(job, attempt)
 
     async def _dispatch(self, job: Job, attempt: Try, call: str, reason: str) -> str:
@@ -698,22 +700,28 @@ class Handovers:
 
         Returns "" if the dispatch was given back (`give_back`), and None where there is no such news.
         """
-        due = now() + self._settings.patience
+        other = await self._until_news(job, attempt, self._settings.patience, "seen", "lost")
+        if attempt.has("seen"):
+            return None
+        if job.presence.left_at is not None and job.presence.reason == EVICTED:
+            return job.presence.identity
+        return other
+
+    async def _until_ready(self, job: Job, attempt: Try) -> str | None:
+        """Wait until the old agent is silent, or the successor has left. Returns "" if it was given back."""
+        within = READY_WITHIN + attempt.wait
+        return await self._until_news(job, attempt, within, "silent", "refused", "lost", "speaks")
+
+    async def _until_news(self, job: Job, attempt: Try, within: float, *steps: str) -> str | None:
+        """Wait for one of the steps, or for what `_other_agent` returns. Returns None without that."""
+        due = now() + within
         looking = asyncio.get_running_loop().create_task(self._other_agent(job, attempt))
         looking.add_done_callback(lambda _task: self._changed.notify())
-
-        def other() -> str | None:
-            if attempt.has("seen"):
-                return None
-            if job.presence.left_at is not None and job.presence.reason == EVICTED:
-                return job.presence.identity
-            return looking.result() if looking.done() else None
-
         try:
             await self._changed.until(
-                lambda: attempt.has("seen", "lost") or looking.done() or self._has_ended(job), lambda: due
+                lambda: attempt.has(*steps) or looking.done() or self._has_ended(job), lambda: due
             )
-            return other()
+            return looking.result() if looking.done() else None
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
@@ -721,9 +729,9 @@ class Handovers:
     async def _other_agent(self, job: Job, attempt: Try) -> str:
         """Return the identity of an agent that has taken the dispatch and is not the successor.
 
-        Returns "" once a dispatch that was there is gone.
+        Returns "" once a dispatch that was there is gone. A successor that was seen has taken it.
         """
-        was_there = False
+        was_there = attempt.has("seen")
         while True:
             await asyncio.sleep(LOOK_AGAIN_AFTER)
             with suppress(RoomServiceError):  # the next look says more
@@ -731,7 +739,7 @@ class Handovers:
                 if taken_by == "" and not was_there:
                     continue
                 was_there = True
-                if taken_by is not None and taken_by != attempt.identity:
+                if taken_by == "" or (not attempt.has("seen") and taken_by not in (None, attempt.identity)):
                     return taken_by
 
     async def _taken_by(self, job: Job, attempt: Try) -> str | None:

@@ -137,7 +137,7 @@ class Job:
 
     def withdraw(self) -> None:
         """Note that this job leaves a call to its predecessor. One that was told to end before is cut."""
-        self.has_withdrawn = not self.was_told_to_end
+        self.has_withdrawn = self.has_withdrawn or not self.was_told_to_end
 
     @property
     def was_told_to_end(self) -> bool:

@@ -228,6 +228,8 @@ class Arriving:
 
     def _give_up(self, why: str) -> None:
         """Leave the room, and end the job: the call stays where it is, or has gone elsewhere."""
+        if self.withdrawn:  # the code of the agent finds itself out of the room then
+            return
         self.withdrawn, self.may_speak = why, False
         log.info("lastcall.call: a successor leaves again", extra={"reason": why})
         deletions.forbid(self._name)

@@ -69,7 +69,7 @@ class WatchedEntrypoint:
             is_shut_down = True
             arrived.end_arrival("the agent shuts its job down")
             shutdown(*arguments, **options)
-            if arrived.is_withdrawn:
+            if arrived.is_withdrawn and limit.when() is None:  # agents may shut down again and again
                 with contextlib.suppress(RuntimeError):  # the entrypoint has returned
                     limit.reschedule(asyncio.get_running_loop().time() + LEAVES_WITHIN)
 
