@@ -22,6 +22,7 @@ from lastcall.supervisor.errors import Refused
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.job.arriving import TAKEOVER_WITHIN
 from lastcall.worker.job.capsule import MAX_BYTES
+from lastcall.worker.job.session import VERSION
 from lastcall.worker.local.rooms import Kind, Reason
 from lastcall.worker.local.twirp import MAX_METADATA
 from tests.support.harness import LASTCALL, Run, StartRun
@@ -125,8 +126,8 @@ async def test_a_call_goes_on_in_another_slot(run: StartRun) -> None:
 async def test_what_a_call_lacks(run: StartRun) -> None:
     """The verb says why a call is not handed over, and the call goes on: busy, no state, nobody there.
 
-    livekit-agents writes the whole job of an assignment that comes too late into the log. No byte of the
-    capsule is there.
+    livekit-agents writes the whole job of an assignment that comes too late into the log, from some version
+    after 1.3.12 on. No byte of the capsule is there.
     """
     environment = {
         "LASTCALL_HANDOVER__PATIENCE": "1",
@@ -180,8 +181,11 @@ async def test_what_a_call_lacks(run: StartRun) -> None:
     assert room is not None and len(room.dispatches) == 1, "those of the failed tries are deleted"
     await call.is_heard("bot")
     assert call.turns == ["bot"]
-    await r.until(lambda: "received assignment for an unknown job" in written(r), PATIENCE)
-    assert "lastcall.call" in written(r), "the attributes of that dispatch"
+    if VERSION < (1, 5):  # it does not forget an offer whose assignment is late, and says nothing of the job
+        await r.until(lambda: len(r.said("received assignment")) == 2, PATIENCE)
+    else:
+        await r.until(lambda: r.said("received assignment for an unknown job"), PATIENCE)
+        assert "lastcall.call" in written(r), "the attributes of that dispatch"
     r.kill()
     call.say("hang up")
     assert await r.exit(PATIENCE) == 0
@@ -548,8 +552,9 @@ async def test_a_stop_hands_over_before_it_cuts(run: StartRun) -> None:
     One of them does so in the close, because its successor was not ready before. A call that keeps nothing is
     cut. A reload hands calls over at once where that is asked for.
     """
-    environment = PATIENT | {"LASTCALL_HANDOVER__WAIT": "0.3"}
-    # The drain has 5 s of it, and handovers 11 s of the close. A successor has 10 s to be ready.
+    # The drain has 5 s of grace, and handovers 11 s of the close. A successor has 10 s to be ready. Versions
+    # before 1.5.2 would have a shorter close, because they do not wait for an entrypoint that goes on.
+    environment = PATIENT | {"LASTCALL_HANDOVER__WAIT": "0.3", "LASTCALL_STOP__CLOSE": "16"}
     r = await run("run", "--grace", "24", AGENT, rooms=True, environment=environment)
     await r.ready()
     calls = [await begun(r, f"room-{n}", keeps=n, holds=n == 1) for n in range(2)]  # a byte
