@@ -6,6 +6,7 @@ import pytest
 
 from lastcall.supervisor.views import control_socket
 from lastcall.worker.handovers import GIVEN_BACK
+from lastcall.worker.job.session import VERSION
 from tests.support.harness import StartRun
 from tests.support.passed_on import (
     AGENT,
@@ -85,7 +86,10 @@ async def test_a_stop_of_a_worker_in_which_successors_arrive(run: StartRun) -> N
     assert await other.exit(PATIENCE) == 0, other.receipt()
     assert other.fates() == {call.jobs[1]: "finished" for call in calls}
     ended = {line["job_id"]: line["error"] for line in other.said("lastcall.call: the entrypoint has ended")}
-    assert ended == {calls[0].jobs[1]: "TimeoutError", calls[1].jobs[1]: "Withdrawn"}
+    expected = {calls[0].jobs[1]: "TimeoutError", calls[1].jobs[1]: "Withdrawn"}
+    if VERSION < (1, 5):  # it does not wait for an entrypoint that goes on
+        del expected[calls[0].jobs[1]]
+    assert ended == expected
     await other.nothing_left()
     r.kill()
     for call in calls:
