@@ -268,6 +268,23 @@ async def test_a_cancel_that_comes_too_late() -> None:
     assert worker.removed == ["bot~1"] and outcome.reason == "the successor did not speak"
 
 
+async def test_a_successor_that_is_back_and_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had left for a full reconnect. It has its time to speak, and is not taken for lost then."""
+    monkeypatch.setattr(module, "SPEAKS_WITHIN", 20)
+    worker = Worker()
+    worker.answers = {
+        BeginHandover: [step("prepared")],
+        str: [step("seen", job="AJ_2"), step("lost"), step("silent")],
+    }
+    handing = asyncio.ensure_future(worker.handovers.hand_over(worker.job, "test"))
+    await worker.changed.until(lambda: worker.created)
+    await asyncio.sleep(0.1)
+    worker.handovers.hear("AJ_1", step("speaks"))
+    async with asyncio.timeout(5):
+        outcome = await handing
+    assert outcome.result == "done" and worker.kinds() == [BeginHandover]
+
+
 async def test_a_successor_that_speaks_while_it_is_cancelled() -> None:
     """The old agent has seen it first: it is not removed, and has the call."""
     worker = Worker()

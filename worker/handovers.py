@@ -191,6 +191,8 @@ class Handovers:
             case CallStep():
                 attempt, job = self._tries.get(job_id), self._jobs.get(job_id)
                 if attempt is not None and attempt.epoch == message.epoch:
+                    if message.step == "silent" and not attempt.has("silent"):
+                        attempt.steps.pop("lost", None)  # it is back: a successor has asked
                     attempt.steps[message.step] = message
                     if message.step == "speaks" and job is not None:
                         self._done(job, attempt)  # here, because the end of the job may follow at once
