@@ -15,6 +15,7 @@ from tests.support.passed_on import (
     begun,
     beside,
     hand_over,
+    offer_only,
     over,
     permit_takeover,
 )
@@ -68,8 +69,10 @@ async def test_a_stop_of_a_worker_in_which_successors_arrive(run: StartRun) -> N
     calls = [await begun(r, "hangs", holds=True), await begun(r, "is late", holds="join")]
     other = await run(*command, livekit=False, environment=ENVIRONMENT | beside(r))
     await r.ready(2)
-    (worker,) = (each["worker_id"] for each in control_socket.ask(r.control, "status")["slots"])
-    r.livekit.peers[worker].available = False  # the successors are to be elsewhere
+    (worker,) = r.livekit.peers.keys() - {r.livekit.jobs[calls[0].id].worker_id}
+    offer_only(
+        r, {call.room: worker for call in calls}
+    )  # the old one says again and again that it is available
     operations = [hand_over(r, call.id) for call in calls]
     for call, what in zip(calls, ("connected", "started"), strict=True):
         await call.note(what, 2)
