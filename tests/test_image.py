@@ -36,7 +36,8 @@ from tests.support.program import status, verb
 
 ON = {"LASTCALL_START__IMAGE": "true"}
 LISTENS = str(HERE / "agents" / "listens.py")
-# Notes each process that imports livekit-agents, and does what the test wants of that import.
+# Notes each process that imports livekit-agents, with its oom_score_adj, and does what the test wants of
+# that import.
 IMPORTS = """
 import os, sys, threading, time
 
@@ -44,7 +45,7 @@ class Noted:
     def find_spec(self, name, path=None, target=None):
         if name == "livekit.agents":
             with open(os.environ["IMPORTS"], "a") as file:
-                file.write(f"{os.getpid()}\\n")
+                file.write(f"{os.getpid()} {open('/proc/self/oom_score_adj').read()}")
             if open("/proc/self/comm").read() == "lastcall-image\\n":
                 ODD
 
@@ -59,7 +60,13 @@ def note_imports(directory: Path, odd: str = "pass") -> dict[str, str]:
 
 
 def importers(directory: Path) -> list[int]:
-    return [int(pid) for pid in (directory / "imports").read_text().split()]
+    return list(orders(directory))
+
+
+def orders(directory: Path) -> dict[int, int]:
+    """Return by pid the oom_score_adj that each process had when it imported."""
+    lines = (directory / "imports").read_text().splitlines()
+    return {int(pid): int(value) for pid, value in map(str.split, lines)}
 
 
 def images(r: Run) -> list[psutil.Process]:
@@ -124,7 +131,8 @@ async def test_workers_of_one_image(run: StartRun, tmp_path: Path) -> None:
     image.kill()
     await r.until(lambda: not lives(image.pid))
     alone = await replaced(new)
-    assert alone.pid in importers(tmp_path)
+    assert orders(tmp_path)[alone.pid] == FIRST_TO_DIE - 1, "its imports take no call's memory"
+    assert {oom_adjustment(p.pid) for p in (alone, *alone.children())} == {oom_adjustment(r.pid)}
     await r.until(lambda: bool(images(r)), 30)
     (image,) = images(r)
     await r.until(lambda: r.log("image ready")[-1]["pid"] == image.pid, 30)
@@ -146,7 +154,10 @@ async def test_workers_of_one_image(run: StartRun, tmp_path: Path) -> None:
 
 
 async def test_worker_that_is_killed_beside_one_that_starts(run: StartRun) -> None:
-    """The sweep of a killed worker touches neither a process of another slot nor a fork that is to be one."""
+    """The sweep of a killed worker touches neither a process of another slot nor a fork that is to be one.
+
+    The image is killed as the stop begins: no other is made, and the call goes on to its end.
+    """
     r: Run = await run("run", "--grace", "120", "-w", "2", AGENT, environment=ON)
     await r.ready(2)
     job = await r.dispatch(mode="hold")
@@ -160,10 +171,16 @@ async def test_worker_that_is_killed_beside_one_that_starts(run: StartRun) -> No
     await r.ready(3)
     assert lives(note["pid"]) and all(lives(process.pid) for process in lasting)
     assert not r.log("slot quarantined") and len(r.log("slot failed")) == 1
+    # The supervisor learns in one moment of the stop, and of the end of its image.
+    (image,) = images(r)
+    os.kill(r.pid, signal.SIGSTOP)
+    image.kill()
     r.kill_all()
+    os.kill(r.pid, signal.SIGCONT)
     await r.until(lambda: r.log("stop draining"))
     r.let_go()
     assert await r.exit() == 0
+    assert len(r.log("image starts")) == 1
     await r.clean(job)
 
 
@@ -199,12 +216,19 @@ async def test_reload_and_stop(run: StartRun, tmp_path: Path) -> None:
 
 
 async def test_stop_while_the_image_is_made(run: StartRun, tmp_path: Path) -> None:
-    """The stop waits for no image; and a hold-up of the image ends with a supervisor that is killed."""
+    """The stop waits for no image; and a hold-up of the image ends with a supervisor that is killed.
+
+    The first image is killed, and the worker starts without one while the next is made.
+    """
     hangs = note_imports(tmp_path, odd="time.sleep(600)")
     r: Run = await run("run", "--grace", "40", AGENT, environment=hangs)
     await r.until((tmp_path / "imports").exists, 20)
+    (image,) = images(r)
+    image.kill()
+    await r.ready()
+    await r.until(lambda: len(r.log("image starts")) > 1, 30)
     r.kill_all()
-    assert await r.exit(5) == 0
+    assert await r.exit(15) == 0
     await r.nothing_left()
     (tmp_path / "imports").unlink()
     killed: Run = await run("run", "--grace", "40", AGENT, environment=hangs)
@@ -259,8 +283,8 @@ async def test_plugins_with_native_code(run: StartRun) -> None:
 async def test_image_that_fails_in_each_phase(run: StartRun, tmp_path: Path) -> None:
     """An image that is stopped, or killed, takes no start, no reload and no stop along.
 
-    The image is stopped and continued while the supervisor starts, killed while a reload makes the next one,
-    and stopped in the stop.
+    The image is stopped and continued while the supervisor starts and while a reload makes the next one,
+    which is killed then. The old one is stopped in the reload, and the last one in the stop.
     """
     held = tmp_path / "held"
     held.touch()
@@ -281,6 +305,9 @@ async def test_image_that_fails_in_each_phase(run: StartRun, tmp_path: Path) -> 
     await verb(r, "reload")
     await r.until(lambda: len(importers(tmp_path)) == 2, 30)
     (second,) = [image for image in images(r) if image.pid == importers(tmp_path)[1]]
+    first.suspend()
+    second.suspend()
+    second.resume()
     second.kill()
     await r.until(lambda: r.log("reload done"), 60)
     assert importers(tmp_path)[2] == max(r.workers(), key=lambda p: p.create_time()).pid
@@ -688,29 +715,41 @@ def limit(spare):
     taken = max(int(fd) for fd in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken + 1, 65) + spare, hard))
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-await start(0)
 def opened():
     return sorted(os.readlink(f"/proc/self/fd/{fd}").partition(":")[0] for fd in os.listdir("/proc/self/fd")
                   if os.path.exists(f"/proc/self/fd/{fd}"))
 """
 
 
-@pytest.mark.parametrize("kills", [0, 1])
-def test_image_that_is_killed_for_memory(kills: int) -> None:
-    """A worker that is to start beside calls needs as much as its image, and so it is not started."""
+@pytest.mark.parametrize(
+    ("kills", "of", "then"),
+    [
+        (0, "image", ["started", "started", "started"]),
+        (1, "image", ["no memory", "started", "no memory"]),
+        (0, "scout", ["started", "started", "started"]),
+        (1, "scout", ["no memory", "started", "started"]),
+    ],
+)
+def test_image_that_is_killed_for_memory(kills: int, of: str, then: list[str]) -> None:
+    """A worker that is to start beside calls needs as much as its image or its scout, and is not started.
+
+    Once another worker has imported the target without harm, the scout's end says nothing any more.
+    """
     steps = f"""
 images.cgroup.oom_kills_since = lambda _: {kills}
+images.AGAIN_AFTER = 600.0
 {LAUNCHER}
-return [await start(1), await start(2, is_candidate=True)]
+return [await start(1, is_candidate=True), await start(2), await start(3, is_candidate=True)]
 """
-    first, candidate = do(steps, odd="os.kill(os.getpid(), 9)")["did"]
-    assert first == "started"
-    assert candidate.startswith("no memory" if kills else "started")
+    kill = "os.kill(os.getpid(), 9)"
+    did = do(steps, odd=kill if of == "image" else f"run_target = lambda: {kill}")["did"]
+    assert [each.partition(" for another")[0] for each in did] == then
 
 
 def test_many_starts_with_few_descriptors() -> None:
     """Starts at the same time, by fork, need no more descriptors than one start and what workers keep."""
     steps = """
+await start(0)
 limit(16 + 4 * 20)
 return await asyncio.gather(*(start(n) for n in range(20)))
 """
@@ -723,6 +762,7 @@ return await asyncio.gather(*(start(n) for n in range(20)))
 def test_start_without_descriptors(*, forks: bool) -> None:
     """A start that finds no descriptor left fails with one line, and leaves none open."""
     steps = f"""
+await start(0)
 if not {forks}:
     image.close()
     while image.pid is not None:

@@ -84,9 +84,10 @@ class Image:
     """The image of one launcher; there is a process from the first turn on.
 
     `reason` says why workers are started by exec, for good or until the image is made again; empty while it
-    is made or in use. `lacks_memory` tells that there has never been one, because the kernel killed it for
-    its memory. `left_out` says by package why the image has not imported it. `known_pids` are the children
-    that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made in one.
+    is made or in use. `lacks_memory` tells that it has forked no worker yet, because the kernel killed it for
+    its memory, or its scout. `left_out` says by package why the image has not imported it. `known_pids` are
+    the children that no sweep may touch. `is_stopping` tells whether a stop has begun: no image is made in
+    one.
     """
 
     def __init__(
@@ -233,6 +234,7 @@ class Image:
             child = Child(answer.pid, self._reaper, on_exit, pidfd=asked.pidfd)
             asked.pidfd = None
             forked = Forked(child, go_write)
+            self.lacks_memory = False
             go_write = -1
             return forked
         finally:
@@ -345,7 +347,9 @@ class Image:
         if answer.ready:
             self._turn_off(answer.ready)
             return
-        self.is_ready, self._is_first, self.lacks_memory = True, False, False
+        # Of a later image it says nothing new: the workers have imported the target since.
+        self.lacks_memory = self._is_first and answer.scout_was_killed and self._kills() > 0
+        self.is_ready, self._is_first = True, False
         self._ready_at = now()
         self.left_out = answer.left_out
         self._sweep()
@@ -398,7 +402,7 @@ class Image:
         else:
             told = f": {words}" if words else ""
             is_killed = status.signal is signal.SIGKILL and not self.reason
-            self.lacks_memory |= self._is_first and is_killed and cgroup.oom_kills_since(self._oom_kills) > 0
+            self.lacks_memory |= self._is_first and is_killed and self._kills() > 0
             self._fail(pid, self.reason or f"ended before it was ready: {status}{told}")
 
     def _sweep(self) -> None:
@@ -411,10 +415,13 @@ class Image:
         self._is_first = False
         self.reason = why
         pause = self._again.fail()
-        facts = {"oom_kills_meanwhile": kills} if (kills := cgroup.oom_kills_since(self._oom_kills)) else {}
+        facts = {"oom_kills_meanwhile": kills} if (kills := self._kills()) else {}
         self._log.warning("image has ended", pid=pid, reason=why, again_in=round(pause, 3), **facts)
         self._timer = asyncio.get_running_loop().call_later(pause, self._make)
         self._notify()
+
+    def _kills(self) -> int:
+        return cgroup.oom_kills_since(self._oom_kills)
 
     def _clear(self) -> None:
         self.is_ready = False

@@ -117,8 +117,8 @@ class Launcher:
     ) -> Launched | None:
         """Start one worker: forked from the image, or by exec. Raises SpawnError.
 
-        A candidate is not started where the kernel has killed its image for memory: the imports of the
-        candidate would need as much, and the kernel would take the calls for that.
+        A candidate is not started where the kernel has killed its image for memory, or the scout: the imports
+        of the candidate would need as much, and the kernel would take the calls for that.
 
         Returns None when the worker is not wanted any more. That can be so only while an image is asked, and
         `changed` is notified then.

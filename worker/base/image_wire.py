@@ -55,11 +55,13 @@ class Answer:
     """A packet of an image, or of a worker that it has forked. `ready` is None in an answer to a request.
 
     `packages` is the number of installed packages that were imported for the target alone.
+    `scout_was_killed` tells that the scout was killed, or the trial of a package.
     """
 
     ready: str | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     packages: int = 0
+    scout_was_killed: bool = False
     number: int = 0
     pid: int = 0
     error: str = ""

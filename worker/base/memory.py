@@ -170,6 +170,21 @@ def adjust_oom(adjustment: int) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(adjustment))
 
 
+@contextlib.contextmanager
+def first_to_die() -> Iterator[None]:
+    """Have the kernel kill this process before others while the block runs. No privilege is needed for that.
+
+    Processes that it starts meanwhile stay there.
+    """
+    before = oom_adjustment()
+    die_before(FIRST_TO_DIE)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # as `die_before`: a help and no condition
+            adjust_oom(before)
+
+
 def die_before(adjustment: int, pid: int | str = "self") -> None:
     """Raise the oom_score_adj of a process, never lower it, and never to the top.
 

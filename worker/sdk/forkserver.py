@@ -55,7 +55,7 @@ from pathlib import Path
 from typing import Any
 
 from lastcall.worker.base import garbage, randomness
-from lastcall.worker.base.memory import oom_adjustment
+from lastcall.worker.base.memory import first_to_die, oom_adjustment
 from lastcall.worker.base.process import FORKSERVER, TRACKER, set_name
 from lastcall.worker.base.stopping import SHIELDED
 
@@ -148,7 +148,9 @@ def fork(imports: Imports | None = None) -> None:
     waiting: _Waiting | None = None
     why = ""
     if imports is None:
-        imports = Imports() if start_interpreter is None else import_all(IMPORTED)
+        # This process has no call yet. Else the kernel would take the calls of others for what it imports.
+        with first_to_die():
+            imports = Imports() if start_interpreter is None else import_all(IMPORTED)
     try:
         if start_interpreter is not None:
             waiting = _fork(imports)

@@ -97,14 +97,14 @@ def serve(
     own_name = name()
     set_name(IMAGE)
     imports = _import()
-    packages, left_out = 0, dict[str, str]()
+    packages, left_out, was_killed = 0, dict[str, str](), False
     if not imports.why:
         # The scout takes no time of the first start where there is another processor.
         found = scout.look(run_target, is_own, meanwhile=lambda: imports.add(_warm_up()))
         imports.why = imports.why or found.clash
     if not imports.why:
         more, left_out = scout.import_packages(found)
-        packages = len(found.packages) - len(left_out)
+        packages, was_killed = len(found.packages) - len(left_out), found.was_killed
         imports.add(more)
         load_certificates(imports, found.changed)
     if imports.why:
@@ -113,7 +113,7 @@ def serve(
     imports.bit_generators = randomness.generators_of_numpy()
     gc.freeze()
     flush()
-    _say(channel, Answer(ready="", packages=packages, left_out=left_out))
+    _say(channel, Answer(ready="", packages=packages, left_out=left_out, scout_was_killed=was_killed))
     while True:
         packet, received = _next(channel)
         if not packet:

@@ -72,7 +72,8 @@ class Found:
 
     `seen` has the file of every module, those of the program too; empty where there is none. `clash` says
     which module the image has imported meanwhile from another file; empty where there is none. `audible` has
-    the loggers that came after the target had disabled all others (logging.config).
+    the loggers that came after the target had disabled all others (logging.config). `was_killed` tells that
+    the scout was killed, or a trial.
     """
 
     files: dict[str, str] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Found:
     seen: dict[str, str] = field(default_factory=dict)
     audible: set[str] = field(default_factory=set)
     clash: str = ""
+    was_killed: bool = False
 
     def other(self, before: set[str]) -> str:
         """Say which module that came after `before` is another one here; empty where there is none.
@@ -143,10 +145,10 @@ def look(
             run_target()
         end()
 
-    told = _told_by(run, SCOUT_WITHIN * 1.2, meanwhile)
+    told, was_killed = _told_by(run, SCOUT_WITHIN * 1.2, meanwhile)
     files, changed, seen, audible = told[0] if told else ({}, (), {}, ())
     files = {name: file for name, file in files.items() if name not in sys.modules}
-    found = Found(files, set(changed), seen, set(audible))
+    found = Found(files, set(changed), seen, set(audible), was_killed=was_killed)
     found.clash = found.other(before)
     return found
 
@@ -157,7 +159,8 @@ def import_packages(found: Found) -> tuple[Imports, dict[str, str]]:
     waiting = list(packages)
     imports, left_out = Imports(), dict[str, str]()
     while waiting and len(left_out) < MAX_REFUSED:
-        told = _told_by(functools.partial(_try_each, packages, waiting, found), TRIAL_WITHIN)
+        told, was_killed = _told_by(functools.partial(_try_each, packages, waiting, found), TRIAL_WITHIN)
+        found.was_killed |= was_killed
         clean = [package for package, why in told if not why]
         for package in clean:
             imports.add(import_all(packages[package]))
@@ -342,10 +345,11 @@ def _told_by(
     run: Callable[[Callable[[object], None]], None],
     within: float,
     meanwhile: Callable[[], None] = lambda: None,
-) -> list[Any]:
+) -> tuple[list[Any], bool]:
     """Run in a fork, and return what it tells until it ends, tells None, or its seconds are over.
 
-    They begin when `meanwhile` has returned.
+    Return also whether it was killed by somebody else, as by the kernel where memory runs out. The seconds
+    begin when `meanwhile` has returned.
     The fork has no output: the workers will say the same. It is killed then, with all that it has started in
     its session; and with this process.
     """
@@ -370,20 +374,24 @@ def _told_by(
     pid = _fork(begin)
     os.close(writer)
     told: list[Any] = []
+    has_ended, status = False, 0
     try:
         meanwhile()
-        for each in _lines(reader, time.monotonic() + within):
+        due = time.monotonic() + within
+        for each in _lines(reader, due):
             if each is None:
                 break
             told.append(each)
+        else:
+            has_ended = time.monotonic() < due
     finally:
         os.close(reader)
-        _end(pid)
-    return told
+        status = _end(pid)
+    return told, has_ended and os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
-def _end(pid: int) -> None:
-    """Kill a fork with all of its session, and reap it.
+def _end(pid: int) -> int:
+    """Kill a fork with all of its session, reap it, and return its wait status.
 
     A resource tracker of multiprocessing comes last. It removes shared memory and semaphores of the fork,
     once all processes that know of them have ended. Nobody else would remove them.
@@ -406,7 +414,7 @@ def _end(pid: int) -> None:
     for kill in (os.killpg, os.kill):
         with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    return os.waitpid(pid, 0)[1]
 
 
 def _below(pid: int) -> list[int]:
