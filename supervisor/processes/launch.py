@@ -128,7 +128,8 @@ class Launcher:
                 return await self._start(slot, generation, on_exit, changed, is_wanted)
             async with self.image.turn(changed=changed, is_wanted=is_wanted):
                 if is_candidate and self.image.lacks_memory:
-                    raise SpawnError("no memory for another worker: the kernel has killed its image for that")
+                    why = "the kernel has killed its image, or the scout of that, for memory"
+                    raise SpawnError(f"no memory for another worker: {why}")
                 return await self._start(slot, generation, on_exit, changed, is_wanted)
         except OSError as error:
             raise SpawnError(f"no room for another worker: {error.strerror}") from error
