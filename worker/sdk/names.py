@@ -67,6 +67,8 @@ PROCESS = f"{SUPERVISED}:SupervisedProc"
 PROCESS_EXECUTOR = "livekit.agents.ipc.job_proc_executor:ProcJobExecutor"
 THREAD_EXECUTOR = "livekit.agents.ipc.job_thread_executor:ThreadJobExecutor"
 POPEN = "multiprocessing.popen_forkserver:Popen"
+START_BESIDE_END = "a start while another process ends, up to CPython 3.11.3"
+START_FAILS = "such a start may fail, and the worker takes no job for a moment"
 PLUGIN = "livekit.plugins.inworld"
 TTS = f"{PLUGIN}.tts:TTS"
 CONNECTION = f"{PLUGIN}.tts:_InworldConnection"
@@ -417,15 +419,15 @@ NAMES = (
         name="_cleanup",
         kind="function",
         signature="()",
-        needed_by="a start while another process ends, up to CPython 3.11.3",
-        without="such a start may fail, and the worker takes no job for a moment",
+        needed_by=START_BESIDE_END,
+        without=START_FAILS,
     ),
     PrivateName(
         owner="multiprocessing.process",
         name="_children",
         kind="value",
-        needed_by="a start while another process ends, up to CPython 3.11.3",
-        without="such a start may fail, and the worker takes no job for a moment",
+        needed_by=START_BESIDE_END,
+        without=START_FAILS,
     ),
     PrivateName(
         owner="multiprocessing.process:BaseProcess",
